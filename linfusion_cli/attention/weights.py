@@ -1,0 +1,121 @@
+"""LinFusion's published weights: `config.json` with `modules_list`, and `diffusion_pytorch_model.safetensors`.
+
+Layout as in the published repositories `Yuanshi/LinFusion-XL`, `-2-1` and `-1-5`: tensor `{i}.to_q.weight` belongs to
+the i-th entry of `modules_list`, which names the UNet's module that it replaces.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.errors import DataError, InputMissing
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+CONFIG_NAME = "config.json"
+WAY_OUT = "Name weights made for this model with --linfusion, or use --linfusion none."
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One entry of `modules_list`."""
+
+    module_name: str
+    dim_n: int
+    heads: int
+    projection_mid_dim: int | None = None
+
+
+def save_weights(folder: Path, modules: Mapping[str, LinearAttention], dtype: torch.dtype = torch.float16) -> None:
+    """Write `modules` (UNet path -> module, in the order of `named_modules()`) in the published layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = [spec_of(path, module).__dict__ for path, module in modules.items()]
+    config = {"_class_name": "LinFusion", "_diffusers_version": "0.27.0", "modules_list": specs}
+    tensors = nn.ModuleList(modules.values()).state_dict()
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def spec_of(path: str, module: LinearAttention) -> ModuleSpec:
+    """The entry of `modules_list` that describes `module`."""
+    dim = module.to_q.in_features
+    if isinstance(module.to_q_, nn.Identity):
+        return ModuleSpec(path, dim, module.heads, -1)
+    mid = module.to_q_[0].out_features
+    return ModuleSpec(path, dim, module.heads, None if mid == dim else mid)
+
+
+def load_weights(folder: Path, unet: nn.Module, dtype: torch.dtype) -> dict[str, LinearAttention]:
+    """Read the weights in `folder` for `unet` -> UNet path -> module, on the CPU, in `dtype`.
+
+    Raises InputMissing when a file is absent, DataError naming the first module or tensor that does not fit.
+    """
+    specs = read_specs(folder / CONFIG_NAME)
+    check_specs(folder, specs, unet)
+    with torch.device("meta"):
+        modules = [LinearAttention(spec.dim_n, spec.heads, spec.projection_mid_dim) for spec in specs]
+    tensors = read_tensors(folder / WEIGHTS_NAME, nn.ModuleList(modules).state_dict(), dtype)
+    nn.ModuleList(modules).load_state_dict(tensors, assign=True)
+    return {spec.module_name: module.eval().requires_grad_(False) for spec, module in zip(specs, modules, strict=True)}
+
+
+def read_specs(path: Path) -> list[ModuleSpec]:
+    """The entries of `modules_list` in the config file at `path`."""
+    if not path.is_file():
+        raise InputMissing(f"LinFusion's config {path} is missing.", "--linfusion takes a folder or a hub id.")
+    fields = ModuleSpec.__dataclass_fields__
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["modules_list"]
+        return [ModuleSpec(**{key: value for key, value in entry.items() if key in fields}) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a LinFusion config ({error!r}).", WAY_OUT) from error
+
+
+def check_specs(folder: Path, specs: list[ModuleSpec], unet: nn.Module) -> None:
+    """Raise DataError naming the first self-attention that `specs` and `unet` do not agree on."""
+    wanted = {path: (module.to_q.in_features, module.heads) for path, module in self_attentions(unet).items()}
+    given = {spec.module_name: (spec.dim_n, spec.heads) for spec in specs}
+    for path in [*wanted, *given]:
+        if wanted.get(path) != given.get(path):
+            raise DataError(
+                f"The LinFusion weights in {folder} do not fit the model: {path} has {_width(given.get(path))} in the "
+                f"weights and {_width(wanted.get(path))} in the model.",
+                WAY_OUT,
+            )
+
+
+def _width(shape: tuple[int, int] | None) -> str:
+    return "no such layer" if shape is None else f"{shape[0]} channels in {shape[1]} heads"
+
+
+def read_tensors(path: Path, wanted: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, whose names and shapes must be those of `wanted`, in `dtype`."""
+    if not path.is_file():
+        raise InputMissing(f"LinFusion's weights {path} are missing.", "--linfusion takes a folder or a hub id.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_tensors(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, wanted)
+            # A clone owns its memory: mapped tensors lie at other alignments, and CPU results then differ by 1e-5.
+            return {name: file.get_tensor(name).to(dtype).clone() for name in wanted}
+    except SafetensorError as error:
+        raise DataError(f"{path} is not a whole safetensors file ({error}).", "Download it again.") from error
+
+
+def _check_tensors(path: Path, given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, torch.Tensor]) -> None:
+    for name in [*wanted, *given]:
+        shape = tuple(wanted[name].shape) if name in wanted else "no such tensor"
+        if given.get(name, "no such tensor") != shape:
+            raise DataError(
+                f"{path} does not fit the model: {name} is {given.get(name, 'no such tensor')} in the file "
+                f"and {shape} in the model.",
+                WAY_OUT,
+            )

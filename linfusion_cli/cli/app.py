@@ -1,0 +1,112 @@
+"""The program `linfusion`: its commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from linfusion_cli import __version__, device
+from linfusion_cli.cli import doctor, generate, info, presets
+from linfusion_cli.cli.render import answer, say
+from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped, first_line
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+app = typer.Typer(
+    name="linfusion",
+    help="Ultra-high-resolution pictures from a prompt, in bounded memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # markup would eat every [bracket] of the help
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("generate")(generate.command)
+app.add_typer(presets.app, name="presets")
+app.command("info")(info.command)
+app.command("doctor")(doctor.command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        answer(f"linfusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Ultra-high-resolution pictures from a prompt, in bounded memory."""
+
+
+def main() -> None:
+    """Run the command line and exit with the code that errors.py promises."""
+    show_anything()
+    listen_to_signals()
+    sys.exit(guarded())
+
+
+def show_anything() -> None:
+    """A prompt or name that a stream cannot show must not end a run; in UTF-8, names pass as the bytes they are."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="surrogateescape" if stream.encoding == "utf-8" else "backslashreplace")
+
+
+def guarded() -> int:
+    """Run the app; every error becomes one clear line on stderr and its exit code."""
+    try:
+        app()
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0
+    except (LinfusionError, Stopped) as error:
+        return refuse(str(error), error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the boundary: whatever is left is a bug, and is logged as one
+        if device.is_out_of_memory(error):
+            return refuse("There is not enough memory for this. Use a smaller --size.", DoesNotFit.exit_code)
+        return report_bug(error)
+    return 0
+
+
+def refuse(text: str, exit_code: int) -> int:
+    say(f"linfusion: {text}")
+    return exit_code
+
+
+def report_bug(error: Exception) -> int:
+    """One line for a person, and the traceback in a file that stays; where no file can be written, its last line."""
+    try:
+        return refuse(f"This is a bug in linfusion ({type(error).__name__}). Log: {write_log()}", EXIT_BUG)
+    except OSError:
+        return refuse(f"This is a bug in linfusion: {first_line(error)} ({type(error).__name__}).", EXIT_BUG)
+
+
+def write_log() -> Path:
+    """The traceback of the present exception, in a file."""
+    options = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with tempfile.NamedTemporaryFile("w", prefix="linfusion-", suffix=".log", delete=False, **options) as file:
+        file.write(f"linfusion {__version__}\n{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
+    return Path(file.name)
+
+
+def listen_to_signals() -> None:
+    """SIGINT, SIGTERM and SIGHUP raise Stopped, so that temporary files go; an ignored SIGHUP (nohup) stays ignored."""
+    for number in SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    for other in SIGNALS:  # a second one must not interrupt the clearing up, which takes a moment
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(number)

@@ -1,0 +1,40 @@
+"""The options of `generate`, with their help. None means "not given": presets.py knows the defaults."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+Prompt = Annotated[
+    str | None, Argument(help="What to paint; - reads it from standard input. Default: the preset's sample prompt.")
+]
+Size = Annotated[str | None, Option(help="Pixels: 16384 (a square) or 16384x8192 (width x height), from 64 up.")]
+Output = Annotated[
+    Path | None, Option("-o", "--output", help="The file: .tif, .png or .jpg. Default: linfusion-SIZE-seedN.tif here.")
+]
+Preset = Annotated[str | None, Option(help="A name from `linfusion presets list`, or a .toml file.")]
+Model = Annotated[str | None, Option(help="A folder in diffusers' layout, a hub id in the local cache, or demo.")]
+Linfusion = Annotated[
+    str | None,
+    Option(help="LinFusion weights: a folder, a hub id, auto (the model's own or its family's), or none."),
+]
+NegativePrompt = Annotated[str | None, Option(help="What not to paint.")]
+Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
+Steps = Annotated[int | None, Option(help="Denoising steps of the base; larger phases run a share of them.")]
+GuidanceScale = Annotated[float | None, Option(help="How closely to follow the prompt; 1 or less turns guidance off.")]
+GuidanceRescale = Annotated[float | None, Option(help="0 to 1; about 0.7 mends burnt colours at high guidance.")]
+Strength = Annotated[float | None, Option(help="0 to 1: share of the steps that the first phase above the base runs.")]
+Dtype = Annotated[str | None, Option(help="auto, float16, bfloat16 or float32.")]
+Device = Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N.")]
+Format = Annotated[str | None, Option(help="tiff, png or jpeg. Default: by the output's name.")]
+Compression = Annotated[str | None, Option(help="Of a TIFF: deflate, zstd, lzw, jpeg or none. [default: deflate]")]
+Dpi = Annotated[float | None, Option(help="Dots per inch, for print. [default: 300]")]
+Preview = Annotated[Path | None, Option(help="Write a copy of 2048 px or less here as well, such as preview.jpg.")]
+Overwrite = Annotated[bool | None, Option("--overwrite", help="Replace files that exist.")]
+Download = Annotated[bool | None, Option("--download", help="Fetch a model that is not here. Never done unasked.")]
+PromptMetadata = Annotated[
+    bool | None, Option("--prompt-metadata/--no-prompt-metadata", help="Whether the file names its prompts.")
+]
+Report = Annotated[Path | None, Option(help="Write the report here, as JSON.")]
+Json = Annotated[bool, Option("--json", help="Print the report as JSON on stdout, instead of the file's path.")]
+Quiet = Annotated[bool, Option("-q", "--quiet", help="No progress and no table; warnings and errors stay.")]

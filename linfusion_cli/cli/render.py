@@ -1,0 +1,188 @@
+"""What a person sees of a run: progress, notices and the report, all on stderr."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from linfusion_cli.errors import WriteFailed
+from linfusion_cli.events import Event, Notice, Observer, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.report import RunReport, StageReport
+from linfusion_cli.units import format_bytes, format_seconds
+
+QUIET_SEC = 30.0  # a log without a line for longer than this looks like a run that hangs
+PLAIN_COLUMNS = 120
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches stderr, which a service may also have closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def say(text: str) -> None:
+    """One line on stderr, as it is: no markup, no wrapping. A reader that has gone does not end hours of work."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
+
+
+def answer(text: str) -> None:
+    """The result, on stdout. A reader that left early, as `head` does, is no error; a full disk is."""
+    try:
+        typer.echo(text)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
+        if not isinstance(error, BrokenPipeError):
+            raise WriteFailed(f"Standard output refused this ({error.strerror}): {text}") from error
+
+
+@contextmanager
+def watching(quiet: bool) -> Iterator[Observer]:
+    """An observer that shows a run on stderr: bars on a terminal, plain lines elsewhere, only notices if `quiet`."""
+    if quiet:
+        yield notices_only
+    elif on_terminal():
+        with Bars() as bars:
+            yield bars
+    else:
+        with Lines() as lines:
+            yield lines
+
+
+def notices_only(event: Event) -> None:
+    if isinstance(event, Notice):
+        say(f"linfusion: {event.text}")
+
+
+def title(stage: StageStarted) -> str:
+    return f"{stage.name} {stage.size}" if stage.size else stage.name
+
+
+class Bars:
+    """A bar for each stage, with the time that is left of it."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:24}", markup=False),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]:7}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True, highlight=False),
+        )
+        self._task: TaskID | None = None
+        self._total = 0
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Notice(text):
+                self._progress.console.print(f"linfusion: {text}", markup=False, soft_wrap=True)
+            case StageStarted(total=total, unit=unit):
+                self._total = total
+                self._task = self._progress.add_task(title(event), total=total, unit=unit)
+            case StageAdvanced(done):
+                self._progress.update(self._task, completed=done)
+            case StageFinished():
+                self._progress.update(self._task, completed=self._total)
+                self._progress.stop_task(self._task)
+
+
+class Lines:
+    """A line when a stage is over, and one every half minute while it lasts, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stage: StageStarted | None = None
+        self._began = self._spoke = time.monotonic()
+        self._done = 0
+        self._over = threading.Event()
+
+    def __enter__(self) -> Lines:
+        threading.Thread(target=self._tick, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def __call__(self, event: Event) -> None:
+        with self._lock:
+            match event:
+                case Notice(text):
+                    self._say(f"linfusion: {text}")
+                case StageStarted():
+                    self._stage, self._done, self._began = event, 0, time.monotonic()
+                case StageAdvanced(done):
+                    self._done = done
+                case StageFinished(seconds) if self._stage is not None:
+                    self._say(f"{title(self._stage)}: {format_seconds(seconds)}")
+                    self._stage = None
+
+    def _tick(self) -> None:
+        while not self._over.wait(timeout=1):
+            with self._lock:
+                if self._stage is not None and time.monotonic() - self._spoke >= QUIET_SEC - 1:
+                    self._say(self._so_far(self._stage))
+
+    def _so_far(self, stage: StageStarted) -> str:
+        elapsed = time.monotonic() - self._began
+        text = f"{title(stage)}: {self._done}/{stage.total} {stage.unit}, {format_seconds(elapsed)}"
+        if not self._done:
+            return text
+        return f"{text}, about {format_seconds(elapsed / self._done * (stage.total - self._done))} left"
+
+    def _say(self, text: str) -> None:
+        self._spoke = time.monotonic()
+        say(text)
+
+
+def show_report(report: RunReport) -> None:
+    """The table at the end of a run."""
+    text = io.StringIO()
+    Console(file=text, width=PLAIN_COLUMNS, markup=False).print(report_table(report))
+    say("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+
+def report_table(report: RunReport) -> Table:
+    """One row per stage, and one for the file."""
+    table = Table("stage", "size", "steps", "time", "steps/s", "GPU peak", "host peak", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for stage in report.stages:
+        table.add_row(*_cells(stage))
+    table.add_row("total", str(report.size), "", format_seconds(report.total_seconds), "", *_peaks(report))
+    table.add_row("file", report.format, "", format_bytes(report.file_bytes or 0))
+    return table
+
+
+def _cells(stage: StageReport) -> list[str]:
+    rate = stage.steps_per_second
+    return [
+        stage.name,
+        str(stage.size or ""),
+        str(stage.steps or ""),
+        format_seconds(stage.seconds),
+        f"{rate:.2f}" if rate else "",
+        *_peaks(stage),
+    ]
+
+
+def _peaks(measured: StageReport | RunReport) -> list[str]:
+    peaks = (measured.peak_device_bytes, measured.peak_host_bytes)
+    return ["" if peak is None else format_bytes(peak) for peak in peaks]

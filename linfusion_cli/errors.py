@@ -1,0 +1,94 @@
+"""Everything a person can cause or fix, and the exit code a script sees for it.
+
+    LinfusionError
+    ├── UsageError            2   a flag, a size or a value is wrong
+    ├── DataError            65   a model, weights file or input picture is corrupt, unsafe or of the wrong kind
+    ├── InputMissing         66   an input file is not there
+    ├── Unavailable          69   the model is not on this machine, or the device is not there
+    ├── DoesNotFit           71   not enough memory, even at the smallest setting
+    ├── CannotCreate         73   the output exists, or its folder refuses
+    ├── WriteFailed          74   no space, or the disk failed
+    ├── TryAgain             75   another run holds this output, or the time limit was reached
+    └── ConfigError          78   a preset or config file is wrong
+
+    Stopped       129, 130, 143   by SIGHUP, SIGINT or SIGTERM: no error, and no Exception
+
+Anything else that reaches the command line is a bug of ours and exits 70. The numbers are those of sysexits.h.
+Each message is one sentence that names the thing and its value; `way_out` is a second one that says what to do.
+"""
+
+import signal
+
+EXIT_BUG = 70
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line: what goes into a sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class LinfusionError(Exception):
+    """Base of all errors a person can cause or fix."""
+
+    exit_code = EXIT_BUG
+
+    def __init__(self, message: str, way_out: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.way_out = way_out
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.way_out}".strip()
+
+
+class UsageError(LinfusionError):
+    """`setting` is the field of the request that is wrong, where there is one: it may have come from a file."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, way_out: str = "", setting: str | None = None):
+        super().__init__(message, way_out)
+        self.setting = setting
+
+
+class DataError(LinfusionError):
+    exit_code = 65
+
+
+class InputMissing(LinfusionError):
+    exit_code = 66
+
+
+class Unavailable(LinfusionError):
+    exit_code = 69
+
+
+class DoesNotFit(LinfusionError):
+    exit_code = 71
+
+
+class CannotCreate(LinfusionError):
+    exit_code = 73
+
+
+class WriteFailed(LinfusionError):
+    exit_code = 74
+
+
+class TryAgain(LinfusionError):
+    exit_code = 75
+
+
+class ConfigError(LinfusionError):
+    exit_code = 78
+
+
+class Stopped(BaseException):
+    """A signal asked this run to end; shells know it as 128 + the signal's number.
+
+    As KeyboardInterrupt it is no Exception: the imports of large libraries catch those, and would go on.
+    """
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"Stopped by {signal.Signals(signal_number).name}. No unfinished file is left.")
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,52 @@
+"""What a run tells the outside while it works. Jobs send events; the command line, a test or nobody listens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from linfusion_cli.geometry import Size
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One sentence a person should read: a choice made for them, or a warning."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stretch of work of `total` units begins: `name` is "base", "2x", "decode" … and `unit` "steps" or "rows"."""
+
+    name: str
+    size: Size | None
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class StageAdvanced:
+    """`done` of the stage's units are finished."""
+
+    done: int
+
+
+@dataclass(frozen=True)
+class StageFinished:
+    """The stage is over, after `seconds`."""
+
+    seconds: float
+
+
+Event = Notice | StageStarted | StageAdvanced | StageFinished
+
+
+class Observer(Protocol):
+    """Whoever wants to know how a run goes."""
+
+    def __call__(self, event: Event) -> None: ...
+
+
+def nobody(event: Event) -> None:
+    """An observer for runs that no one watches."""

@@ -1,0 +1,108 @@
+"""Sizes of pictures and phases: integers only, no torch. Widths and heights are in pixels unless a name says `_lat`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+BASE_MULTIPLE_PX = 64
+SMALLEST_BASE_PX = 64
+NEAR_TARGET = 0.9
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and height of a picture in pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
+    def area(self) -> int:
+        return self.width * self.height
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """(width, height), for libraries."""
+        return self.width, self.height
+
+    def times(self, factor: int) -> Size:
+        return Size(self.width * factor, self.height * factor)
+
+    def divided(self, factor: int) -> Size:
+        """Exact division, as from pixels to latents; raises ValueError if there is a rest."""
+        if self.width % factor or self.height % factor:
+            raise ValueError(f"{self} is not a multiple of {factor}")
+        return Size(self.width // factor, self.height // factor)
+
+    def rounded_up(self, multiple: int) -> Size:
+        return Size(_round_up(self.width, multiple), _round_up(self.height, multiple))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def base_size(target: Size, native_px: int, multiple_px: int) -> Size:
+    """The model's native area in the target's proportions, both sides a multiple of `base_multiple`.
+
+    Of the multiples just below and above, those whose proportions come closest: with native_px = 1024, a picture of
+    16384 x 8192 starts at 1408 x 704. A side that would fall under 64 px is 64 px; the other follows the proportions.
+    """
+    multiple = base_multiple(native_px, multiple_px)
+    stretch = math.sqrt(native_px**2 / target.area)
+    stretch = max(stretch, SMALLEST_BASE_PX / min(target.width, target.height))
+    widths = _around(target.width * stretch, multiple)
+    heights = _around(target.height * stretch, multiple)
+    return min((Size(width, height) for width in widths for height in heights), key=lambda size: _bend(size, target))
+
+
+def base_multiple(native_px: int, multiple_px: int) -> int:
+    """64 px for models of 512 px and more; less for smaller ones, where 64 px would bend the proportions by a fifth."""
+    return _round_up(min(BASE_MULTIPLE_PX, native_px // 16), multiple_px)
+
+
+def _around(value: float, multiple: int) -> list[int]:
+    """The multiples just below and above `value`, the nearer first."""
+    below = max(1, math.floor(value / multiple)) * multiple
+    return sorted({below, max(below, math.ceil(value / multiple) * multiple)}, key=lambda found: abs(found - value))
+
+
+def _bend(size: Size, target: Size) -> float:
+    """How far the proportions of `size` are from the target's."""
+    return abs(math.log(size.width * target.height / (size.height * target.width)))
+
+
+def phase_sizes(target: Size, base: Size, multiple_px: int) -> list[Size]:
+    """The resolutions to run, from `base` up; `multiple_px` is what the model's sides must be a multiple of.
+
+    Phases double while the double is below the target; the last is the target rounded up to the multiple, to be
+    cropped. A double within a tenth of the target is left out: it would cost as much as the last phase and add
+    nothing. A target no larger than the base gives the base alone, to be reduced.
+    """
+    last = target.rounded_up(multiple_px)
+    if last == base or base.area >= target.area:
+        return [base]
+    sizes = [base]
+    while sizes[-1].times(2).area < NEAR_TARGET**2 * target.area:
+        sizes.append(sizes[-1].times(2))
+    return [*sizes, last]
+
+
+def spans(length: int, window: int, overlap: int) -> list[tuple[int, int]]:
+    """Windows [start, stop) of equal length that cover 0..length, neighbours sharing at least `overlap`."""
+    if length <= window:
+        return [(0, length)]
+    count = -(-(length - overlap) // (window - overlap))
+    starts = [round(i * (length - window) / (count - 1)) for i in range(count)]
+    return [(start, start + window) for start in starts]
+
+
+def bands(length: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Consecutive [start, stop) of `rows` each, the last one shorter."""
+    for start in range(0, length, rows):
+        yield start, min(start + rows, length)

@@ -1,0 +1,91 @@
+"""A small picture of a large one, made from the same rows."""
+
+import os
+
+import numpy as np
+
+from linfusion_cli.images.formats import format_for, open_sink
+from linfusion_cli.images.metadata import PictureInfo
+from linfusion_cli.images.stream import check_rows
+
+BAND_ROWS = 64
+
+
+class PreviewSink:
+    """Takes the rows of a picture of `size_px` and writes it reduced to `max_side_px` at most; see RowSink.
+
+    Bands are averaged over boxes of a whole number of pixels as they pass (Pillow's `reduce`; boxes at the border
+    average what they have), and what is left between 1 and 2 is one resize at the end. Held in memory: the reduced
+    picture, under `4 * max_side_px²` pixels, and a band. Written by suffix as JPEG, PNG or TIFF, 8 bit.
+    Raises as `open_sink` does.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        size_px: tuple[int, int],
+        bits: int,
+        info: PictureInfo,
+        max_side_px: int = 2048,
+        overwrite: bool = False,
+    ):
+        longest = max(size_px)
+        self._factor = max(1, longest // max_side_px)
+        self._bits = bits
+        self._size_px = size_px
+        shrink = min(1.0, max_side_px / longest)
+        self.size_px = tuple(max(1, round(side * shrink)) for side in size_px)
+        width_px, height_px = (-(-side // self._factor) for side in size_px)
+        self._reduced = np.empty((height_px, width_px, 3), np.uint8)
+        self._band = np.empty((self._factor * max(1, BAND_ROWS // self._factor), size_px[0], 3), np.uint8)
+        self._row = 0
+        self._sink = open_sink(path, format_for(path), self.size_px, 8, info, overwrite=overwrite)
+
+    def write(self, rows: np.ndarray) -> None:
+        try:
+            check_rows(rows, self._size_px, self._bits, self._row)
+            while len(rows):
+                room = len(self._band) - self._row % len(self._band)
+                self._take(rows[:room])
+                rows = rows[room:]
+        except BaseException:
+            self.abort()
+            raise
+
+    def close(self) -> None:
+        try:
+            if self._row != self._size_px[1]:
+                raise ValueError(f"{self._row} rows of {self._size_px[1]} were written")
+            if self._reduced.size:
+                self._sink.write(self._resized())
+                self._reduced = np.empty(0)
+            self._sink.close()
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        self._sink.abort()
+
+    def _take(self, part: np.ndarray) -> None:
+        at = self._row % len(self._band)
+        self._band[at : at + len(part)] = part >> (self._bits - 8)
+        self._row += len(part)
+        if at + len(part) == len(self._band) or self._row == self._size_px[1]:
+            self._reduce(at + len(part))
+
+    def _reduce(self, count: int) -> None:
+        from PIL import Image
+
+        top = (self._row - count) // self._factor
+        band = np.asarray(Image.fromarray(self._band[:count]).reduce(self._factor))
+        self._reduced[top : top + len(band)] = band
+
+    def _resized(self) -> np.ndarray:
+        """The last boxes may reach past the border: the resize looks only at what is inside."""
+        from PIL import Image
+
+        inside = tuple(side / self._factor for side in self._size_px)
+        if inside == self.size_px:
+            return self._reduced
+        return np.asarray(Image.fromarray(self._reduced).resize(self.size_px, Image.Resampling.BOX, (0, 0, *inside)))

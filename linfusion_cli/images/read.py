@@ -1,0 +1,56 @@
+"""What a picture file says about itself, without decoding it."""
+
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from linfusion_cli.errors import DataError, InputMissing
+from linfusion_cli.images.fileinfo import FileInfo, truncated
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+JPEG_MAGIC = b"\xff\xd8\xff"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# What the parsers raise on bytes that are not what they should be.
+MALFORMED = (ValueError, LookupError, TypeError, ArithmeticError, EOFError, SyntaxError, struct.error)
+
+
+def read_info(path: str | os.PathLike[str]) -> FileInfo:
+    """Reads TIFF, PNG and JPEG of any size in moments: chunks, tags and segments, not pixels.
+
+    Raises InputMissing when there is no file to read, and DataError when it is not a picture, or not all of it: a PNG
+    or JPEG without its end mark, a TIFF whose tiles reach past the end of the file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(8)
+        return _reader(path, magic)(path)
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder.", "Name a picture.") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputMissing(f"{path} does not exist.") from error
+    except PermissionError as error:
+        raise InputMissing(f"{path} may not be read.", "Check its permissions.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    except MALFORMED as error:
+        raise DataError(f"{path} is damaged: {error}.", "Make or copy it again.") from error
+
+
+def _reader(path: Path, magic: bytes) -> Callable[[Path], FileInfo]:
+    if magic == PNG_MAGIC:
+        from linfusion_cli.images.read_png import read_png
+
+        return read_png
+    if magic.startswith(JPEG_MAGIC):
+        from linfusion_cli.images.read_jpeg import read_jpeg
+
+        return read_jpeg
+    if magic[:4] in TIFF_MAGIC:
+        from linfusion_cli.images.read_tiff import read_tiff
+
+        return read_tiff
+    if not any(magic):
+        raise truncated(path, "it is empty, or was never finished")
+    raise DataError(f"{path} is not a TIFF, PNG or JPEG picture.")

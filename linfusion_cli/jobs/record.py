@@ -1,0 +1,70 @@
+"""Measures a run stage by stage and tells its observer; memory is freed where one stage ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from linfusion_cli.device import PeakMemory, free_memory
+from linfusion_cli.events import Notice, Observer, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.geometry import Size
+from linfusion_cli.report import StageReport
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Stage:
+    """A stretch of work that is going on: its clock, which can be paused, and how far it is."""
+
+    def __init__(self, observer: Observer):
+        self._observer = observer
+        self._started = time.perf_counter()
+        self._paused_sec = 0.0
+
+    def advance(self, done: int) -> None:
+        """Say that `done` of the stage's units are finished."""
+        self._observer(StageAdvanced(done))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within belongs to another stage: a generator's consumer, say."""
+        began = time.perf_counter()
+        yield
+        self._paused_sec += time.perf_counter() - began
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started - self._paused_sec
+
+
+class Recorder:
+    """Collects the StageReports of one run; `device` is set once it is known."""
+
+    def __init__(self, observer: Observer):
+        self.stages: list[StageReport] = []
+        self.device: torch.device | None = None
+        self._observer = observer
+
+    def notice(self, text: str) -> None:
+        self._observer(Notice(text))
+
+    @contextmanager
+    def stage(
+        self, name: str, kind: str, size: Size | None, total: int, unit: str, spent_sec: float = 0.0
+    ) -> Iterator[Stage]:
+        """Time and measure what happens within: `total` units of it, which the Stage is told of.
+
+        `spent_sec` is what the stage took before, in pieces between others.
+        """
+        free_memory(self.device)
+        peak = PeakMemory(self.device)
+        self._observer(StageStarted(name, size, total, unit))
+        stage = Stage(self._observer)
+        yield stage
+        steps = total if unit == "steps" else None
+        seconds = stage.seconds + spent_sec
+        self.stages.append(StageReport(name, kind, size, seconds, steps, peak.host_bytes(), peak.device_bytes()))
+        self._observer(StageFinished(seconds))

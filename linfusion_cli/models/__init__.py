@@ -1,0 +1,1 @@
+"""Models: where they are, what family they are of, how their parts are read."""

@@ -1,0 +1,33 @@
+"""Settings from everywhere -> a request: flag > environment (LINFUSION_*) > user config file > preset > default.
+
+This is the only place where settings are merged. A preset is a TOML file of request fields and nothing else.
+"""
+
+from linfusion_cli.presets.files import preset_names, preset_path
+from linfusion_cli.presets.settings import (
+    Layer,
+    Settings,
+    build_request,
+    config_layer,
+    environment_layer,
+    flag_layer,
+    merge,
+    preset_layer,
+)
+
+SDXL, DEMO = "sdxl", "demo"  # what runs when no preset is named: the first if it is here, else the second
+
+__all__ = [
+    "DEMO",
+    "SDXL",
+    "Layer",
+    "Settings",
+    "build_request",
+    "config_layer",
+    "environment_layer",
+    "flag_layer",
+    "merge",
+    "preset_layer",
+    "preset_names",
+    "preset_path",
+]

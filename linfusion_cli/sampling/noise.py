@@ -1,0 +1,43 @@
+"""The noise of a run, always drawn on the CPU so that it does not depend on the device."""
+
+import torch
+from torch import Tensor
+
+BLOCK_LAT = 64
+
+
+def base_noise(seed: int, channels: int, height_lat: int, width_lat: int, dtype: torch.dtype) -> Tensor:
+    """The noise a diffusers pipeline in `dtype` draws for this seed and size -> [1, C, H, W] in fp32."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((1, channels, height_lat, width_lat), generator=generator, dtype=dtype).float()
+
+
+def phase_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int) -> Tensor:
+    """The noise of one phase -> [1, C, H, W] in fp32.
+
+    Every block of 64 x 64 latents has its own generator, seeded by its place: what a block holds does not depend on
+    how the map is cut, nor on its size.
+    """
+    noise = torch.empty(1, channels, height_lat, width_lat)
+    for top in range(0, height_lat, BLOCK_LAT):
+        for left in range(0, width_lat, BLOCK_LAT):
+            part = noise[..., top : top + BLOCK_LAT, left : left + BLOCK_LAT]
+            block = _block(_block_seed(seed, phase, top // BLOCK_LAT, left // BLOCK_LAT), channels)
+            part.copy_(block[..., : part.shape[-2], : part.shape[-1]])
+    return noise
+
+
+def _block(seed: int, channels: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((1, channels, BLOCK_LAT, BLOCK_LAT), generator=generator)
+
+
+def _block_seed(*counters: int) -> int:
+    """Mix seed, phase, row and column into 63 bits: splitmix64's finaliser (Steele et al., OOPSLA 2014) per counter."""
+    state = 0
+    for counter in counters:
+        state = (state ^ counter) + 0x9E3779B97F4A7C15 & (2**64 - 1)
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1

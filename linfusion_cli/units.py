@@ -1,0 +1,58 @@
+"""What people write and read: sizes ("16384x8192"), bytes ("12.0 GiB"), seconds ("3 min 20 s"), paths."""
+
+import os
+import re
+from pathlib import Path
+
+from linfusion_cli.errors import UsageError
+from linfusion_cli.geometry import Size
+
+SMALLEST_PX = 64
+BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def parse_size(text: str) -> Size:
+    """The Size that "2048" (a square) or "2048x1024" (width x height, in pixels) means; raises UsageError."""
+    match = re.fullmatch(r"\s*(\d{1,7})\s*(?:[xX×]\s*(\d{1,7})\s*)?", text, re.ASCII)
+    if match is None:
+        way_out = "Write 16384 for a square, or 16384x8192 (width x height)."
+        raise UsageError(f"--size {text!r} is not a size.", way_out, "size")
+    width, height = int(match[1]), int(match[2] or match[1])
+    if min(width, height) < SMALLEST_PX:
+        way_out = f"Both sides must be {SMALLEST_PX} pixels or more."
+        raise UsageError(f"--size {text!r} is too small.", way_out, "size")
+    return Size(width, height)
+
+
+def format_bytes(count: float) -> str:
+    """12884901888 -> 12.0 GiB."""
+    for unit in BYTE_UNITS:
+        if abs(count) < 1024 or unit == BYTE_UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def format_seconds(seconds: float) -> str:
+    """0.42 -> 0.4 s, 95 -> 1 min 35 s, 7322 -> 2 h 02 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def user_path(text: str) -> Path:
+    """A path as a person writes it, `~` included; a `~name` of nobody stays as it is."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises for a user who is not there
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file that may be looked at; no error for names that cannot be, or folders that are closed."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for both
+
+
+def is_folder(path: Path) -> bool:
+    """As `is_file`, for a folder."""
+    return os.path.isdir(path)  # noqa: PTH112

@@ -1,0 +1,1 @@
+"""Between latents and pixels, a strip of rows at a time."""

@@ -1,0 +1,133 @@
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.attention.weights import CONFIG_NAME, WEIGHTS_NAME, load_weights, save_weights
+from linfusion_cli.errors import DataError, InputMissing
+from tests.models_in_small import small_xl_unet, write_linfusion
+
+
+def sdxl_unet_on_meta() -> UNet2DConditionModel:
+    """SDXL's UNet as stabilityai/stable-diffusion-xl-base-1.0 configures it, without its 2.6 billion weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=2,
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+def write_published_layout(folder, unet):
+    """Config and tensors written out by hand, in the names and shapes of the published files."""
+    generator = torch.Generator().manual_seed(0)
+    entries, tensors = [], {}
+    for i, (path, old) in enumerate(self_attentions(unet).items()):
+        dim = old.to_q.in_features
+        entries.append({"module_name": path, "dim_n": dim, "heads": old.heads, "projection_mid_dim": None})
+        square = torch.randn(dim, dim, generator=generator).half()
+        for name in ("to_q", "to_k", "to_v", "to_out.0", "to_q_.0", "to_q_.3", "to_k_.0", "to_k_.3"):
+            tensors[f"{i}.{name}.weight"] = square.roll(len(tensors), 0)
+        for name in ("to_out.0", "to_q_.0", "to_q_.1", "to_q_.3", "to_k_.0", "to_k_.1", "to_k_.3"):
+            tensors[f"{i}.{name}.bias"] = square[len(tensors) % dim].clone()
+        for name in ("to_q_.1", "to_k_.1"):
+            tensors[f"{i}.{name}.weight"] = square[0].clone()
+    save_file(tensors, folder / WEIGHTS_NAME)
+    config = {"_class_name": "LinFusion", "_diffusers_version": "0.27.0", "modules_list": entries}
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    return tensors
+
+
+def test_sdxls_seventy_modules_are_read(tmp_path):
+    unet = sdxl_unet_on_meta()
+    tensors = write_published_layout(tmp_path, unet)
+    modules = load_weights(tmp_path, unet, torch.float16)
+    assert len(modules) == 70 and list(modules) == list(self_attentions(unet))
+    for i, module in enumerate(modules.values()):
+        assert module.heads * 64 == module.to_q.in_features
+        assert torch.equal(module.to_q.weight, tensors[f"{i}.to_q.weight"])
+        assert torch.equal(module.to_k_[3].bias, tensors[f"{i}.to_k_.3.bias"])
+
+
+@pytest.fixture
+def unet():
+    return small_xl_unet()
+
+
+@pytest.fixture
+def weights(tmp_path, unet):
+    return write_linfusion(tmp_path / "linfusion", unet)
+
+
+def rewrite(weights, change):
+    tensors = load_file(weights / WEIGHTS_NAME)
+    change(tensors)
+    save_file(tensors, weights / WEIGHTS_NAME)
+
+
+@pytest.mark.parametrize("mid_dim", [None, -1, 6])
+def test_round_trip(tmp_path, unet, mid_dim):
+    modules = {p: LinearAttention(old.to_q.in_features, old.heads, mid_dim) for p, old in self_attentions(unet).items()}
+    save_weights(tmp_path, modules, torch.float32)
+    again = load_weights(tmp_path, unet, torch.float32)
+    for path, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(again[path].state_dict()[name], tensor)
+
+
+def test_a_missing_tensor_is_named(weights, unet):
+    rewrite(weights, lambda tensors: tensors.pop("3.to_k_.0.bias"))
+    with pytest.raises(DataError, match=r"3\.to_k_\.0\.bias is no such tensor in the file"):
+        load_weights(weights, unet, torch.float32)
+
+
+def test_a_tensor_of_another_shape_is_named(weights, unet):
+    rewrite(weights, lambda tensors: tensors.update({"1.to_v.weight": torch.zeros(3, 16)}))
+    with pytest.raises(DataError, match=r"1\.to_v\.weight is \(3, 16\) in the file and \(16, 16\) in the model"):
+        load_weights(weights, unet, torch.float32)
+
+
+def test_a_tensor_too_many_is_named(weights, unet):
+    rewrite(weights, lambda tensors: tensors.update({"99.to_q.weight": torch.zeros(1)}))
+    with pytest.raises(DataError, match=r"99\.to_q\.weight"):
+        load_weights(weights, unet, torch.float32)
+
+
+def test_weights_of_another_model_name_the_first_layer(weights):
+    other = sdxl_unet_on_meta()
+    with pytest.raises(DataError, match=r"down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn1 has 16 channels"):
+        load_weights(weights, other, torch.float32)
+
+
+def test_a_damaged_file_is_refused(weights, unet):
+    file = weights / WEIGHTS_NAME
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(DataError, match="not a whole safetensors file"):
+        load_weights(weights, unet, torch.float32)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"modules_list": 3}', '{"modules_list": [{"dim_n": 3}]}', '{"other": []}'])
+def test_a_config_of_another_kind_is_refused(weights, unet, text):
+    (weights / CONFIG_NAME).write_text(text)
+    with pytest.raises(DataError, match="not a LinFusion config"):
+        load_weights(weights, unet, torch.float32)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_missing_file_is_named(weights, unet, name):
+    (weights / name).unlink()
+    with pytest.raises(InputMissing, match=name):
+        load_weights(weights, unet, torch.float32)

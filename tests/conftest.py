@@ -1,0 +1,35 @@
+"""Small models are written once for all tests; nothing may reach the network, nor this machine's caches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def xl_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.models_in_small import write_small_xl
+
+    return write_small_xl(tmp_path_factory.mktemp("models") / "xl")
+
+
+@pytest.fixture(scope="session")
+def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.models_in_small import write_small_sd
+
+    return write_small_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No settings, no config file and no cached models but those a test makes."""
+    for name in [name for name in os.environ if name.startswith("LINFUSION_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield

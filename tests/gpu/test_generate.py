@@ -1,0 +1,26 @@
+"""The whole road on a CUDA device."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from linfusion_cli.geometry import Size
+from linfusion_cli.jobs.generate import generate
+from linfusion_cli.request import GenerateRequest
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_card_paints_what_the_cpu_paints(xl_model, tmp_path, dtype):
+    pictures = {}
+    for device, number_format in (("cpu", "auto"), ("cuda", dtype)):
+        output = tmp_path / f"{device}.png"
+        request = GenerateRequest(
+            "a hill", Size(128, 96), output, str(xl_model), steps=4, device=device, dtype=number_format
+        )
+        report = generate(request, {})
+        pictures[device] = np.asarray(Image.open(output)).astype(int)
+        assert (report.peak_device_bytes is None) == (device == "cpu")
+    assert np.abs(pictures["cpu"] - pictures["cuda"]).mean() < (0.5 if dtype == "float32" else 8)

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from linfusion_cli.images import PictureInfo, RowSink, a1111_parameters
+
+PROMPT = 'a 🐱 [cat] (large:1.2), {x|y} <lora:a:1>\nsecond line\t\x07\x1b[31m \\ "quoted" 日本 & </rdf:li> ]]>'
+
+
+def picture(width_px: int, height_px: int, bits: int = 8, seed: int = 0) -> np.ndarray:
+    """Gradients with some noise, all 16 bits in use."""
+    random = np.random.default_rng(seed)
+    ramp = np.linspace(0, 0.9, height_px)[:, None, None] * np.linspace(0.2, 1, width_px)[None, :, None]
+    noisy = ramp * [1.0, 0.7, 0.4] + random.random((height_px, width_px, 3)) * 0.05
+    return (noisy * (2**bits - 1)).astype(f"uint{bits}")
+
+
+def write_unevenly(sink: RowSink, pixels: np.ndarray, seed: int = 0) -> None:
+    random, row = np.random.default_rng(seed), 0
+    while row < len(pixels):
+        count = int(random.integers(0, 150))
+        sink.write(pixels[row : row + count])
+        row += count
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def info() -> PictureInfo:
+    parameters = a1111_parameters(
+        PROMPT,
+        "blurry",
+        steps=30,
+        sampler="Euler, ancestral",
+        cfg_scale=5.0,
+        seed=7,
+        size_px=(1024, 512),
+        model="demo",
+        version="linfusion 0.1.0",
+    )
+    request = {"prompt": PROMPT, "negative_prompt": "blurry", "seed": 7, "nested": {"prompt_2": "b", "list": [1, None]}}
+    return PictureInfo("linfusion 0.1.0", 300.0, request, PROMPT, "blurry", parameters)

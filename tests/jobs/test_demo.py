@@ -1,0 +1,40 @@
+"""The embedded model does what a prompt says; how well is a matter for docs and eyes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from linfusion_cli.geometry import Size
+from linfusion_cli.jobs.generate import generate
+from linfusion_cli.request import GenerateRequest
+
+PROMPTS = {
+    "night": "a starry night over the sea",
+    "day": "a sunny day over hills, blue sky",
+    "sunset": "a red sunset at the sea, clouds",
+}
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Mean colour of three pictures of each prompt, red, green and blue from 0 to 255."""
+    folder = tmp_path_factory.mktemp("demo")
+
+    def colour(name: str, seed: int) -> np.ndarray:
+        output = folder / f"{name}-{seed}.png"
+        request = GenerateRequest(
+            PROMPTS[name], Size(256, 256), output, "demo", seed=seed, steps=16, guidance_scale=4.0
+        )
+        generate(request, {})
+        return np.asarray(Image.open(output)).mean(axis=(0, 1))
+
+    return {name: np.mean([colour(name, seed) for seed in range(3)], axis=0) for name in PROMPTS}
+
+
+def test_nights_are_darker_than_days(colours):
+    assert colours["night"].mean() + 30 < colours["day"].mean()
+
+
+def test_sunsets_are_red_and_days_are_blue(colours):
+    assert colours["sunset"][0] > colours["sunset"][2] + 40
+    assert colours["day"][2] > colours["sunset"][2] + 40

@@ -1,0 +1,253 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from linfusion_cli.errors import CannotCreate, DataError, Stopped, UsageError, WriteFailed
+from linfusion_cli.events import Notice, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.geometry import Size
+from linfusion_cli.images import read_info
+from linfusion_cli.jobs import prepare
+from linfusion_cli.jobs.generate import generate
+from linfusion_cli.request import GenerateRequest
+from tests.fakes import Listener
+
+
+@pytest.fixture
+def make(xl_model, tmp_path):
+    """generate() with small settings, into tmp_path."""
+
+    def run(observer=None, output="out.png", **changed):
+        values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": 4, "strength": 0.5}
+        request = GenerateRequest(**values | {"output": tmp_path / output} | changed)
+        return generate(request, {}, observer or Listener())
+
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("size", [Size(64, 64), Size(128, 128), Size(201, 133), Size(70, 97), Size(64, 300)])
+@pytest.mark.parametrize("output", ["a.tif", "a.png", "a.jpg"])
+def test_the_file_has_exactly_the_size_asked_for(make, tmp_path, size, output):
+    report = make(size=size, output=output)
+    info = read_info(tmp_path / output)
+    assert (info.width_px, info.height_px) == size.pair
+    assert pixels(tmp_path / output).shape == (size.height, size.width, 3)
+    assert files(tmp_path) == {output} and report.file_bytes == (tmp_path / output).stat().st_size
+
+
+def test_the_base_is_the_picture_that_diffusers_makes(make, xl_model, tmp_path):
+    """One phase, the model's own attention: the same pixels as the plain pipeline with the same seed."""
+    from diffusers import StableDiffusionXLPipeline
+
+    make(size=Size(64, 64), linfusion="none", seed=5, guidance_scale=3.0, guidance_rescale=0.3)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(xl_model)
+    expected = pipeline(
+        "a hill",
+        width=64,
+        height=64,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        guidance_rescale=0.3,
+        generator=torch.Generator("cpu").manual_seed(5),
+        output_type="np",
+    ).images[0]
+    np.testing.assert_allclose(pixels(tmp_path / "out.png") / 255, expected, atol=0.6 / 255)
+
+
+def test_the_ladder_is_sdedit_over_the_whole_picture(make, xl_model, tmp_path):
+    """Two phases against the same written plainly: decode, resize, encode, noise, denoise, decode, all at once."""
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+    from linfusion_cli.sampling.noise import phase_noise
+
+    make(size=Size(128, 128), linfusion="none", guidance_scale=1.0)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(xl_model)
+    vae: AutoencoderKL = pipeline.vae
+    sizes = {"original_size": (128, 128), "target_size": (128, 128), "guidance_scale": 1.0}
+    start = pipeline(
+        "a hill", width=64, height=64, num_inference_steps=4, output_type="latent",
+        generator=torch.Generator("cpu").manual_seed(0), **sizes,
+    ).images  # fmt: skip
+    with torch.inference_mode():
+        picture = (vae.decode(start / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        planes = [Image.fromarray(plane.numpy()).resize((128, 128), Image.Resampling.LANCZOS) for plane in picture[0]]
+        large = torch.from_numpy(np.stack([np.asarray(plane) for plane in planes])).clamp(0, 1)[None]
+        encoded = vae.encode(large * 2 - 1).latent_dist.mean * vae.config.scaling_factor
+    pipeline.scheduler.set_timesteps(4)
+    noised = encoded + pipeline.scheduler.sigmas[2] * phase_noise(0, 1, 4, 16, 16)
+    # diffusers scales what it is given as starting noise, and runs all steps: two of them by hand, then.
+    hidden, _, pooled, _ = pipeline.encode_prompt("a hill", do_classifier_free_guidance=False)
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]])}
+    sigmas, timesteps = pipeline.scheduler.sigmas, pipeline.scheduler.timesteps
+    with torch.inference_mode():
+        for i in (2, 3):
+            scaled = noised / (sigmas[i] ** 2 + 1) ** 0.5
+            noise = pipeline.unet(scaled, timesteps[i], hidden, added_cond_kwargs=added).sample
+            noised = noised + (sigmas[i + 1] - sigmas[i]) * noise
+        expected = (vae.decode(noised / vae.config.scaling_factor).sample[0] / 2 + 0.5).clamp(0, 1)
+    np.testing.assert_allclose(pixels(tmp_path / "out.png") / 255, expected.permute(1, 2, 0), atol=1.1 / 255)
+
+
+def test_the_same_request_gives_the_same_file(make, tmp_path):
+    for name in ("a.tif", "b.tif"):
+        make(output=name)
+    assert np.array_equal(pixels(tmp_path / "a.tif"), pixels(tmp_path / "b.tif"))
+    make(output="c.tif", seed=1)
+    assert not np.array_equal(pixels(tmp_path / "a.tif"), pixels(tmp_path / "c.tif"))
+
+
+def test_linfusion_is_what_changes_the_picture(make, tmp_path):
+    make(output="linear.png")
+    make(output="softmax.png", linfusion="none")
+    assert not np.array_equal(pixels(tmp_path / "linear.png"), pixels(tmp_path / "softmax.png"))
+
+
+def test_sd15_takes_the_same_road(make, sd_model, tmp_path):
+    make(model=str(sd_model), linfusion="none", size=Size(130, 70))
+    assert pixels(tmp_path / "out.png").shape == (70, 130, 3)
+
+
+def test_the_file_tells_its_request(make, tmp_path):
+    prompt = 'a [cat] 😀 <&>\n"quoted"'
+    make(prompt=prompt, negative_prompt="dogs", output="a.tif", dpi=72)
+    info = read_info(tmp_path / "a.tif")
+    assert info.request["prompt"] == prompt and info.request["steps"] == 4 and info.dpi == 72
+    make(prompt=prompt, output="b.tif", prompt_metadata=False)
+    assert "😀" not in json.dumps(read_info(tmp_path / "b.tif").request, ensure_ascii=False)
+
+
+def test_a_preview_is_the_picture_in_small(make, tmp_path):
+    make(preview=tmp_path / "small.jpg")
+    difference = pixels(tmp_path / "small.jpg").astype(int) - pixels(tmp_path / "out.png")
+    assert np.abs(difference).mean() < 4
+
+
+def test_events_and_report_tell_the_same_stages(make):
+    listener = Listener()
+    report = make(listener)
+    started, finished = listener.of(StageStarted), listener.of(StageFinished)
+    names = ["start", "prompt", "models", "base", "decode", "encode", "2x", "decode", "write"]
+    assert [event.name for event in started] == [stage.name for stage in report.stages] == names
+    assert len(started) == len(finished)
+    steps = {stage.name: stage.steps for stage in report.stages if stage.kind == "denoise"}
+    assert steps == {"base": 4, "2x": 2}
+    assert all(stage.peak_host_bytes > 1 << 20 for stage in report.stages if stage.kind in ("denoise", "decode"))
+    assert 0 < sum(stage.seconds for stage in report.stages) <= report.total_seconds
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_a_prompt_that_is_too_long_is_told(make):
+    listener = Listener()
+    make(listener, prompt="x" * 100)
+    assert any("too long" in notice.text for notice in listener.of(Notice))
+
+
+def test_an_existing_file_is_refused_before_any_work_and_kept(make, tmp_path):
+    (tmp_path / "out.png").write_text("precious")
+    listener = Listener()
+    with pytest.raises(CannotCreate, match="--overwrite"):
+        make(listener)
+    assert (tmp_path / "out.png").read_text() == "precious" and not listener.events
+    make(overwrite=True)
+    assert pixels(tmp_path / "out.png").shape == (128, 128, 3)
+
+
+def test_a_disk_without_room_is_refused_before_any_work(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(WriteFailed, match=r"1000 B free, and 128x128 needs .* MiB"):
+        make()
+    assert files(tmp_path) == set()
+
+
+def test_an_unknown_suffix_is_refused(make):
+    with pytest.raises(UsageError, match="gif"):
+        make(output="a.gif")
+
+
+@pytest.mark.parametrize("event", [StageStarted, StageAdvanced, StageFinished])
+@pytest.mark.parametrize("after", [0, 3, 6])
+def test_stopping_anywhere_leaves_nothing_behind(make, tmp_path, event, after):
+    left = [after]
+
+    def stop(seen):
+        if isinstance(seen, event):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stopped(15)
+
+    with pytest.raises(Stopped):
+        make(stop, preview=tmp_path / "small.jpg")
+    assert files(tmp_path) == set()
+
+
+def test_a_model_that_gives_nan_ends_with_an_error_and_no_file(make, xl_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(xl_model, tmp_path / "nan")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_out.bias"][:] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match="NaN in base"):
+        make(model=str(folder))
+    assert files(tmp_path) == {"nan"}
+
+
+def test_a_preview_that_fails_does_not_take_the_picture_with_it(make, tmp_path, monkeypatch):
+    from linfusion_cli import images
+
+    def fail(self, *rows):
+        self.abort()
+        raise WriteFailed("No space left for the preview.")
+
+    for method in ("write", "close"):
+        with monkeypatch.context() as patch:
+            patch.setattr(images.PreviewSink, method, fail)
+            with pytest.raises(WriteFailed, match="The picture is complete, but its preview is not: No space"):
+                make(preview=tmp_path / "small.jpg", overwrite=True)
+        assert files(tmp_path) == {"out.png"} and pixels(tmp_path / "out.png").shape == (128, 128, 3)
+
+
+def test_a_picture_that_fails_leaves_no_preview(make, tmp_path, monkeypatch):
+    def fail(self):
+        raise WriteFailed("No space left.")
+
+    monkeypatch.setattr("linfusion_cli.images.png.PngSink.close", fail)
+    with pytest.raises(WriteFailed):
+        make(preview=tmp_path / "small.jpg")
+    assert files(tmp_path) == set()
+
+
+def test_a_file_that_is_moved_away_at_once_is_still_a_success(make, tmp_path):
+    def move(event):
+        if isinstance(event, StageFinished) and (tmp_path / "out.png").exists():
+            (tmp_path / "out.png").rename(tmp_path / "taken.png")
+
+    report = make(move)
+    assert report.file_bytes is None and files(tmp_path) == {"taken.png"}
+
+
+def test_the_disk_that_counts_is_that_of_the_link_s_target(make, tmp_path, monkeypatch):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "out.png").symlink_to(tmp_path / "far" / "real.png")
+    asked = []
+
+    def disk_usage(folder):
+        asked.append(folder)
+        return shutil._ntuple_diskusage(1, 1, 1 << 40)
+
+    monkeypatch.setattr(prepare.shutil, "disk_usage", disk_usage)
+    make()
+    assert asked == [tmp_path / "far"] and (tmp_path / "far" / "real.png").exists()

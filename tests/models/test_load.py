@@ -1,0 +1,152 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.geometry import Size
+from linfusion_cli.models.families import read_facts
+from linfusion_cli.models.load import load_unet, load_vae
+from linfusion_cli.models.text import cut_off, encode_prompts, load_tokenizer
+from tests.models_in_small import small_text_config, write_small_xl
+
+CPU = torch.device("cpu")
+PROMPT, NEGATIVE = "a [cat] with 😀 and ünïcode", "blurry"
+
+
+def conditioning(folder: Path, prompt: str = PROMPT, negative: str = NEGATIVE):
+    return encode_prompts(folder, read_facts(folder), prompt, negative, torch.float32, CPU)
+
+
+def test_sdxl_hears_what_diffusers_pipeline_hears(xl_model):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(xl_model)
+    for negative in (NEGATIVE, ""):
+        found = conditioning(xl_model, negative=negative)
+        hidden, no_hidden, pooled, no_pooled = pipeline.encode_prompt(PROMPT, negative_prompt=negative or None)
+        torch.testing.assert_close(found.positive.hidden, hidden)
+        torch.testing.assert_close(found.positive.pooled, pooled)
+        torch.testing.assert_close(found.negative.hidden, no_hidden)
+        torch.testing.assert_close(found.negative.pooled, no_pooled)
+
+
+def test_sd_hears_what_diffusers_pipeline_hears(sd_model):
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_model, safety_checker=None)
+    hidden, no_hidden = pipeline.encode_prompt(PROMPT, CPU, 1, True, negative_prompt=NEGATIVE)
+    found = conditioning(sd_model)
+    torch.testing.assert_close(found.positive.hidden, hidden)
+    torch.testing.assert_close(found.negative.hidden, no_hidden)
+    assert found.positive.pooled is None and found.positive.added(Size(64, 64)) is None
+
+
+def test_size_conditioning_is_the_finished_picture(xl_model):
+    added = conditioning(xl_model).positive.added(Size(640, 480))
+    assert added["time_ids"].tolist() == [[480, 640, 0, 0, 480, 640]]
+
+
+def test_the_end_of_a_long_prompt_is_told(xl_model):
+    tokenizer = load_tokenizer(xl_model / "tokenizer", small_text_config())
+    assert cut_off(tokenizer, "short") == ""
+    assert cut_off(tokenizer, "x" * 75 + " tail").replace(" ", "") == "tail"
+    assert conditioning(xl_model, prompt="y" * 100).unheard
+
+
+def test_parts_are_read_as_they_were_written(xl_model):
+    from safetensors.torch import load_file
+
+    unet = load_unet(xl_model, torch.float32)
+    for name, tensor in load_file(xl_model / "unet" / "diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(unet.state_dict()[name], tensor)
+    assert not any(parameter.requires_grad for parameter in unet.parameters()) and not unet.training
+
+
+def test_a_half_precision_variant_is_read(tmp_path):
+    folder = write_small_xl(tmp_path / "half", variant="fp16")
+    assert load_unet(folder, torch.float32).dtype == torch.float32
+    assert load_vae(folder, torch.float32, CPU).dtype == torch.float32
+
+
+def test_parameters_do_not_lie_in_the_file(xl_model):
+    """Overwriting the file under a model that maps it would change its weights."""
+    folder = shutil.copytree(xl_model / "unet", xl_model.parent / "mapped" / "unet").parent
+    unet = load_unet(folder, torch.float32)
+    before = unet.conv_in.weight.clone()
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    with file.open("r+b") as stream:
+        stream.seek(-4096, 2)
+        stream.write(bytes(4096))
+    assert torch.equal(unet.conv_in.weight, before)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def copy(xl_model, tmp_path):
+    return shutil.copytree(xl_model, tmp_path / "copy")
+
+
+def test_a_truncated_file_is_named(copy):
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"unet/diffusion_pytorch_model\.safetensors is not a whole"):
+        load_unet(copy, torch.float32)
+
+
+def test_missing_weights_are_named(copy):
+    (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(Unavailable, match="vae has no weights"):
+        load_vae(copy, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("lost", [["*"], ["vocab.json", "tokenizer.json"]])
+def test_a_tokenizer_without_words_is_refused(copy, lost):
+    for pattern in lost:
+        for file in (copy / "tokenizer").glob(pattern):
+            file.unlink()
+    with pytest.raises(DataError, match="tokenizer has no vocabulary"):
+        conditioning(copy)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(copy):
+    (copy / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="tokenizer could not be read"):
+        conditioning(copy)
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy):
+    config = small_text_config()
+    config.vocab_size = 100
+    with pytest.raises(DataError, match="has 514 words, and its encoder knows 100"):
+        load_tokenizer(copy / "tokenizer", config)
+
+
+def test_the_window_is_the_encoders_whatever_the_tokenizer_says(copy, xl_model):
+    (copy / "tokenizer" / "tokenizer_config.json").unlink()
+    torch.testing.assert_close(conditioning(copy).positive.hidden, conditioning(xl_model).positive.hidden)
+
+
+@pytest.mark.parametrize(
+    "part", ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder_2/model"]
+)
+def test_weights_that_do_not_fit_their_config_are_refused(copy, part):
+    """Libraries fill what is missing with random numbers, and say so in a log that nobody reads."""
+    from safetensors.torch import load_file, save_file
+
+    file = copy / f"{part}.safetensors"
+    tensors = load_file(file)
+    name, tensor = tensors.popitem()
+    facts = read_facts(copy)
+
+    def read_all():
+        load_unet(copy, torch.float32)
+        load_vae(copy, torch.float32, CPU)
+        encode_prompts(copy, facts, PROMPT, "", torch.float32, CPU)
+
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=f"lack {name}"):
+        read_all()
+    save_file(tensors | {name: tensor.new_zeros(3, 5)}, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match="do not fit"):
+        read_all()
+    save_file(tensors | {name: tensor, "more": tensor.clone()}, file, metadata={"format": "pt"})
+    read_all()

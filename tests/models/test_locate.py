@@ -1,0 +1,179 @@
+import json
+import shutil
+
+import pytest
+
+from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.models.families import read_facts
+from linfusion_cli.models.locate import (
+    DEMO_FOLDER,
+    download_patterns,
+    find_linfusion,
+    find_model,
+    is_here,
+    weights_files,
+)
+
+
+@pytest.fixture
+def copy(xl_model, tmp_path):
+    """A copy of the small model, to damage."""
+    return shutil.copytree(xl_model, tmp_path / "copy")
+
+
+def put_in_hub(folder, name):
+    """Lay `folder` into the hub's cache as huggingface_hub does for repository `name`."""
+    from huggingface_hub import constants
+
+    cache = constants.HF_HUB_CACHE
+    from pathlib import Path
+
+    repository = Path(cache) / f"models--{name.replace('/', '--')}"
+    commit = "0123456789012345678901234567890123456789"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return repository / "snapshots" / commit
+
+
+def test_a_folder_is_found(xl_model):
+    assert find_model(str(xl_model)) == xl_model
+
+
+def test_demo_is_embedded():
+    assert find_model("demo") == DEMO_FOLDER
+
+
+def test_a_hub_id_in_the_cache_is_found(xl_model):
+    snapshot = put_in_hub(xl_model, "someone/small-xl")
+    assert find_model("someone/small-xl") == snapshot
+    assert find_linfusion("someone/small-xl", xl_model, "sdxl") == snapshot
+
+
+def test_a_hub_id_that_is_not_here_says_how_to_get_it():
+    with pytest.raises(Unavailable, match="someone/else is not on this machine") as caught:
+        find_model("someone/else")
+    assert "--download" in caught.value.way_out
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such/folder/anywhere", "./nowhere", "a b", "~nosuchuser/x", "x" * 300, "a/" * 200]
+)
+def test_a_path_that_is_not_there_is_said_to_be_none(name):
+    with pytest.raises(Unavailable, match="no such folder"):
+        find_model(name)
+
+
+def test_a_file_and_a_folder_of_something_else_are_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match="is a file"):
+        find_model(str(file))
+    with pytest.raises(DataError, match=r"model_index\.json"):
+        find_model(str(tmp_path))
+
+
+def test_linfusion_auto_is_the_models_own_else_its_familys(xl_model, sd_model):
+    assert find_linfusion("auto", xl_model, "sdxl") == xl_model / "linfusion"
+    assert find_linfusion("none", xl_model, "sdxl") is None
+    with pytest.raises(Unavailable, match="--linfusion Yuanshi/LinFusion-1-5"):
+        find_linfusion("auto", sd_model, "sd15")
+
+
+def test_facts_come_from_configs_alone(xl_model, sd_model):
+    xl, sd = read_facts(xl_model), read_facts(sd_model)
+    assert (xl.family, xl.native_px, xl.vae_factor, xl.multiple_px, xl.is_xl) == ("sdxl", 64, 8, 32, True)
+    assert (sd.family, sd.native_px, sd.vae_factor, sd.multiple_px, sd.is_xl) == ("sd15", 64, 8, 64, False)
+    assert xl.zeros_for_empty_prompt and not sd.zeros_for_empty_prompt
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"sample_size": 8}'])
+def test_a_broken_config_is_named(copy, text):
+    (copy / "unet" / "config.json").write_text(text)
+    with pytest.raises(DataError, match="(?i)unet"):
+        read_facts(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "named"),
+    [
+        ("unet", {"in_channels": 9}, "takes 9 channels"),
+        ("unet", {"sample_size": [8, 8]}, "sample_size"),
+        ("vae", {"latents_mean": [0, 0, 0, 0]}, "latents_mean"),
+        ("vae", {"shift_factor": 0.1}, "shift_factor"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(copy, part, change, named):
+    """Inpainting models and the like: they would run for a while, or paint in wrong colours."""
+    file = copy / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(DataError, match=named):
+        read_facts(copy)
+
+
+def test_a_missing_config_is_named(copy):
+    (copy / "vae" / "config.json").unlink()
+    with pytest.raises(Unavailable, match=r"vae/config\.json is missing"):
+        read_facts(copy)
+
+
+def test_a_model_is_here_only_with_all_its_weights(copy):
+    assert is_here(str(copy)) and not is_here("someone/else")
+    (copy / "text_encoder_2" / "model.safetensors").unlink()
+    assert not is_here(str(copy))
+
+
+def test_pickles_are_refused_with_a_way_to_convert(copy):
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(DataError, match="pickle") as caught:
+        weights_files(copy / "unet")
+    assert "safetensors" in caught.value.way_out
+
+
+def test_download_fetches_only_what_is_not_here(xl_model, monkeypatch):
+    """With --download a complete model runs without a network, and one that was cut off is fetched."""
+    snapshot = put_in_hub(xl_model, "someone/small-xl")
+    monkeypatch.setattr("linfusion_cli.models.locate.fetch", lambda name, kind: f"fetched {name}")
+    assert find_model("someone/small-xl", download=True) == snapshot
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert find_model("someone/small-xl", download=True) == "fetched someone/small-xl"
+    assert find_linfusion("someone/small-xl", xl_model, "sdxl", download=True) == "fetched someone/small-xl"
+    assert find_model("someone/other", download=True) == "fetched someone/other"
+
+
+def test_what_is_downloaded_is_what_is_needed(monkeypatch):
+    files = [
+        "README.md",
+        "sd_xl_base_1.0.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "vae_1_0/diffusion_pytorch_model.safetensors",
+    ]
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: files)
+    patterns = download_patterns("someone/sdxl")
+    weights = [pattern for pattern in patterns if pattern.endswith(".safetensors")]
+    assert weights == ["unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+    assert "*.json" in patterns and "*/*.json" in patterns
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_nothing_is_downloaded_unless_asked_and_a_dead_network_is_one_sentence(monkeypatch, kind):
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    error = [*HfHubHTTPError.__bases__, OfflineModeIsEnabled][kind]("no route\nto host")
+
+    def refuse(name):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", refuse)
+    with pytest.raises(Unavailable, match="not on this machine"):
+        find_model("someone/else")
+    with pytest.raises(Unavailable, match=r"could not be fetched \(no route\)"):
+        find_model("someone/else", download=True)
+
+
+def test_model_index_names_what_diffusers_names(xl_model):
+    index = json.loads((xl_model / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLPipeline"

@@ -1,0 +1,34 @@
+import torch
+
+from linfusion_cli.sampling.noise import BLOCK_LAT, base_noise, phase_noise
+
+
+def test_base_noise_is_what_diffusers_draws():
+    from diffusers.utils.torch_utils import randn_tensor
+
+    for dtype in (torch.float32, torch.float16):
+        generator = torch.Generator("cpu").manual_seed(7)
+        expected = randn_tensor((1, 4, 24, 40), generator=generator, device=torch.device("cpu"), dtype=dtype)
+        assert torch.equal(base_noise(7, 4, 24, 40, dtype), expected.float())
+
+
+def test_phase_noise_does_not_depend_on_the_size_of_the_map():
+    large = phase_noise(3, 2, 4, 3 * BLOCK_LAT, 2 * BLOCK_LAT + 5)
+    small = phase_noise(3, 2, 4, BLOCK_LAT + 9, BLOCK_LAT + 1)
+    assert torch.equal(large[..., : BLOCK_LAT + 9, : BLOCK_LAT + 1], small)
+
+
+def test_phase_noise_differs_by_seed_phase_and_place():
+    def corner(seed, phase, top, left):
+        noise = phase_noise(seed, phase, 1, 2 * BLOCK_LAT, 2 * BLOCK_LAT)
+        return noise[..., top : top + BLOCK_LAT, left : left + BLOCK_LAT]
+
+    blocks = [corner(*place) for place in [(0, 1, 0, 0), (1, 1, 0, 0), (0, 2, 0, 0), (0, 1, 64, 0), (0, 1, 0, 64)]]
+    for i, block in enumerate(blocks):
+        for other in blocks[:i]:
+            assert torch.corrcoef(torch.stack([block.flatten(), other.flatten()]))[0, 1].abs() < 0.06
+
+
+def test_phase_noise_is_normal():
+    noise = phase_noise(0, 1, 4, 256, 256)
+    assert noise.mean().abs() < 0.01 and (noise.std() - 1).abs() < 0.01

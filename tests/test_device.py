@@ -1,0 +1,84 @@
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+from linfusion_cli import device
+from linfusion_cli.errors import Unavailable, UsageError
+
+MIB = 1 << 20
+
+
+def test_auto_is_the_best_there_is():
+    assert device.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_an_unknown_device_is_usage_and_an_absent_one_unavailable():
+    for name in ("gpu", "mps", "cuda:x", "", "cuda:-1", "cuda:12345678901"):
+        with pytest.raises(UsageError):
+            device.pick_device(name)
+    for name in ("cuda:99", "cuda:200"):
+        with pytest.raises(Unavailable, match=name):
+            device.pick_device(name)
+
+
+def test_a_cpu_runs_in_float32_only():
+    cpu = torch.device("cpu")
+    assert device.pick_dtype("auto", cpu) == device.pick_vae_dtype(cpu) == torch.float32
+    with pytest.raises(UsageError, match="bfloat16"):
+        device.pick_dtype("bfloat16", cpu)
+    assert device.pick_dtype("auto", torch.device("cuda")) == torch.float16
+    assert device.pick_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
+
+
+def test_the_smallest_limit_counts(tmp_path, monkeypatch):
+    """Also one that was set above this process's own cgroup."""
+    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    monkeypatch.setattr(device, "PROC_SELF", tmp_path)
+    (tmp_path / "cgroup").write_text("0::/user/job\n")
+    (tmp_path / "user" / "job").mkdir(parents=True)
+    whole = device.memory_limit_bytes()
+    (tmp_path / "user" / "job" / "memory.max").write_text("max\n")
+    assert device.memory_limit_bytes() == whole
+    (tmp_path / "user" / "memory.max").write_text(f"{512 * MIB}\n")
+    assert device.memory_limit_bytes() == 512 * MIB
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
+    assert device.memory_limit_bytes() == 100 * MIB
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError("x"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_known(error):
+    assert device.is_out_of_memory(error) and not device.is_out_of_memory(RuntimeError("other"))
+
+
+@pytest.mark.skipif(not device.forgets_peaks(), reason="this kernel does not forget a process's peak memory")
+def test_a_peak_is_that_of_its_own_stretch_of_work():
+    cpu = torch.device("cpu")
+    before = device.PeakMemory(cpu).host_bytes()
+    peak = device.PeakMemory(cpu)
+    big = np.ones(256 * MIB, np.uint8)
+    assert peak.host_bytes() - before > 200 * MIB
+    del big
+    after = device.PeakMemory(cpu)
+    assert after.host_bytes() - before < 100 * MIB and after.device_bytes() is None
+
+
+@pytest.mark.parametrize("refusal", ["no clear_refs", "no VmHWM"])
+def test_where_no_peak_is_forgotten_it_is_the_one_since_the_start(refusal, tmp_path, monkeypatch):
+    """And a report says so: containers may refuse the reset, and some kernels keep no VmHWM."""
+    monkeypatch.setattr(device, "PROC_SELF", tmp_path / "missing" if refusal == "no clear_refs" else tmp_path)
+    big = np.ones(64 * MIB, np.uint8)
+    peak = device.PeakMemory(torch.device("cpu"))
+    del big
+    assert peak.host_bytes() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > 64 * MIB
+    assert device.describe(torch.device("cpu"))["host_peaks_of"] == "process"

@@ -1,0 +1,69 @@
+from itertools import pairwise
+
+import pytest
+
+from linfusion_cli.geometry import Size, bands, base_size, phase_sizes, spans
+
+
+@pytest.mark.parametrize(
+    ("target", "native_px", "multiple_px", "base"),
+    [
+        (Size(16384, 16384), 1024, 32, Size(1024, 1024)),
+        (Size(16384, 8192), 1024, 32, Size(1408, 704)),
+        (Size(8192, 16384), 1024, 32, Size(704, 1408)),
+        (Size(1920, 1080), 512, 64, Size(704, 384)),
+        (Size(4000, 3000), 256, 32, Size(288, 224)),
+        (Size(64, 16384), 1024, 32, Size(64, 16384)),
+    ],
+)
+def test_base_has_the_native_area_in_the_targets_proportions(target, native_px, multiple_px, base):
+    assert base_size(target, native_px, multiple_px) == base
+
+
+def test_a_16k_picture_takes_four_doublings():
+    sizes = phase_sizes(Size(16384, 16384), Size(1024, 1024), 32)
+    assert [size.width for size in sizes] == [1024, 2048, 4096, 8192, 16384]
+
+
+def test_the_last_phase_is_the_target_rounded_up():
+    assert phase_sizes(Size(3001, 2999), Size(1024, 1024), 32)[-1] == Size(3008, 3008)
+
+
+def test_a_target_below_the_base_runs_the_base_alone():
+    assert phase_sizes(Size(100, 100), Size(1024, 1024), 32) == [Size(1024, 1024)]
+
+
+def test_a_double_just_below_the_target_is_left_out():
+    widths = [size.width for size in phase_sizes(Size(4100, 4100), Size(1024, 1024), 32)]
+    assert widths == [1024, 2048, 4128]
+
+
+@pytest.mark.parametrize("native_px", [256, 512, 1024])
+@pytest.mark.parametrize("width", [64, 65, 257, 1000, 4099, 16384])
+@pytest.mark.parametrize("height", [64, 200, 1023, 5000])
+def test_any_size_has_a_ladder_that_reaches_it(width, height, native_px):
+    target, multiple = Size(width, height), 32
+    base = base_size(target, native_px, multiple)
+    sizes = phase_sizes(target, base, multiple)
+    assert sizes[0] == base
+    assert all(size.width % multiple == size.height % multiple == 0 for size in sizes)
+    assert sizes[-1] == target.rounded_up(multiple) or (len(sizes) == 1 and base.area >= target.area)
+    assert all(1 < larger.area / smaller.area < 6 for smaller, larger in pairwise(sizes))
+
+
+@pytest.mark.parametrize(("length", "window", "overlap"), [(10, 32, 8), (33, 32, 8), (100, 32, 8), (2048, 64, 16)])
+def test_spans_cover_everything_and_overlap_enough(length, window, overlap):
+    found = spans(length, window, overlap)
+    assert found[0][0] == 0 and found[-1][1] == length
+    assert all(stop - start == min(window, length) for start, stop in found)
+    assert all(left[1] - right[0] >= overlap for left, right in pairwise(found))
+
+
+def test_bands_cover_everything_once():
+    assert list(bands(10, 4)) == [(0, 4), (4, 8), (8, 10)]
+
+
+def test_latents_are_an_exact_division():
+    assert Size(64, 128).divided(8) == Size(8, 16)
+    with pytest.raises(ValueError, match="not a multiple"):
+        Size(60, 64).divided(8)

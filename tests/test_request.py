@@ -1,0 +1,47 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from linfusion_cli.errors import UsageError
+from linfusion_cli.geometry import Size
+from linfusion_cli.request import GenerateRequest
+
+
+def request(**changed) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": "a", "size": Size(64, 65), "output": Path("a.png"), "model": "demo"} | changed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("steps", 1001),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("strength", 1.5),
+        ("strength", float("nan")),
+        ("guidance_scale", -1),
+        ("guidance_rescale", 2),
+        ("dpi", 0),
+        ("dtype", "int8"),
+        ("compression", "rar"),
+        ("model", " "),
+        ("negative_prompt", "\udcff"),
+    ],
+)
+def test_a_value_out_of_range_names_its_flag_and_a_way_out(field, value):
+    with pytest.raises(UsageError, match="--" + field.replace("_", "-")) as caught:
+        request(**{field: value})
+    assert caught.value.way_out and caught.value.setting == field
+
+
+def test_a_prompt_that_is_no_text_is_named():
+    with pytest.raises(UsageError, match="The prompt 'caf"):
+        request(prompt="caf\udce9")
+
+
+def test_json_holds_every_field():
+    values = json.loads(json.dumps(request(preview=Path("p.jpg")).to_json()))
+    assert set(values) == set(GenerateRequest.__dataclass_fields__)
+    assert (values["size"], values["output"], values["preview"]) == ("64x65", "a.png", "p.jpg")

@@ -1,0 +1,47 @@
+import pytest
+
+from linfusion_cli.errors import UsageError
+from linfusion_cli.geometry import Size
+from linfusion_cli.units import format_bytes, format_seconds, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("16384", Size(16384, 16384)),
+        ("16384x8192", Size(16384, 8192)),
+        ("64X100", Size(64, 100)),
+        (" 300 × 200 ", Size(300, 200)),
+    ],
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "abc", "0", "63", "64x63", "-5", "1e4", "12.5", "3x", "x3", "1x2x3", "9" * 400, "9" * 5000, "٣٠٠"]
+)
+def test_what_is_no_size_is_refused_with_a_way_out(text):
+    with pytest.raises(UsageError) as caught:
+        parse_size(text)
+    assert repr(text) in caught.value.message and caught.value.way_out
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (12 << 30, "12.0 GiB"), (5e14, "454.7 TiB")])
+def test_bytes(count, text):
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.42, "0.4 s"),
+        (59.94, "59.9 s"),
+        (59.97, "1 min 00 s"),
+        (95, "1 min 35 s"),
+        (3599.9, "1 h 00 min"),
+        (7322, "2 h 02 min"),
+    ],
+)
+def test_seconds(seconds, text):
+    assert format_seconds(seconds) == text

@@ -1,0 +1,25 @@
+"""What people install is the wheel, and a wheel without its model is no error to its builder."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MODEL_BYTES = 16 * 1000 * 1000
+
+
+def test_the_wheel_holds_presets_and_model(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    here = [path for path in (ROOT / "linfusion_cli").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sorted(str(path.relative_to(ROOT)) for path in here) == sorted(n for n in names if ".dist-info/" not in n)
+    for part in ("unet", "vae", "linfusion"):
+        assert f"linfusion_cli/models/demo/{part}/diffusion_pytorch_model.safetensors" in names
+    assert "linfusion_cli/presets/demo.toml" in names
+
+
+def test_the_model_is_small():
+    folder = ROOT / "linfusion_cli" / "models" / "demo"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MODEL_BYTES

@@ -1,0 +1,37 @@
+"""`python -m tools.demo_model`: every stage in order, skipped where its result is there, resumed after a kill."""
+
+import argparse
+
+from tools.demo_model.distill import train_linear
+from tools.demo_model.draw import draw_all
+from tools.demo_model.export import export
+from tools.demo_model.latents import encode_all
+from tools.demo_model.sample import sample_grid
+from tools.demo_model.store import WORK, start_log
+from tools.demo_model.tokenizer import make_tokenizer
+from tools.demo_model.unet import train_unet
+from tools.demo_model.vae import train_vae
+
+
+def main() -> None:
+    """Train the embedded model and put it in its place."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=main.__doc__)
+    parser.add_argument("--minutes-vae", type=float, default=15.0)
+    parser.add_argument("--minutes-unet", type=float, default=58.0)
+    parser.add_argument("--minutes-distill", type=float, default=6.0)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    start_log()
+    draw_all(options.processes)
+    tokenizer = make_tokenizer()
+    train_vae(options.minutes_vae, options.processes)
+    encode_all(options.processes)
+    train_unet(tokenizer, options.minutes_unet, options.processes)
+    train_linear(tokenizer, options.minutes_distill, options.processes)
+    export()
+    for linear in (True, False):
+        sample_grid(WORK / "samples" / f"final-{'linear' if linear else 'original'}.png", linear=linear)
+
+
+if __name__ == "__main__":
+    main()

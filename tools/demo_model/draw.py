@@ -1,0 +1,59 @@
+"""Stage `scenes`: draws all pictures once, in shards, on all cores."""
+
+import json
+import os
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from tools.demo_model.scenes import scene
+from tools.demo_model.store import WORK, log, save_array, save_json
+
+SHARD = 80
+# name -> (first number, count, pixels high and wide); sides are multiples of 64 and the areas about the native one
+GROUPS = {
+    "square": (0, 7200, (256, 256)),
+    "wide2": (20000, 160, (192, 384)),
+    "wide": (21000, 160, (192, 320)),
+    "tall2": (22000, 160, (384, 192)),
+    "tall": (23000, 160, (320, 192)),
+    "held_out": (30000, 80, (256, 256)),
+    "large": (40000, 480, (1024, 1024)),
+}
+
+
+def draw_all(processes: int = 2) -> None:
+    """Draw what is missing."""
+    jobs = [(name, shard) for name, (_, count, _) in GROUPS.items() for shard in range(-(-count // SHARD))]
+    jobs = [job for job in jobs if not _path(*job).exists()]
+    log.info("scenes: %d shards to draw", len(jobs))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with get_context("spawn").Pool(processes) as pool:
+        for done, _ in enumerate(pool.imap_unordered(_draw_shard, jobs)):
+            if done % 20 == 0:
+                log.info("scenes: %d of %d shards", done + 1, len(jobs))
+
+
+def _path(name: str, shard: int) -> Path:
+    return WORK / "scenes" / f"{name}-{shard:03d}.npy"
+
+
+def _draw_shard(job: tuple[str, int]) -> None:
+    name, shard = job
+    first, count, shape = GROUPS[name]
+    numbers = range(first + shard * SHARD, first + min((shard + 1) * SHARD, count))
+    drawn = [scene(number, shape) for number in numbers]
+    save_json(_path(name, shard).with_suffix(".json"), [words for _, words in drawn])
+    save_array(_path(name, shard), np.stack([image for image, _ in drawn]))
+
+
+def shards(name: str) -> list[np.ndarray]:
+    """The pictures of a group, mapped, [n, H, W, 3] uint8 each."""
+    return [np.load(path, mmap_mode="r") for path in sorted((WORK / "scenes").glob(f"{name}-*.npy"))]
+
+
+def captions(name: str) -> list[str]:
+    """The captions of a group, in the order of its pictures."""
+    paths = sorted((WORK / "scenes").glob(f"{name}-*.json"))
+    return [words for path in paths for words in json.loads(path.read_text(encoding="utf-8"))]

@@ -1,0 +1,85 @@
+"""Colours by time of day, sRGB in 0..1."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tools.demo_model.spec import Spec
+
+Array = np.ndarray
+
+# top of the sky, middle, horizon
+SKIES = {
+    ("night", "blue"): ((0.01, 0.02, 0.07), (0.03, 0.06, 0.17), (0.09, 0.15, 0.31)),
+    ("night", "violet"): ((0.03, 0.01, 0.09), (0.09, 0.04, 0.2), (0.22, 0.12, 0.34)),
+    ("night", "teal"): ((0.0, 0.03, 0.06), (0.01, 0.09, 0.15), (0.06, 0.22, 0.28)),
+    ("dawn", "pink"): ((0.38, 0.45, 0.7), (0.8, 0.6, 0.72), (1.0, 0.78, 0.72)),
+    ("dawn", "golden"): ((0.42, 0.56, 0.75), (0.86, 0.77, 0.66), (1.0, 0.88, 0.6)),
+    ("dawn", "lavender"): ((0.36, 0.34, 0.6), (0.64, 0.55, 0.78), (0.94, 0.78, 0.84)),
+    ("day", "blue"): ((0.12, 0.35, 0.75), (0.33, 0.6, 0.9), (0.74, 0.87, 0.97)),
+    ("day", "pale"): ((0.42, 0.6, 0.8), (0.63, 0.77, 0.9), (0.9, 0.94, 0.97)),
+    ("day", "turquoise"): ((0.05, 0.45, 0.7), (0.3, 0.7, 0.83), (0.75, 0.93, 0.93)),
+    ("sunset", "orange"): ((0.18, 0.2, 0.42), (0.82, 0.42, 0.3), (1.0, 0.7, 0.28)),
+    ("sunset", "red"): ((0.2, 0.08, 0.22), (0.7, 0.18, 0.2), (0.98, 0.45, 0.2)),
+    ("sunset", "purple"): ((0.16, 0.1, 0.36), (0.52, 0.24, 0.5), (0.98, 0.55, 0.46)),
+}
+# what the sky's light makes of a white surface, facing it and turned away
+LIGHTS = {
+    "night": ((0.36, 0.44, 0.64), (0.06, 0.09, 0.18)),
+    "dawn": ((1.0, 0.84, 0.8), (0.45, 0.42, 0.58)),
+    "day": ((1.0, 0.98, 0.92), (0.42, 0.48, 0.6)),
+    "sunset": ((1.0, 0.62, 0.42), (0.28, 0.18, 0.28)),
+}
+CLOUDS = {
+    "night": ((0.25, 0.28, 0.42), (0.06, 0.08, 0.15)),
+    "dawn": ((1.0, 0.9, 0.86), (0.66, 0.55, 0.7)),
+    "day": ((1.0, 1.0, 1.0), (0.66, 0.72, 0.8)),
+    "sunset": ((1.0, 0.66, 0.42), (0.4, 0.22, 0.36)),
+}
+ALBEDOS = {
+    "mountains": (0.44, 0.42, 0.43),
+    "hills": (0.36, 0.5, 0.2),
+    "lake": (0.42, 0.43, 0.4),
+    "plain": (0.5, 0.56, 0.22),
+    "desert": (0.93, 0.68, 0.4),
+    "forest": (0.16, 0.3, 0.16),
+    "sea": (0.1, 0.32, 0.42),
+}
+SNOW = (0.95, 0.97, 1.0)
+TREES = (0.1, 0.19, 0.1)
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Every colour one scene needs, each [3]."""
+
+    top: Array
+    middle: Array
+    low: Array
+    lit: Array
+    shade: Array
+    cloud_lit: Array
+    cloud_shade: Array
+    albedo: Array
+    tree: Array
+
+
+def palette(spec: Spec, rng: np.random.Generator) -> Palette:
+    """The colours of the scene, each moved a little."""
+    sky = SKIES[spec.time, spec.tint]
+    dim = 0.55 if spec.clouds == "storm" else 0.8 if spec.clouds == "many" else 1.0
+    bright = 1.0 if spec.orb or spec.time != "night" else 0.75
+
+    def pick(colour: tuple[float, ...], scale: float = 1.0) -> Array:
+        return np.clip(np.float32(colour) * scale + rng.normal(0, 0.02, 3), 0, 1).astype(np.float32)
+
+    # a little of the sky in the clouds keeps a red evening red
+    lit, shade = (0.7 * np.float32(c) + 0.3 * np.float32(s) for c, s in zip(CLOUDS[spec.time], sky[::-2], strict=True))
+    return Palette(
+        *(pick(colour, dim) for colour in sky),
+        *(pick(colour, dim * bright) for colour in LIGHTS[spec.time]),
+        pick(lit, dim),
+        pick(shade, dim),
+        pick(SNOW if spec.snow and spec.land != "forest" else ALBEDOS[spec.land]),
+        pick(np.float32(TREES) + (0.25 if spec.snow else 0)),
+    )

@@ -1,0 +1,22 @@
+"""A scene from its number: the same number gives the same picture and the same caption."""
+
+import numpy as np
+
+from tools.demo_model.captions import caption
+from tools.demo_model.ground import paint_ground
+from tools.demo_model.palette import palette
+from tools.demo_model.sky import frame, paint_sky
+from tools.demo_model.spec import draw_spec
+
+SEED = 20240902
+
+
+def scene(number: int, shape: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """Picture [H, W, 3] uint8 and its caption."""
+    rng = np.random.default_rng((SEED, number))
+    spec = draw_spec(rng)
+    words = caption(spec, rng)
+    colours = palette(spec, rng)
+    at = frame(rng, spec, shape)
+    image = paint_ground(rng, paint_sky(rng, spec, colours, at), spec, colours, at)
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), words

@@ -1,0 +1,142 @@
+"""The sky: gradient, stars, sun or moon, aurora, clouds. Everything above the horizon."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from tools.demo_model.noise import blend, field, line, smoothstep
+from tools.demo_model.palette import Palette
+from tools.demo_model.spec import Spec
+
+Array = np.ndarray
+ORB_COLOURS = {
+    ("night", "moon"): (0.97, 0.96, 0.88),
+    ("night", "crescent"): (0.97, 0.96, 0.88),
+    ("dawn", "sun"): (1.0, 0.95, 0.8),
+    ("day", "sun"): (1.0, 1.0, 0.92),
+    ("sunset", "sun"): (1.0, 0.86, 0.5),
+}
+AURORAS = {
+    "green": ((0.2, 1.0, 0.5), (0.25, 0.4, 0.8)),
+    "purple": ((0.5, 0.6, 1.0), (0.8, 0.25, 0.9)),
+    "red": ((0.5, 0.9, 0.35), (1.0, 0.2, 0.35)),
+}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where things are, in units of sqrt(H W) pixels: x, y, the horizon, and x, y, radius of the sun or moon."""
+
+    shape: tuple[int, int]
+    unit: float
+    x: Array
+    y: Array
+    horizon: float
+    orb: tuple[float, float, float]
+
+
+def frame(rng: np.random.Generator, spec: Spec, shape: tuple[int, int]) -> Frame:
+    """Composition of a scene of [H, W] pixels."""
+    unit = (shape[0] * shape[1]) ** 0.5
+    y, x = (np.arange(n, dtype=np.float32) / unit for n in shape)
+    flat = spec.land in ("sea", "plain")
+    horizon = float(rng.uniform(0.45, 0.62) if flat else rng.uniform(0.6, 0.72)) * shape[0] / unit
+    wide = shape[1] / unit
+    low = spec.time in ("sunset", "dawn")
+    height = rng.uniform(0.45, 0.93 if flat else 0.68) if low else rng.uniform(0.16, 0.5)
+    radius = rng.uniform(0.032, 0.06) if spec.time == "day" else rng.uniform(0.04, 0.085)
+    return Frame(
+        shape, unit, x[None], y[:, None], horizon, (float(rng.uniform(0.15, 0.85)) * wide, height * horizon, radius)
+    )
+
+
+def paint_sky(rng: np.random.Generator, spec: Spec, colours: Palette, at: Frame) -> Array:
+    """The whole picture as if there were no ground, [H, W, 3]."""
+    image = _gradient(colours, at)
+    if spec.milky_way:
+        image = _milky_way(rng, image, at)
+    if spec.stars:
+        image = _stars(rng, image, at, 2.0 if spec.milky_way else 1.0)
+    if spec.aurora:
+        image = _aurora(rng, image, at, spec.aurora)
+    if spec.orb:
+        image = _orb(rng, image, at, spec)
+    if spec.clouds != "none":
+        image = _clouds(rng, image, at, spec, colours)
+    return image
+
+
+def _gradient(colours: Palette, at: Frame) -> Array:
+    t = np.clip(at.y[:, 0] / at.horizon, 0, 1)
+    stops = np.stack([colours.top, colours.middle, colours.low])
+    rows = np.stack([np.interp(t, (0.0, 0.6, 1.0), stops[:, c]) for c in range(3)], axis=-1)
+    return np.broadcast_to(rows[:, None], (*at.shape, 3)).astype(np.float32)
+
+
+def _stars(rng: np.random.Generator, image: Array, at: Frame, density: float) -> Array:
+    count = int(rng.uniform(110, 260) * density * (at.unit / 256) ** 1.2)
+    layer = np.zeros(at.shape, np.float32)
+    for sigma, share in ((0.95, 0.75), (1.35, 0.25)):
+        # wider in larger drawings, but less than the drawing grows: they hold more and finer stars
+        sigma *= (at.unit / 256) ** 0.4
+        points = np.zeros(at.shape, np.float32)
+        where = rng.random((2, max(int(count * share), 1)))
+        bright = 0.3 + 1.3 * rng.random(where.shape[1]) ** 2.5
+        points[(where[0] * at.shape[0]).astype(int), (where[1] * at.shape[1]).astype(int)] = bright
+        layer += gaussian_filter(points, sigma) * 2 * np.pi * sigma**2
+    return image + layer[..., None] * np.float32((0.95, 0.97, 1.0))
+
+
+def _milky_way(rng: np.random.Generator, image: Array, at: Frame) -> Array:
+    angle = rng.uniform(-0.9, 0.9)
+    centre = at.x.mean() + rng.uniform(-0.2, 0.2)
+    away = (at.x - centre) * np.cos(angle) + (at.y - 0.4 * at.horizon) * np.sin(angle)
+    band = np.exp(-((away / 0.17) ** 2))
+    cloud = np.clip(0.55 + 0.35 * field(rng, at.shape, 2.4), 0, 1.4)
+    dark = np.exp(-(((away + 0.03) / 0.04) ** 2)) * 0.5
+    return image + (band * cloud * (1 - dark))[..., None] * np.float32((0.36, 0.32, 0.46))
+
+
+def _aurora(rng: np.random.Generator, image: Array, at: Frame, name: str) -> Array:
+    foot, crown = (np.float32(c) for c in AURORAS[name])
+    for _ in range(int(rng.integers(1, 4))):
+        base = at.horizon * rng.uniform(0.45, 0.9) + 0.07 * line(rng, at.shape[1], at.unit, 3.6)[None]
+        bright = np.clip(0.6 + 0.5 * line(rng, at.shape[1], at.unit, 2.0, 2.0)[None], 0, 1.6)
+        reach = 0.16 + 0.05 * line(rng, at.shape[1], at.unit, 2.4)[None]
+        up = base - at.y
+        light = np.where(up > 0, np.exp(-up / np.clip(reach, 0.06, 0.4)), np.exp(up / 0.02)) * bright
+        tone = smoothstep(0.02, 0.3, up)[..., None]
+        glow = light[..., None] * (foot * (1 - tone) + crown * tone) * rng.uniform(0.45, 0.8)
+        image = 1 - (1 - np.clip(image, 0, 1)) * (1 - np.clip(glow, 0, 1))
+    return image
+
+
+def _orb(rng: np.random.Generator, image: Array, at: Frame, spec: Spec) -> Array:
+    x, y, radius = at.orb
+    away = np.sqrt((at.x - x) ** 2 + (at.y - y) ** 2)
+    edge = 1.5 / at.unit
+    disc = smoothstep(radius + edge, radius - edge, away)
+    colour = np.float32(ORB_COLOURS[spec.time, spec.orb])
+    strength = 0.2 if spec.time == "night" else 0.6
+    image = image + (np.exp(-away / (2.2 * radius)) * strength)[..., None] * colour * (1.05 - np.clip(image, 0, 1))
+    if spec.orb == "crescent":
+        side = rng.choice((-0.55, 0.55)) * radius
+        disc *= 1 - smoothstep(
+            radius + edge, radius - edge, np.sqrt((at.x - x - side) ** 2 + (at.y - y + 0.2 * radius) ** 2)
+        )
+    if spec.orb == "moon":
+        colour = colour * np.clip(0.93 + 0.07 * field(rng, at.shape, 3.0, low=12.0), 0.72, 1.03)[..., None]
+    return blend(image, colour, disc)
+
+
+def _clouds(rng: np.random.Generator, image: Array, at: Frame, spec: Spec, colours: Palette) -> Array:
+    density = field(rng, at.shape, 3.7, stretch=float(rng.uniform(1.5, 2.6)), low=2.0)
+    edge = {"some": 0.7, "many": -0.1, "storm": -1.2}[spec.clouds] + rng.normal(0, 0.15)
+    mask = smoothstep(edge, edge + 1.2, density) * 0.92
+    # the low sun lights clouds from below, the high one from above
+    towards = -1.0 if spec.time in ("sunset", "dawn") else 1.0
+    step = max(int(0.03 * at.unit), 1)
+    light = np.clip(0.55 + towards * 1.1 * (density - np.roll(density, step, axis=0)), 0, 1)
+    colour = colours.cloud_shade + light[..., None] * (colours.cloud_lit - colours.cloud_shade)
+    return blend(image, colour, mask)
