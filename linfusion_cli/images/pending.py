@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from linfusion_cli.errors import CannotCreate, TryAgain, WriteFailed
-from linfusion_cli.units import format_bytes
+from linfusion_cli.units import format_bytes, is_folder
 
 NAME_BYTES = 255
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -171,16 +171,21 @@ def _temporary_path(target: Path) -> Path:
     return target.with_name(name)
 
 
+def _refused(folder: Path, error: OSError) -> CannotCreate:
+    """Why no file can be made in `folder`: /proc says "no such file" too, and is there."""
+    if isinstance(error, FileNotFoundError) and not is_folder(folder):
+        return CannotCreate(f"The folder {folder} does not exist.", "Create it first.")
+    return CannotCreate(f"{folder} refuses a new file: {error.strerror}.", "Name another one.")
+
+
 def _open_locked(path: Path, target: Path) -> int:
     """The descriptor of `path`, locked and empty. The file of a finished or aborted run may vanish between opening and
     locking: then the lock is on a file without a name, and we try again."""
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError as error:
-            raise CannotCreate(f"The folder {target.parent} does not exist.", "Create it first.") from error
         except OSError as error:
-            raise CannotCreate(f"{target.parent} refuses a new file: {error.strerror}.", "Name another one.") from error
+            raise _refused(target.parent, error) from error
         try:
             _lock(fd, target)
             if _reusable(fd, path):
