@@ -1,6 +1,8 @@
+import platform
 import resource
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -64,6 +66,7 @@ def test_every_way_to_run_out_of_memory_is_known(error):
 @pytest.mark.skipif(not device.forgets_peaks(), reason="this kernel does not forget a process's peak memory")
 def test_a_peak_is_that_of_its_own_stretch_of_work():
     cpu = torch.device("cpu")
+    device.free_memory(cpu)  # else the array may lie in memory that earlier tests left resident
     before = device.PeakMemory(cpu).host_bytes()
     peak = device.PeakMemory(cpu)
     big = np.ones(256 * MIB, np.uint8)
@@ -71,6 +74,18 @@ def test_a_peak_is_that_of_its_own_stretch_of_work():
     del big
     after = device.PeakMemory(cpu)
     assert after.host_bytes() - before < 100 * MIB and after.device_bytes() is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory and gives it back asked")
+def test_freed_memory_that_the_allocator_kept_goes_back():
+    raise_mmap_threshold = np.ones(31 * MIB, np.uint8)  # glibc serves blocks of a size once freed from its heap
+    del raise_mmap_threshold
+    blocks = [np.ones(30 * MIB, np.uint8) for _ in range(10)]
+    pins = [bytearray(50_000) for _ in range(100)]  # behind them on the heap, so that its end cannot shrink
+    full = psutil.Process().memory_info().rss
+    del blocks
+    device.free_memory(torch.device("cpu"))
+    assert full - psutil.Process().memory_info().rss > 250 * MIB and pins
 
 
 @pytest.mark.parametrize("refusal", ["no clear_refs", "no VmHWM"])
