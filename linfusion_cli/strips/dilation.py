@@ -1,0 +1,36 @@
+"""Convolutions whose missing rows somebody else supplies, at any dilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def rows_supplied(network: nn.Module, dilation: int = 1) -> Iterator[None]:
+    """Within the context every convolution has this dilation and pads columns only: its caller supplies the rows.
+
+    Convolutions inside LoRA layers are convolutions of the network too. On leaving, all are as they were.
+    """
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    before = [(module.dilation, module.padding) for module in convolutions]
+    try:
+        for module in convolutions:
+            module.dilation = (dilation, dilation)
+            module.padding = (0, halo_rows(module, dilation))
+        yield
+    finally:
+        for module, (old_dilation, padding) in zip(convolutions, before, strict=True):
+            module.dilation, module.padding = old_dilation, padding
+
+
+def halo_rows(convolution: nn.Conv2d, dilation: int) -> int:
+    """How many rows beyond its own an output row looks at, up and down: `dilation` for a 3x3 kernel, 0 for 1x1."""
+    return dilation * (convolution.kernel_size[0] // 2)
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """The layer itself, where LoRA has been wrapped around it."""
+    return inner(module.base_layer) if hasattr(module, "base_layer") else module

@@ -1,0 +1,103 @@
+"""Passes over maps: convolve strip by strip, write, and gather statistics on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from linfusion_cli.geometry import bands
+from linfusion_cli.strips.dilation import halo_rows, inner
+from linfusion_cli.strips.exchange import Exchange
+from linfusion_cli.strips.stats import Moments
+from linfusion_cli.strips.storage import Map, Storage
+from linfusion_cli.strips.windows import Source, Windows
+
+
+@dataclass(frozen=True)
+class StripSize:
+    """How much is computed at a time: `tokens` where pixels do not see each other, rows where they do.
+
+    A strip has `rows` rows, or as many as make `tokens` pixels if that is more: narrow maps need tall strips to keep
+    a processor busy.
+    """
+
+    rows: int = 16
+    tokens: int = 4096
+
+    def rows_of(self, width: int) -> int:
+        """The height of strips of a map of this width."""
+        return max(self.rows, self.tokens // width)
+
+    def halved(self) -> StripSize:
+        return StripSize(max(1, self.rows // 2), max(1, self.tokens // 2))
+
+
+@dataclass(frozen=True)
+class Strips:
+    """How a network runs in strips: their size, where maps wait, who has the other rows, and the dilation."""
+
+    size: StripSize
+    storage: Storage
+    exchange: Exchange
+    dilation: int = 1
+
+    def bands(self, height: int, width: int) -> list[tuple[int, int]]:
+        """The strips [top, bottom) of a map."""
+        return list(bands(height, self.size.rows_of(width)))
+
+    def pieces(self, tokens: Map) -> Iterator[tuple[int, int]]:
+        """The pieces [start, stop) of a map of one pixel a row."""
+        return bands(tokens.height, self.size.tokens)
+
+    def halo(self, convolution: nn.Module) -> int:
+        """How many rows beyond its own an output row of `convolution` looks at."""
+        return halo_rows(inner(convolution), self.dilation)
+
+    def like(self, source: Map, channels: int) -> Map:
+        """A new map of the size of `source`."""
+        return self.storage.new(*source.shape[:3], channels)
+
+
+def convolved(run: Strips, convolution: nn.Module, source: Source) -> Iterator[tuple[int, Tensor]]:
+    """`convolution` over `source`: (top, rows [B, n, W', C']) of the result, strip by strip from top to bottom.
+
+    It must leave the padding of rows to us: see dilation.rows_supplied.
+    """
+    stride, halo = inner(convolution).stride[0], run.halo(convolution)
+    height, width = -(-source.height // stride), -(-source.width // stride)
+    strips = run.bands(height, width)
+    spans = [(top * stride - halo, (bottom - 1) * stride + halo + 1) for top, bottom in strips]
+    batch, tallest = source.parts[0].shape[0], max(stop - start for start, stop in spans)
+    windows = Windows(source, batch, tallest, run.storage.dtype, run.storage.device)
+    for (top, _), span in zip(strips, spans, strict=True):
+        yield top, as_rows(convolution(as_picture(windows.rows(*span))))
+
+
+def as_picture(rows: Tensor) -> Tensor:
+    """Rows [B, n, W, C] as convolutions take them, [B, C, n, W] in channels-last: a view."""
+    return rows.permute(0, 3, 1, 2)
+
+
+def as_rows(picture: Tensor) -> Tensor:
+    """[B, C, n, W] -> rows [B, n, W, C]; a view where the memory is channels-last."""
+    return picture.permute(0, 2, 3, 1)
+
+
+class Writer:
+    """Writes a map from top to bottom and gathers its moments on the way."""
+
+    def __init__(self, target: Map):
+        self._target = target
+        self._moments: Moments | None = None
+
+    def write(self, top: int, rows: Tensor) -> None:
+        self._target.write(top, rows)
+        seen = Moments.of(rows)
+        self._moments = seen if self._moments is None else self._moments + seen
+
+    def close(self, exchange: Exchange) -> Map:
+        """The map, which has been written whole, with its moments over all devices."""
+        self._target.moments = self._moments.of_all(exchange)
+        return self._target

@@ -1,0 +1,160 @@
+"""Where maps wait between operations: on the device, or in pinned host memory, from where rows travel ahead of need."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from linfusion_cli.strips.stats import Moments
+
+Place = Literal["device", "skips", "host"]
+PLACES: tuple[Place, ...] = get_args(Place)
+DOWNLOADS = 2  # strips on their way to the host at a time: one being copied while the next is computed
+
+
+class Map:
+    """A map [B, H, W, C] on the device. Rows are read and written in place; a read is a view, not a copy.
+
+    `moments` are set by whoever has written the whole map. `kept` marks a skip connection that is still to be read:
+    no operation may write over it.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.moments: Moments | None = None
+        self.kept = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def height(self) -> int:
+        return self.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.shape[2]
+
+    @property
+    def channels(self) -> int:
+        return self.shape[3]
+
+    def flattened(self) -> Map:
+        """The same memory as a map of one pixel a row, [B, H · W, 1, C]."""
+        return Map(self.tensor.flatten(1, 2).unsqueeze(2))
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Rows [B, bottom - top, W, C] on the device."""
+        return self.tensor[:, top:bottom]
+
+    def write(self, top: int, rows: Tensor) -> None:
+        target = self.tensor[:, top : top + rows.shape[1]]
+        if target.data_ptr() != rows.data_ptr():  # a view of itself that was changed in place is there already
+            target.copy_(rows)
+
+
+class HostMap(Map):
+    """A map in host memory, pinned if the device is a CUDA card.
+
+    Rows are read from top to bottom nearly always, so each read starts the upload of the rows that follow. All copies
+    run in order on one stream of their own: rows that were written arrive before they are read again.
+    """
+
+    def __init__(self, tensor: Tensor, copies: Copies):
+        super().__init__(tensor)
+        self._copies = copies
+        self._ahead: tuple[int, int, Tensor] | None = None  # top and bottom of rows under way, and where they go
+
+    def flattened(self) -> Map:
+        return HostMap(self.tensor.flatten(1, 2).unsqueeze(2), self._copies)
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        ahead, self._ahead = self._ahead, None
+        rows = ahead[2] if ahead and ahead[:2] == (top, bottom) else self._copies.up(self.tensor[:, top:bottom])
+        self._copies.arrived()
+        following = min(2 * bottom - top, self.height)
+        if bottom < following:
+            self._ahead = (bottom, following, self._copies.up(self.tensor[:, bottom:following]))
+        return rows
+
+    def write(self, top: int, rows: Tensor) -> None:
+        """Copy rows to the host; rows that are on their way to the device must not be among them."""
+        self._copies.down(rows, self.tensor[:, top : top + rows.shape[1]])
+
+
+class Copies:
+    """Copies between host and device, on a stream of their own where the device is a CUDA card."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._going_down: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._up: torch.cuda.Event | None = None
+
+    def up(self, rows: Tensor) -> Tensor:
+        """Start to copy `rows` of the host to the device -> where they will be once `arrived` was called."""
+        if self._stream is None:
+            return rows.clone()
+        target = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))  # its memory may still be in use
+        with torch.cuda.stream(self._stream):
+            target.copy_(rows, non_blocking=True)
+            self._up = self._stream.record_event()
+        return target
+
+    def arrived(self) -> None:
+        """Whatever is computed from now on finds what was copied up so far."""
+        if self._up is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._up)
+
+    def down(self, rows: Tensor, target: Tensor) -> None:
+        """Start to copy `rows` of the device to `target` on the host; few strips are under way at a time."""
+        if self._stream is None:
+            target.copy_(rows)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(rows, non_blocking=True)
+            self._going_down.append((self._stream.record_event(), rows))
+        self.settle(DOWNLOADS)
+
+    def settle(self, remaining: int = 0) -> None:
+        """Let all but `remaining` downloads end before more is computed: only then may their memory serve others."""
+        while len(self._going_down) > remaining:
+            finished, _ = self._going_down.popleft()
+            torch.cuda.current_stream(self.device).wait_event(finished)
+
+
+class Storage:
+    """Makes maps: all on the device, skip connections on the host, or all on the host."""
+
+    def __init__(self, place: Place, device: torch.device, dtype: torch.dtype):
+        self.place, self.device, self.dtype = place, device, dtype
+        self._copies = Copies(device)
+
+    def new(self, batch: int, height: int, width: int, channels: int) -> Map:
+        """A map to be written by the next operation."""
+        shape = (batch, height, width, channels)
+        return self._on_host(shape) if self.place == "host" else self._on_device(shape)
+
+    def keep(self, source: Map) -> Map:
+        """The skip connection of `source`: itself, or its copy on the host."""
+        if self.place == "skips":
+            self._copies.settle()  # the one before was copied while this one was computed
+            copy = self._on_host(source.shape)
+            copy.write(0, source.read(0, source.height))
+            copy.moments = source.moments
+            return copy
+        source.kept = True
+        return source
+
+    def _on_device(self, shape: tuple[int, ...]) -> Map:
+        return Map(torch.empty(shape, dtype=self.dtype, device=self.device))
+
+    def _on_host(self, shape: tuple[int, ...]) -> HostMap:
+        pinned = self.device.type == "cuda"
+        return HostMap(torch.empty(shape, dtype=self.dtype, pin_memory=pinned), self._copies)

@@ -1,0 +1,107 @@
+"""A UNet's forward in strips: equal to its own with the same attention, in memory that follows the strip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from linfusion_cli.strips.dilation import rows_supplied
+from linfusion_cli.strips.ops import Strips, Writer
+from linfusion_cli.strips.storage import Map
+from linfusion_cli.unet import resample
+from linfusion_cli.unet.resnet import run_resnet
+from linfusion_cli.unet.transformer import run_transformer
+from linfusion_cli.unet.walk import walk
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a UNet hears beside latents and timestep: `text` [B, T, C], SDXL's `added`, and what few models have.
+
+    `residuals` (one per skip connection, in the order they are made) and `mid_residual` are ControlNet's, [B, C, h, w].
+    """
+
+    text: Tensor
+    added: Mapping[str, Tensor] | None = None
+    timestep_cond: Tensor | None = None
+    residuals: Sequence[Tensor] = ()
+    mid_residual: Tensor | None = None
+
+
+@torch.inference_mode()
+def strip_forward(
+    unet: UNet2DConditionModel, run: Strips, latents: Tensor, timestep: Tensor, condition: Condition
+) -> Tensor:
+    """Latents [B, C, h, w] -> the UNet's prediction [B, C, h, w]; `unet` must pass `check_supported`."""
+    operations = Forward(unet, run, latents, embedded(unet, latents, timestep, condition), condition)
+    with rows_supplied(unet, run.dilation):
+        walk(unet, operations)
+    return operations.prediction
+
+
+def embedded(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    """The embedding [B, E] that every ResNet block hears: of the timestep and, for SDXL, of pooled text and sizes."""
+    embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timestep), condition.timestep_cond)
+    added = unet.get_aug_embed(
+        emb=embedding, encoder_hidden_states=condition.text, added_cond_kwargs=condition.added
+    )
+    embedding = embedding if added is None else embedding + added
+    return embedding if unet.time_embed_act is None else unet.time_embed_act(embedding)
+
+
+class Forward:
+    """The Operations of one forward."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, run: Strips, latents: Tensor, embedding: Tensor, condition: Condition
+    ):
+        self._unet, self._run, self._latents = unet, run, latents
+        self._embedding, self._condition = embedding, condition
+        self.prediction: Tensor | None = None
+
+    def conv_in(self) -> Map:
+        return resample.run_conv_in(self._run, self._unet.conv_in, self._latents)
+
+    def resnet(self, block, parts: Sequence[Map]) -> Map:
+        return run_resnet(self._run, block, parts, self._embedding)
+
+    def transformer(self, transformer, x: Map) -> Map:
+        return run_transformer(self._run, transformer, x, self._condition.text)
+
+    def downsample(self, downsampler, x: Map) -> Map:
+        return resample.run_downsample(self._run, downsampler, x)
+
+    def upsample(self, upsampler, x: Map, like: Map, parts: int) -> list[Map]:
+        return resample.run_upsample(self._run, upsampler, x, like.height, like.width, parts)
+
+    def keep(self, x: Map) -> Map:
+        return self._run.storage.keep(x)
+
+    def take(self, skip: Map) -> Map:
+        skip.kept = False
+        return skip
+
+    def add_residual(self, skip: Map, index: int, in_place: bool) -> Map:
+        residuals = self._condition.residuals
+        return self._added(skip, residuals[index], in_place) if residuals else skip
+
+    def add_mid_residual(self, x: Map) -> Map:
+        residual = self._condition.mid_residual
+        return x if residual is None else self._added(x, residual, in_place=not x.kept)
+
+    def _added(self, x: Map, residual: Tensor, in_place: bool) -> Map:
+        """`x` with `residual` [B, C, h, w] added to it; `residual` may wait on another device."""
+        target = x if in_place else self._run.like(x, x.channels)
+        result = Writer(target)
+        for top, bottom in self._run.bands(x.height, x.width):
+            rows = residual[:, :, top:bottom].permute(0, 2, 3, 1)
+            result.write(top, x.read(top, bottom) + rows.to(self._run.storage.device))
+        return result.close(self._run.exchange)
+
+    def conv_out(self, x: Map) -> None:
+        unet = self._unet
+        self.prediction = resample.run_conv_out(self._run, unet.conv_norm_out, unet.conv_act, unet.conv_out, x)

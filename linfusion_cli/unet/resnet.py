@@ -1,0 +1,60 @@
+"""A ResNet block in strips: two passes, one for each convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+
+from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows, convolved
+from linfusion_cli.strips.storage import Map
+from linfusion_cli.strips.windows import Normed
+
+ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]
+
+
+def run_resnet(run: Strips, block: ResnetBlock2D, parts: Sequence[Map], embedding: Tensor) -> Map:
+    """`block` over the channels of `parts` side by side, with the timestep's `embedding` [B, E].
+
+    The first pass writes conv1's rows, the second conv2's over them. Where two of the parts are as wide as the result
+    and nobody needs them any more, the result is written over the one and the shortcut over the other.
+    """
+    over = reusable(parts, block.out_channels)
+    target, shortcut = over or (run.like(parts[0], block.out_channels), None)
+
+    def keep_shortcut(top: int, rows: list[Tensor]) -> None:
+        shortcut.write(top, shortcut_of(block, rows))
+
+    on_read = keep_shortcut if shortcut else None
+    source = Normed(parts, run.exchange, run.halo(block.conv1), block.norm1, block.nonlinearity, on_read)
+    time_shift = block.time_emb_proj(block.nonlinearity(embedding))[:, None, None]
+    hidden = Writer(target)
+    for top, rows in convolved(run, block.conv1, source):
+        hidden.write(top, rows + time_shift)
+    hidden.close(run.exchange)
+
+    source = Normed([target], run.exchange, run.halo(block.conv2), block.norm2, block.nonlinearity)
+    read = shortcut.read if shortcut else late_shortcut(block, parts)
+    result = Writer(target)
+    for top, rows in convolved(run, block.conv2, source):
+        result.write(top, rows + read(top, top + rows.shape[1]))
+    return result.close(run.exchange)
+
+
+def reusable(parts: Sequence[Map], channels: int) -> tuple[Map, Map] | None:
+    """Two of `parts` that may be written over and have this many channels, if there are two."""
+    free = [part for part in parts if part.channels == channels and not part.kept]
+    return (free[0], free[1]) if len(free) > 1 else None
+
+
+def shortcut_of(block: ResnetBlock2D, rows: list[Tensor]) -> Tensor:
+    """What the block adds to its convolutions' result, from rows of each part."""
+    joined = torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
+    return joined if block.conv_shortcut is None else as_rows(block.conv_shortcut(as_picture(joined)))
+
+
+def late_shortcut(block: ResnetBlock2D, parts: Sequence[Map]) -> ReadRows:
+    """The shortcut, computed when it is needed, from parts that are still whole then."""
+    return lambda top, bottom: shortcut_of(block, [part.read(top, bottom) for part in parts])

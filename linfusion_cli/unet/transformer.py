@@ -1,0 +1,125 @@
+"""A transformer in strips: one visit to every token for each of its blocks, in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from linfusion_cli.attention.linear import KeyValueSums, attend
+from linfusion_cli.strips.dilation import inner
+from linfusion_cli.strips.exchange import Exchange
+from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows
+from linfusion_cli.strips.storage import Map
+from linfusion_cli.strips.windows import Normed
+
+
+@dataclass(frozen=True)
+class Text:
+    """Keys and values of the text [B, K, T, D] for one cross-attention, computed once for all strips."""
+
+    keys: Tensor
+    values: Tensor
+
+    @staticmethod
+    def of(attention: Attention, hidden: Tensor) -> Text:
+        """What `attention` makes of the text encoders' `hidden` [B, T, C]."""
+        return Text(*(split_heads(project(hidden), attention.heads) for project in (attention.to_k, attention.to_v)))
+
+
+def run_transformer(run: Strips, transformer: Transformer2DModel, x: Map, hidden: Tensor) -> Map:
+    """`transformer`, whose self-attention is linear, over `x` and the text's `hidden` [B, T, C]; written over `x`.
+
+    The last block's visit ends with the projection out and the residual.
+    """
+    blocks = transformer.transformer_blocks
+    pixels = x.flattened()
+    tokens = run.storage.new(pixels.shape[0], pixels.height, 1, transformer.inner_dim)
+    sums = begin(run, transformer, x, tokens)
+    for block, following in zip(blocks, blocks[1:], strict=False):
+        sums = visit(run, block, following, tokens, sums, Text.of(block.attn2, hidden))
+    x.moments = end(run, transformer, pixels, tokens, sums, Text.of(blocks[-1].attn2, hidden)).moments
+    return x
+
+
+def begin(run: Strips, transformer: Transformer2DModel, x: Map, tokens: Map) -> KeyValueSums:
+    """Normalise `x` and project it into `tokens`; the sums of the first block's attention."""
+    source, pixels = Normed([x], run.exchange, 0, transformer.norm, None), x.flattened()
+    sums = Sums(transformer.transformer_blocks[0])
+    for start, stop in run.pieces(tokens):
+        piece = source.normed(pixels.read(start, stop)).to(run.storage.dtype)
+        tokens.write(start, sums.add(projected(transformer.proj_in, piece)))
+    return sums.over_all(run.exchange)
+
+
+def visit(
+    run: Strips, block: BasicTransformerBlock, following: BasicTransformerBlock, tokens: Map, sums: KeyValueSums, text: Text
+) -> KeyValueSums:
+    """Finish `block` on each piece of the tokens and gather the sums of the following block's attention."""
+    gathered = Sums(following)
+    for start, stop in run.pieces(tokens):
+        tokens.write(start, gathered.add(finished(block, tokens.read(start, stop), sums, text)))
+    return gathered.over_all(run.exchange)
+
+
+def end(
+    run: Strips, transformer: Transformer2DModel, x: Map, tokens: Map, sums: KeyValueSums, text: Text
+) -> Map:
+    """Finish the last block, project out of the tokens and add the result to `x`."""
+    result = Writer(x)
+    for start, stop in run.pieces(tokens):
+        piece = finished(transformer.transformer_blocks[-1], tokens.read(start, stop), sums, text)
+        result.write(start, x.read(start, stop) + projected(transformer.proj_out, piece))
+    return result.close(run.exchange)
+
+
+def finished(block: BasicTransformerBlock, piece: Tensor, sums: KeyValueSums, text: Text) -> Tensor:
+    """`block` on a piece of the tokens [B, n, 1, C], given the sums over all of them."""
+    x = piece.squeeze(2)
+    x = x + block.attn1.project_out(attend(block.attn1.queries(block.norm1(x)), sums))
+    x = x + cross_attention(block.attn2, block.norm2(x), text)
+    x = x + block.ff(block.norm3(x))
+    return x.unsqueeze(2)
+
+
+def cross_attention(attention: Attention, x: Tensor, text: Text) -> Tensor:
+    """Tokens x [B, n, C] listen to the text -> [B, n, C]."""
+    queries = split_heads(attention.to_q(x), attention.heads)
+    heard = F.scaled_dot_product_attention(queries, text.keys, text.values)
+    return attention.to_out[0](heard.transpose(1, 2).flatten(2))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, n, C] -> [B, K, n, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def projected(layer: nn.Module, piece: Tensor) -> Tensor:
+    """A piece of pixels or tokens [B, n, 1, C] through `proj_in` or `proj_out`: linear, or a 1x1 convolution."""
+    if isinstance(inner(layer), nn.Conv2d):
+        return as_rows(layer(as_picture(piece)))
+    return layer(piece)
+
+
+class Sums:
+    """Gathers what `block`'s self-attention needs of all tokens."""
+
+    def __init__(self, block: BasicTransformerBlock):
+        self._block = block
+        self._sums: KeyValueSums | None = None
+
+    def add(self, piece: Tensor) -> Tensor:
+        """Take in a piece of the tokens [B, n, 1, C]; returns it."""
+        seen = KeyValueSums.of(*self._block.attn1.keys_values(self._block.norm1(piece.squeeze(2))))
+        self._sums = seen if self._sums is None else self._sums + seen
+        return piece
+
+    def over_all(self, exchange: Exchange) -> KeyValueSums:
+        """The sums over the tokens of all devices."""
+        tokens = exchange.sum(torch.tensor(self._sums.tokens))
+        return KeyValueSums(exchange.sum(self._sums.kv), exchange.sum(self._sums.k), int(tokens))
