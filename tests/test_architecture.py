@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent
 LAYERS = {
     0: ["errors", "units", "geometry"],
     1: ["request", "events", "report"],
-    2: ["presets", "device", "attention", "images"],
+    2: ["presets", "device", "attention", "images", "strips"],
     3: ["models", "unet", "vae", "sampling"],
     5: ["jobs"],
     6: ["cli"],

@@ -24,7 +24,7 @@ class StripSize:
     """
 
     rows: int = 16
-    tokens: int = 4096
+    tokens: int = 1024
 
     def rows_of(self, width: int) -> int:
         """The height of strips of a map of this width."""

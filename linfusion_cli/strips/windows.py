@@ -37,8 +37,8 @@ class Source:
                 self.change(target, rows, start)
 
     def change(self, out: Tensor, rows: list[Tensor], top: int) -> None:
-        """Write into `out` what becomes of `rows`, those of each part from row `top` on; here, they stay as they are."""
-        torch.cat(rows, dim=-1, out=out) if len(rows) > 1 else out.copy_(rows[0])
+        """Write into `out` what becomes of `rows`, those of each part from row `top` on: here, they stay the same."""
+        out.copy_(torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0])
 
     def _rows(self, top: int, bottom: int) -> list[Tensor] | None:
         """The rows of each part, from this device or a neighbour; None beyond the picture's edge."""

@@ -46,9 +46,7 @@ def strip_forward(
 def embedded(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
     """The embedding [B, E] that every ResNet block hears: of the timestep and, for SDXL, of pooled text and sizes."""
     embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timestep), condition.timestep_cond)
-    added = unet.get_aug_embed(
-        emb=embedding, encoder_hidden_states=condition.text, added_cond_kwargs=condition.added
-    )
+    added = unet.get_aug_embed(emb=embedding, encoder_hidden_states=condition.text, added_cond_kwargs=condition.added)
     embedding = embedding if added is None else embedding + added
     return embedding if unet.time_embed_act is None else unet.time_embed_act(embedding)
 
@@ -82,21 +80,24 @@ class Forward:
         return self._run.storage.keep(x)
 
     def take(self, skip: Map) -> Map:
-        skip.kept = False
+        skip.release()
         return skip
 
-    def add_residual(self, skip: Map, index: int, in_place: bool) -> Map:
-        residuals = self._condition.residuals
-        return self._added(skip, residuals[index], in_place) if residuals else skip
+    def add_residual(self, skip: Map, index: int, x: Map) -> Map:
+        if not self._condition.residuals:
+            return skip
+        if skip is not x:
+            skip.release()
+        added = self._added(skip, self._condition.residuals[index])
+        return self.keep(added)
 
     def add_mid_residual(self, x: Map) -> Map:
         residual = self._condition.mid_residual
-        return x if residual is None else self._added(x, residual, in_place=not x.kept)
+        return x if residual is None else self._added(x, residual)
 
-    def _added(self, x: Map, residual: Tensor, in_place: bool) -> Map:
-        """`x` with `residual` [B, C, h, w] added to it; `residual` may wait on another device."""
-        target = x if in_place else self._run.like(x, x.channels)
-        result = Writer(target)
+    def _added(self, x: Map, residual: Tensor) -> Map:
+        """`x` with `residual` [B, C, h, w], which may wait on another device, added to it: over `x` if that is free."""
+        result = Writer(self._run.like(x, x.channels) if x.kept else x)
         for top, bottom in self._run.bands(x.height, x.width):
             rows = residual[:, :, top:bottom].permute(0, 2, 3, 1)
             result.write(top, x.read(top, bottom) + rows.to(self._run.storage.device))

@@ -58,7 +58,12 @@ def begin(run: Strips, transformer: Transformer2DModel, x: Map, tokens: Map) -> 
 
 
 def visit(
-    run: Strips, block: BasicTransformerBlock, following: BasicTransformerBlock, tokens: Map, sums: KeyValueSums, text: Text
+    run: Strips,
+    block: BasicTransformerBlock,
+    following: BasicTransformerBlock,
+    tokens: Map,
+    sums: KeyValueSums,
+    text: Text,
 ) -> KeyValueSums:
     """Finish `block` on each piece of the tokens and gather the sums of the following block's attention."""
     gathered = Sums(following)
@@ -67,9 +72,7 @@ def visit(
     return gathered.over_all(run.exchange)
 
 
-def end(
-    run: Strips, transformer: Transformer2DModel, x: Map, tokens: Map, sums: KeyValueSums, text: Text
-) -> Map:
+def end(run: Strips, transformer: Transformer2DModel, x: Map, tokens: Map, sums: KeyValueSums, text: Text) -> Map:
     """Finish the last block, project out of the tokens and add the result to `x`."""
     result = Writer(x)
     for start, stop in run.pieces(tokens):

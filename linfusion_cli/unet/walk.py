@@ -36,8 +36,8 @@ class Operations(Protocol[M]):
     def take(self, skip: M) -> M:
         """A skip connection that is about to be read for the last time."""
 
-    def add_residual(self, skip: M, index: int, in_place: bool) -> M:
-        """`skip` with ControlNet's residual for it, if there is one."""
+    def add_residual(self, skip: M, index: int, x: M) -> M:
+        """`skip` with ControlNet's residual for it, if there is one; `x`, which may be `skip`, stays as it is."""
 
     def add_mid_residual(self, x: M) -> M:
         """`x`, which comes from the middle, with ControlNet's residual for it, if there is one."""
@@ -59,7 +59,7 @@ def walk(unet: UNet2DConditionModel, do: Operations[M]) -> None:
         for downsampler in block.downsamplers or ():
             x = do.downsample(downsampler, x)
             skips.append(do.keep(x))
-    skips = [do.add_residual(skip, i, skip is not x) for i, skip in enumerate(skips)]
+    skips = [do.add_residual(skip, i, x) for i, skip in enumerate(skips)]
     x = do.add_mid_residual(middle(unet.mid_block, do, x))
     hidden = [x]
     del x

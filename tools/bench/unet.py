@@ -1,6 +1,6 @@
 """One forward of a UNet of SDXL's shape, random weights, a fifth of the width: strips against the plain forward.
 
-    python tools/bench/unet.py [--latents 512] [--runs 5] [--rows 16] [--tokens 4096] [--json FILE]
+    python tools/bench/unet.py [--latents 512] [--runs 5] [--rows 16] [--tokens 1024] [--json FILE]
 
 Both run with the same linear attention, in processes of their own that take turns; medians are printed. Memory is the
 peak of the forward above the process with its model loaded. Strips run at 256 latents too, for how time grows.
@@ -51,7 +51,9 @@ def small_sdxl(divisor: int) -> UNet2DConditionModel:
 
 def linear_attentions(unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
     """Random linear attention for every self-attention of `unet`."""
-    return {path: LinearAttention(module.to_q.in_features, module.heads) for path, module in self_attentions(unet).items()}
+    return {
+        path: LinearAttention(module.to_q.in_features, module.heads) for path, module in self_attentions(unet).items()
+    }
 
 
 def condition_for(unet: UNet2DConditionModel) -> Condition:
@@ -81,7 +83,11 @@ def child(kind: str, side: int, rows: int, tokens: int, divisor: int) -> dict[st
         loaded = resident_bytes()
         peak, began = PeakMemory(CPU), time.perf_counter()
         forward(side)
-        return {"seconds": time.perf_counter() - began, "peak_bytes": peak.host_bytes() - loaded, "loaded_bytes": loaded}
+        return {
+            "seconds": time.perf_counter() - began,
+            "peak_bytes": peak.host_bytes() - loaded,
+            "loaded_bytes": loaded,
+        }
 
 
 def resident_bytes() -> int:
@@ -109,7 +115,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     result = {name: medians(runs) for name, runs in found.items()}
     strips, plain, half = result.values()
     ratios = {key: strips[key] / plain[key] for key in ("seconds", "peak_bytes")}
-    return {"settings": vars(arguments), "medians": result, "ratios": ratios, "growth": strips["seconds"] / half["seconds"]}
+    return {
+        "settings": vars(arguments),
+        "medians": result,
+        "ratios": ratios,
+        "growth": strips["seconds"] / half["seconds"],
+    }
 
 
 def table(result: dict[str, Any]) -> str:
