@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PROC_SELF = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
-CGROUP_LIMITS = ("memory.max", "memory.limit_in_bytes")  # of version 2 and 1
+CGROUP_LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # version 2 and 1
 MIB = 1 << 20
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -80,12 +80,49 @@ def memory_limit_bytes() -> int:
     return min(limits)
 
 
+def free_host_bytes() -> int:
+    """The memory this process could still take: what the machine has to give, or what a limit leaves of it."""
+    own = psutil.Process().memory_info()
+    left = [psutil.virtual_memory().available, *(limit - used for limit, used in _cgroups())]
+    left += [limit - own.rss for limit in _slurm_limits()] + [limit - own.vms for limit in _address_limits()]
+    return max(0, min(left))
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """As `free_host_bytes`, of a CUDA card: what torch holds and does not use can be had again."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def resident_bytes() -> int:
+    """The memory this process has now."""
+    return psutil.Process().memory_info().rss
+
+
 def _cgroup_limits() -> list[int]:
-    """The limits of this process's cgroup and of all above it; "max" means none."""
+    return [limit for limit, _ in _cgroups()]
+
+
+def _cgroups() -> list[tuple[int, int]]:
+    """Limit and use of this process's cgroup and of all above it that have a limit; "max" means none."""
     paths = [line.split(":", 2)[2].strip("/") for line in _lines(PROC_SELF / "cgroup")]
     folders = {folder for path in paths for base in (CGROUP, CGROUP / "memory") for folder in _upwards(base, path)}
-    texts = [line for folder in folders for name in CGROUP_LIMITS for line in _lines(folder / name)]
-    return [int(text) for text in texts if text.isdigit()]
+    found = []
+    for folder in folders:
+        for limit, usage in CGROUP_LIMITS.items():
+            text = "".join(_lines(folder / limit))
+            if text.isdigit():
+                found.append((int(text), _cgroup_use(folder, usage)))
+    return found
+
+
+def _cgroup_use(folder: Path, name: str) -> int:
+    """What a cgroup uses, but for cached files that the kernel would drop first."""
+    used = "".join(_lines(folder / name))
+    cached = [line.split()[1] for line in _lines(folder / "memory.stat") if re.match(r"(total_)?inactive_file ", line)]
+    return max(0, int(used or 0) - max(map(int, cached), default=0))
 
 
 def _upwards(base: Path, path: str) -> list[Path]:

@@ -12,9 +12,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stretch of work: what it was, how long it took, how much memory it needed at its peak.
+    """One stretch of work: what it was, how long it took, how much memory it needed at its peak, and what was planned.
 
-    `peak_device_bytes` is None without an accelerator, `peak_host_bytes` where the system does not tell.
+    `peak_device_bytes` is None without an accelerator, `peak_host_bytes` where the system does not tell; plans are None
+    for work that none was made for.
     """
 
     name: str
@@ -24,6 +25,9 @@ class StageReport:
     steps: int | None = None
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
+    planned_seconds: float | None = None
+    planned_host_bytes: int | None = None
+    planned_device_bytes: int | None = None
 
     @property
     def steps_per_second(self) -> float | None:
@@ -42,6 +46,7 @@ class RunReport:
     settings: dict[str, str]  # setting -> where its value came from
     machine: dict[str, Any]
     versions: dict[str, str]
+    plan: dict[str, Any] = field(default_factory=dict)
     stages: list[StageReport] = field(default_factory=list)
     output: str | None = None
     size: Size | None = None

@@ -11,6 +11,7 @@ from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "linear", "original")
 COMPRESSIONS = ("deflate", "zstd", "lzw", "jpeg", "none")
 LARGEST_SEED = 2**63 - 1
 
@@ -19,7 +20,8 @@ LARGEST_SEED = 2**63 - 1
 class GenerateRequest:
     """Everything that decides what one `generate` does; the same request gives the same picture.
 
-    Sizes are pixels; `strength` is the share of the steps that the first phase after the base runs.
+    Sizes are pixels; `strength` is the share of the steps that the first phase after the base runs. `attention` is one
+    kind, or one a phase with commas between, the last for all that follow. `vram` and `ram` are bytes that may be used.
     """
 
     prompt: str
@@ -33,6 +35,9 @@ class GenerateRequest:
     guidance_scale: float = 5.0
     guidance_rescale: float = 0.0
     strength: float = 0.32
+    attention: str = "auto"
+    vram: int | None = None
+    ram: int | None = None
     dtype: str = "auto"
     device: str = "auto"
     format: str | None = None
@@ -53,8 +58,17 @@ class GenerateRequest:
         _in_range("guidance_rescale", self.guidance_rescale, 0, 1)
         _in_range("strength", self.strength, 0, 1)
         _in_range("dpi", self.dpi, 1, 100_000)
+        for kind in self.attentions:
+            _check(kind in ATTENTIONS, "attention", self.attention, f"Use {', '.join(ATTENTIONS)}, or one a phase.")
+        for setting, value in (("vram", self.vram), ("ram", self.ram)):
+            _check(value is None or value > 0, setting, value, "Use a size such as 12GiB.")
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("compression", self.compression or COMPRESSIONS[0], COMPRESSIONS)
+
+    @property
+    def attentions(self) -> list[str]:
+        """The kinds of attention in `attention`, from the base up."""
+        return [kind.strip() for kind in self.attention.split(",")]
 
     def to_json(self) -> dict[str, Any]:
         """The request as JSON values: what metadata and reports carry."""

@@ -24,6 +24,19 @@ def parse_size(text: str) -> Size:
     return Size(width, height)
 
 
+def parse_bytes(text: str) -> int:
+    """The bytes that "12GiB", "12.5 GB", "800M" or a plain number mean; raises ValueError.
+
+    KiB, MiB, GiB and TiB are powers of 1024, KB, MB, GB and TB of 1000; a single letter means the former.
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*(?:([kmgt])?(i?b)?)?\s*", text, re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise ValueError("is not a size of memory: write 12GiB")
+    number, letter, ending = match.groups()
+    base = 1000 if letter and (ending or "").lower() == "b" else 1024
+    return round(float(number) * base ** ("bkmgt".index(letter.lower()) if letter else 0))
+
+
 def format_bytes(count: float) -> str:
     """12884901888 -> 12.0 GiB."""
     for unit in BYTE_UNITS:

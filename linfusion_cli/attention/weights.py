@@ -59,13 +59,19 @@ def load_weights(folder: Path, unet: nn.Module, dtype: torch.dtype) -> dict[str,
 
     Raises InputMissing when a file is absent, DataError naming the first module or tensor that does not fit.
     """
+    modules = outline(folder, unet)
+    tensors = read_tensors(folder / WEIGHTS_NAME, nn.ModuleList(modules.values()).state_dict(), dtype)
+    nn.ModuleList(modules.values()).load_state_dict(tensors, assign=True)
+    return {path: module.eval().requires_grad_(False) for path, module in modules.items()}
+
+
+def outline(folder: Path, unet: nn.Module) -> dict[str, LinearAttention]:
+    """As `load_weights` without the weights: modules on the meta device, from the config alone."""
     specs = read_specs(folder / CONFIG_NAME)
     check_specs(folder, specs, unet)
     with torch.device("meta"):
         modules = [LinearAttention(spec.dim_n, spec.heads, spec.projection_mid_dim) for spec in specs]
-    tensors = read_tensors(folder / WEIGHTS_NAME, nn.ModuleList(modules).state_dict(), dtype)
-    nn.ModuleList(modules).load_state_dict(tensors, assign=True)
-    return {spec.module_name: module.eval().requires_grad_(False) for spec, module in zip(specs, modules, strict=True)}
+    return {spec.module_name: module for spec, module in zip(specs, modules, strict=True)}
 
 
 def read_specs(path: Path) -> list[ModuleSpec]:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from linfusion_cli import __version__, device
-from linfusion_cli.cli import doctor, generate, info, presets
+from linfusion_cli.cli import doctor, generate, info, plan, presets
 from linfusion_cli.cli.render import answer, say
 from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped, first_line
 
@@ -28,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(generate.command)
+app.command("plan")(plan.command)
 app.add_typer(presets.app, name="presets")
 app.command("info")(info.command)
 app.command("doctor")(doctor.command)

@@ -1,7 +1,11 @@
-"""The options of `generate`, with their help. None means "not given": presets.py knows the defaults."""
+"""The options of commands that make a request. None means "not given": presets know the defaults."""
 
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
@@ -24,6 +28,14 @@ Steps = Annotated[int | None, Option(help="Denoising steps of the base; larger p
 GuidanceScale = Annotated[float | None, Option(help="How closely to follow the prompt; 1 or less turns guidance off.")]
 GuidanceRescale = Annotated[float | None, Option(help="0 to 1; about 0.7 mends burnt colours at high guidance.")]
 Strength = Annotated[float | None, Option(help="0 to 1: share of the steps that the first phase above the base runs.")]
+Attention = Annotated[
+    str | None,
+    Option(
+        help="auto (the model's own at the base, linear above), linear or original; or one a phase, as original,linear."
+    ),
+]
+Vram = Annotated[str | None, Option(help="GPU memory that may be used, such as 12GiB. Default: 90 % of what is free.")]
+Ram = Annotated[str | None, Option(help="Host memory that may be used, such as 32GiB. Default: 90 % of what is free.")]
 Dtype = Annotated[str | None, Option(help="auto, float16, bfloat16 or float32.")]
 Device = Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N.")]
 Format = Annotated[str | None, Option(help="tiff, png or jpeg. Default: by the output's name.")]
@@ -38,3 +50,50 @@ PromptMetadata = Annotated[
 Report = Annotated[Path | None, Option(help="Write the report here, as JSON.")]
 Json = Annotated[bool, Option("--json", help="Print the report as JSON on stdout, instead of the file's path.")]
 Quiet = Annotated[bool, Option("-q", "--quiet", help="No progress and no table; warnings and errors stay.")]
+
+
+def of_a_request(
+    prompt: Prompt = None,
+    size: Size = None,
+    output: Output = None,
+    preset: Preset = None,
+    model: Model = None,
+    linfusion: Linfusion = None,
+    negative_prompt: NegativePrompt = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_rescale: GuidanceRescale = None,
+    strength: Strength = None,
+    attention: Attention = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    format: Format = None,
+    compression: Compression = None,
+    dpi: Dpi = None,
+    preview: Preview = None,
+    overwrite: Overwrite = None,
+    download: Download = None,
+    prompt_metadata: PromptMetadata = None,
+) -> None:
+    """The options that make a request, in the order of the help."""
+
+
+def takes_a_request(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as Typer sees it: with the options of a request before its own, the former as one dict."""
+    shared, own = (inspect.signature(function).parameters for function in (of_a_request, command))
+    hints = get_type_hints(of_a_request, include_extras=True) | get_type_hints(command, include_extras=True)
+
+    def with_options(**arguments: Any) -> None:
+        given = {name: arguments.pop(name) for name in shared}
+        command(given, **arguments)
+
+    parameters = [*shared.values(), *(own[name] for name in own if name != "given")]
+    with_options.__doc__ = command.__doc__
+    with_options.__signature__ = inspect.Signature(
+        [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+    )
+    with_options.__annotations__ = {parameter.name: hints[parameter.name] for parameter in parameters}
+    return with_options

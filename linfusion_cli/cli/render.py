@@ -152,37 +152,52 @@ class Lines:
         say(text)
 
 
+def plain(table: Table) -> str:
+    """A table as lines, of whatever width a stream has."""
+    text = io.StringIO()
+    Console(file=text, width=PLAIN_COLUMNS, markup=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
 def show_report(report: RunReport) -> None:
     """The table at the end of a run."""
-    text = io.StringIO()
-    Console(file=text, width=PLAIN_COLUMNS, markup=False).print(report_table(report))
-    say("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+    say(plain(report_table(report)))
 
 
 def report_table(report: RunReport) -> Table:
     """One row per stage, and one for the file."""
-    table = Table("stage", "size", "steps", "time", "steps/s", "GPU peak", "host peak", box=None, pad_edge=False)
+    heads = ("stage", "size", "steps", "time", "planned", "steps/s", "GPU peak", "planned", "host peak", "planned")
+    table = Table(*heads, box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
     for stage in report.stages:
         table.add_row(*_cells(stage))
-    table.add_row("total", str(report.size), "", format_seconds(report.total_seconds), "", *_peaks(report))
+    device, host = _peaks(report)
+    table.add_row("total", str(report.size), "", format_seconds(report.total_seconds), "", "", device, "", host)
     table.add_row("file", report.format, "", format_bytes(report.file_bytes or 0))
     return table
 
 
 def _cells(stage: StageReport) -> list[str]:
-    rate = stage.steps_per_second
+    rate, planned = stage.steps_per_second, stage.planned_seconds
+    device, host = _peaks(stage)
     return [
         stage.name,
         str(stage.size or ""),
         str(stage.steps or ""),
         format_seconds(stage.seconds),
+        "" if planned is None else format_seconds(planned),
         f"{rate:.2f}" if rate else "",
-        *_peaks(stage),
+        device,
+        _bytes(stage.planned_device_bytes),
+        host,
+        _bytes(stage.planned_host_bytes),
     ]
 
 
 def _peaks(measured: StageReport | RunReport) -> list[str]:
-    peaks = (measured.peak_device_bytes, measured.peak_host_bytes)
-    return ["" if peak is None else format_bytes(peak) for peak in peaks]
+    return [_bytes(measured.peak_device_bytes), _bytes(measured.peak_host_bytes)]
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else format_bytes(count)

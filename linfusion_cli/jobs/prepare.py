@@ -8,7 +8,7 @@ from pathlib import Path
 
 from linfusion_cli import images
 from linfusion_cli.device import pick_device, pick_dtype
-from linfusion_cli.errors import WriteFailed
+from linfusion_cli.errors import UsageError, WriteFailed
 from linfusion_cli.geometry import Size, base_size, phase_sizes
 from linfusion_cli.jobs.outputs import BITS
 from linfusion_cli.models.families import ModelFacts, read_facts
@@ -23,7 +23,8 @@ SCRATCH_BYTES_PER_PX = 6  # three channels of 16 bits
 class Prepared:
     """A request that nothing speaks against, and what it comes down to on this machine.
 
-    `sizes` are those of the phases from the base up; `linfusion` is None for the model's own attention.
+    `sizes` are those of the phases from the base up, and `attentions` their attention, linear or original. `linfusion`
+    is None where no phase needs it.
     """
 
     request: GenerateRequest
@@ -32,6 +33,7 @@ class Prepared:
     linfusion: Path | None
     facts: ModelFacts
     sizes: list[Size]
+    attentions: list[str]
 
     @property
     def is_reduced(self) -> bool:
@@ -45,33 +47,51 @@ class Prepared:
 
 
 def prepare(request: GenerateRequest) -> Prepared:
-    """Settle what `request` means here; raises Unavailable, DataError or WriteFailed where it cannot be done."""
+    """Settle what `request` means here; raises UsageError, Unavailable or DataError where it cannot be done."""
     file_format = images.format_for(request.output, request.format)
     if request.download:
         pick_dtype(request.dtype, pick_device(request.device))  # before gigabytes travel to a machine without a card
     model = find_model(request.model, request.download)
     facts = read_facts(model)
-    linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
     base = base_size(request.size, facts.native_px, facts.multiple_px)
-    prepared = Prepared(
-        request, file_format, model, linfusion, facts, phase_sizes(request.size, base, facts.multiple_px)
-    )
-    check_disk(prepared)
-    return prepared
+    sizes = phase_sizes(request.size, base, facts.multiple_px)
+    attentions = phase_attentions(request, len(sizes))
+    linfusion = None
+    if "linear" in attentions:
+        linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
+    return Prepared(request, file_format, model, linfusion, facts, sizes, attentions)
+
+
+def phase_attentions(request: GenerateRequest, phases: int) -> list[str]:
+    """The attention of each phase: `auto` is the model's own at the base, where it is faster, and linear above."""
+    kinds = request.attentions
+    if len(kinds) > phases:
+        reason = f"--attention {request.attention!r} names {len(kinds)} phases, and {request.size} has {phases}."
+        raise UsageError(reason, "Name as many or fewer; the last holds for all that follow.", "attention")
+    if "linear" in kinds and request.linfusion == "none":
+        raise UsageError("--attention linear needs LinFusion's weights.", "Leave --linfusion none out.", "attention")
+    kinds = kinds + kinds[-1:] * (phases - len(kinds))
+    above = "original" if request.linfusion == "none" else "linear"
+    automatic = ["original", *[above] * (phases - 1)]
+    return [auto if kind == "auto" else kind for kind, auto in zip(kinds, automatic, strict=True)]
 
 
 def check_disk(prepared: Prepared) -> None:
-    """Raise WriteFailed unless the output's disk has room for the file and for the picture between two phases."""
-    request = prepared.request
-    folder = prepared.folder
-    file_bytes = images.bytes_needed(prepared.format, request.size.pair, BITS, request.compression)
-    needed = file_bytes + scratch_bytes(prepared)
+    """Raise WriteFailed unless the output's disk has room for what the run writes."""
+    folder, needed = prepared.folder, disk_bytes(prepared)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise WriteFailed(
-            f"{folder} has {format_bytes(free)} free, and {request.size} needs {format_bytes(needed)}.",
+            f"{folder} has {format_bytes(free)} free, and {prepared.request.size} needs {format_bytes(needed)}.",
             "Free some space, or choose another folder with -o.",
         )
+
+
+def disk_bytes(prepared: Prepared) -> int:
+    """The room the file may need, and the picture that waits between two phases."""
+    request = prepared.request
+    file_bytes = images.bytes_needed(prepared.format, request.size.pair, BITS, request.compression)
+    return file_bytes + scratch_bytes(prepared)
 
 
 def scratch_bytes(prepared: Prepared) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from linfusion_cli.device import PeakMemory, free_memory
@@ -14,6 +15,8 @@ from linfusion_cli.report import StageReport
 
 if TYPE_CHECKING:
     import torch
+
+    from linfusion_cli.planning.plan import Need
 
 
 class Stage:
@@ -53,7 +56,14 @@ class Recorder:
 
     @contextmanager
     def stage(
-        self, name: str, kind: str, size: Size | None, total: int, unit: str, spent_sec: float = 0.0
+        self,
+        name: str,
+        kind: str,
+        size: Size | None,
+        total: int,
+        unit: str,
+        spent_sec: float = 0.0,
+        planned: Need | None = None,
     ) -> Iterator[Stage]:
         """Time and measure what happens within: `total` units of it, which the Stage is told of.
 
@@ -66,5 +76,17 @@ class Recorder:
         yield stage
         steps = total if unit == "steps" else None
         seconds = stage.seconds + spent_sec
-        self.stages.append(StageReport(name, kind, size, seconds, steps, peak.host_bytes(), peak.device_bytes()))
+        measured = StageReport(name, kind, size, seconds, steps, peak.host_bytes(), peak.device_bytes())
+        self.stages.append(measured if planned is None else with_plan(measured, planned))
         self._observer(StageFinished(seconds))
+
+
+def with_plan(measured: StageReport, planned: Need) -> StageReport:
+    """What was measured, with what had been planned beside it."""
+    device = planned.device_bytes if measured.peak_device_bytes is not None else None
+    return replace(
+        measured,
+        planned_seconds=planned.seconds,
+        planned_host_bytes=planned.host_bytes,
+        planned_device_bytes=device,
+    )

@@ -13,6 +13,7 @@ from torch import nn
 
 from linfusion_cli.device import is_out_of_memory
 from linfusion_cli.errors import DataError, Unavailable, first_line
+from linfusion_cli.models.families import read_config
 from linfusion_cli.models.locate import weights_files
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -29,6 +30,17 @@ def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
 def load_vae(folder: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
     """The VAE of the model in `folder`, ready to run."""
     return load_part(AutoencoderKL, folder / "vae", dtype, device)
+
+
+def outline(kind: type[Part], part: Path) -> Part:
+    """A part of a model without its weights: what its config says, on the meta device."""
+    config = read_config(part / "config.json")
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config).eval().requires_grad_(False)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = f"{part / 'config.json'} makes no {kind.__name__} ({first_line(error)})."
+        raise DataError(reason, "Download the model again.") from error
 
 
 def load_part(kind: type[Part], part: Path, dtype: torch.dtype, device: torch.device) -> Part:

@@ -30,12 +30,17 @@ class Embedding:
         """The same shapes, silent: what SDXL was trained to hear as "no prompt"."""
         return Embedding(torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled))
 
+    def beside(self, other: Embedding) -> Embedding:
+        """Both in one batch, this one first."""
+        pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])
+        return Embedding(torch.cat([self.hidden, other.hidden]), pooled)
+
     def added(self, size: Size) -> dict[str, Tensor] | None:
         """SDXL's further conditions: original size, crop offset and target size, here those of the finished picture."""
         if self.pooled is None:
             return None
-        time_ids = torch.tensor([[size.height, size.width, 0, 0, size.height, size.width]], dtype=torch.float32)
-        return {"text_embeds": self.pooled, "time_ids": time_ids}
+        time_ids = torch.tensor([size.height, size.width, 0, 0, size.height, size.width], dtype=torch.float32)
+        return {"text_embeds": self.pooled, "time_ids": time_ids.repeat(len(self.pooled), 1)}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from linfusion_cli.geometry import Size
-from linfusion_cli.units import parse_size
+from linfusion_cli.units import parse_bytes, parse_size
 
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -38,6 +38,10 @@ def _truth(value: Any) -> bool:
     return text in TRUE
 
 
+def _bytes(value: Any) -> int:
+    return parse_bytes(str(value))
+
+
 def _size(value: Any) -> Size:
     return parse_size(str(value))
 
@@ -53,6 +57,9 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "guidance_scale": _number,
     "guidance_rescale": _number,
     "strength": _number,
+    "attention": _text,
+    "vram": _bytes,
+    "ram": _bytes,
     "dtype": _text,
     "device": _text,
     "format": _text,

@@ -15,12 +15,25 @@ def guided(conditional: Predict, unconditional: Predict, scale: float, rescale: 
         return conditional
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        without = unconditional(latents, timestep)
-        with_prompt = conditional(latents, timestep)
-        mixed = without + scale * (with_prompt - without)
-        return rescaled(mixed, with_prompt, rescale) if rescale else mixed
+        return mixed(unconditional(latents, timestep), conditional(latents, timestep), scale, rescale)
 
     return predict
+
+
+def guided_together(both: Predict, scale: float, rescale: float = 0.0) -> Predict:
+    """As `guided`, with both halves, the unconditional first, in one batch of two: faster, at twice the memory."""
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        without, with_prompt = both(latents.expand(2, -1, -1, -1), timestep).chunk(2)
+        return mixed(without, with_prompt, scale, rescale)
+
+    return predict
+
+
+def mixed(without: Tensor, with_prompt: Tensor, scale: float, rescale: float) -> Tensor:
+    """The guided prediction, from both halves."""
+    guided_prediction = without + scale * (with_prompt - without)
+    return rescaled(guided_prediction, with_prompt, rescale) if rescale else guided_prediction
 
 
 def rescaled(guided_prediction: Tensor, conditional: Tensor, share: float) -> Tensor:

@@ -14,6 +14,8 @@ from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.storage import Map, Storage
 from linfusion_cli.strips.windows import Source, Windows
 
+SMALLEST_TOKENS = 64  # fewer save nothing: a row of a picture of 512 px has as many
+
 
 @dataclass(frozen=True)
 class StripSize:
@@ -30,8 +32,13 @@ class StripSize:
         """The height of strips of a map of this width."""
         return max(self.rows, self.tokens // width)
 
+    @property
+    def is_smallest(self) -> bool:
+        return self.rows == 1 and self.tokens <= SMALLEST_TOKENS
+
     def halved(self) -> StripSize:
-        return StripSize(max(1, self.rows // 2), max(1, self.tokens // 2))
+        """Half the rows and half the tokens, down to the smallest."""
+        return StripSize(max(1, self.rows // 2), max(SMALLEST_TOKENS, self.tokens // 2))
 
 
 @dataclass(frozen=True)

@@ -176,9 +176,12 @@ def mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor in a memory mapping of its own, which goes back to the system when the tensor goes.
 
     In the C library's heap, maps would leave holes between the strips' small tensors, a third of the peak in all.
-    Large pages, where the system has them, save the faults of writing to fresh memory.
+    Large pages, where the system has them, save the faults of writing to fresh memory. Raises MemoryError.
     """
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    try:
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    except OSError as error:
+        raise MemoryError(f"no memory for a map of {shape}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel may be built without
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,26 +1,76 @@
-"""A UNet and its conditioning as one function of latents and timestep."""
+"""A UNet and its conditioning as a function of latents and timestep: run whole, or in strips."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from linfusion_cli.device import free_memory, is_out_of_memory
+from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.unet.check import check_supported
+from linfusion_cli.unet.forward import Condition, strip_forward
 
-def predictor(
-    unet: UNet2DConditionModel, text: Tensor, added: Mapping[str, Tensor] | None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """(latents [1, C, H, W], timestep []) -> prediction [1, C, H, W], both in the latents' dtype.
+Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timestep []) -> prediction [B, C, h, w]
 
-    `text` [1, T, C] and `added` (SDXL's `text_embeds` [1, C] and `time_ids` [1, 6]) are moved to the UNet once.
+
+class Whole:
+    """Runs a UNet as it is."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        self._unet = unet
+
+    def predictor(self, text: Tensor, added: Mapping[str, Tensor] | None) -> Predict:
+        """The UNet under `text` [B, T, C] and SDXL's `added` (`text_embeds` [B, C], `time_ids` [B, 6])."""
+        return _predictor(self._unet, Condition(text, added), self._forward)
+
+    def _forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        return self._unet(latents, timestep, condition.text, added_cond_kwargs=condition.added, return_dict=False)[0]
+
+
+class InStrips:
+    """Runs a UNet with linear attention in strips; where memory runs out, in smaller ones, from then on.
+
+    `on_halved` hears of it. Raises DataError for a UNet that has a part which cannot be run so.
     """
-    where = {"device": unet.device, "dtype": unet.dtype}
-    text = text.to(**where)
-    added = {name: tensor.to(**where) for name, tensor in added.items()} if added else None
 
+    def __init__(self, unet: UNet2DConditionModel, run: Strips, on_halved: Callable[[StripSize], None]):
+        check_supported(unet)
+        self._unet, self._run, self._on_halved = unet, run, on_halved
+
+    def predictor(self, text: Tensor, added: Mapping[str, Tensor] | None) -> Predict:
+        """As `Whole.predictor`."""
+        return _predictor(self._unet, Condition(text, added), self._forward)
+
+    def _forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """A forward is repeated when it runs out of memory: it changes nothing but what it returns."""
+        while True:
+            try:
+                return strip_forward(self._unet, self._run, latents, timestep, condition)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self._run.size.is_smallest:
+                    raise
+            self._halve()  # only here, as the error holds on to what the forward had
+
+    def _halve(self) -> None:
+        self._run = replace(self._run, size=self._run.size.halved())
+        free_memory(self._run.storage.device)
+        self._on_halved(self._run.size)
+
+
+def _predictor(
+    unet: UNet2DConditionModel, condition: Condition, forward: Callable[[Tensor, Tensor, Condition], Tensor]
+) -> Predict:
+    """`forward` under `condition`, which moves to the UNet once; latents come and go in their own dtype."""
+    where = {"device": unet.device, "dtype": unet.dtype}
+    added = {name: tensor.to(**where) for name, tensor in condition.added.items()} if condition.added else None
+    condition = replace(condition, text=condition.text.to(**where), added=added)
+
+    @torch.inference_mode()
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        prediction = unet(latents.to(**where), timestep, text, added_cond_kwargs=added, return_dict=False)[0]
-        return prediction.to(latents)
+        return forward(latents.to(**where), timestep, condition).to(latents)
 
     return predict

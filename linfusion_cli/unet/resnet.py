@@ -8,7 +8,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows, convolved
+from linfusion_cli.strips.cost import Cost, convolution_cost
+from linfusion_cli.strips.ops import Strips, StripSize, Writer, as_picture, as_rows, convolved
 from linfusion_cli.strips.storage import Map
 from linfusion_cli.strips.windows import Normed
 
@@ -58,3 +59,14 @@ def shortcut_of(block: ResnetBlock2D, rows: list[Tensor]) -> Tensor:
 def late_shortcut(block: ResnetBlock2D, parts: Sequence[Map]) -> ReadRows:
     """The shortcut, computed when it is needed, from parts that are still whole then."""
     return lambda top, bottom: shortcut_of(block, [part.read(top, bottom) for part in parts])
+
+
+def resnet_cost(
+    size: StripSize, block: ResnetBlock2D, shape: tuple[int, int, int], itemsize: int, dilation: int
+) -> Cost:
+    """`run_resnet` on parts of (B, H, W)."""
+    cost = convolution_cost(size, block.conv1, shape, itemsize, dilation)
+    cost += convolution_cost(size, block.conv2, shape, itemsize, dilation)
+    if block.conv_shortcut is not None:
+        cost += convolution_cost(size, block.conv_shortcut, shape, itemsize)
+    return cost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,17 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from linfusion_cli.attention.linear import KeyValueSums, attend
+from linfusion_cli.attention.linear import KeyValueSums, LinearAttention, attend
+from linfusion_cli.strips.cost import Cost
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.exchange import Exchange
-from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows
+from linfusion_cli.strips.ops import Strips, StripSize, Writer, as_picture, as_rows
 from linfusion_cli.strips.storage import Map
 from linfusion_cli.strips.windows import Normed
+
+TOKEN_LAYERS = (nn.Linear, nn.Conv2d)
+PASSES_PER_BLOCK = 60  # times that a token's channels are read or written beside matrix products, activations included
+PIECES_ALIVE = 20  # how many times its channels are alive at once, in the feed-forward
 
 
 @dataclass(frozen=True)
@@ -126,3 +132,21 @@ class Sums:
         """The sums over the tokens of all devices."""
         tokens = exchange.sum(torch.tensor(self._sums.tokens))
         return KeyValueSums(exchange.sum(self._sums.kv), exchange.sum(self._sums.k), int(tokens))
+
+
+def transformer_cost(
+    size: StripSize, transformer: Transformer2DModel, shape: tuple[int, int, int], text_tokens: int, itemsize: int
+) -> Cost:
+    """`run_transformer` on a map of (B, H, W): each linear layer once per token, but those of the text.
+
+    The feed-forward's strip is the largest: 8 C wide, half of it through its gate, and their product.
+    """
+    blocks, tokens, channels = transformer.transformer_blocks, math.prod(shape), transformer.inner_dim
+    weights = sum(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, TOKEN_LAYERS))
+    weights -= sum(inner(layer).weight.numel() for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v))
+    is_linear, heads = isinstance(blocks[0].attn1, LinearAttention), blocks[0].attn1.heads
+    seen = channels // heads if is_linear else tokens // shape[0]  # what a query is multiplied with
+    attention = len(blocks) * 4 * channels * (seen + text_tokens)
+    passes = len(blocks) * PASSES_PER_BLOCK * tokens * channels
+    piece = shape[0] * min(size.tokens, shape[1] * shape[2]) * channels
+    return Cost(tokens * (2 * weights + attention), passes, piece * PIECES_ALIVE * itemsize)

@@ -1,0 +1,76 @@
+"""`linfusion plan`: what generate would do with the same options, what it would take, and whether it fits."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from linfusion_cli.cli import options, render
+from linfusion_cli.cli.request import quieten_hub, read_request
+from linfusion_cli.presets import Settings
+from linfusion_cli.request import GenerateRequest
+from linfusion_cli.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from linfusion_cli.planning.plan import Plan, PlannedStage
+
+
+@options.takes_a_request
+def command(given: dict[str, Any], as_json: options.Json = False) -> None:
+    """Say how generate would run with these options, and what it would take; loads no weights."""
+    quieten_hub(bool(given["download"]), quiet=False)
+    settings, request = read_request(given, render.notices_only)
+    from linfusion_cli.jobs.plan import plan_run  # torch and diffusers: not for --help to wait for
+    from linfusion_cli.jobs.prepare import disk_bytes, prepare
+
+    prepared = prepare(request)
+    plan, disk = plan_run(prepared), disk_bytes(prepared)
+    if as_json:
+        values = {"request": request.to_json(), "settings": settings.origins, "disk_bytes": disk}
+        render.answer(json.dumps(values | {"plan": plan.to_json()}, indent=2))
+    else:
+        render.answer("\n\n".join([render.plain(plan_table(plan)), budgets(plan, disk), origins(settings, request)]))
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row per stage, and their peaks and total."""
+    heads = ("stage", "size", "steps", "attention", "strips", "maps on", "guidance", "GPU", "host", "time")
+    table = Table(*heads, box=None, pad_edge=False)
+    for stage in plan.stages:
+        table.add_row(*_cells(stage, plan))
+    table.add_row("total", *[""] * 6, *_needs(plan.need, plan))
+    return table
+
+
+def _cells(stage: PlannedStage, plan: Plan) -> list[str]:
+    mode = stage.mode
+    how = [""] * 4
+    if mode is not None:
+        strips = f"{mode.strips.rows} rows, {mode.strips.tokens} tokens" if mode.strips else "whole"
+        maps = {"device": "device", "skips": "device, skips on host", "host": "host"}[mode.place]
+        how = [mode.attention, strips, maps, "together" if mode.together else "in turn"]
+    return [stage.name, str(stage.size), str(stage.steps or ""), *how, *_needs(stage.need, plan)]
+
+
+def _needs(need, plan: Plan) -> list[str]:
+    card = "" if plan.machine.device_bytes is None else format_bytes(need.device_bytes)
+    return [card, format_bytes(need.host_bytes), format_seconds(need.seconds)]
+
+
+def budgets(plan: Plan, disk: int) -> str:
+    """What may be used, and what the disk must have free."""
+    machine = plan.machine
+    card = "" if machine.device_bytes is None else f" and {format_bytes(machine.device_bytes)} of the GPU's memory"
+    memory = f"It may use {format_bytes(machine.host_bytes)} of memory{card}, on {machine.device}."
+    return f"{memory} On disk it needs up to {format_bytes(disk)}."
+
+
+def origins(settings: Settings, request: GenerateRequest) -> str:
+    """Each setting, and where it came from."""
+    table = Table("setting", "value", "from", box=None, pad_edge=False)
+    values = request.to_json()
+    for name, origin in settings.origins.items():
+        table.add_row(name, json.dumps(values[name], ensure_ascii=False), origin)
+    return render.plain(table)

@@ -1,0 +1,87 @@
+"""From the options of a command to a request: prompt, sizes, presets, and where each setting came from."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from linfusion_cli import presets
+from linfusion_cli.cli import render
+from linfusion_cli.errors import UsageError
+from linfusion_cli.events import Notice, Observer
+from linfusion_cli.models.locate import is_here
+from linfusion_cli.request import GenerateRequest, flag
+from linfusion_cli.units import parse_bytes, parse_size
+
+
+def read_request(given: dict[str, Any], observer: Observer) -> tuple[presets.Settings, GenerateRequest]:
+    """The settings that `given` options, environment, config file and preset make together, and their request."""
+    given = dict(given)
+    preset = given.pop("preset")
+    given["prompt"] = read_prompt(given["prompt"])
+    given["size"] = None if given["size"] is None else parse_size(given["size"])
+    given |= {setting: read_bytes(setting, given[setting]) for setting in ("vram", "ram")}
+    settings = resolve(given, preset, os.environ, observer)
+    return settings, presets.build_request(settings)
+
+
+def read_bytes(setting: str, text: str | None) -> int | None:
+    """A size of memory, None if it was not given."""
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"{flag(setting)} {text!r} {error}.", "", setting) from error
+
+
+def quieten_hub(download: bool, quiet: bool) -> None:
+    """Tell the hub's library, before it is imported, to keep off the network unless asked, and off a log's lines."""
+    if not download:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if quiet or not render.on_terminal():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def read_prompt(argument: str | None) -> str | None:
+    """The prompt, which `-` takes from standard input; None if there was none."""
+    text = read_stdin() if argument == "-" else argument
+    if text is not None and not text.strip():
+        raise UsageError("The prompt is empty.", "Write what to paint, or leave it out for the preset's sample prompt.")
+    return text
+
+
+def read_stdin() -> str:
+    """All of standard input, which is UTF-8 whatever the locale says."""
+    try:
+        return "" if sys.stdin is None else sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UsageError("The prompt on standard input is not valid UTF-8.", "Convert it, with iconv say.") from error
+
+
+def resolve(
+    given: Mapping[str, Any], preset: str | None, environ: Mapping[str, str], observer: Observer
+) -> presets.Settings:
+    """All settings, merged; with no preset and no model named anywhere, SDXL if it is here, else the embedded model."""
+    config, config_preset = presets.config_layer(environ)
+    layers = [presets.flag_layer(given), presets.environment_layer(environ), config]
+    named = (preset, environ.get("LINFUSION_PRESET"), config_preset)
+    name = next((name for name in named if name is not None), None)
+    if name is None and not any("model" in layer.values for layer in layers):
+        name = presets.SDXL if is_here(presets.preset_layer(presets.SDXL).values["model"]) else presets.DEMO
+        if name == presets.DEMO:
+            observer(
+                Notice("SDXL with LinFusion's weights is not on this machine: the small embedded demo model paints.")
+            )
+    if name is not None:
+        layers.append(presets.preset_layer(name))
+    return presets.merge([*layers, output_layer(layers)])
+
+
+def output_layer(layers: list[presets.Layer]) -> presets.Layer:
+    """The output's name where none is given: it tells size and seed, and stands in the present folder."""
+    values = presets.merge(layers).values
+    suffix = {"png": ".png", "jpeg": ".jpg"}.get(values.get("format"), ".tif")
+    name = f"linfusion-{values.get('size')}-seed{values.get('seed', 0)}{suffix}"
+    return presets.Layer("default", {"output": Path(name)})

@@ -1,0 +1,53 @@
+"""What stays the same from a run's first stage to its last."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from linfusion_cli.errors import DataError
+from linfusion_cli.jobs.prepare import Prepared
+from linfusion_cli.jobs.record import Recorder, Stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from linfusion_cli.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """A request that nothing speaks against, the plan to carry it out, and who records how that goes."""
+
+    prepared: Prepared
+    plan: Plan
+    recorder: Recorder
+
+    @property
+    def device(self) -> torch.device:
+        return self.plan.machine.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The UNet's and the text encoders'; the VAE has its own."""
+        return self.plan.machine.dtype
+
+    @property
+    def window_lat(self) -> int:
+        """Side of the VAE's windows: the size it was trained at, which its attention and its statistics know best."""
+        facts = self.prepared.facts
+        return facts.vae_native_px // facts.vae_factor
+
+    def stage(self, kind: str, phase: int) -> AbstractContextManager[Stage]:
+        """Record a planned stage: a denoising counts steps, all else rows of the picture."""
+        planned = self.plan.stage(kind, phase)
+        total, unit = (planned.steps, "steps") if planned.steps else (planned.size.height, "rows")
+        return self.recorder.stage(planned.name, kind, planned.size, total, unit, planned=planned.need)
+
+
+def checked(values: torch.Tensor, message: str) -> torch.Tensor:
+    """`values`, or DataError if one of them is not a number: a black picture after hours helps nobody."""
+    if not values.isfinite().all():
+        raise DataError(message, "Try --dtype float32; if that gives the same, the weights are damaged.")
+    return values

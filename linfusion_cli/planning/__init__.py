@@ -1,0 +1,1 @@
+"""Before anything is loaded: how each phase will run on this machine, and what it will take."""

@@ -1,0 +1,49 @@
+"""What a plan has to get by with: a device, its speed, and the memory that may be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from linfusion_cli import device as machine
+from linfusion_cli.errors import UsageError
+from linfusion_cli.planning.speed import Speed, measured
+from linfusion_cli.request import GenerateRequest
+
+SHARE_OF_FREE = 0.9  # what is taken of the memory that is free now, where nothing else is said
+CUDA_CONTEXT_BYTES = 512 << 20  # what the driver and its libraries take beside torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`host_bytes` counts the whole process, `device_bytes` what torch has on the card; None without one."""
+
+    device: torch.device
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    host_bytes: int
+    device_bytes: int | None
+    resident_bytes: int  # of this process, before any model is loaded
+    speed: Speed
+    vae_speed: Speed
+
+
+def survey(request: GenerateRequest) -> Machine:
+    """This machine as `request` wants to use it; raises UsageError or Unavailable."""
+    device = machine.pick_device(request.device)
+    dtype, vae_dtype = machine.pick_dtype(request.dtype, device), machine.pick_vae_dtype(device)
+    if request.vram is not None and device.type != "cuda":
+        raise UsageError(f"--vram {request.vram} needs a GPU, and this runs on {device}.", "Use --ram.", "vram")
+    resident = machine.resident_bytes()
+    host = request.ram or resident + int(SHARE_OF_FREE * machine.free_host_bytes())
+    speed = measured(device, dtype)
+    vae_speed = speed if vae_dtype == dtype else measured(device, vae_dtype)
+    return Machine(device, dtype, vae_dtype, host, device_budget(request, device), resident, speed, vae_speed)
+
+
+def device_budget(request: GenerateRequest, device: torch.device) -> int | None:
+    """The bytes that may be used of a card."""
+    if device.type != "cuda":
+        return None
+    return request.vram or int(SHARE_OF_FREE * machine.free_device_bytes(device)) - CUDA_CONTEXT_BYTES

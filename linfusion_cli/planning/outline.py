@@ -1,0 +1,47 @@
+"""A model's shapes, from its config files alone: what a plan reckons with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+
+from linfusion_cli.attention import weights
+from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.models.load import outline
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """UNet, the linear attention that can be mounted in it, and VAE, all on the meta device."""
+
+    unet: UNet2DConditionModel
+    linear: dict[str, LinearAttention]
+    vae: AutoencoderKL
+
+    @staticmethod
+    def read(model: Path, linfusion: Path | None) -> ModelOutline:
+        """Raises Unavailable, DataError or InputMissing naming the file."""
+        unet = outline(UNet2DConditionModel, model / "unet")
+        linear = weights.outline(linfusion, unet) if linfusion else {}
+        return ModelOutline(unet, linear, outline(AutoencoderKL, model / "vae"))
+
+    def numbers(self, attention: str) -> int:
+        """How many weights the UNet has with this attention."""
+        whole = count(self.unet)
+        if attention == "original":
+            return whole
+        replaced = sum(count(module) for module in self_attentions(self.unet).values())
+        return whole - replaced + sum(count(module) for module in self.linear.values())
+
+    @property
+    def all_numbers(self) -> int:
+        """How many weights the UNet has with both kinds of attention."""
+        return count(self.unet) + sum(count(module) for module in self.linear.values())
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

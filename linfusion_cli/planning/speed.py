@@ -1,0 +1,56 @@
+"""How fast this machine is, measured in half a second: what predictions of time stand on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+PROBE_SEC = 0.15
+# Of the rates measured by the probe, what a forward reaches: its products are smaller and of many shapes, and its
+# other passes find less in the caches. Measured with tools/bench/unet.py and whole runs of the demo model.
+SHARE = {"cpu": 0.6, "cuda": 0.5}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rates of one device in one number format: of matrix products, and of passes over numbers in memory."""
+
+    flops_per_sec: float
+    passes_per_sec: float
+
+    def seconds(self, flops: float, passes: float) -> float:
+        return flops / self.flops_per_sec + passes / self.passes_per_sec
+
+
+def measured(device: torch.device, dtype: torch.dtype) -> Speed:
+    """The rates of `device`: a product of a strip's tokens with a layer's weights, and an activation of as many."""
+    tokens, width = (1024, 512) if device.type == "cpu" else (16384, 2048)
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
+    weights = torch.randn(width, width, device=device, dtype=dtype)
+    share = SHARE[device.type]
+    product_sec = best_seconds(lambda: x @ weights, device)
+    activation_sec = best_seconds(lambda: F.silu(x), device)
+    return Speed(share * 2 * tokens * width * width / product_sec, share * 2 * tokens * width / activation_sec)
+
+
+@torch.inference_mode()
+def best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest time that `work` took, of as many times as fit the probe: others may use the machine too."""
+    best, until = float("inf"), time.perf_counter() + PROBE_SEC
+    work()
+    while time.perf_counter() < until:
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
