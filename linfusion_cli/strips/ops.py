@@ -43,12 +43,16 @@ class StripSize:
 
 @dataclass(frozen=True)
 class Strips:
-    """How a network runs in strips: their size, where maps wait, who has the other rows, and the dilation."""
+    """How a network runs in strips: their size, where maps wait, who has the other rows, and the dilation.
+
+    `compiled` has the code that tokens go through compiled by torch, once for each shape of a piece.
+    """
 
     size: StripSize
     storage: Storage
     exchange: Exchange
     dilation: int = 1
+    compiled: bool = False
 
     def bands(self, height: int, width: int) -> list[tuple[int, int]]:
         """The strips [top, bottom) of a map."""

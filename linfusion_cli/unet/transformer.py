@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -72,17 +74,17 @@ def visit(
     text: Text,
 ) -> KeyValueSums:
     """Finish `block` on each piece of the tokens and gather the sums of the following block's attention."""
-    gathered = Sums(following)
+    gathered, finish = Sums(following), compiled(finished) if run.compiled else finished
     for start, stop in run.pieces(tokens):
-        tokens.write(start, gathered.add(finished(block, tokens.read(start, stop), sums, text)))
+        tokens.write(start, gathered.add(finish(block, tokens.read(start, stop), sums, text)))
     return gathered.over_all(run.exchange)
 
 
 def end(run: Strips, transformer: Transformer2DModel, x: Map, tokens: Map, sums: KeyValueSums, text: Text) -> Map:
     """Finish the last block, project out of the tokens and add the result to `x`."""
-    result = Writer(x)
+    result, finish = Writer(x), compiled(finished) if run.compiled else finished
     for start, stop in run.pieces(tokens):
-        piece = finished(transformer.transformer_blocks[-1], tokens.read(start, stop), sums, text)
+        piece = finish(transformer.transformer_blocks[-1], tokens.read(start, stop), sums, text)
         result.write(start, x.read(start, stop) + projected(transformer.proj_out, piece))
     return result.close(run.exchange)
 
@@ -94,6 +96,12 @@ def finished(block: BasicTransformerBlock, piece: Tensor, sums: KeyValueSums, te
     x = x + cross_attention(block.attn2, block.norm2(x), text)
     x = x + block.ff(block.norm3(x))
     return x.unsqueeze(2)
+
+
+@cache
+def compiled(function: Callable) -> Callable:
+    """`function` compiled by torch: one program for all blocks of one shape."""
+    return torch.compile(function, dynamic=False)
 
 
 def cross_attention(attention: Attention, x: Tensor, text: Text) -> Tensor:

@@ -1,6 +1,6 @@
 """One forward of a UNet of SDXL's shape, random weights, a fifth of the width: strips against the plain forward.
 
-    python tools/bench/unet.py [--latents 512] [--runs 5] [--rows 16] [--tokens 1024] [--json FILE]
+    python -m tools.bench.unet [--latents 512] [--runs 5] [--rows 16] [--tokens 1024] [--json FILE]
 
 Both run with the same linear attention, in processes of their own that take turns; medians are printed. Memory is the
 peak of the forward above the process with its model loaded. Strips run at 256 latents too, for how time grows.
@@ -16,49 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import mounted, self_attentions
-from linfusion_cli.device import PeakMemory, cpu_count, free_memory
+from linfusion_cli.attention.mount import mounted
+from linfusion_cli.device import PeakMemory, cpu_count, free_memory, resident_bytes
+from linfusion_cli.planning.plan import HEAP_BYTES
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.unet.forward import Condition, strip_forward
+from linfusion_cli.unet.cost import Setting, reckon
+from linfusion_cli.unet.forward import strip_forward
+from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
-
-
-def small_sdxl(divisor: int) -> UNet2DConditionModel:
-    """SDXL's UNet with its channels divided by `divisor`, heads of 64 as they are."""
-    widths = tuple(width // divisor for width in (320, 640, 1280))
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=widths,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=tuple(width // 64 for width in widths),
-        cross_attention_dim=2048 // divisor,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=1280 + 6 * 256,
-    )
-
-
-def linear_attentions(unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
-    """Random linear attention for every self-attention of `unet`."""
-    return {
-        path: LinearAttention(module.to_q.in_features, module.heads) for path, module in self_attentions(unet).items()
-    }
-
-
-def condition_for(unet: UNet2DConditionModel) -> Condition:
-    added = {"text_embeds": torch.randn(1, 1280), "time_ids": torch.full((1, 6), 1024.0)}
-    return Condition(torch.randn(1, 77, unet.config.cross_attention_dim), added)
 
 
 @torch.inference_mode()
@@ -66,8 +36,8 @@ def child(kind: str, side: int, rows: int, tokens: int, divisor: int) -> dict[st
     """One forward, after a small one that warms up -> its seconds and the memory above the loaded model."""
     torch.manual_seed(0)
     torch.set_num_threads(cpu_count())
-    unet = small_sdxl(divisor).eval().to(memory_format=torch.channels_last)
-    condition = condition_for(unet)
+    unet = sdxl_unet(divisor).eval().to(memory_format=torch.channels_last)
+    condition = random_condition(unet)
     run = Strips(StripSize(rows, tokens), Storage("device", CPU, torch.float32), Alone())
     with mounted(unet, linear_attentions(unet)):
 
@@ -83,20 +53,14 @@ def child(kind: str, side: int, rows: int, tokens: int, divisor: int) -> dict[st
         loaded = resident_bytes()
         peak, began = PeakMemory(CPU), time.perf_counter()
         forward(side)
-        return {
-            "seconds": time.perf_counter() - began,
-            "peak_bytes": peak.host_bytes() - loaded,
-            "loaded_bytes": loaded,
-        }
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        seconds = time.perf_counter() - began
+        planned = reckon(unet, Setting(run.size, "device", 1, side, side, 4)).peak["device"] + HEAP_BYTES
+        return {"seconds": seconds, "peak_bytes": peak.host_bytes() - loaded, "planned_bytes": planned}
 
 
 def measure(kind: str, side: int, arguments: argparse.Namespace) -> dict[str, float]:
     options = ["--rows", str(arguments.rows), "--tokens", str(arguments.tokens), "--divisor", str(arguments.divisor)]
-    command = [sys.executable, __file__, "--child", kind, "--latents", str(side), *options]
+    command = [sys.executable, "-m", "tools.bench.unet", "--child", kind, "--latents", str(side), *options]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
@@ -124,9 +88,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'':26}{'seconds':>10}{'peak MiB':>10}"]
+    lines = [f"{'':26}{'seconds':>10}{'peak MiB':>10}{'planned':>10}"]
     for name, found in result["medians"].items():
-        lines.append(f"{name:26}{found['seconds']:10.2f}{found['peak_bytes'] / MIB:10.1f}")
+        planned = f"{found['planned_bytes'] / MIB:10.1f}" if name.startswith("strips") else ""
+        lines.append(f"{name:26}{found['seconds']:10.2f}{found['peak_bytes'] / MIB:10.1f}{planned}")
     ratios = result["ratios"]
     lines.append(f"{'strips / plain':26}{ratios['seconds']:10.3f}{ratios['peak_bytes']:10.3f}")
     lines.append(f"{'time, from half the side':26}{result['growth']:10.2f}")

@@ -1,0 +1,42 @@
+"""Random UNets of SDXL's shape for benchmarks: every layer is there, and nothing is downloaded."""
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.unet.forward import Condition
+
+TEXT_TOKENS, POOLED = 77, 1280
+
+
+def sdxl_unet(divisor: int = 1) -> UNet2DConditionModel:
+    """SDXL's UNet with its channels divided by `divisor`, heads of 64 as they are."""
+    widths = tuple(width // divisor for width in (320, 640, 1280))
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=tuple(max(1, width // 64) for width in widths),
+        cross_attention_dim=2048 // divisor,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=POOLED + 6 * 256,
+    )
+
+
+def linear_attentions(unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
+    """Random linear attention for every self-attention of `unet`."""
+    modules = self_attentions(unet).items()
+    return {path: LinearAttention(module.to_q.in_features, module.heads) for path, module in modules}
+
+
+def random_condition(unet: UNet2DConditionModel) -> Condition:
+    """A text and sizes, on the UNet's device and in its dtype."""
+    where = {"device": unet.device, "dtype": unet.dtype}
+    added = {"text_embeds": torch.randn(1, POOLED, **where), "time_ids": torch.full((1, 6), 1024.0, **where)}
+    return Condition(torch.randn(1, TEXT_TOKENS, unet.config.cross_attention_dim, **where), added)
