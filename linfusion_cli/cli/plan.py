@@ -14,7 +14,7 @@ from linfusion_cli.request import GenerateRequest
 from linfusion_cli.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from linfusion_cli.planning.plan import Plan, PlannedStage
+    from linfusion_cli.planning.plan import Need, Plan, PlannedStage
 
 
 @options.takes_a_request
@@ -54,7 +54,9 @@ def _cells(stage: PlannedStage, plan: Plan) -> list[str]:
     return [stage.name, str(stage.size), str(stage.steps or ""), *how, *_needs(stage.need, plan)]
 
 
-def _needs(need, plan: Plan) -> list[str]:
+def _needs(need: Need | None, plan: Plan) -> list[str]:
+    if need is None:
+        return ["unknown"] * 3
     card = "" if plan.machine.device_bytes is None else format_bytes(need.device_bytes)
     return [card, format_bytes(need.host_bytes), format_seconds(need.seconds)]
 

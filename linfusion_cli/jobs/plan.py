@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from linfusion_cli.attention.mount import mounted
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.planning.machine import survey
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Plan, Wanted, make_plan
 from linfusion_cli.sampling.schedule import phase_strengths, steps_run
+from linfusion_cli.unet.check import check_supported
 
 
 def plan_run(prepared: Prepared) -> Plan:
-    """The plan for a request, from the model's config files; raises DoesNotFit, or what those files are guilty of."""
+    """The plan for a request, from the model's config files.
+
+    Raises DoesNotFit, DataError for a UNet that cannot run in strips and should, or what those files are guilty of.
+    """
     wanted = Wanted(prepared.request, prepared.facts, prepared.sizes, phase_steps(prepared), prepared.attentions)
-    machine = survey(prepared.request)
-    return make_plan(wanted, ModelOutline.read(prepared.model, prepared.linfusion), machine)
+    outline = ModelOutline.read(prepared.model, prepared.linfusion)
+    if "linear" in prepared.attentions:
+        with mounted(outline.unet, outline.linear):
+            check_supported(outline.unet)
+    return make_plan(wanted, outline, survey(prepared.request))
 
 
 def phase_steps(prepared: Prepared) -> list[int]:

@@ -57,7 +57,7 @@ def prepare(request: GenerateRequest) -> Prepared:
     sizes = phase_sizes(request.size, base, facts.multiple_px)
     attentions = phase_attentions(request, len(sizes))
     linfusion = None
-    if "linear" in attentions:
+    if "linear" in attentions or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
     return Prepared(request, file_format, model, linfusion, facts, sizes, attentions)
 

@@ -15,6 +15,7 @@ from linfusion_cli.planning.outline import ModelOutline, count
 from linfusion_cli.request import GenerateRequest
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import PLACES, Place
+from linfusion_cli.unet.check import unknown_parts
 from linfusion_cli.unet.cost import Setting, reckon
 from linfusion_cli.units import format_bytes
 from linfusion_cli.vae.cost import vae_cost
@@ -36,6 +37,7 @@ WHOLE = StripSize(1 << 20, 1 << 40)
 LATENT_COPIES = 10  # latents, noise, predictions and what a scheduler's step makes of them, in fp32
 COPY_BYTES_PER_SEC = 20e9  # between pinned host memory and a card: PCIe 4
 ROUNDING_BYTES = 52 << 20  # so that a budget of one decimal is never less than what it stands for
+WHOLE_HEAP_BYTES = 128 << 20  # what freed maps of a plain forward leave of holes
 HEAP_BYTES = 24 << 20  # what libraries keep beside what is reckoned
 
 
@@ -68,7 +70,7 @@ class PlannedStage:
     size: Size
     steps: int
     mode: Mode | None
-    need: Need
+    need: Need | None  # None where it cannot be reckoned: a UNet of an unknown kind, with its own attention
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"size": str(self.size)}
@@ -87,8 +89,8 @@ class Plan:
 
     @property
     def need(self) -> Need:
-        """The peaks and the time of all stages."""
-        needs = [stage.need for stage in self.stages]
+        """The peaks and the time of all stages whose needs are known."""
+        needs = [stage.need for stage in self.stages if stage.need]
         peaks = (max(need.host_bytes for need in needs), max(need.device_bytes for need in needs))
         return Need(*peaks, sum(need.seconds for need in needs))
 
@@ -140,8 +142,10 @@ class Planner:
                 yield [self._denoising(phase, mode) for mode in self._modes(self._wanted.attentions[phase])]
             yield [self._vae_stage(phase, "decode")]
 
-    def fits(self, need: Need) -> bool:
-        """Whether a stage can run within the budgets."""
+    def fits(self, need: Need | None) -> bool:
+        """Whether a stage can run within the budgets, as far as is known."""
+        if need is None:
+            return True
         card = self._machine.device_bytes
         return need.host_bytes <= self._machine.host_bytes and (card is None or need.device_bytes <= card)
 
@@ -153,7 +157,8 @@ class Planner:
         bytes_of = (lambda need: need.device_bytes) if on_card else (lambda need: need.host_bytes)
         if not all(within):
             on_card, budget, within, bytes_of = False, self._machine.host_bytes, options, lambda need: need.host_bytes
-        smallest = max(min(bytes_of(stage.need) for stage in of_one) for of_one in within)
+        known = [[stage.need for stage in of_one if stage.need] for of_one in within]
+        smallest = max(min(map(bytes_of, needs)) for needs in known if needs)
         flag, memory = ("--vram", "GPU memory") if on_card else ("--ram", "memory")
         needed = format_bytes(smallest + ROUNDING_BYTES).replace(" ", "")
         return DoesNotFit(
@@ -163,7 +168,7 @@ class Planner:
 
     def _affordable(self, ways: list[PlannedStage]) -> list[PlannedStage]:
         """Those ways to run a stage that the host has the memory for."""
-        return [stage for stage in ways if stage.need.host_bytes <= self._machine.host_bytes]
+        return [stage for stage in ways if not stage.need or stage.need.host_bytes <= self._machine.host_bytes]
 
     def _modes(self, attention: str) -> list[Mode]:
         """The ways to run a phase: on the device with tall strips if that fits, then maps move out, then strips shrink.
@@ -186,7 +191,9 @@ class Planner:
         need = self._forward_need(mode, size, wanted.steps[phase])
         return PlannedStage(phase, "denoise", name, size, wanted.steps[phase], mode, need)
 
-    def _forward_need(self, mode: Mode, size: Size, steps: int) -> Need:
+    def _forward_need(self, mode: Mode, size: Size, steps: int) -> Need | None:
+        if mode.attention == "original" and any(unknown_parts(self._outline.unet)):
+            return None
         machine, outline, wanted = self._machine, self._outline, self._wanted
         size_lat = size.divided(wanted.facts.vae_factor)
         batch, itemsize = 2 if mode.together else 1, machine.dtype.itemsize
@@ -197,6 +204,8 @@ class Planner:
         seconds *= steps * wanted.halves / batch
         latents = LATENT_COPIES * 4 * wanted.facts.latent_channels * size_lat.area
         device = ledger.peak["device"] + latents + self._weights(mode.attention)
+        if mode.strips is None:
+            device += min(WHOLE_HEAP_BYTES, ledger.peak["device"])
         return self._need(ledger.peak["host"] + latents, device, seconds)
 
     def _vae_stage(self, phase: int, kind: str) -> PlannedStage:

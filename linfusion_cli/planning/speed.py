@@ -32,23 +32,22 @@ def measured(device: torch.device, dtype: torch.dtype) -> Speed:
     x = torch.randn(tokens, width, device=device, dtype=dtype)
     weights = torch.randn(width, width, device=device, dtype=dtype)
     share = SHARE[device.type]
-    product_sec = best_seconds(lambda: x @ weights, device)
-    activation_sec = best_seconds(lambda: F.silu(x), device)
+    product_sec = mean_seconds(lambda: x @ weights, device)
+    activation_sec = mean_seconds(lambda: F.silu(x), device)
     return Speed(share * 2 * tokens * width * width / product_sec, share * 2 * tokens * width / activation_sec)
 
 
 @torch.inference_mode()
-def best_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The shortest time that `work` took, of as many times as fit the probe: others may use the machine too."""
-    best, until = float("inf"), time.perf_counter() + PROBE_SEC
+def mean_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes, on average over the probe: what others take of the machine counts."""
     work()
-    while time.perf_counter() < until:
-        synchronize(device)
-        began = time.perf_counter()
+    synchronize(device)
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < PROBE_SEC:
         work()
         synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return best
+        done += 1
+    return (time.perf_counter() - began) / done
 
 
 def synchronize(device: torch.device) -> None:

@@ -36,9 +36,10 @@ class Cost:
 
 @dataclass
 class Ledger:
-    """The bytes of maps that are alive, and the most there ever were together with an operation's scratch."""
+    """The bytes of maps that are alive, the most there ever were, and the most together with an operation's scratch."""
 
     live: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WHERE, 0))
+    maps_peak: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WHERE, 0))
     peak: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WHERE, 0))
     flops: int = 0
     passes: int = 0
@@ -46,6 +47,7 @@ class Ledger:
 
     def add(self, where: str, count: int) -> None:
         self.live[where] += count
+        self.maps_peak[where] = max(self.maps_peak[where], self.live[where])
         self.peak[where] = max(self.peak[where], self.live[where])
 
     def spend(self, cost: Cost) -> None:

@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.attention.mount import self_attentions
 from linfusion_cli.errors import DataError
 
 BLOCKS = {
@@ -22,12 +23,19 @@ WAY_OUT = "Use --attention original, which runs the model whole."
 
 def check_supported(unet: UNet2DConditionModel) -> None:
     """Raise DataError naming the first part of `unet` that the executor does not know, or knows otherwise."""
-    for path, what in unknown_parts(unet):
+    for path, what in (*unknown_parts(unet), *unmounted(unet)):
         raise DataError(f"The UNet cannot run in strips: {path} is {what}.", WAY_OUT)
 
 
+def unmounted(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
+    """(path, what it is) of every self-attention that is not linear."""
+    for path, module in self_attentions(unet).items():
+        if not isinstance(module, LinearAttention):
+            yield path, f"a {type(module).__name__}, which sees all tokens at once"
+
+
 def unknown_parts(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
-    """(path, what it is) of every part that the executor does not know."""
+    """(path, what it is) of every part that the executor does not know, whatever its self-attention."""
     config = unet.config
     if config.addition_embed_type not in (None, "text_time") or config.center_input_sample:
         yield "its input", "conditioned in an unknown way"
@@ -66,8 +74,6 @@ def odd_transformer(transformer: nn.Module) -> str | None:
     for block in transformer.transformer_blocks:
         if block.norm_type != "layer_norm" or block.only_cross_attention or block.pos_embed is not None:
             return f"a transformer with norm_type {block.norm_type!r}"
-        if not isinstance(block.attn1, LinearAttention):
-            return "a transformer whose self-attention is not linear"
         if block.attn2 is None or type(block.attn2.processor).__name__ not in PROCESSORS:
             return "a transformer whose cross-attention has a processor of its own"
     return None

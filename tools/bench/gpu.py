@@ -19,7 +19,7 @@ import torch
 from linfusion_cli.attention.mount import mounted
 from linfusion_cli.device import PeakMemory, resident_bytes
 from linfusion_cli.planning.plan import STRIP_SIZES
-from linfusion_cli.planning.speed import best_seconds, synchronize
+from linfusion_cli.planning.speed import mean_seconds, synchronize
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
@@ -39,7 +39,7 @@ def matmul_rate(device: torch.device) -> float:
     """FLOP/s of a large product: what the card can do."""
     side = 1024 if device.type == "cpu" else 8192
     x = torch.randn(side, side, device=device, dtype=dtype_for(device))
-    return 2 * side**3 / best_seconds(lambda: x @ x, device)
+    return 2 * side**3 / mean_seconds(lambda: x @ x, device)
 
 
 @torch.inference_mode()

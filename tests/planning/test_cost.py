@@ -1,0 +1,75 @@
+"""What is reckoned is what happens: products against the design's own sum, maps against those of a real forward."""
+
+import weakref
+
+import pytest
+import torch
+
+from linfusion_cli.attention.mount import mounted
+from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.strips.storage import PLACES, HostMap, Map, Storage
+from linfusion_cli.unet.cost import Setting, reckon
+from linfusion_cli.unet.forward import strip_forward
+from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    with torch.device("meta"):
+        unet, linear = sdxl_unet(), linear_attentions(sdxl_unet())
+    with mounted(unet, linear):
+        yield unet
+
+
+def test_sdxl_at_16k_takes_the_products_of_the_design(sdxl):
+    found = reckon(sdxl, Setting(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
+    assert found.flops == pytest.approx(1773e12, rel=0.001)
+    assert found.live == {"device": 0, "host": 0, "nowhere": 0}
+
+
+@pytest.mark.parametrize(("place", "most_gib"), [("device", 21), ("skips", 13), ("host", 8)])
+def test_sdxl_at_16k_fits_the_cards_that_are_promised(sdxl, place, most_gib):
+    weights = 2 * sum(parameter.numel() for parameter in sdxl.parameters())
+    found = reckon(sdxl, Setting(StripSize(16, 8192), place, 1, 2048, 2048, 2))
+    assert weights + found.peak["device"] <= most_gib * GIB
+
+
+class CountingStorage(Storage):
+    """A Storage that knows the most bytes of maps that were ever alive, on the device and on the host."""
+
+    live = peak = 0, 0
+
+    def _on_device(self, shape):
+        return self._counted(super()._on_device(shape))
+
+    def _on_host(self, shape):
+        return self._counted(super()._on_host(shape))
+
+    def _counted(self, made: Map) -> Map:
+        on_host, count = isinstance(made, HostMap), made.tensor.nbytes
+        if on_host:
+            count = 1 << (count - 1).bit_length()
+        self._add(on_host, count)
+        weakref.finalize(made.tensor, self._add, on_host, -count)
+        return made
+
+    def _add(self, on_host: bool, count: int) -> None:
+        self.live = tuple(part + count * (where == on_host) for where, part in enumerate(self.live))
+        self.peak = tuple(map(max, self.peak, self.live))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_maps_are_reckoned_to_the_byte(place):
+    torch.manual_seed(0)
+    unet = sdxl_unet(10).eval()
+    storage = CountingStorage(place, torch.device("cpu"), torch.float32)
+    latents, size = torch.randn(1, 4, 37, 53), StripSize(4, 64)
+    with mounted(unet, linear_attentions(unet)):
+        strip_forward(unet, Strips(size, storage, Alone()), latents, torch.tensor(500), random_condition(unet))
+        nothing_else = Setting(size, place, 1, 37, 53, 4)
+        found = reckon(unet, nothing_else)
+    assert storage.live == (0, 0)
+    assert storage.peak == (found.maps_peak["device"], found.maps_peak["host"])

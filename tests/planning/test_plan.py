@@ -1,0 +1,105 @@
+"""Which way to run is chosen for a budget, and what is said when there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from linfusion_cli.errors import DataError, DoesNotFit
+from linfusion_cli.geometry import Size
+from linfusion_cli.jobs.plan import plan_run
+from linfusion_cli.jobs.prepare import prepare
+from linfusion_cli.models.families import read_facts
+from linfusion_cli.models.locate import DEMO_FOLDER
+from linfusion_cli.planning.machine import Machine
+from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.planning.plan import STRIP_SIZES, Plan, Wanted, make_plan
+from linfusion_cli.planning.speed import Speed
+from linfusion_cli.request import GenerateRequest
+from linfusion_cli.units import parse_bytes
+
+GIB = 1 << 30
+SIZES = [Size(256, 256), Size(8192, 8192)]
+
+
+def machine(kind: str, host_bytes: int, device_bytes: int | None = None) -> Machine:
+    speed = Speed(1e12, 1e10)
+    dtype = torch.float32 if kind == "cpu" else torch.float16
+    return Machine(torch.device(kind), dtype, torch.float32, host_bytes, device_bytes, GIB // 2, speed, speed)
+
+
+def plan(on: Machine, attentions=("original", "linear"), **request) -> Plan:
+    """A plan for the demo model, from 256² to 8192²."""
+    wanted = GenerateRequest("a hill", SIZES[-1], Path("a.tif"), "demo", **request)
+    outline = ModelOutline.read(DEMO_FOLDER, DEMO_FOLDER / "linfusion")
+    return make_plan(Wanted(wanted, read_facts(DEMO_FOLDER), SIZES, [4, 2], attentions), outline, on)
+
+
+def test_a_cpu_with_room_takes_the_best_strips_for_linear_attention_alone():
+    found = plan(machine("cpu", 64 * GIB))
+    assert [(stage.kind, stage.phase) for stage in found.stages] == [
+        ("denoise", 0),
+        ("decode", 0),
+        ("encode", 1),
+        ("denoise", 1),
+        ("decode", 1),
+    ]
+    assert found.stage("denoise", 0).mode.strips is None
+    assert found.stage("denoise", 1).mode.strips == STRIP_SIZES["cpu"][0]
+    assert found.need.seconds == pytest.approx(sum(stage.need.seconds for stage in found.stages))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_is_named_as_the_smallest_budget_does_and_less_does_not(kind):
+    def on(budget):
+        return machine("cpu", budget) if kind == "cpu" else machine("cuda", 64 * GIB, budget)
+
+    with pytest.raises(DoesNotFit) as refused:
+        plan(on(GIB // 8))
+    flag = "--ram" if kind == "cpu" else "--vram"
+    assert refused.value.exit_code == 71 and flag in refused.value.way_out
+    named = parse_bytes(refused.value.way_out.split()[2])
+    plan(on(named))
+    with pytest.raises(DoesNotFit):
+        plan(on(named - (110 << 20)))
+
+
+def test_with_less_room_on_the_card_maps_move_to_the_host():
+    def mode(gib):
+        return plan(machine("cuda", 64 * GIB, int(gib * GIB))).stage("denoise", 1).mode
+
+    found = [mode(gib) for gib in (16, 0.6, 0.4, 0.3)]
+    assert [(mode.place, mode.together) for mode in found] == [
+        ("device", True),
+        ("device", False),
+        ("skips", False),
+        ("host", False),
+    ]
+    assert not plan(machine("cuda", 64 * GIB, 16 * GIB), guidance_scale=1.0).stage("denoise", 1).mode.together
+
+
+def test_maps_move_only_to_a_host_that_has_room():
+    plan(machine("cuda", GIB, GIB // 3))
+    with pytest.raises(DoesNotFit) as refused:
+        plan(machine("cuda", 800 << 20, GIB // 3))
+    assert "--vram" in refused.value.way_out
+    with pytest.raises(DoesNotFit) as refused:
+        plan(machine("cuda", GIB // 2, GIB // 3))
+    assert "--ram" in refused.value.way_out
+
+
+def test_a_unet_of_an_unknown_kind_runs_whole_or_is_refused_by_name(tmp_path, xl_model):
+    import json
+    import shutil
+
+    model = Path(shutil.copytree(xl_model, tmp_path / "model"))
+    config = json.loads((model / "unet" / "config.json").read_text())
+    config["down_block_types"][1] = "AttnDownBlock2D"
+    (model / "unet" / "config.json").write_text(json.dumps(config))
+    (model / "linfusion" / "config.json").write_text(json.dumps({"modules_list": []}))
+    request = GenerateRequest("a hill", Size(256, 256), tmp_path / "a.tif", str(model), attention="original")
+    assert plan_run(prepare(request)).stage("denoise", 1).need is None
+
+    request = GenerateRequest("a hill", Size(256, 256), tmp_path / "a.tif", str(model), strength=0.5)
+    with pytest.raises(DataError, match="LinFusion weights|down_blocks.1"):
+        plan_run(prepare(request))
