@@ -50,6 +50,23 @@ def test_the_smallest_limit_counts(tmp_path, monkeypatch):
     assert device.memory_limit_bytes() == 100 * MIB
 
 
+def test_what_is_free_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch):
+    """Of a cgroup's use, cached files do not count: the kernel drops them first."""
+    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    monkeypatch.setattr(device, "PROC_SELF", tmp_path)
+    (tmp_path / "cgroup").write_text("0::/job\n")
+    (tmp_path / "job").mkdir()
+    assert 0 < device.free_host_bytes() <= psutil.virtual_memory().total
+    (tmp_path / "job" / "memory.max").write_text(f"{512 * MIB}\n")
+    (tmp_path / "job" / "memory.current").write_text(f"{300 * MIB}\n")
+    assert device.free_host_bytes() == 212 * MIB
+    (tmp_path / "job" / "memory.stat").write_text(f"active_file 7\ninactive_file {100 * MIB}\n")
+    assert device.free_host_bytes() == 312 * MIB
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
+    assert device.free_host_bytes() == 0
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -2,7 +2,7 @@ import pytest
 
 from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size
-from linfusion_cli.units import format_bytes, format_seconds, parse_size
+from linfusion_cli.units import format_bytes, format_seconds, parse_bytes, parse_size
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,26 @@ def test_bytes(count, text):
 )
 def test_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("12GiB", 12 << 30),
+        ("12 GB", 12 * 10**9),
+        ("1.5g", 3 << 29),
+        ("800M", 800 << 20),
+        ("64kib", 64 << 10),
+        ("123", 123),
+        ("7B", 7),
+        (" 2 TiB ", 2 << 40),
+    ],
+)
+def test_bytes_are_read(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "12 gigs", "-1GiB", "1e9", "12GiBB", "nan", "1,5G", "٣GiB"])
+def test_what_is_no_size_of_memory_is_refused(text):
+    with pytest.raises(ValueError, match="12GiB"):
+        parse_bytes(text)

@@ -10,6 +10,7 @@ from linfusion_cli import device as machine
 from linfusion_cli.errors import UsageError
 from linfusion_cli.planning.speed import Speed, measured
 from linfusion_cli.request import GenerateRequest
+from linfusion_cli.units import format_bytes
 
 SHARE_OF_FREE = 0.9  # what is taken of the memory that is free now, where nothing else is said
 CUDA_CONTEXT_BYTES = 512 << 20  # what the driver and its libraries take beside torch
@@ -34,7 +35,9 @@ def survey(request: GenerateRequest) -> Machine:
     device = machine.pick_device(request.device)
     dtype, vae_dtype = machine.pick_dtype(request.dtype, device), machine.pick_vae_dtype(device)
     if request.vram is not None and device.type != "cuda":
-        raise UsageError(f"--vram {request.vram} needs a GPU, and this runs on {device}.", "Use --ram.", "vram")
+        raise UsageError(
+            f"--vram {format_bytes(request.vram)} needs a GPU, and this runs on {device}.", "Use --ram.", "vram"
+        )
     resident = machine.resident_bytes()
     host = request.ram or resident + int(SHARE_OF_FREE * machine.free_host_bytes())
     speed = measured(device, dtype)

@@ -7,13 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from linfusion_cli.errors import CannotCreate, DataError, Stopped, UsageError, WriteFailed
+from linfusion_cli.errors import CannotCreate, DataError, DoesNotFit, Stopped, UsageError, WriteFailed
 from linfusion_cli.events import Notice, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs import prepare
+from linfusion_cli.jobs import paint, prepare
 from linfusion_cli.jobs.generate import generate
+from linfusion_cli.planning import plan
 from linfusion_cli.request import GenerateRequest
+from linfusion_cli.strips.ops import StripSize
+from linfusion_cli.unet import predict
+from linfusion_cli.unet.predict import Whole
 from tests.fakes import Listener
 
 
@@ -112,6 +116,83 @@ def test_linfusion_is_what_changes_the_picture(make, tmp_path):
     make(output="linear.png")
     make(output="softmax.png", linfusion="none")
     assert not np.array_equal(pixels(tmp_path / "linear.png"), pixels(tmp_path / "softmax.png"))
+
+
+def test_strips_of_any_height_paint_the_same_picture(make, tmp_path, monkeypatch):
+    """The plan may differ from machine to machine: the picture differs by rounding, here of one step in 255."""
+    for rows in (16, 3):
+        monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(rows, 64),))
+        make(output=f"{rows}.png", attention="linear", size=Size(160, 136))
+    difference = np.abs(pixels(tmp_path / "16.png").astype(int) - pixels(tmp_path / "3.png"))
+    assert difference.max() <= 1
+
+
+def test_a_phase_with_linear_attention_is_the_plain_forward_with_the_same_attention(make, tmp_path, monkeypatch):
+    make(output="strips.png", attention="linear", size=Size(160, 136))
+    monkeypatch.setattr(paint, "runner", lambda run, unet, mode: Whole(unet))
+    make(output="whole.png", attention="linear", size=Size(160, 136))
+    difference = np.abs(pixels(tmp_path / "strips.png").astype(int) - pixels(tmp_path / "whole.png"))
+    assert difference.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("attention", "linfusion", "expected"),
+    [
+        ("auto", "auto", ["original", "linear"]),
+        ("linear", "auto", ["linear", "linear"]),
+        ("original", "auto", ["original", "original"]),
+        ("linear,original", "auto", ["linear", "original"]),
+        ("linear, auto", "auto", ["linear", "linear"]),
+        ("auto", "none", ["original", "original"]),
+    ],
+)
+def test_each_phase_has_the_attention_asked_for(make, attention, linfusion, expected):
+    report = make(attention=attention, linfusion=linfusion)
+    stages = [stage for stage in report.plan["stages"] if stage["kind"] == "denoise"]
+    assert [stage["mode"]["attention"] for stage in stages] == expected
+    assert [stage["mode"]["strips"] is not None for stage in stages] == [kind == "linear" for kind in expected]
+
+
+def test_attention_that_cannot_be_is_usage(make):
+    with pytest.raises(UsageError, match="names 3 phases"):
+        make(attention="auto,linear,linear")
+    with pytest.raises(UsageError, match="LinFusion's weights"):
+        make(attention="linear", linfusion="none")
+    with pytest.raises(UsageError, match="--attention 'quadratic'"):
+        make(attention="quadratic")
+
+
+def test_what_was_planned_stands_beside_what_was_measured(make):
+    report = make()
+    planned = [stage for stage in report.stages if stage.planned_seconds is not None]
+    assert [stage.kind for stage in planned] == ["denoise", "decode", "encode", "denoise", "decode"]
+    assert all(stage.planned_host_bytes > 0 and stage.planned_device_bytes is None for stage in planned)
+
+
+def test_a_budget_that_is_too_small_ends_it_before_any_work(make, tmp_path):
+    listener = Listener()
+    with pytest.raises(DoesNotFit, match="needs .* of memory, and 1.0 MiB may be used"):
+        make(listener, ram=1 << 20)
+    assert [event.name for event in listener.of(StageStarted)] == ["start"] and not files(tmp_path)
+
+
+def test_memory_that_runs_out_in_a_step_is_told_and_loses_nothing(make, tmp_path, monkeypatch):
+    make(output="a.png", attention="linear")
+    run, refused = predict.strip_forward, []
+
+    def scarce(unet, strips, latents, *rest):
+        if not refused:
+            refused.append(strips.size)
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return run(unet, strips, latents, *rest)
+
+    monkeypatch.setattr(predict, "strip_forward", scarce)
+    listener = Listener()
+    make(listener, output="b.png", attention="linear")
+    notices = [event.text for event in listener.of(Notice)]
+    assert refused and len(notices) == 1 and notices[0].startswith("Memory ran out")
+    difference = np.abs(pixels(tmp_path / "a.png").astype(int) - pixels(tmp_path / "b.png"))
+    assert difference.max() <= 1
 
 
 def test_sd15_takes_the_same_road(make, sd_model, tmp_path):
