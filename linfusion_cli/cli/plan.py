@@ -14,7 +14,8 @@ from linfusion_cli.request import GenerateRequest
 from linfusion_cli.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from linfusion_cli.planning.plan import Need, Plan, PlannedStage
+    from linfusion_cli.planning.needs import Need
+    from linfusion_cli.planning.plan import Plan, PlannedStage
 
 
 @options.takes_a_request

@@ -21,7 +21,7 @@ from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
 from linfusion_cli.models.load import load_unet, load_vae
 from linfusion_cli.models.text import Conditioning, encode_prompts
-from linfusion_cli.planning.plan import Mode
+from linfusion_cli.planning.needs import Mode
 from linfusion_cli.sampling import phases, schedule
 from linfusion_cli.sampling.denoise import denoise
 from linfusion_cli.sampling.guidance import Predict, guided, guided_together

@@ -16,7 +16,7 @@ from linfusion_cli.report import StageReport
 if TYPE_CHECKING:
     import torch
 
-    from linfusion_cli.planning.plan import Need
+    from linfusion_cli.planning.needs import Need
 
 
 class Stage:

@@ -19,7 +19,7 @@ import torch
 
 from linfusion_cli.attention.mount import mounted
 from linfusion_cli.device import PeakMemory, cpu_count, free_memory, resident_bytes
-from linfusion_cli.planning.plan import HEAP_BYTES
+from linfusion_cli.planning.needs import HEAP_BYTES
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage

@@ -1,0 +1,90 @@
+"""What a stretch of work takes on a machine: memory at its peak, and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from linfusion_cli.attention.mount import mounted
+from linfusion_cli.geometry import Size
+from linfusion_cli.models.families import ModelFacts
+from linfusion_cli.planning.machine import Machine
+from linfusion_cli.planning.outline import ModelOutline, count
+from linfusion_cli.strips.ops import StripSize
+from linfusion_cli.strips.storage import Place
+from linfusion_cli.unet.check import unknown_parts
+from linfusion_cli.unet.cost import Setting, reckon
+from linfusion_cli.vae.cost import vae_cost
+
+WHOLE = StripSize(1 << 20, 1 << 40)
+LATENT_COPIES = 10  # latents, noise, predictions and what a scheduler's step makes of them, in fp32
+COPY_BYTES_PER_SEC = 20e9  # between pinned host memory and a card: PCIe 4
+HEAP_BYTES = 24 << 20  # what libraries keep beside what is reckoned
+WHOLE_HEAP_BYTES = 128 << 20  # the holes that freed maps of a plain forward leave, where there are so many
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How one phase's UNet runs: whole where it has no strips; `together` runs both halves of guidance at once."""
+
+    attention: str
+    strips: StripSize | None = None
+    place: Place = "device"
+    together: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stretch of work takes at its peak, of the whole process and of the card; and how long."""
+
+    host_bytes: int
+    device_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reckoner:
+    """Reckons needs from a model's outline."""
+
+    facts: ModelFacts
+    outline: ModelOutline
+    machine: Machine
+
+    def forward(self, mode: Mode, size: Size) -> Need | None:
+        """One prediction, or both halves of guidance, at `size` px; None for a UNet of an unknown kind."""
+        if mode.attention == "original" and any(unknown_parts(self.outline.unet)):
+            return None
+        size_lat = size.divided(self.facts.vae_factor)
+        shape = (2 if mode.together else 1, size_lat.height, size_lat.width)
+        setting = Setting(mode.strips or WHOLE, mode.place, *shape, self.machine.dtype.itemsize)
+        with mounted(self.outline.unet, self.outline.linear if mode.attention == "linear" else {}):
+            ledger = reckon(self.outline.unet, setting)
+        computing = self.machine.speed.seconds(ledger.flops, ledger.passes)
+        latents = LATENT_COPIES * 4 * self.facts.latent_channels * size_lat.area
+        holes = 0 if mode.strips else min(WHOLE_HEAP_BYTES, ledger.peak["device"])
+        device = ledger.peak["device"] + latents + holes + self._weights(mode.attention)
+        host = ledger.peak["host"] + (latents if self.machine.device.type == "cuda" else 0)  # drawn and added there
+        return self._need(host, device, max(computing, ledger.copied_bytes / COPY_BYTES_PER_SEC))
+
+    def vae(self, size: Size, encode: bool, attention: str) -> Need:
+        """Decoding or encoding a picture of `size` px, while the UNet waits with this attention."""
+        machine, facts = self.machine, self.facts
+        cost = vae_cost(self.outline.vae, size, facts.vae_native_px // facts.vae_factor, encode)
+        window = cost.window_numbers * machine.vae_dtype.itemsize
+        latents = 2 * 4 * facts.latent_channels * size.divided(facts.vae_factor).area
+        seconds = machine.vae_speed.seconds(cost.flops, cost.passes)
+        return self._need(cost.strip_bytes + latents, window + self._weights(attention), seconds)
+
+    def _weights(self, attention: str) -> int:
+        """The bytes of the models that are on the device while a phase has this attention."""
+        on_card = self.machine.device.type == "cuda"
+        numbers = self.outline.numbers(attention) if on_card else self.outline.all_numbers
+        return numbers * self.machine.dtype.itemsize + count(self.outline.vae) * self.machine.vae_dtype.itemsize
+
+    def _need(self, host: int, device: int, seconds: float) -> Need:
+        """On a CPU the device's memory is the host's; with a card, attention that is not mounted waits on the host."""
+        machine = self.machine
+        host += machine.resident_bytes + HEAP_BYTES
+        if machine.device.type == "cpu":
+            return Need(host + device, 0, seconds)
+        unmounted = self.outline.all_numbers - self.outline.numbers("linear")
+        return Need(host + unmounted * machine.dtype.itemsize, device, seconds)
