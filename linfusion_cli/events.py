@@ -16,6 +16,15 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What the whole run is expected to take: said before it starts. Bytes of the card are None without one."""
+
+    seconds: float
+    host_bytes: int
+    device_bytes: int | None
+
+
+@dataclass(frozen=True)
 class StageStarted:
     """A stretch of work of `total` units begins: `name` is "base", "2x", "decode" … and `unit` "steps" or "rows"."""
 
@@ -39,7 +48,7 @@ class StageFinished:
     seconds: float
 
 
-Event = Notice | StageStarted | StageAdvanced | StageFinished
+Event = Notice | Planned | StageStarted | StageAdvanced | StageFinished
 
 
 class Observer(Protocol):

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
 from linfusion_cli.events import Event
+from linfusion_cli.strips.storage import Map
+
+T = TypeVar("T")
 
 
 class Listener:
@@ -16,3 +27,42 @@ class Listener:
 
     def of(self, kind: type) -> list[Event]:
         return [event for event in self.events if isinstance(event, kind)]
+
+
+class Rank:
+    """The Exchange of one of several devices, which are threads: all make the same calls in the same order."""
+
+    def __init__(self, number: int, barrier: threading.Barrier, table: list):
+        self.number, self._barrier, self._table = number, barrier, table
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self._said_by_all(tensor)).sum(dim=0)
+
+    def halo(self, part: Map, rows: int) -> tuple[Tensor | None, Tensor | None]:
+        ends = [part.read(0, rows), part.read(part.height - rows, part.height)]
+        edges = self._said_by_all([end.clone() for end in ends])
+        above = edges[self.number - 1][1] if self.number > 0 else None
+        below = edges[self.number + 1][0] if self.number + 1 < len(edges) else None
+        return above, below
+
+    def _said_by_all(self, mine: T) -> list[T]:
+        self._table[self.number] = mine
+        self._barrier.wait()
+        said = list(self._table)
+        self._barrier.wait()  # nobody says the next thing before all have heard this one
+        return said
+
+
+def on_ranks(count: int, work: Callable[[Rank], T]) -> list[T]:
+    """What `work` returns on each of so many simulated devices; if one fails, none waits for it."""
+    barrier, table = threading.Barrier(count, timeout=60), [None] * count
+
+    def run(number: int) -> T:
+        try:
+            return work(Rank(number, barrier, table))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(run, range(count)))

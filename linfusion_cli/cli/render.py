@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from linfusion_cli.errors import WriteFailed
-from linfusion_cli.events import Event, Notice, Observer, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.events import Event, Notice, Observer, Planned, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.report import RunReport, StageReport
 from linfusion_cli.units import format_bytes, format_seconds
 
@@ -67,6 +67,13 @@ def title(stage: StageStarted) -> str:
     return f"{stage.name} {stage.size}" if stage.size else stage.name
 
 
+def forecast(planned: Planned) -> str:
+    """What a run is expected to take, in one line."""
+    card = "" if planned.device_bytes is None else f" and {format_bytes(planned.device_bytes)} of the GPU's"
+    memory = f"{format_bytes(planned.host_bytes)} of memory{card}"
+    return f"expected: about {format_seconds(planned.seconds)}, {memory}"
+
+
 class Bars:
     """A bar for each stage, with the time that is left of it."""
 
@@ -94,6 +101,8 @@ class Bars:
         match event:
             case Notice(text):
                 self._progress.console.print(f"linfusion: {text}", markup=False, soft_wrap=True)
+            case Planned():
+                self._progress.console.print(forecast(event), markup=False, soft_wrap=True)
             case StageStarted(total=total, unit=unit):
                 self._total = total
                 self._task = self._progress.add_task(title(event), total=total, unit=unit)
@@ -126,6 +135,8 @@ class Lines:
             match event:
                 case Notice(text):
                     self._say(f"linfusion: {text}")
+                case Planned():
+                    self._say(forecast(event))
                 case StageStarted():
                     self._stage, self._done, self._began = event, 0, time.monotonic()
                 case StageAdvanced(done):

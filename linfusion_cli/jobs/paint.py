@@ -50,6 +50,7 @@ def begin(prepared: Prepared, recorder: Recorder) -> Run:
     gc.freeze()  # what the imports made stays: collecting at each stage need not walk a million objects
     run = Run(prepared, plan_run(prepared), recorder)
     recorder.device = run.device
+    recorder.planned(run.plan.need, run.plan.need.device_bytes if run.device.type == "cuda" else None)
     return run
 
 

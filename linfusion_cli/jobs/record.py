@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from linfusion_cli.device import PeakMemory, free_memory
-from linfusion_cli.events import Notice, Observer, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.events import Notice, Observer, Planned, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.geometry import Size
 from linfusion_cli.report import StageReport
 
@@ -50,6 +50,10 @@ class Recorder:
         self.stages: list[StageReport] = []
         self.device: torch.device | None = None
         self._observer = observer
+
+    def planned(self, need: Need, device_bytes: int | None) -> None:
+        """Say what the run will take, before it starts."""
+        self._observer(Planned(need.seconds, need.host_bytes, device_bytes))
 
     def notice(self, text: str) -> None:
         self._observer(Notice(text))

@@ -89,7 +89,8 @@ class HostMap(Map):
         return rows
 
     def write(self, top: int, rows: Tensor) -> None:
-        """Copy rows to the host; rows that are on their way to the device must not be among them."""
+        if self._ahead and top < self._ahead[1] and top + rows.shape[1] > self._ahead[0]:
+            self._ahead = None  # they were read too early
         self._copies.down(rows, self.tensor[:, top : top + rows.shape[1]])
 
 

@@ -1,7 +1,7 @@
 import time
 
 from linfusion_cli.cli import render
-from linfusion_cli.events import Notice, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.events import Notice, Planned, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.geometry import Size
 from linfusion_cli.report import RunReport, StageReport
 
@@ -40,6 +40,18 @@ def test_a_terminal_gets_bars(capsys, monkeypatch):
         run_stage(observer)
     err = capsys.readouterr().err
     assert "mind the [gap] 😀" in err and "4x 1024x512" in err and "8/8 steps" in err
+
+
+def test_what_a_run_will_take_is_said_in_one_line(capsys):
+    with render.watching(quiet=False) as observer:
+        observer(Planned(3725.0, 4 << 30, 17 << 30))
+        observer(Planned(3.0, 1 << 30, None))
+    err = capsys.readouterr().err
+    assert "expected: about 1 h 02 min, 4.0 GiB of memory and 17.0 GiB of the GPU's\n" in err
+    assert "expected: about 3.0 s, 1.0 GiB of memory\n" in err
+    with render.watching(quiet=True) as observer:
+        observer(Planned(3.0, 1 << 30, None))
+    assert capsys.readouterr().err == ""
 
 
 def test_the_table_shows_what_was_measured(capsys):
