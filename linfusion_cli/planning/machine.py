@@ -13,7 +13,6 @@ from linfusion_cli.request import GenerateRequest
 from linfusion_cli.units import format_bytes
 
 SHARE_OF_FREE = 0.9  # what is taken of the memory that is free now, where nothing else is said
-CUDA_CONTEXT_BYTES = 512 << 20  # what the driver and its libraries take beside torch
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ def survey(request: GenerateRequest) -> Machine:
         raise UsageError(
             f"--vram {format_bytes(request.vram)} needs a GPU, and this runs on {device}.", "Use --ram.", "vram"
         )
-    resident = machine.resident_bytes()
-    host = request.ram or resident + int(SHARE_OF_FREE * machine.free_host_bytes())
     speed = measured(device, dtype)
     vae_speed = speed if vae_dtype == dtype else measured(device, vae_dtype)
+    resident = machine.resident_bytes()  # with what a card's driver takes of it
+    host = request.ram or resident + int(SHARE_OF_FREE * machine.free_host_bytes())
     return Machine(device, dtype, vae_dtype, host, device_budget(request, device), resident, speed, vae_speed)
 
 
@@ -49,4 +48,4 @@ def device_budget(request: GenerateRequest, device: torch.device) -> int | None:
     """The bytes that may be used of a card."""
     if device.type != "cuda":
         return None
-    return request.vram or int(SHARE_OF_FREE * machine.free_device_bytes(device)) - CUDA_CONTEXT_BYTES
+    return request.vram or int(SHARE_OF_FREE * machine.free_device_bytes(device))

@@ -94,30 +94,30 @@ class Enlarged(Source):
     The enlarged map is never whole: a window of it is made from the few rows it repeats.
     """
 
-    def __init__(self, small: Map, exchange: Exchange, halo: int, height: int, width: int):
+    def __init__(self, small: Map, exchange: Exchange, halo: int, height: int, width: int, device: torch.device):
         super().__init__([small], exchange, halo)
         self._small = small.height
         self.height, self.width = height, width
-        self._row_of, self._column_of = (nearest(*pair) for pair in ((small.height, height), (small.width, width)))
+        self._row_of = nearest(small.height, height)  # on the CPU: to know what to read must not wait for the device
+        self._rows_on_device, self._columns = self._row_of.to(device), nearest(small.width, width).to(device)
 
     def _rows(self, top: int, bottom: int) -> list[Tensor] | None:
         if top < 0 or bottom > self.height:
             return self._beyond(top, bottom)
         first = int(self._row_of[top])
         small = self.parts[0].read(first, int(self._row_of[bottom - 1]) + 1)
-        return [self._repeated(small, self._row_of[top:bottom] - first)]
+        return [self._repeated(small, self._rows_on_device[top:bottom] - first)]
 
     def _beyond(self, top: int, bottom: int) -> list[Tensor] | None:
         """Rows of a neighbour's part; where parts meet, a map's height doubles exactly."""
         border = self._borders[0][0 if top < 0 else 1]
         if border is None:
             return None
-        rows = torch.arange(top, bottom).div(2, rounding_mode="floor")
+        rows = torch.arange(top, bottom, device=border.device).div(2, rounding_mode="floor")
         return [self._repeated(border, rows + border.shape[1] if top < 0 else rows - self._small)]
 
     def _repeated(self, small: Tensor, rows: Tensor) -> Tensor:
-        wide = small.index_select(2, self._column_of.to(small.device))
-        return wide.index_select(1, rows.to(small.device))
+        return small.index_select(2, self._columns).index_select(1, rows)
 
 
 def nearest(length: int, longer: int) -> Tensor:

@@ -71,7 +71,7 @@ def written(run: Strips, convolution: nn.Module, source: Source) -> Map:
 def run_upsample(run: Strips, upsampler: Upsample2D, x: Map, height: int, width: int, parts: int) -> list[Map]:
     """`x` enlarged to `height` x `width` and convolved, its channels in so many maps side by side."""
     halo = run.halo(upsampler.conv)
-    source = Enlarged(x, run.exchange, (halo + 1) // 2, height, width)
+    source = Enlarged(x, run.exchange, (halo + 1) // 2, height, width, run.storage.device)
     channels = upsampler.out_channels // parts
     writers = [Writer(run.storage.new(x.shape[0], height, width, channels)) for _ in range(parts)]
     for top, rows in convolved(run, upsampler.conv, source):
