@@ -1,7 +1,12 @@
-"""The programs that make the embedded model are seeded: the same number is the same scene."""
+"""Programs that a maintainer runs do not rot: scenes come from their numbers, benchmarks run at small sizes."""
+
+import json
+import sys
 
 import numpy as np
+import pytest
 
+from tools.bench import gpu, unet
 from tools.demo_model.scenes import scene
 
 
@@ -12,3 +17,17 @@ def test_a_scene_is_made_again_from_its_number():
     assert first.shape == (128, 192, 3) and first.dtype == np.uint8
     assert np.array_equal(first, again) and caption == same_caption
     assert not np.array_equal(first, other) and 3 < len(caption) < 200
+
+
+@pytest.mark.parametrize("module", [unet, gpu], ids=["unet", "gpu"])
+def test_a_benchmark_measures_and_writes_what_it_found(module, monkeypatch, tmp_path, capsys):
+    options = {
+        unet: ["--latents", "32", "--runs", "1"],
+        gpu: ["--device", "cpu", "--sizes", "128", "--places", "skips", "--plain"],
+    }[module]
+    monkeypatch.setattr(sys, "argv", ["bench", *options, "--divisor", "10", "--json", str(tmp_path / "found.json")])
+    module.main()
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
+    cases = list(found["medians"].values()) if module is unet else found
+    assert len(cases) == (3 if module is unet else 2) and "plain" in out
+    assert all(case["seconds"] > 0 and case["planned_bytes"] > 0 for case in cases)

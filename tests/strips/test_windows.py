@@ -1,0 +1,89 @@
+"""Windows are slices of the padded map, whatever they share; enlarging is torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from linfusion_cli.strips.dilation import inner, rows_supplied
+from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.ops import StripSize
+from linfusion_cli.strips.storage import Map
+from linfusion_cli.strips.windows import Enlarged, Source, Windows, nearest
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("length", "longer"), [(27, 53), (13, 25), (5, 9), (8, 16), (100, 199), (1, 1), (7, 13)])
+def test_places_are_repeated_as_torch_repeats_them(length, longer):
+    column = torch.arange(length, dtype=torch.float32)[None, None, :, None]
+    expected = F.interpolate(column, size=(longer, 1), mode="nearest")[0, 0, :, 0].long()
+    assert torch.equal(nearest(length, longer), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "stride", "halo"),
+    [(1, 1, 1), (3, 1, 1), (1, 1, 4), (2, 1, 4), (5, 2, 1), (1, 2, 2), (11, 1, 0), (4, 1, 11)],
+)
+def test_windows_are_slices_of_the_padded_map(rows, stride, halo):
+    parts = [torch.randn(2, 11, 5, channels) for channels in (3, 2)]
+    padded = F.pad(torch.cat(parts, dim=-1), (0, 0, 0, 0, halo, halo + rows * stride))
+    windows = Windows(
+        Source([Map(part) for part in parts], Alone(), halo), 2, rows * stride + 2 * halo, torch.float32, CPU
+    )
+    for top in range(0, -(-11 // stride), rows):
+        start = top * stride - halo
+        stop = min(top + rows, -(-11 // stride)) * stride - stride + halo + 1
+        assert torch.equal(windows.rows(start, stop), padded[:, start + halo : stop + halo])
+
+
+def test_rows_that_were_read_may_be_written_over():
+    """What a window shares with the next is carried over, not read again."""
+    rows = torch.arange(8.0)[None, :, None, None].clone()
+    source, seen = Source([Map(rows)], Alone(), 1), []
+    windows = Windows(source, 1, 4, torch.float32, CPU)
+    for top in range(0, 8, 2):
+        seen.append(windows.rows(top - 1, top + 3).flatten().tolist())
+        rows[:, top : top + 2] = -1
+    assert seen == [[0, 0, 1, 2], [1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 0]]
+
+
+@pytest.mark.parametrize("size", [(13, 9), (12, 10), (13, 10)])
+@pytest.mark.parametrize("halo", [1, 3])
+def test_an_enlarged_map_is_torch_s_own(size, halo):
+    small = torch.randn(1, 7, 5, 2)
+    whole = F.interpolate(small.permute(0, 3, 1, 2), size=size, mode="nearest").permute(0, 2, 3, 1)
+    padded = F.pad(whole, (0, 0, 0, 0, halo, halo))
+    source = Enlarged(Map(small), Alone(), (halo + 1) // 2, *size, CPU)
+    windows = Windows(source, 1, 2 + 2 * halo, torch.float32, CPU)
+    for top in range(0, size[0] - 1, 2):
+        assert torch.equal(windows.rows(top - halo, top + 2 + halo), padded[:, top : top + 2 + 2 * halo])
+
+
+def test_convolutions_leave_their_rows_to_the_caller_and_are_restored():
+    network = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 3, stride=2, padding=1))
+    before = [(layer.dilation, layer.padding) for layer in network]
+    with pytest.raises(ZeroDivisionError), rows_supplied(network, 3):
+        assert [(layer.dilation, layer.padding) for layer in network] == [
+            ((3, 3), (0, 3)),
+            ((3, 3), (0, 0)),
+            ((3, 3), (0, 3)),
+        ]
+        raise ZeroDivisionError
+    assert [(layer.dilation, layer.padding) for layer in network] == before
+
+
+def test_the_layer_inside_wrappers_is_found():
+    layer = nn.Linear(1, 1)
+    once, twice = nn.Module(), nn.Module()
+    once.base_layer, twice.base_layer = layer, once
+    assert inner(layer) is inner(twice) is layer
+
+
+def test_strips_are_as_tall_as_their_tokens_need_and_halve_to_a_smallest():
+    assert [StripSize(16, 1024).rows_of(width) for width in (2048, 512, 32, 2)] == [16, 16, 32, 512]
+    size, seen = StripSize(16, 1024), []
+    while not size.is_smallest:
+        size = size.halved()
+        seen.append((size.rows, size.tokens))
+    assert seen == [(8, 512), (4, 256), (2, 128), (1, 64)]
