@@ -7,7 +7,7 @@ from linfusion_cli.attention.mount import mounted
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
-from linfusion_cli.unet.forward import strip_forward
+from linfusion_cli.unet.forward import Condition, strip_forward
 from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -22,8 +22,8 @@ def unet():
             yield network
 
 
-def forward(unet, latents, condition, place: str, size=StripSize(8, 1024)) -> torch.Tensor:
-    run = Strips(size, Storage(place, torch.device("cuda"), unet.dtype), Alone())
+def forward(unet, latents, condition, place: str) -> torch.Tensor:
+    run = Strips(StripSize(8, 1024), Storage(place, torch.device("cuda"), unet.dtype), Alone())
     return strip_forward(unet, run, latents, torch.tensor(500), condition)
 
 
@@ -48,8 +48,7 @@ def test_half_precision_is_as_good_as_the_plain_forward_s(unet, dtype):
     latents, condition = torch.randn(1, 4, 128, 128, device="cuda"), random_condition(unet)
     exact = plain(unet, latents, condition)
     unet.to(dtype)
-    half = random_condition(unet)
-    half = type(half)(condition.text.to(dtype), {name: value.to(dtype) for name, value in condition.added.items()})
+    half = Condition(condition.text.to(dtype), {name: value.to(dtype) for name, value in condition.added.items()})
     errors = [
         ((found.float() - exact).norm() / exact.norm()).item()
         for found in (forward(unet, latents.to(dtype), half, "device"), plain(unet, latents.to(dtype), half))
