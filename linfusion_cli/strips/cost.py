@@ -9,6 +9,7 @@ from torch import nn
 
 from linfusion_cli.strips.dilation import halo_rows, inner
 from linfusion_cli.strips.ops import StripSize
+from linfusion_cli.strips.storage import Shaped
 
 WIDE_BYTES = 4  # statistics and what is normalised by them, in fp32
 CHANGES, WRITES = 6, 8  # times that each number is read or written on its way into a window, and out of a convolution
@@ -57,7 +58,7 @@ class Ledger:
         self.peak["device"] = max(self.peak["device"], self.live["device"] + cost.scratch_bytes)
 
 
-class Outline:
+class Outline(Shaped):
     """A map that is only reckoned with: its shape, and its bytes in a ledger for as long as it lives."""
 
     def __init__(self, ledger: Ledger, shape: tuple[int, int, int, int], itemsize: int, where: str):
@@ -80,18 +81,6 @@ class Outline:
 
     def __del__(self) -> None:
         self._ledger.add(self._where, -self._bytes)
-
-    @property
-    def height(self) -> int:
-        return self.shape[1]
-
-    @property
-    def width(self) -> int:
-        return self.shape[2]
-
-    @property
-    def channels(self) -> int:
-        return self.shape[3]
 
 
 def convolution_cost(

@@ -18,7 +18,25 @@ PLACES: tuple[Place, ...] = get_args(Place)
 DOWNLOADS = 2  # strips on their way to the host at a time: one being copied while the next is computed
 
 
-class Map:
+class Shaped:
+    """What has the shape (B, H, W, C) of a map."""
+
+    shape: tuple[int, int, int, int]
+
+    @property
+    def height(self) -> int:
+        return self.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.shape[2]
+
+    @property
+    def channels(self) -> int:
+        return self.shape[3]
+
+
+class Map(Shaped):
     """A map [B, H, W, C] on the device. Rows are read and written in place; a read is a view, not a copy.
 
     `moments` are set by whoever has written the whole map. No operation may write over a map that is `kept`: a skip
@@ -33,18 +51,6 @@ class Map:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return tuple(self.tensor.shape)
-
-    @property
-    def height(self) -> int:
-        return self.shape[1]
-
-    @property
-    def width(self) -> int:
-        return self.shape[2]
-
-    @property
-    def channels(self) -> int:
-        return self.shape[3]
 
     def release(self) -> None:
         """The skip connection is about to be read for the last time."""

@@ -53,6 +53,8 @@ def unknown_parts(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
 
 def unknown_layers(path: str, block: nn.Module) -> Iterator[tuple[str, str]]:
     """As `unknown_parts`, within one block."""
+    if getattr(block, "s1", None):
+        yield path, "under FreeU"
     for kind in ("resnets", "attentions", "downsamplers", "upsamplers"):
         for i, layer in enumerate(getattr(block, kind, None) or ()):
             place = f"{path}.{kind}.{i}"

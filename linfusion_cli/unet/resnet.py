@@ -45,9 +45,13 @@ def run_resnet(run: Strips, block: ResnetBlock2D, parts: Sequence[Map], embeddin
 
 
 def reusable(parts: Sequence[Map], channels: int) -> tuple[Map, Map] | None:
-    """Two of `parts` that may be written over and have this many channels, if there are two."""
+    """Two of `parts` that may be written over and have this many channels, if there are two.
+
+    Without a middle block the last map is its own skip connection: it stands in `parts` twice, and is one.
+    """
     free = [part for part in parts if part.channels == channels and not part.kept]
-    return (free[0], free[1]) if len(free) > 1 else None
+    others = [part for part in free[1:] if part is not free[0]]
+    return (free[0], others[0]) if others else None
 
 
 def shortcut_of(block: ResnetBlock2D, rows: list[Tensor]) -> Tensor:

@@ -14,11 +14,16 @@ from linfusion_cli.strips.windows import Enlarged, Source, Windows, nearest
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("length", "longer"), [(27, 53), (13, 25), (5, 9), (8, 16), (100, 199), (1, 1), (7, 13)])
-def test_places_are_repeated_as_torch_repeats_them(length, longer):
-    column = torch.arange(length, dtype=torch.float32)[None, None, :, None]
-    expected = F.interpolate(column, size=(longer, 1), mode="nearest")[0, 0, :, 0].long()
-    assert torch.equal(nearest(length, longer), expected)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("length", "longer"), [(27, 53), (13, 25), (5, 9), (8, 16), (100, 199), (1, 1), (7, 13), (2095, 4189), (4189, 8377)]
+)
+def test_places_are_repeated_as_torch_repeats_them(length, longer, dtype):
+    """Rows past 2048 are rounded otherwise in fp32 than in fp64; bfloat16 cannot tell their numbers apart."""
+    row, low = torch.arange(length).div(64, rounding_mode="floor"), torch.arange(length) % 64
+    rows = torch.stack([row, low])[None, :, :, None].to(dtype)
+    found = F.interpolate(rows, size=(longer, 1), mode="nearest")[0, :, :, 0].long()
+    assert torch.equal(nearest(length, longer, dtype), found[0] * 64 + found[1])
 
 
 @pytest.mark.parametrize(

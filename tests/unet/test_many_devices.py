@@ -1,12 +1,13 @@
 """The seam for many devices holds: ranks that have a part of the rows each predict what one predicts."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from linfusion_cli.strips.ops import Strips, StripSize
-from linfusion_cli.strips.storage import Storage
+from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.forward import strip_forward
 from tests.fakes import Rank, on_ranks
 from tests.unet.test_forward import (
@@ -16,6 +17,7 @@ from tests.unet.test_forward import (
     error,
     plain,
     random_condition,
+    skip_shapes,
     with_linear_attention,
 )
 
@@ -35,3 +37,27 @@ def test_parts_of_the_rows_are_the_whole(family, count, dilation):
 
         found = torch.cat(on_ranks(count, part), dim=2)
     assert error(found, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("heights", [(16, 48), (40, 8, 16)])
+@pytest.mark.parametrize("place", PLACES)
+def test_parts_of_unequal_height_with_maps_anywhere_and_a_controlnet(heights, place):
+    with with_linear_attention(FAMILIES["xl"], torch.float64) as unet:
+        latents, condition = torch.randn(1, 4, 64, 13, dtype=torch.float64), random_condition(unet)
+        shapes = skip_shapes(unet, latents, condition)
+        *residuals, mid = (torch.randn(shape, dtype=torch.float64) for shape in [*shapes, shapes[-1]])
+        expected = plain(unet, latents, replace(condition, residuals=residuals, mid_residual=mid), 2)
+
+        def part(rank: Rank) -> torch.Tensor:
+            mine = [rows_of_part(whole, heights, rank.number) for whole in (latents, mid, *residuals)]
+            heard = replace(condition, residuals=mine[2:], mid_residual=mine[1])
+            run = Strips(StripSize(3, 20), Storage(place, CPU, torch.float64), rank, 2)
+            return strip_forward(copy.deepcopy(unet), run, mine[0], TIMESTEP, heard)
+
+        found = torch.cat(on_ranks(len(heights), part), dim=2)
+    assert error(found, expected) <= 1e-12
+
+
+def rows_of_part(whole: torch.Tensor, heights: tuple[int, ...], number: int) -> torch.Tensor:
+    """The rows that a rank has of a map [B, C, h, w], where `heights` are what all have of 64 rows."""
+    return whole.split([height * whole.shape[2] // 64 for height in heights], dim=2)[number]
