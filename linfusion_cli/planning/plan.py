@@ -126,15 +126,16 @@ def modes_for(attention: str, machine: Machine, halves: int) -> list[Mode]:
 
     Both halves of guidance at once only help a GPU that one alone does not fill.
     """
-    if attention == "original":
-        return [Mode(attention)]
     kind = machine.device.type
+    batches = (True, False) if kind == "cuda" and halves == 2 else (False,)
+    if attention == "original":
+        return [Mode(attention, together=together) for together in batches]
     places: tuple[Place, ...] = PLACES if kind == "cuda" else ("device",)
     good = [size for size in STRIP_SIZES[kind] if size.rows >= GOOD_ROWS]
     small = [size for size in STRIP_SIZES[kind] if size.rows < GOOD_ROWS]
     modes = [Mode(attention, size, place) for sizes in (good, small) for place in places for size in sizes]
     both = [Mode(attention, size, together=True) for size in good]
-    return both + modes if kind == "cuda" and halves == 2 else modes
+    return both + modes if True in batches else modes
 
 
 def fits(need: Need | None, machine: Machine) -> bool:

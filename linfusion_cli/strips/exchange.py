@@ -18,7 +18,8 @@ class Exchange(Protocol):
     def halo(self, part: Map, rows: int) -> tuple[Tensor | None, Tensor | None]:
         """The neighbours' `rows` rows [B, rows, W, C] above and below `part`; None at the edge of the picture.
 
-        Asked before a pass over `part` begins, so that a pass may write over what it has read.
+        Every device must have as many: whoever divides the rows sees to that. Asked before a pass over `part` begins,
+        so that a pass may write over what it has read.
         """
 
 

@@ -84,7 +84,7 @@ def test_other_kinds_of_lora(targets, more):
 
 @pytest.mark.parametrize("make", [small_xl_unet, small_sd_unet], ids=["xl", "sd15"])
 def test_everything_at_once(make):
-    """Two pictures, a ControlNet, LoRA on convolutions, dilated, in strips of one row, on the host."""
+    """Two pictures, a ControlNet, LoRA on convolutions, dilated, in strips of one row."""
     with with_linear_attention(make, torch.float64) as unet:
         unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["conv1", "conv_in", "to_k", "conv"]))
         unet.to(torch.float64).eval()
