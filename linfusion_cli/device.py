@@ -119,10 +119,12 @@ def _cgroups() -> list[tuple[int, int]]:
 
 
 def _cgroup_use(folder: Path, name: str) -> int:
-    """What a cgroup uses, but for cached files that the kernel would drop first."""
+    """What a cgroup uses, but for cached files, which the kernel gives up for whoever asks."""
     used = "".join(_lines(folder / name))
-    cached = [line.split()[1] for line in _lines(folder / "memory.stat") if re.match(r"(total_)?inactive_file ", line)]
-    return max(0, int(used or 0) - max(map(int, cached), default=0))
+    stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+    total = "total_" if "total_cache" in stat else ""  # version 1 counts the groups below apart
+    cached = sum(int(stat.get(f"{total}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return max(0, int(used or 0) - cached)
 
 
 def _upwards(base: Path, path: str) -> list[Path]:

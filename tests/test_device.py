@@ -51,7 +51,7 @@ def test_the_smallest_limit_counts(tmp_path, monkeypatch):
 
 
 def test_what_is_free_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch):
-    """Of a cgroup's use, cached files do not count: the kernel drops them first."""
+    """Of a cgroup's use, cached files do not count; version 1 names those of the groups below apart."""
     monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
     monkeypatch.setattr(device, "CGROUP", tmp_path)
     monkeypatch.setattr(device, "PROC_SELF", tmp_path)
@@ -61,8 +61,11 @@ def test_what_is_free_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch):
     (tmp_path / "job" / "memory.max").write_text(f"{512 * MIB}\n")
     (tmp_path / "job" / "memory.current").write_text(f"{300 * MIB}\n")
     assert device.free_host_bytes() == 212 * MIB
-    (tmp_path / "job" / "memory.stat").write_text(f"active_file 7\ninactive_file {100 * MIB}\n")
-    assert device.free_host_bytes() == 312 * MIB
+    (tmp_path / "job" / "memory.stat").write_text(f"active_file {MIB}\ninactive_file {100 * MIB}\nanon 7\n")
+    assert device.free_host_bytes() == 313 * MIB
+    more = f"total_cache 9\ntotal_active_file {2 * MIB}\ntotal_inactive_file {100 * MIB}\ninactive_file 5\n"
+    (tmp_path / "job" / "memory.stat").write_text(more)
+    assert device.free_host_bytes() == 314 * MIB
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
     assert device.free_host_bytes() == 0
 
