@@ -1,5 +1,6 @@
 """What people write and read: sizes ("16384x8192"), bytes ("12.0 GiB"), seconds ("3 min 20 s"), paths."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -39,9 +40,21 @@ def parse_bytes(text: str) -> int:
 
 def format_bytes(count: float) -> str:
     """12884901888 -> 12.0 GiB."""
+    value, unit = _in_unit(count)
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def bytes_at_least(count: float) -> str:
+    """As a flag takes it, and no less than `count`: 12884901889 -> 12.1GiB."""
+    value, unit = _in_unit(count)
+    return f"{math.ceil(value * 10) / 10:.1f}{unit}"
+
+
+def _in_unit(count: float) -> tuple[float, str]:
+    """`count` in the largest unit of which there is at least one."""
     for unit in BYTE_UNITS:
         if abs(count) < 1024 or unit == BYTE_UNITS[-1]:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return count, unit
         count /= 1024
     raise AssertionError("unreachable")
 

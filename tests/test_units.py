@@ -2,7 +2,7 @@ import pytest
 
 from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size
-from linfusion_cli.units import format_bytes, format_seconds, parse_bytes, parse_size
+from linfusion_cli.units import bytes_at_least, format_bytes, format_seconds, parse_bytes, parse_size
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,8 @@ def test_bytes_are_read(text, count):
 def test_what_is_no_size_of_memory_is_refused(text):
     with pytest.raises(ValueError, match="12GiB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1025, 12 << 30, (12 << 30) + 1, 10**12, 123456789])
+def test_bytes_for_a_flag_are_never_less(count):
+    assert count <= parse_bytes(bytes_at_least(count)) <= count * 1.1 + 1

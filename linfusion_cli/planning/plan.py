@@ -15,7 +15,7 @@ from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.request import GenerateRequest
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import PLACES, Place
-from linfusion_cli.units import format_bytes
+from linfusion_cli.units import bytes_at_least, format_bytes
 
 # From the best down. On a CPU larger strips only fall out of its caches; a GPU wants more at a time.
 STRIP_SIZES = {
@@ -29,8 +29,8 @@ STRIP_SIZES = {
         StripSize(1, 256),
     ),
 }
+MARGIN_BYTES = 64 << 20  # a process without models is not of the same size each time
 GOOD_ROWS = 16  # below, convolutions take longer: maps go to the host first
-ROUNDING_BYTES = 52 << 20  # so that a budget of one decimal is never less than what it stands for
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,9 @@ def refusal(wanted: Wanted, options: list[list[PlannedStage]], machine: Machine)
         smallest = max(min(need.device_bytes for need in of_one) for of_one in on_host)
         flag, memory, budget = "--vram", "GPU memory", machine.device_bytes
     else:
-        smallest = max(min(need.host_bytes for need in of_one) for of_one in needs if of_one)
+        smallest = max(min(need.host_bytes for need in of_one) for of_one in needs if of_one) + MARGIN_BYTES
         flag, memory, budget = "--ram", "memory", machine.host_bytes
-    needed = format_bytes(smallest + ROUNDING_BYTES).replace(" ", "")
+    needed = bytes_at_least(smallest)
     linear = ", --attention linear" if "original" in wanted.attentions[1:] else ""
     return DoesNotFit(
         f"{wanted.request.size} needs {needed} of {memory}, and {format_bytes(budget)} may be used.",
