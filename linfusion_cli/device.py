@@ -96,6 +96,15 @@ def free_device_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def limit_device_memory(device: torch.device, budget_bytes: int | None) -> None:
+    """Let torch hold no more than this of a CUDA card, None for all of it: beyond, its memory has run out."""
+    import torch
+
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (budget_bytes or total) / total), device)
+
+
 def resident_bytes() -> int:
     """The memory this process has now."""
     return psutil.Process().memory_info().rss
@@ -142,9 +151,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def _slurm_limits() -> list[int]:
-    """SLURM_MEM_PER_NODE is in MiB; 0 means all."""
-    text = os.environ.get("SLURM_MEM_PER_NODE", "")
-    return [int(text) * MIB] if text.isdigit() and int(text) else []
+    """What --mem or --mem-per-cpu gave a SLURM job; 0 means all (sbatch's output environment variables, in MiB)."""
+    return [mib * MIB for mib in (_slurm("MEM_PER_NODE"), _slurm("MEM_PER_CPU") * _slurm("CPUS_ON_NODE")) if mib]
+
+
+def _slurm(name: str) -> int:
+    text = os.environ.get(f"SLURM_{name}", "")
+    return int(text) if text.isdigit() else 0
 
 
 def _address_limits() -> list[int]:

@@ -27,8 +27,8 @@ def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings, no config file and no cached models but those a test makes."""
-    for name in [name for name in os.environ if name.startswith("LINFUSION_")]:
+    """No settings, no config file, no limits of a batch system and no cached models but those a test makes."""
+    for name in [name for name in os.environ if name.startswith(("LINFUSION_", "SLURM_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -36,7 +36,6 @@ def test_a_cpu_runs_in_float32_only():
 
 def test_the_smallest_limit_counts(tmp_path, monkeypatch):
     """Also one that was set above this process's own cgroup."""
-    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
     monkeypatch.setattr(device, "CGROUP", tmp_path)
     monkeypatch.setattr(device, "PROC_SELF", tmp_path)
     (tmp_path / "cgroup").write_text("0::/user/job\n")
@@ -48,11 +47,15 @@ def test_the_smallest_limit_counts(tmp_path, monkeypatch):
     assert device.memory_limit_bytes() == 512 * MIB
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
     assert device.memory_limit_bytes() == 100 * MIB
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "40")
+    assert device.memory_limit_bytes() == 512 * MIB
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "3")
+    assert device.memory_limit_bytes() == 120 * MIB
 
 
 def test_what_is_free_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch):
     """Of a cgroup's use, cached files do not count; version 1 names those of the groups below apart."""
-    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
     monkeypatch.setattr(device, "CGROUP", tmp_path)
     monkeypatch.setattr(device, "PROC_SELF", tmp_path)
     (tmp_path / "cgroup").write_text("0::/job\n")

@@ -14,6 +14,7 @@ from torch import Tensor
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.attention.weights import load_weights
+from linfusion_cli.device import limit_device_memory
 from linfusion_cli.jobs.pixels import enlarge
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
@@ -50,6 +51,7 @@ def begin(prepared: Prepared, recorder: Recorder) -> Run:
     gc.freeze()  # what the imports made stays: collecting at each stage need not walk a million objects
     run = Run(prepared, plan_run(prepared), recorder)
     recorder.device = run.device
+    limit_device_memory(run.device, prepared.request.vram)
     recorder.planned(run.plan.need, run.plan.need.device_bytes if run.device.type == "cuda" else None)
     return run
 

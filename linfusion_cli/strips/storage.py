@@ -6,6 +6,7 @@ import math
 import mmap
 from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -80,24 +81,48 @@ class HostMap(Map):
     def __init__(self, tensor: Tensor, copies: Copies):
         super().__init__(tensor)
         self._copies = copies
-        self._ahead: tuple[int, int, Tensor] | None = None  # top and bottom of rows under way, and where they go
+        self._ahead: Upload | None = None
 
     def flattened(self) -> Map:
         return HostMap(self.tensor.flatten(1, 2).unsqueeze(2), self._copies)
 
+    def release(self) -> None:
+        """As for any map; what it was copied from on the device, long ago, no longer waits for that."""
+        super().release()
+        self._copies.settle()
+
     def read(self, top: int, bottom: int) -> Tensor:
-        ahead, self._ahead = self._ahead, None
-        rows = ahead[2] if ahead and ahead[:2] == (top, bottom) else self._copies.up(self.tensor[:, top:bottom])
-        self._copies.arrived()
+        ahead = self._ahead
+        if ahead is None or top != ahead.top or bottom > ahead.bottom:
+            self._forget_ahead()
+            ahead = self._upload(top, bottom)
         following = min(2 * bottom - top, self.height)
-        if bottom < following:
-            self._ahead = (bottom, following, self._copies.up(self.tensor[:, bottom:following]))
-        return rows
+        self._ahead = self._upload(bottom, following) if bottom < following else None
+        return self._copies.arrived(ahead)[:, : bottom - top]
 
     def write(self, top: int, rows: Tensor) -> None:
-        if self._ahead and top < self._ahead[1] and top + rows.shape[1] > self._ahead[0]:
-            self._ahead = None  # they were read too early
-        self._copies.down(rows, self.tensor[:, top : top + rows.shape[1]])
+        bottom = top + rows.shape[1]
+        if self._ahead and top < self._ahead.bottom and bottom > self._ahead.top:
+            self._forget_ahead()  # they were read too early
+        self._copies.down(rows, self.tensor[:, top:bottom])
+
+    def _upload(self, top: int, bottom: int) -> Upload:
+        return Upload(top, bottom, *self._copies.up(self.tensor[:, top:bottom]))
+
+    def _forget_ahead(self) -> None:
+        if self._ahead:
+            self._copies.arrived(self._ahead)  # or the copy would still write to memory that serves others by then
+        self._ahead = None
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Rows [top, bottom) of a map under way to the device: where they will be, and the event of their arrival."""
+
+    top: int
+    bottom: int
+    rows: Tensor
+    event: torch.cuda.Event | None
 
 
 class Copies:
@@ -107,23 +132,22 @@ class Copies:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._going_down: deque[tuple[torch.cuda.Event, Tensor]] = deque()
-        self._up: torch.cuda.Event | None = None
 
-    def up(self, rows: Tensor) -> Tensor:
-        """Start to copy `rows` of the host to the device -> where they will be once `arrived` was called."""
+    def up(self, rows: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Start to copy `rows` of the host to the device -> where they will be, and the event of their arrival."""
         if self._stream is None:
-            return rows.clone()
+            return rows.clone(), None
         target = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))  # its memory may still be in use
         with torch.cuda.stream(self._stream):
             target.copy_(rows, non_blocking=True)
-            self._up = self._stream.record_event()
-        return target
+        return target, self._stream.record_event()
 
-    def arrived(self) -> None:
-        """Whatever is computed from now on finds what was copied up so far."""
-        if self._up is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._up)
+    def arrived(self, upload: Upload) -> Tensor:
+        """The rows of `upload`: whatever is computed from now on finds them there."""
+        if upload.event is not None:
+            torch.cuda.current_stream(self.device).wait_event(upload.event)
+        return upload.rows
 
     def down(self, rows: Tensor, target: Tensor) -> None:
         """Start to copy `rows` of the device to `target` on the host; few strips are under way at a time."""
@@ -133,7 +157,7 @@ class Copies:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             target.copy_(rows, non_blocking=True)
-            self._going_down.append((self._stream.record_event(), rows))
+        self._going_down.append((self._stream.record_event(), rows))
         self.settle(DOWNLOADS)
 
     def settle(self, remaining: int = 0) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from linfusion_cli.attention.mount import mounted
+from linfusion_cli.device import limit_device_memory
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
@@ -67,3 +68,14 @@ def test_memory_follows_where_maps_wait(unet):
         forward(unet, latents, condition, place)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[0] > 1.5 * peaks[1] > 2 * peaks[2]
+
+
+def test_a_budget_is_a_limit():
+    device = torch.device("cuda")
+    limit_device_memory(device, 1 << 30)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(2 << 30, dtype=torch.uint8, device=device)
+    finally:
+        limit_device_memory(device, None)
+    assert torch.empty(2 << 30, dtype=torch.uint8, device=device).nbytes == 2 << 30

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from linfusion_cli.attention.mount import mounted
-from linfusion_cli.device import PeakMemory, resident_bytes
+from linfusion_cli.device import PeakMemory, free_memory, resident_bytes
 from linfusion_cli.planning.plan import STRIP_SIZES
 from linfusion_cli.planning.speed import mean_seconds, synchronize
 from linfusion_cli.strips.exchange import Alone
@@ -66,6 +66,7 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
         weights = sum(parameter.numel() for parameter in unet.parameters()) * unet.dtype.itemsize
         ledger = reckon(unet, Setting(size, run.storage.place, 1, side, side, unet.dtype.itemsize))
         forward(side if arguments.compile else min(side, 64))  # warms up; a compiled program is one for this shape
+        free_memory(device)  # of what loading and warming up left: a peak counts what torch holds, used or not
         peak, began = PeakMemory(device), time.perf_counter()
         forward(side)
         seconds = time.perf_counter() - began

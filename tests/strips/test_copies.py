@@ -1,0 +1,60 @@
+"""Copies between host and device in the worst order that their streams allow, as no card is at hand to run into it."""
+
+import pytest
+import torch
+
+from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.unet.forward import strip_forward
+from tests.strips.late_card import late_card
+from tests.unet.test_forward import FAMILIES, TIMESTEP, error, plain, random_condition, with_linear_attention
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("place", ["skips", "host"])
+@pytest.mark.parametrize("family", ["xl", "sd15"])
+def test_a_forward_waits_for_its_copies(family, place, dilation, monkeypatch):
+    with with_linear_attention(FAMILIES[family], torch.float64) as unet, late_card(monkeypatch) as card:
+        latents, condition = torch.randn(1, 4, 37, 53, dtype=torch.float64), random_condition(unet)
+        expected = plain(unet, latents, condition, dilation)
+        run = Strips(StripSize(3, 55), card.storage(place, torch.float64), Alone(), dilation)
+        found = strip_forward(unet, run, latents, TIMESTEP, condition)
+        assert error(found, expected) <= 1e-12
+    assert card.freed_early == 0
+
+
+def filled(card, rows: torch.Tensor):
+    """A map on the host that holds `rows`."""
+    found = card.storage("host", rows.dtype).new(*rows.shape)
+    found.write(0, rows)
+    return found
+
+
+def test_rows_under_way_are_taken_in_part_and_waited_for(monkeypatch):
+    rows = torch.randn(1, 12, 2, 3)
+    with late_card(monkeypatch) as card:
+        found = filled(card, rows)
+        for top, bottom in [(0, 5), (5, 9), (9, 12), (2, 4), (3, 6), (6, 7), (7, 8)]:
+            assert torch.equal(found.read(top, bottom), rows[:, top:bottom])
+    assert card.freed_early == 0
+
+
+def test_rows_that_were_under_way_too_early_are_waited_for_before_their_memory_serves_others(monkeypatch):
+    with late_card(monkeypatch) as card:
+        found = filled(card, torch.zeros(1, 12, 2, 3))
+        assert found.read(0, 4).sum() == 0  # and rows 4 to 8 are on their way
+        found.write(6, torch.ones(1, 2, 2, 3))
+        assert found.read(4, 8).sum() == 12
+    assert card.freed_early == 0
+
+
+def test_a_skip_connection_no_longer_holds_its_original_once_it_is_taken(monkeypatch):
+    with late_card(monkeypatch) as card:
+        storage = card.storage("skips", torch.float32)
+        source = storage.new(1, 4, 4, 2)
+        source.write(0, torch.ones(1, 4, 4, 2))
+        kept = storage.keep(source)
+        assert len(storage._copies._going_down) == 1
+        kept.release()
+        assert len(storage._copies._going_down) == 0
+        assert torch.equal(kept.read(0, 4), torch.ones(1, 4, 4, 2))
