@@ -25,7 +25,12 @@ PROC_SELF = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
 CGROUP_LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # version 2 and 1
 MIB = 1 << 20
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "could not create a primitive",  # oneDNN's only word for it
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def pick_device(name: str) -> torch.device:

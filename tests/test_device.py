@@ -79,6 +79,7 @@ def test_what_is_free_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch):
         MemoryError(),
         torch.cuda.OutOfMemoryError("x"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("could not create a primitive"),
         RuntimeError("CUDA error: out of memory"),
     ],
 )

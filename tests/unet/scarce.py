@@ -1,0 +1,51 @@
+"""A forward that runs out of memory for real, in a process of its own: `python -m tests.unet.scarce MIB`.
+
+Prints the sizes of strips it went down to, and its error relative to a forward with memory enough, as JSON.
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from linfusion_cli.attention.mount import mounted
+from linfusion_cli.device import free_memory
+from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.strips.storage import Storage
+from linfusion_cli.unet.predict import InStrips
+from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
+
+CPU = torch.device("cpu")
+SIDE, TALL, SMALL = 256, StripSize(256, 65536), StripSize(16, 1024)
+
+
+def address_space_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def main(mib: int) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # each thread's heap would reserve addresses, used or not
+    unet = sdxl_unet(10).eval()
+    latents, timestep, condition, heard = torch.randn(1, 4, SIDE, SIDE), torch.tensor(500), random_condition(unet), []
+    with mounted(unet, linear_attentions(unet)):
+        storage = Storage("device", CPU, torch.float32)
+        tall, small = (
+            InStrips(unet, Strips(size, storage, Alone()), heard.append).predictor(condition.text, condition.added)
+            for size in (TALL, SMALL)
+        )
+        expected = small(latents, timestep)
+        free_memory(CPU)
+        limit = address_space_bytes() + (mib << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        found = tall(latents, timestep)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    error = ((found - expected).norm() / expected.norm()).item()
+    sys.stdout.write(json.dumps({"rows": [size.rows for size in heard], "error": error}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
