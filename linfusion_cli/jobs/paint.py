@@ -28,12 +28,13 @@ from linfusion_cli.sampling.denoise import denoise
 from linfusion_cli.sampling.guidance import Predict, guided, guided_together
 from linfusion_cli.sampling.noise import base_noise, phase_noise
 from linfusion_cli.strips.exchange import Alone
-from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.strips.ops import Strips
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet.predict import InStrips, Whole
 
 UNHEARD = "The prompt is too long for the model's text encoder, which did not hear its end: {!r}."
-HALVED = "Memory ran out: the step is repeated, and all that follow run, in strips of {} rows and {} tokens."
+SMALLER = "Memory ran out: the step is repeated, and the phase goes on, in strips of {} rows and {} tokens, {}."
+MAPS = {"device": "maps on the device", "skips": "skip connections on the host", "host": "maps on the host"}
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,11 @@ def runner(run: Run, unet: UNet2DConditionModel, mode: Mode) -> Whole | InStrips
         return Whole(unet)
     strips = Strips(mode.strips, Storage(mode.place, run.device, run.dtype), Alone())
 
-    def on_halved(size: StripSize) -> None:
-        run.recorder.notice(HALVED.format(size.rows, size.tokens))
+    def on_smaller(strips: Strips) -> None:
+        size, place = strips.size, strips.storage.place
+        run.recorder.notice(SMALLER.format(size.rows, size.tokens, MAPS[place]))
 
-    return InStrips(unet, strips, on_halved)
+    return InStrips(unet, strips, on_smaller)
 
 
 def guided_prediction(run: Run, conditioning: Conditioning, unet: Whole | InStrips, together: bool) -> Predict:

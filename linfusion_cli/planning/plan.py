@@ -13,7 +13,7 @@ from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.needs import Mode, Need, Reckoner
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.request import GenerateRequest
-from linfusion_cli.strips.ops import StripSize
+from linfusion_cli.strips.ops import GOOD_ROWS, StripSize
 from linfusion_cli.strips.storage import PLACES, Place
 from linfusion_cli.units import bytes_at_least, format_bytes
 
@@ -30,7 +30,6 @@ STRIP_SIZES = {
     ),
 }
 MARGIN_BYTES = 64 << 20  # a process without models is not of the same size each time
-GOOD_ROWS = 16  # below, convolutions take longer: maps go to the host first
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.storage import Map, Storage
 from linfusion_cli.strips.windows import Source, Windows
 
+GOOD_ROWS = 16  # below, convolutions take longer: maps go to the host first
 SMALLEST_TOKENS = 64  # fewer save nothing: a row of a picture of 512 px has as many
 
 
@@ -53,6 +54,13 @@ class Strips:
     exchange: Exchange
     dilation: int = 1
     compiled: bool = False
+
+    def smaller(self) -> Strips | None:
+        """The next way to run with less memory: lower strips, then maps further out, then strips of a row; or None."""
+        outer = self.storage.further_out()
+        if self.size.rows <= GOOD_ROWS and outer is not None:
+            return replace(self, storage=outer)
+        return None if self.size.is_smallest else replace(self, size=self.size.halved())
 
     def bands(self, height: int, width: int) -> list[tuple[int, int]]:
         """The strips [top, bottom) of a map."""

@@ -174,6 +174,11 @@ class Storage:
         self.place, self.device, self.dtype = place, device, dtype
         self._copies = Copies(device)
 
+    def further_out(self) -> Storage | None:
+        """As this one with more of the maps on the host; None where all are there, or the host is the device."""
+        outer = PLACES[PLACES.index(self.place) + 1 :]
+        return Storage(outer[0], self.device, self.dtype) if outer and self.device.type != "cpu" else None
+
     def new(self, batch: int, height: int, width: int, channels: int) -> Map:
         """A map to be written by the next operation."""
         shape = (batch, height, width, channels)

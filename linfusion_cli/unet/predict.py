@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from linfusion_cli.device import free_memory, is_out_of_memory
-from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.strips.ops import Strips
 from linfusion_cli.unet.check import check_supported
 from linfusion_cli.unet.forward import Condition, strip_forward
 
@@ -32,14 +32,14 @@ class Whole:
 
 
 class InStrips:
-    """Runs a UNet with linear attention in strips; where memory runs out, in smaller ones, from then on.
+    """Runs a UNet with linear attention in strips; where memory runs out, in a smaller way, from then on.
 
-    `on_halved` hears of it. Raises DataError for a UNet that has a part which cannot be run so.
+    `on_smaller` hears of it. Raises DataError for a UNet that has a part which cannot be run so.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, run: Strips, on_halved: Callable[[StripSize], None]):
+    def __init__(self, unet: UNet2DConditionModel, run: Strips, on_smaller: Callable[[Strips], None]):
         check_supported(unet)
-        self._unet, self._run, self._on_halved = unet, run, on_halved
+        self._unet, self._run, self._on_smaller = unet, run, on_smaller
 
     def predictor(self, text: Tensor, added: Mapping[str, Tensor] | None) -> Predict:
         """As `Whole.predictor`."""
@@ -51,14 +51,12 @@ class InStrips:
             try:
                 return strip_forward(self._unet, self._run, latents, timestep, condition)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self._run.size.is_smallest:
+                smaller = self._run.smaller()
+                if not is_out_of_memory(error) or smaller is None:
                     raise
-            self._halve()  # only here, as the error holds on to what the forward had
-
-    def _halve(self) -> None:
-        self._run = replace(self._run, size=self._run.size.halved())
-        free_memory(self._run.storage.device)
-        self._on_halved(self._run.size)
+            self._run = smaller
+            free_memory(smaller.storage.device)  # only here, as the error holds on to what the forward had
+            self._on_smaller(smaller)
 
 
 def _predictor(

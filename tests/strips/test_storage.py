@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from linfusion_cli.device import resident_bytes
+from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, HostMap, Storage, mapped
 
 CPU, MIB = torch.device("cpu"), 1 << 20
@@ -60,3 +62,15 @@ def test_a_map_s_memory_goes_back_to_the_system():
 def test_memory_that_is_not_there_is_a_memory_error():
     with pytest.raises(MemoryError):
         mapped((1 << 30, 1 << 30), torch.float32)
+
+
+def test_where_memory_runs_out_strips_shrink_then_maps_move_out_then_strips_shrink_to_a_row(monkeypatch):
+    """On a card; on a CPU the host's memory is the same, and maps stay where they are."""
+    seen, run = [], Strips(StripSize(64, 32768), storage("device"), Alone())
+    assert run.storage.further_out() is None
+    run.storage.device = torch.device("meta")  # none that is the host
+    monkeypatch.setattr("linfusion_cli.strips.storage.Copies", lambda device: None)
+    while run := run.smaller():
+        seen.append((run.size.rows, run.storage.place))
+    assert seen[:5] == [(32, "device"), (16, "device"), (16, "skips"), (16, "host"), (8, "host")]
+    assert seen[-1] == (1, "host")

@@ -44,7 +44,7 @@ def main(mib: int) -> None:
         found = tall(latents, timestep)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     error = ((found - expected).norm() / expected.norm()).item()
-    sys.stdout.write(json.dumps({"rows": [size.rows for size in heard], "error": error}))
+    sys.stdout.write(json.dumps({"rows": [run.size.rows for run in heard], "error": error}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def unet():
         yield network
 
 
-def in_strips(unet, heard=lambda size: None) -> InStrips:
+def in_strips(unet, heard=lambda run: None) -> InStrips:
     return InStrips(unet, Strips(SIZE, Storage("device", torch.device("cpu"), torch.float32), Alone()), heard)
 
 
@@ -66,7 +66,7 @@ def test_where_memory_runs_out_the_forward_is_repeated_in_smaller_strips(unet, m
     monkeypatch.setattr(predict, "strip_forward", scarce)
     runner = in_strips(unet, heard.append)
     torch.testing.assert_close(runner.predictor(text, added)(latents, timestep), expected)
-    assert heard == [StripSize(2, 256), StripSize(1, 128)]
+    assert [run.size for run in heard] == [StripSize(2, 256), StripSize(1, 128)]
     runner.predictor(text, added)(latents, timestep)
     assert len(heard) == 2  # what was learnt holds for the other half of guidance, and for all steps
 
@@ -80,7 +80,7 @@ def test_memory_that_does_not_suffice_for_the_smallest_strips_is_an_error(unet, 
     heard = []
     with pytest.raises(MemoryError):
         in_strips(unet, heard.append).predictor(text, added)(latents, timestep)
-    assert heard[-1].is_smallest
+    assert heard[-1].size.is_smallest
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(unet, monkeypatch):
