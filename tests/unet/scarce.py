@@ -6,8 +6,8 @@ Prints the sizes of strips it went down to, and its error relative to a forward 
 import json
 import resource
 import sys
-from pathlib import Path
 
+import psutil
 import torch
 
 from linfusion_cli.attention.mount import mounted
@@ -20,10 +20,6 @@ from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 
 CPU = torch.device("cpu")
 SIDE, TALL, SMALL = 256, StripSize(256, 65536), StripSize(16, 1024)
-
-
-def address_space_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def main(mib: int) -> None:
@@ -39,7 +35,7 @@ def main(mib: int) -> None:
         )
         expected = small(latents, timestep)
         free_memory(CPU)
-        limit = address_space_bytes() + (mib << 20)
+        limit = psutil.Process().memory_info().vms + (mib << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         found = tall(latents, timestep)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
