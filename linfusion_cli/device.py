@@ -69,11 +69,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float16 if name == "auto" else getattr(torch, name)
 
 
-def pick_vae_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on cards that have it, else float32; never float16, in which SDXL's VAE overflows to black."""
+def pick_vae_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 on cards that have it, unless float32 is asked for; never float16, where SDXL's overflows to black."""
     import torch
 
-    if device.type != "cuda":
+    if device.type != "cuda" or name == "float32":
         return torch.float32
     with torch.cuda.device(device):  # the question is about the present card, and asks for no other
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32

@@ -12,6 +12,9 @@ from linfusion_cli.geometry import Size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "linear", "original")
+VAE_STATISTICS = ("auto", "exact", "sampled")
+VAE_LATENTS = ("mean", "sample")
+BITS = (8, 16)
 COMPRESSIONS = ("deflate", "zstd", "lzw", "jpeg", "none")
 LARGEST_SEED = 2**63 - 1
 
@@ -21,7 +24,9 @@ class GenerateRequest:
     """Everything that decides what one `generate` does; the same request gives the same picture.
 
     Sizes are pixels; `strength` is the share of the steps that the first phase after the base runs. `attention` is one
-    kind, or one a phase with commas between, the last for all that follow. `vram` and `ram` are bytes that may be used.
+    kind, or one a phase with commas between, the last for all that follow. `vae_statistics` is what the VAE's
+    normalisation goes by, `vae_latents` what phases begin with: the mean of the encoder's distribution, or a draw from
+    it. `vram` and `ram` are bytes that may be used.
     """
 
     prompt: str
@@ -29,6 +34,7 @@ class GenerateRequest:
     output: Path
     model: str
     linfusion: str = "auto"
+    vae: str = "auto"
     negative_prompt: str = ""
     seed: int = 0
     steps: int = 30
@@ -36,12 +42,16 @@ class GenerateRequest:
     guidance_rescale: float = 0.0
     strength: float = 0.32
     attention: str = "auto"
+    vae_statistics: str = "auto"
+    vae_latents: str = "mean"
     vram: int | None = None
     ram: int | None = None
     dtype: str = "auto"
     device: str = "auto"
     format: str | None = None
     compression: str | None = None
+    bits: int = 8
+    dither: bool = False
     dpi: float = 300.0
     overwrite: bool = False
     preview: Path | None = None
@@ -52,6 +62,7 @@ class GenerateRequest:
         for setting, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             _check(_is_text(text), setting, text, "It is not valid UTF-8.")
         _check(bool(self.model.strip()), "model", self.model, "Name a folder, a hub id, or demo.")
+        _check(bool(self.vae.strip()), "vae", self.vae, "Name a folder, a hub id, or auto.")
         _in_range("seed", self.seed, 0, LARGEST_SEED)
         _in_range("steps", self.steps, 1, 1000)
         _in_range("guidance_scale", self.guidance_scale, 0, 100)
@@ -63,6 +74,9 @@ class GenerateRequest:
         for setting, value in (("vram", self.vram), ("ram", self.ram)):
             _check(value is None or value > 0, setting, value, "Use a size such as 12GiB.")
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("vae_statistics", self.vae_statistics, VAE_STATISTICS)
+        _one_of("vae_latents", self.vae_latents, VAE_LATENTS)
+        _one_of("bits", self.bits, BITS)
         _one_of("compression", self.compression or COMPRESSIONS[0], COMPRESSIONS)
 
     @property
@@ -95,5 +109,5 @@ def _in_range(setting: str, value: float, low: float, high: float) -> None:
     _check(math.isfinite(value) and low <= value <= high, setting, value, f"Use {low} to {high}.")
 
 
-def _one_of(setting: str, value: str, choices: tuple[str, ...]) -> None:
-    _check(value in choices, setting, value, f"Use one of {', '.join(choices)}.")
+def _one_of(setting: str, value: str | int, choices: tuple[str | int, ...]) -> None:
+    _check(value in choices, setting, value, f"Use one of {', '.join(map(str, choices))}.")

@@ -27,7 +27,7 @@ def test_an_unknown_device_is_usage_and_an_absent_one_unavailable():
 
 def test_a_cpu_runs_in_float32_only():
     cpu = torch.device("cpu")
-    assert device.pick_dtype("auto", cpu) == device.pick_vae_dtype(cpu) == torch.float32
+    assert device.pick_dtype("auto", cpu) == device.pick_vae_dtype("auto", cpu) == torch.float32
     with pytest.raises(UsageError, match="bfloat16"):
         device.pick_dtype("bfloat16", cpu)
     assert device.pick_dtype("auto", torch.device("cuda")) == torch.float16

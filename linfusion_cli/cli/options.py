@@ -22,6 +22,9 @@ Linfusion = Annotated[
     str | None,
     Option(help="LinFusion weights: a folder, a hub id, auto (the model's own or its family's), or none."),
 ]
+Vae = Annotated[
+    str | None, Option(help="Another VAE: a folder, a hub id, or auto (the model's own). A TAESD is quick and rough.")
+]
 NegativePrompt = Annotated[str | None, Option(help="What not to paint.")]
 Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
 Steps = Annotated[int | None, Option(help="Denoising steps of the base; larger phases run a share of them.")]
@@ -34,12 +37,23 @@ Attention = Annotated[
         help="auto (the model's own at the base, linear above), linear or original; or one a phase, as original,linear."
     ),
 ]
+VaeStatistics = Annotated[
+    str | None,
+    Option(help="What the VAE's normalisation goes by: exact (all of the picture), sampled, or auto (what has room)."),
+]
+VaeLatents = Annotated[
+    str | None, Option(help="What a phase begins with: mean of the VAE's distribution, or a seeded sample of it.")
+]
 Vram = Annotated[str | None, Option(help="GPU memory that may be used, such as 12GiB. Default: 90 % of what is free.")]
 Ram = Annotated[str | None, Option(help="Host memory that may be used, such as 32GiB. Default: 90 % of what is free.")]
 Dtype = Annotated[str | None, Option(help="auto, float16, bfloat16 or float32.")]
 Device = Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N.")]
 Format = Annotated[str | None, Option(help="tiff, png or jpeg. Default: by the output's name.")]
 Compression = Annotated[str | None, Option(help="Of a TIFF: deflate, zstd, lzw, jpeg or none. [default: deflate]")]
+Bits = Annotated[int | None, Option(help="Bits per channel: 8, or 16 in a TIFF or PNG. [default: 8]")]
+Dither = Annotated[
+    bool | None, Option("--dither/--no-dither", help="Round to 8 bits with noise: no bands in smooth skies.")
+]
 Dpi = Annotated[float | None, Option(help="Dots per inch, for print. [default: 300]")]
 Preview = Annotated[Path | None, Option(help="Write a copy of 2048 px or less here as well, such as preview.jpg.")]
 Overwrite = Annotated[bool | None, Option("--overwrite", help="Replace files that exist.")]
@@ -59,6 +73,7 @@ def of_a_request(
     preset: Preset = None,
     model: Model = None,
     linfusion: Linfusion = None,
+    vae: Vae = None,
     negative_prompt: NegativePrompt = None,
     seed: Seed = None,
     steps: Steps = None,
@@ -66,12 +81,16 @@ def of_a_request(
     guidance_rescale: GuidanceRescale = None,
     strength: Strength = None,
     attention: Attention = None,
+    vae_statistics: VaeStatistics = None,
+    vae_latents: VaeLatents = None,
     vram: Vram = None,
     ram: Ram = None,
     dtype: Dtype = None,
     device: Device = None,
     format: Format = None,
     compression: Compression = None,
+    bits: Bits = None,
+    dither: Dither = None,
     dpi: Dpi = None,
     preview: Preview = None,
     overwrite: Overwrite = None,

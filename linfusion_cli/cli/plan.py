@@ -14,8 +14,9 @@ from linfusion_cli.request import GenerateRequest
 from linfusion_cli.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from linfusion_cli.planning.needs import Need
+    from linfusion_cli.planning.needs import Mode, Need
     from linfusion_cli.planning.plan import Plan, PlannedStage
+    from linfusion_cli.vae.statistics import Method
 
 
 @options.takes_a_request
@@ -37,7 +38,7 @@ def command(given: dict[str, Any], as_json: options.Json = False) -> None:
 
 def plan_table(plan: Plan) -> Table:
     """One row per stage, and their peaks and total."""
-    heads = ("stage", "size", "steps", "attention", "strips", "maps on", "guidance", "GPU", "host", "time")
+    heads = ("stage", "size", "steps", "attention", "strips", "maps", "guidance", "GPU", "host", "time")
     table = Table(*heads, box=None, pad_edge=False)
     for stage in plan.stages:
         table.add_row(*_cells(stage, plan))
@@ -46,13 +47,26 @@ def plan_table(plan: Plan) -> Table:
 
 
 def _cells(stage: PlannedStage, plan: Plan) -> list[str]:
-    mode = stage.mode
-    how = [""] * 4
-    if mode is not None:
-        strips = f"{mode.strips.rows} rows, {mode.strips.tokens} tokens" if mode.strips else "whole"
-        maps = {"device": "device", "skips": "device, skips on host", "host": "host"}[mode.place]
-        how = [mode.attention, strips, maps, "together" if mode.together else "in turn"]
+    how = denoising(stage.mode) if stage.kind == "denoise" else conversion(stage.mode)
     return [stage.name, str(stage.size), str(stage.steps or ""), *how, *_needs(stage.need, plan)]
+
+
+def denoising(mode: Mode) -> list[str]:
+    """Attention, strips, maps and guidance of a phase's UNet."""
+    strips = f"{mode.strips.rows} rows, {mode.strips.tokens} tokens" if mode.strips else "whole"
+    maps = {"device": "device", "skips": "device, skips on host", "host": "host"}[mode.place]
+    return [mode.attention, strips, maps, "together" if mode.together else "in turn"]
+
+
+def conversion(method: Method) -> list[str]:
+    """The same of a VAE: its strips, and what its statistics come from."""
+    maps = f"{method.place}, statistics {method.statistics}" if method.start else "none"
+    return [
+        "",
+        f"{method.height} rows",
+        maps if method.start or not method.patches else f"{method.patches} patches",
+        "",
+    ]
 
 
 def _needs(need: Need | None, plan: Plan) -> list[str]:

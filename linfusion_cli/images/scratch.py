@@ -1,4 +1,4 @@
-"""A picture waiting between two phases: 16-bit rows in a file without a name, so that nothing is left behind."""
+"""A picture waiting between two phases: 16-bit rows in memory, or in a file without a name, which leaves nothing."""
 
 from __future__ import annotations
 
@@ -13,43 +13,59 @@ import numpy as np
 from linfusion_cli.errors import WriteFailed
 
 FULL_SCALE = 65535
+BYTES_PER_PX = 6  # three channels of 16 bits
 
 
 class ScratchPicture:
-    """Rows [H, W, 3] between 0 and 1, kept to 16 bits in an anonymous file in `folder`.
+    """Pixels [H, W, 3] between 0 and 1, kept to 16 bits in an anonymous file in `folder`; `folder` None is memory.
 
-    Read and written, never mapped: mapped pages would count as this program's memory.
+    The file is read and written, never mapped: mapped pages would count as this program's memory.
     """
 
-    def __init__(self, folder: Path, width: int, height: int):
+    def __init__(self, folder: Path | None, width: int, height: int):
         self.width, self.height = width, height
-        self._row_bytes = width * 3 * 2
-        self._folder = folder
-        self._rows = 0
-        with self._disk_errors():
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # a buffer would fail again on closing
+        self._folder, self._rows, self._memory, self._file = folder, 0, None, None
+        if folder is None:
+            self._memory = np.empty((height, width, 3), np.uint16)
+        else:
+            with self._disk_errors():
+                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # a buffer would fail again on closing
 
     def append(self, rows: np.ndarray) -> None:
         """Float rows [n, W, 3], below those already there; raises WriteFailed when the disk refuses."""
-        left = memoryview(np.rint(rows * FULL_SCALE).astype(np.uint16)).cast("B")
-        with self._disk_errors():
-            self._file.seek(self._rows * self._row_bytes)
-            while left:
-                left = left[self._file.write(left) :]
+        kept = np.rint(rows * FULL_SCALE).astype(np.uint16)
+        if self._memory is not None:
+            self._memory[self._rows : self._rows + len(kept)] = kept
+        else:
+            self._write(memoryview(kept).cast("B"))
         self._rows += len(rows)
 
-    def read(self, top: int, bottom: int) -> np.ndarray:
-        """Rows top..bottom as float32 [bottom - top, W, 3]."""
-        data = np.empty((bottom - top, self.width, 3), np.uint16)
-        left = memoryview(data).cast("B")
+    def read(self, top: int, bottom: int, left: int = 0, right: int | None = None) -> np.ndarray:
+        """The pixels of this region as float32 [bottom - top, right - left, 3]."""
+        right = self.width if right is None else right
+        if bottom > self._rows:
+            raise ValueError(f"rows {top} to {bottom} were not all appended")
+        found = self._fetch(top, bottom, left, right) if self._memory is None else self._memory[top:bottom, left:right]
+        return found.astype(np.float32) / FULL_SCALE
+
+    def _write(self, left: memoryview) -> None:
         with self._disk_errors():
-            self._file.seek(top * self._row_bytes)
+            self._file.seek(self._rows * self.width * BYTES_PER_PX)
             while left:
-                count = self._file.readinto(left)
-                if not count:
-                    raise ValueError(f"rows {top} to {bottom} were not all appended")
-                left = left[count:]
-        return data.astype(np.float32) / FULL_SCALE
+                left = left[self._file.write(left) :]
+
+    def _fetch(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """The region from the file: in one piece if its rows are whole, else row by row."""
+        data = np.empty((bottom - top, right - left, 3), np.uint16)
+        whole = right - left == self.width
+        pieces = [(top, data)] if whole else enumerate(data, top)
+        with self._disk_errors():
+            for row, piece in pieces:
+                self._file.seek((row * self.width + left) * BYTES_PER_PX)
+                missing = memoryview(piece).cast("B")
+                while missing:
+                    missing = missing[self._file.readinto(missing) :]
+        return data
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -62,7 +78,9 @@ class ScratchPicture:
             ) from error
 
     def close(self) -> None:
-        self._file.close()
+        self._memory = None
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> ScratchPicture:
         return self

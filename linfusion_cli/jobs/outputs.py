@@ -11,8 +11,6 @@ from linfusion_cli import __version__, images
 from linfusion_cli.errors import LinfusionError, WriteFailed
 from linfusion_cli.request import GenerateRequest
 
-BITS = 8
-
 
 class Outputs:
     """The picture's file and its preview as one RowSink. A preview that fails does not take the picture with it."""
@@ -68,7 +66,7 @@ def _open_output(request: GenerateRequest) -> images.RowSink:
         request.output,
         images.format_for(request.output, request.format),
         request.size.pair,
-        BITS,
+        request.bits,
         picture_info(request),
         compression=request.compression,
         overwrite=request.overwrite,
@@ -77,7 +75,7 @@ def _open_output(request: GenerateRequest) -> images.RowSink:
 
 def _open_preview(request: GenerateRequest) -> images.RowSink:
     info = picture_info(request)
-    return images.PreviewSink(request.preview, request.size.pair, BITS, info, overwrite=request.overwrite)
+    return images.PreviewSink(request.preview, request.size.pair, request.bits, info, overwrite=request.overwrite)
 
 
 def picture_info(request: GenerateRequest) -> images.PictureInfo:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from linfusion_cli.attention.linear import LinearAttention
@@ -20,7 +20,7 @@ from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
-from linfusion_cli.models.load import load_unet, load_vae
+from linfusion_cli.models.load import Vae, load_unet, load_vae
 from linfusion_cli.models.text import Conditioning, encode_prompts
 from linfusion_cli.planning.needs import Mode
 from linfusion_cli.sampling import phases, schedule
@@ -43,7 +43,7 @@ class Models:
 
     unet: UNet2DConditionModel
     linear: dict[str, LinearAttention]
-    vae: AutoencoderKL
+    vae: Vae
     conditioning: Conditioning
 
 
@@ -73,7 +73,7 @@ def load(run: Run, conditioning: Conditioning) -> Models:
     """The VAE on the device; the UNet and its linear attention on the CPU, until a phase mounts what it needs."""
     prepared = run.prepared
     with run.recorder.stage("models", "load", None, 1, "models"):
-        vae = load_vae(prepared.model, run.plan.machine.vae_dtype, run.device)
+        vae = load_vae(prepared.vae, run.plan.machine.vae_dtype, run.device)
         unet = load_unet(prepared.model, run.dtype)
         linear = load_weights(prepared.linfusion, unet, run.dtype) if prepared.linfusion else {}
     return Models(unet, linear, vae, conditioning)

@@ -17,7 +17,7 @@ def plan_run(prepared: Prepared) -> Plan:
     Raises DoesNotFit, DataError for a UNet that cannot run in strips and should, or what those files are guilty of.
     """
     wanted = Wanted(prepared.request, prepared.facts, prepared.sizes, phase_steps(prepared), prepared.attentions)
-    outline = ModelOutline.read(prepared.model, prepared.linfusion)
+    outline = ModelOutline.read(prepared.model, prepared.linfusion, prepared.vae)
     if "linear" in prepared.attentions:
         with mounted(outline.unet, outline.linear):
             check_supported(outline.unet)

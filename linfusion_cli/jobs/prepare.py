@@ -10,13 +10,11 @@ from linfusion_cli import images
 from linfusion_cli.device import pick_device, pick_dtype
 from linfusion_cli.errors import UsageError, WriteFailed
 from linfusion_cli.geometry import Size, base_size, phase_sizes
-from linfusion_cli.jobs.outputs import BITS
+from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.models.families import ModelFacts, read_facts
-from linfusion_cli.models.locate import find_linfusion, find_model
+from linfusion_cli.models.locate import find_linfusion, find_model, find_vae
 from linfusion_cli.request import GenerateRequest
 from linfusion_cli.units import format_bytes
-
-SCRATCH_BYTES_PER_PX = 6  # three channels of 16 bits
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Prepared:
     request: GenerateRequest
     format: str
     model: Path
+    vae: Path
     linfusion: Path | None
     facts: ModelFacts
     sizes: list[Size]
@@ -52,14 +51,15 @@ def prepare(request: GenerateRequest) -> Prepared:
     if request.download:
         pick_dtype(request.dtype, pick_device(request.device))  # before gigabytes travel to a machine without a card
     model = find_model(request.model, request.download)
-    facts = read_facts(model)
+    vae = find_vae(request.vae, model, request.download)
+    facts = read_facts(model, vae)
     base = base_size(request.size, facts.native_px, facts.multiple_px)
     sizes = phase_sizes(request.size, base, facts.multiple_px)
     attentions = phase_attentions(request, len(sizes))
     linfusion = None
     if "linear" in attentions or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
-    return Prepared(request, file_format, model, linfusion, facts, sizes, attentions)
+    return Prepared(request, file_format, model, vae, linfusion, facts, sizes, attentions)
 
 
 def phase_attentions(request: GenerateRequest, phases: int) -> list[str]:
@@ -90,11 +90,11 @@ def check_disk(prepared: Prepared) -> None:
 def disk_bytes(prepared: Prepared) -> int:
     """The room the file may need, and the picture that waits between two phases."""
     request = prepared.request
-    file_bytes = images.bytes_needed(prepared.format, request.size.pair, BITS, request.compression)
+    file_bytes = images.bytes_needed(prepared.format, request.size.pair, request.bits, request.compression)
     return file_bytes + scratch_bytes(prepared)
 
 
 def scratch_bytes(prepared: Prepared) -> int:
     """The largest picture that waits on disk: the last but one phase, or a base that is reduced to the target."""
     waiting = prepared.sizes if prepared.is_reduced else prepared.sizes[:-1]
-    return max((size.area for size in waiting), default=0) * SCRATCH_BYTES_PER_PX
+    return max((size.area for size in waiting), default=0) * BYTES_PER_PX

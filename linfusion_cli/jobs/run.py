@@ -33,12 +33,6 @@ class Run:
         """The UNet's and the text encoders'; the VAE has its own."""
         return self.plan.machine.dtype
 
-    @property
-    def window_lat(self) -> int:
-        """Side of the VAE's windows: the size it was trained at, which its attention and its statistics know best."""
-        facts = self.prepared.facts
-        return facts.vae_native_px // facts.vae_factor
-
     def stage(self, kind: str, phase: int) -> AbstractContextManager[Stage]:
         """Record a planned stage: a denoising counts steps, all else rows of the picture."""
         planned = self.plan.stage(kind, phase)

@@ -31,14 +31,21 @@ class ModelFacts:
     scheduler_config: dict[str, Any]
 
 
-def read_facts(folder: Path) -> ModelFacts:
-    """The facts of the diffusers folder at `folder`; raises Unavailable or DataError naming the file."""
+def read_facts(folder: Path, vae_folder: Path | None = None) -> ModelFacts:
+    """The facts of the model in the diffusers folder `folder`, with its own VAE or that in `vae_folder`.
+
+    Raises Unavailable or DataError naming the file.
+    """
     index = read_config(folder / "model_index.json")
     unet = read_config(folder / "unet" / "config.json")
-    vae = read_config(folder / "vae" / "config.json")
+    own_vae = read_config(folder / "vae" / "config.json")
+    vae = own_vae if vae_folder is None else read_config(vae_folder / "config.json")
     check_kind(folder, unet, vae)
     try:
-        vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        vae_factor = factor(vae)
+        if vae_factor != factor(own_vae):
+            reason = f"The VAE in {vae_folder} has {vae_factor} pixels per latent, unlike the model's own."
+            raise DataError(reason, "Name another --vae.")
         return ModelFacts(
             family=family_of(unet),
             is_xl=is_xl(unet),
@@ -62,8 +69,14 @@ def check_kind(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> None:
     if not isinstance(unet.get("sample_size"), int):
         raise DataError(f"The UNet in {folder} has the sample_size {unet.get('sample_size')!r}.", KINDS)
     for name in ("latents_mean", "latents_std", "shift_factor"):
-        if vae.get(name) is not None:
+        if vae.get(name):
             raise DataError(f"The VAE in {folder} has {name}, which is not supported.", KINDS)
+
+
+def factor(vae_config: dict[str, Any]) -> int:
+    """Pixels per latent along a side; a tiny VAE's older configs name the channels of its networks apart."""
+    channels = vae_config.get("block_out_channels") or vae_config["decoder_block_out_channels"]
+    return 2 ** (len(channels) - 1)
 
 
 def is_xl(unet_config: dict[str, Any]) -> bool:

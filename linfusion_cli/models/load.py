@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -16,6 +16,7 @@ from linfusion_cli.errors import DataError, Unavailable, first_line
 from linfusion_cli.models.families import read_config
 from linfusion_cli.models.locate import weights_files
 
+Vae = AutoencoderKL | AutoencoderTiny
 Part = TypeVar("Part", bound=nn.Module)
 
 diffusers_logging.disable_progress_bar()
@@ -27,9 +28,18 @@ def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     return load_part(UNet2DConditionModel, folder / "unet", dtype, torch.device("cpu"))
 
 
-def load_vae(folder: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
-    """The VAE of the model in `folder`, ready to run."""
-    return load_part(AutoencoderKL, folder / "vae", dtype, device)
+def load_vae(folder: Path, dtype: torch.dtype, device: torch.device) -> Vae:
+    """The VAE in `folder`, ready to run."""
+    return load_part(vae_kind(folder), folder, dtype, device)
+
+
+def vae_kind(folder: Path) -> type[Vae]:
+    """The class of the VAE in `folder`, by its config; raises DataError for one that is not known."""
+    name = read_config(folder / "config.json").get("_class_name", AutoencoderKL.__name__)
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+    if name not in kinds:
+        raise DataError(f"The VAE in {folder} is of the kind {name}.", f"Use one of the kinds {', '.join(kinds)}.")
+    return kinds[name]
 
 
 def outline(kind: type[Part], part: Path) -> Part:

@@ -49,6 +49,23 @@ def find_linfusion(name: str, model: Path, family: str, download: bool = False) 
     return folder if is_folder(folder) else find_in_hub(name, download, "--linfusion", has_linfusion)
 
 
+def find_vae(name: str, model: Path, download: bool = False) -> Path:
+    """The folder of the VAE `name`: a VAE's own or a model's, a hub id, or `auto`, the one in the folder `model`."""
+    if name == "auto":
+        return model / "vae"
+    folder = DEMO_FOLDER if name == DEMO else user_path(name)
+    if is_file(folder):
+        raise DataError(f"--vae {name} is a file.", "Name a folder in diffusers' layout, or a hub id.")
+    if not is_folder(folder):
+        folder = find_in_hub(name, download, "--vae", has_vae)
+    return folder / "vae" if is_folder(folder / "vae") else folder
+
+
+def has_vae(folder: Path) -> bool:
+    """Whether `folder` is a VAE's with its weights, or a model's with one."""
+    return any(is_file(part / "config.json") and bool(weights_files(part)) for part in (folder, folder / "vae"))
+
+
 def is_here(name: str) -> bool:
     """Whether the model, with the weights of all its parts and LinFusion's for its family, is on this machine."""
     try:

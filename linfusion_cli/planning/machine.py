@@ -32,7 +32,7 @@ class Machine:
 def survey(request: GenerateRequest) -> Machine:
     """This machine as `request` wants to use it; raises UsageError or Unavailable."""
     device = machine.pick_device(request.device)
-    dtype, vae_dtype = machine.pick_dtype(request.dtype, device), machine.pick_vae_dtype(device)
+    dtype, vae_dtype = (pick(request.dtype, device) for pick in (machine.pick_dtype, machine.pick_vae_dtype))
     if request.vram is not None and device.type != "cuda":
         raise UsageError(
             f"--vram {format_bytes(request.vram)} needs a GPU, and this runs on {device}.", "Use --ram.", "vram"

@@ -9,16 +9,22 @@ from linfusion_cli.geometry import Size
 from linfusion_cli.models.families import ModelFacts
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.outline import ModelOutline, count
+from linfusion_cli.strips.cost import Ledger
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
+from linfusion_cli.strips.stream import Stage
 from linfusion_cli.unet.check import unknown_parts
 from linfusion_cli.unet.cost import Setting, reckon
 from linfusion_cli.vae.cost import vae_cost
+from linfusion_cli.vae.stages import decoder_stages, encoder_stages
+from linfusion_cli.vae.statistics import Method
 
 WHOLE = StripSize(1 << 20, 1 << 40)
 LATENT_COPIES = 10  # latents, noise, predictions and what a scheduler's step makes of them, in fp32
 COPY_BYTES_PER_SEC = 20e9  # between pinned host memory and a card: PCIe 4
 HEAP_BYTES = 24 << 20  # what libraries keep beside what is reckoned
+PIXEL_CHANNELS = 3
+READ_ROWS, WRITTEN_ROWS = 512, 256  # of the picture in fp32, as they are resized or pass to the file
 WHOLE_HEAP_BYTES = 128 << 20  # the holes that freed maps of a plain forward leave, where there are so many
 
 
@@ -65,14 +71,26 @@ class Reckoner:
         host = ledger.peak["host"] + (latents if self.machine.device.type == "cuda" else 0)  # drawn and added there
         return self._need(host, device, max(computing, ledger.copied_bytes / COPY_BYTES_PER_SEC))
 
-    def vae(self, size: Size, encode: bool, attention: str) -> Need:
+    def vae(self, size: Size, encode: bool, attention: str, method: Method) -> Need:
         """Decoding or encoding a picture of `size` px, while the UNet waits with this attention."""
         machine, facts = self.machine, self.facts
-        cost = vae_cost(self.outline.vae, size, facts.vae_native_px // facts.vae_factor, encode)
-        window = cost.window_numbers * machine.vae_dtype.itemsize
+        ledger = self.vae_ledger(size, encode, method)
         latents = 2 * 4 * facts.latent_channels * size.divided(facts.vae_factor).area
-        seconds = machine.vae_speed.seconds(cost.flops, cost.passes)
-        return self._need(cost.strip_bytes + latents, window + self._weights(attention), seconds)
+        rows = 4 * PIXEL_CHANNELS * size.width * (READ_ROWS if encode else WRITTEN_ROWS)
+        seconds = machine.vae_speed.seconds(ledger.flops, ledger.passes)
+        return self._need(
+            ledger.peak["host"] + rows + latents, ledger.peak["device"] + self._weights(attention), seconds
+        )
+
+    def vae_ledger(self, size: Size, encode: bool, method: Method) -> Ledger:
+        """What the VAE itself takes, beyond its weights."""
+        factor, itemsize = self.facts.vae_factor, self.machine.vae_dtype.itemsize
+        source = (size, factor, PIXEL_CHANNELS) if encode else (size.divided(factor), 1, self.facts.latent_channels)
+        return vae_cost(self.vae_stages(encode), *source, method, itemsize)
+
+    def vae_stages(self, encode: bool) -> list[Stage]:
+        """The stages of the VAE's encoder or decoder."""
+        return encoder_stages(self.outline.vae) if encode else decoder_stages(self.outline.vae)
 
     def _weights(self, attention: str) -> int:
         """The bytes of the models that are on the device while a phase has this attention."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from linfusion_cli.attention import weights
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import self_attentions
-from linfusion_cli.models.load import outline
+from linfusion_cli.models.load import Vae, outline, vae_kind
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,15 @@ class ModelOutline:
 
     unet: UNet2DConditionModel
     linear: dict[str, LinearAttention]
-    vae: AutoencoderKL
+    vae: Vae
 
     @staticmethod
-    def read(model: Path, linfusion: Path | None) -> ModelOutline:
+    def read(model: Path, linfusion: Path | None, vae: Path | None = None) -> ModelOutline:
         """Raises Unavailable, DataError or InputMissing naming the file."""
         unet = outline(UNet2DConditionModel, model / "unet")
         linear = weights.outline(linfusion, unet) if linfusion else {}
-        return ModelOutline(unet, linear, outline(AutoencoderKL, model / "vae"))
+        vae = vae or model / "vae"
+        return ModelOutline(unet, linear, outline(vae_kind(vae), vae))
 
     def numbers(self, attention: str) -> int:
         """How many weights the UNet has with this attention."""

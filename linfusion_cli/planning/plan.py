@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from linfusion_cli.errors import DoesNotFit
 from linfusion_cli.geometry import Size
+from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.models.families import ModelFacts
+from linfusion_cli.planning.conversion import Kind, methods_for
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.needs import Mode, Need, Reckoner
 from linfusion_cli.planning.outline import ModelOutline
@@ -16,6 +19,7 @@ from linfusion_cli.request import GenerateRequest
 from linfusion_cli.strips.ops import GOOD_ROWS, StripSize
 from linfusion_cli.strips.storage import PLACES, Place
 from linfusion_cli.units import bytes_at_least, format_bytes
+from linfusion_cli.vae.statistics import Method
 
 # From the best down. On a CPU larger strips only fall out of its caches; a GPU wants more at a time.
 STRIP_SIZES = {
@@ -41,8 +45,9 @@ class PlannedStage:
     name: str
     size: Size
     steps: int
-    mode: Mode | None
+    mode: Mode | Method | None
     need: Need | None  # None where it cannot be reckoned: a UNet of an unknown kind, with its own attention
+    waiting_bytes: int = 0  # of the picture that this stage decodes or encodes, where it waits in memory
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"size": str(self.size)}
@@ -94,19 +99,43 @@ def make_plan(wanted: Wanted, outline: ModelOutline, machine: Machine) -> Plan:
     chosen = [next((stage for stage in of_one if fits(stage.need, machine)), None) for of_one in options]
     if None in chosen:
         raise refusal(wanted, options, machine)
-    return Plan(machine, chosen)
+    return Plan(machine, with_waiting_pictures(chosen, machine))
+
+
+def with_waiting_pictures(stages: list[PlannedStage], machine: Machine) -> list[PlannedStage]:
+    """`stages` where a picture that is decoded, and then encoded, waits in memory in between, if both leave room."""
+    result = list(stages)
+    for i, (one, other) in enumerate(pairwise(stages)):
+        if other.kind == "encode":
+            both = [beside(stage, one.size.area * BYTES_PER_PX) for stage in (one, other)]
+            if all(stage.need.host_bytes <= machine.host_bytes for stage in both):
+                result[i : i + 2] = both
+    return result
+
+
+def beside(stage: PlannedStage, waiting: int) -> PlannedStage:
+    """`stage` with so many bytes of a picture waiting in memory."""
+    need = replace(stage.need, host_bytes=stage.need.host_bytes + waiting)
+    return replace(stage, need=need, waiting_bytes=waiting)
 
 
 def ways(wanted: Wanted, reckoner: Reckoner) -> Iterator[list[PlannedStage]]:
     """For each stage of the run, in order, the ways to run it, the best first."""
-    for phase, (size, steps, attention) in enumerate(zip(wanted.sizes, wanted.steps, wanted.attentions, strict=True)):
+    for phase, (steps, attention) in enumerate(zip(wanted.steps, wanted.attentions, strict=True)):
         if phase:
-            need = reckoner.vae(size, True, wanted.attentions[phase - 1])
-            yield [PlannedStage(phase, "encode", "encode", size, 0, None, need)]
+            yield conversions(wanted, reckoner, phase, "encode", wanted.attentions[phase - 1])
         if steps:
             modes = modes_for(attention, reckoner.machine, wanted.halves)
             yield [denoising(wanted, reckoner, phase, mode) for mode in modes]
-        yield [PlannedStage(phase, "decode", "decode", size, 0, None, reckoner.vae(size, False, attention))]
+        yield conversions(wanted, reckoner, phase, "decode", attention)
+
+
+def conversions(wanted: Wanted, reckoner: Reckoner, phase: int, kind: Kind, attention: str) -> list[PlannedStage]:
+    """The ways to decode a phase's picture, or encode what it begins with, while the UNet has this attention."""
+    size = wanted.sizes[phase]
+    methods = methods_for(kind, wanted.request.vae_statistics, reckoner, size)
+    needs = [reckoner.vae(size, kind == "encode", attention, method) for method in methods]
+    return [PlannedStage(phase, kind, kind, size, 0, *pair) for pair in zip(methods, needs, strict=True)]
 
 
 def denoising(wanted: Wanted, reckoner: Reckoner, phase: int, mode: Mode) -> PlannedStage:

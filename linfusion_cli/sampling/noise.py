@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 BLOCK_LAT = 64
+LATENTS = 1  # beside seed and phase, what else noise is drawn for
 
 
 def base_noise(seed: int, channels: int, height_lat: int, width_lat: int, dtype: torch.dtype) -> Tensor:
@@ -18,11 +19,20 @@ def phase_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat
     Every block of 64 x 64 latents has its own generator, seeded by its place: what a block holds does not depend on
     how the map is cut, nor on its size.
     """
+    return _in_blocks((seed, phase), channels, height_lat, width_lat)
+
+
+def latent_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int) -> Tensor:
+    """As `phase_noise`, for the draw from the VAE's distribution that the phase begins with: independent of it."""
+    return _in_blocks((seed, phase, LATENTS), channels, height_lat, width_lat)
+
+
+def _in_blocks(counters: tuple[int, ...], channels: int, height_lat: int, width_lat: int) -> Tensor:
     noise = torch.empty(1, channels, height_lat, width_lat)
     for top in range(0, height_lat, BLOCK_LAT):
         for left in range(0, width_lat, BLOCK_LAT):
             part = noise[..., top : top + BLOCK_LAT, left : left + BLOCK_LAT]
-            block = _block(_block_seed(seed, phase, top // BLOCK_LAT, left // BLOCK_LAT), channels)
+            block = _block(_block_seed(*counters, top // BLOCK_LAT, left // BLOCK_LAT), channels)
             part.copy_(block[..., : part.shape[-2], : part.shape[-1]])
     return noise
 

@@ -19,7 +19,7 @@ def rows_supplied(network: nn.Module, dilation: int = 1) -> Iterator[None]:
     try:
         for module in convolutions:
             module.dilation = (dilation, dilation)
-            module.padding = (0, halo_rows(module, dilation))
+            module.padding = (0, dilation * module.padding[1])
         yield
     finally:
         for module, (old_dilation, padding) in zip(convolutions, before, strict=True):

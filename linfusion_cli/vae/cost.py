@@ -1,53 +1,148 @@
-"""What decoding and encoding will need, reckoned from the VAE's shapes on the meta device."""
+"""What decoding and encoding will need: the way of `settle` and `streamed`, walked without weights and without maps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-from diffusers import AutoencoderKL
-from torch.utils.flop_counter import FlopCounterMode
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from linfusion_cli.geometry import Size
-from linfusion_cli.vae.tiles import Windows
+from linfusion_cli.strips.cost import Cost, Ledger, Outline
+from linfusion_cli.strips.dilation import inner
+from linfusion_cli.strips.stream import Add, Convolution, Stage, reach
+from linfusion_cli.vae.attention import FixedAttention
+from linfusion_cli.vae.sample import Sample
+from linfusion_cli.vae.statistics import CORE_LAT, Method, last_normed
 
-WIDEST_MAPS = 5  # maps as wide as two of the outermost channels that are alive at once: input, norm, activation, result
-PASSES = 40  # times that the numbers of such a map are read or written beside products
-STRIPS = 3  # strips of pixels in fp32 that are alive at once: decoded, blended, carried
+WIDE_BYTES = 4  # statistics and what is normalised by them, in fp32
+CHANGES, WRITES = 4, 4  # times that each number is read or written on its way into a window, and out of a convolution
+HOLES = 2  # what freed strips of other sizes leave of an operation's memory in a heap: measured on a CPU
+SEEN = 5  # strips that attention has at once: normalised, queries, what they saw, and its projections
 
 
 @dataclass(frozen=True)
-class VaeCost:
-    """One pass over a picture: products and other passes over numbers, and the memory beyond the weights.
+class Shape:
+    """A batch of maps that a stage takes or makes, `scale` pixels for a latent."""
 
-    `window_numbers` are alive at once on the device, `strip_bytes` on the host.
-    """
+    batch: int
+    height: int
+    width: int
+    channels: int
+    scale: int
 
-    flops: int
-    passes: int
-    window_numbers: int
-    strip_bytes: int
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.height * self.width
+
+    def strip(self, rows: int) -> int:
+        """The numbers in so many rows."""
+        return self.batch * min(rows, self.height) * self.width * self.channels
+
+    def after(self, stage: Stage) -> Shape:
+        """What `stage` makes of it."""
+        sides = (side * stage.enlarges // stage.shrinks for side in (self.height, self.width, self.scale))
+        height, width, scale = sides
+        channels = inner(stage.layer).out_channels if isinstance(stage, Convolution) else self.channels
+        return Shape(self.batch, height, width, channels, scale)
 
 
-@torch.inference_mode()
-def vae_cost(vae: AutoencoderKL, size: Size, window_lat: int, encode: bool) -> VaeCost:
-    """Decoding (or encoding) a picture of `size` px in windows of `window_lat` latents; `vae` is on the meta device."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size_lat = size.divided(factor)
-    sides = [min(length, window_lat) for length in (size_lat.height, size_lat.width)]
-    windows = len(Windows.over(size_lat.height, window_lat).spans) * len(Windows.over(size_lat.width, window_lat).spans)
-    window_px = sides[0] * sides[1] * factor**2
-    widest = window_px * 2 * vae.config.block_out_channels[0]
-    flops = windows * window_flops(vae, *sides, factor, encode)
-    strip_bytes = STRIPS * 4 * 3 * sides[0] * factor * size.width
-    return VaeCost(flops, windows * widest * PASSES, WIDEST_MAPS * widest, strip_bytes)
+def stage_cost(stage: Stage, shape: Shape, rows: int, itemsize: int, keys: int) -> Cost:
+    """`stage` over a map, `rows` of it at a time, which are there when it begins."""
+    result = shape.after(stage)
+    out = result.strip(rows * stage.enlarges // stage.shrinks) * itemsize
+    if isinstance(stage, Convolution):
+        doubled = stage.enlarges**2
+        window = replace(shape, width=shape.width * stage.enlarges).strip(rows * stage.enlarges + stage.kernel - 1)
+        wide = 2 * WIDE_BYTES * shape.strip(rows) if stage.before is not None and itemsize < WIDE_BYTES else 0
+        passes = CHANGES * shape.pixels * shape.channels * doubled + WRITES * result.pixels * result.channels
+        flops = 2 * inner(stage.layer).weight.numel() * result.pixels
+        return Cost(flops, passes, window * itemsize + max(out, wide))
+    if isinstance(stage, FixedAttention):
+        flops = 4 * shape.pixels * shape.channels * (2 * shape.channels + keys)
+        return Cost(flops, CHANGES * shape.pixels * shape.channels, SEEN * out)
+    return Cost(0, WRITES * result.pixels * result.channels, out)
 
 
-def window_flops(vae: AutoencoderKL, height_lat: int, width_lat: int, factor: int, encode: bool) -> int:
-    """The products of one window, as torch itself counts them."""
-    with FlopCounterMode(display=False) as counter:
-        if encode:
-            vae.encoder(torch.empty(1, 3, height_lat * factor, width_lat * factor, device="meta"))
-        else:
-            vae.decoder(torch.empty(1, vae.config.latent_channels, height_lat, width_lat, device="meta"))
-    return counter.get_total_flops()
+def vae_cost(stages: Sequence[Stage], size: Size, scale: int, channels: int, method: Method, itemsize: int) -> Ledger:
+    """Statistics and streaming of a map of `size` px through `stages`, of a VAE on the meta device."""
+    return Reckoning(stages, method, itemsize).all(Shape(1, size.height, size.width, channels, scale))
+
+
+@dataclass
+class Reckoning:
+    """Walks as `settle` and `streamed` do, on outlines of maps."""
+
+    stages: Sequence[Stage]
+    method: Method
+    itemsize: int
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def all(self, shape: Shape) -> Ledger:
+        last = last_normed(self.stages)
+        start = min(self.method.start, last)
+        whole = None
+        if start:
+            shape, whole = self._taken(self.stages[:start], shape, Sample.whole(size_lat(shape)), "maps")
+        if start < last:
+            sample = Sample.spread(size_lat(shape), self.method.patches, CORE_LAT)
+            self._taken(self.stages[start:last], shape, sample, "device")
+        self._streamed(self.stages[start:], shape)
+        del whole  # from which the rest has streamed
+        return self.ledger
+
+    def _taken(self, stages: Sequence[Stage], shape: Shape, sample: Sample, where: str) -> tuple[Shape, Outline]:
+        """`stages` one after the other over patches -> the last map."""
+        where = self.method.place if where == "maps" else where
+        patches = patch_shape(stages, shape, sample)
+        current, kept = self._outline(patches, where), None
+        for stage, index in zip(stages, range(len(stages)), strict=True):
+            if stage.enlarges * stage.shrinks > 1:
+                patches = replace(patch_shape(stages[index:], patches, sample), channels=patches.channels)
+                current = self._outline(patches, where)
+            rows = max(1, self.method.height * sample.size.width * patches.scale // (patches.batch * patches.width))
+            result = patches.after(stage)
+            if not stage.pointwise:
+                kept = current if stage.keeps is not None else kept
+                over = stage.keeps is None and (result.width, result.channels) == (patches.width, patches.channels)
+                current = current if over else self._outline(result, where)
+            cost = stage_cost(stage, patches, rows, self.itemsize, self.method.keys)
+            moments = WIDE_BYTES * result.strip(rows)
+            self.ledger.spend(replace(cost, scratch_bytes=cost.scratch_bytes + moments))
+            kept = None if isinstance(stage, Add) else kept
+            patches = result
+        return patches, current
+
+    def _outline(self, shape: Shape, where: str) -> Outline:
+        return Outline(self.ledger, (shape.batch, shape.height, shape.width, shape.channels), self.itemsize, where)
+
+    def _streamed(self, stages: Sequence[Stage], shape: Shape) -> None:
+        """Beside one operation's memory, what all convolutions carry, and what waits where rows are doubled."""
+        height, waiting, costs = self.method.height, 0, []
+        kept = 0
+        for stage in stages:
+            if isinstance(stage, Convolution):
+                carried = replace(shape, width=shape.width * stage.enlarges, height=stage.kernel - 1)
+                waiting += carried.strip(stage.kernel - 1)
+                waiting += shape.strip(height) if stage.enlarges > 1 else 0
+            if stage.keeps is not None:
+                kept = shape.strip(height)
+                waiting += shape.strip(3)
+            rows = height // stage.enlarges or 1
+            cost = stage_cost(stage, shape, rows, self.itemsize, self.method.keys)
+            beside = shape.strip(rows) + kept
+            costs.append(replace(cost, scratch_bytes=HOLES * (cost.scratch_bytes + beside * self.itemsize)))
+            kept = 0 if isinstance(stage, Add) else kept
+            shape = shape.after(stage)
+        self.ledger.add("device", waiting * self.itemsize)
+        for cost in costs:
+            self.ledger.spend(cost)
+        self.ledger.add("device", -waiting * self.itemsize)
+
+
+def patch_shape(stages: Sequence[Stage], shape: Shape, sample: Sample) -> Shape:
+    """The patches of a map that go into `stages`, with what their cores still need around them."""
+    window = sample.window(-(-reach(stages) // shape.scale)).times(shape.scale)
+    return Shape(len(sample.corners), window.height, window.width, shape.channels, shape.scale)
+
+
+def size_lat(shape: Shape) -> Size:
+    return Size(shape.width, shape.height).divided(shape.scale)

@@ -1,50 +1,50 @@
-"""Rows of pixels -> latents, strip by strip: overlapping windows of the encoder's native size, blended."""
+"""Rows of pixels -> latents: statistics first, then one pass in which every row is computed once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from linfusion_cli.geometry import Size
-from linfusion_cli.vae.tiles import Windows
+from linfusion_cli.strips.storage import Storage
+from linfusion_cli.vae.conversion import Conversion, Notify, nobody
+from linfusion_cli.vae.patches import Source
+from linfusion_cli.vae.stages import Vae, encoder_stages, factor_of
+from linfusion_cli.vae.statistics import Method
 
-ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [bottom - top, W, 3], 0 to 1
+READ_PX = 64  # rows read at a time: whoever resizes them reads some around them each time
+LOGVAR_LIMITS = (-30.0, 20.0)  # those of diffusers' DiagonalGaussianDistribution
+
+ReadRegion = Callable[[int, int, int, int], Tensor]  # (top, bottom, left, right) -> pixels [h, w, 3], 0 to 1
+DrawNoise = Callable[[int, int], Tensor]  # (top, bottom) in latents -> standard normal [1, C, bottom - top, w]
 
 
-def encode_rows(vae: AutoencoderKL, read_rows: ReadRows, size: Size, window_lat: int) -> Iterator[Tensor]:
-    """A picture of `size` px, given by rows -> the final rows of its latents [1, C, rows, w] in fp32 on the CPU.
+def encode_rows(
+    vae: Vae, read: ReadRegion, size: Size, method: Method, noise: DrawNoise | None = None, notify: Notify = nobody
+) -> Iterator[Tensor]:
+    """A picture of `size` px -> the rows of its latents [1, C, rows, w] in fp32 on the CPU, as the UNet expects them.
 
-    Latents are the mean of the encoder's distribution, scaled as the UNet expects them.
+    They are the mean of the encoder's distribution, or with `noise` a draw from it. Errors as in `decode_rows`.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size_lat = size.divided(factor)
-    vertical = Windows.over(size_lat.height, window_lat)
-    carried = torch.zeros(0)
-    for i, (top, bottom) in enumerate(vertical.spans):
-        strip = _encode_strip(vae, read_rows(top * factor, bottom * factor), size_lat.width, window_lat, factor)
-        strip *= vertical.weights(i)[:, None]
-        if i > 0:
-            strip[:, :, : carried.shape[2]] += carried
-        finished = vertical.final(i) - top
-        carried = strip[:, :, finished:].clone()
-        yield strip[:, :, :finished]
+
+    def source_of(storage: Storage) -> Source:
+        def ready(*region: int) -> Tensor:
+            return read(*region)[None].to(storage.device, storage.dtype)
+
+        return Source(size, factor_of(vae), ready)
+
+    top = 0
+    for rows in Conversion(vae, encoder_stages(vae), source_of, method, notify, READ_PX).rows():
+        found, bottom = rows.permute(2, 0, 1)[None], top + len(rows)
+        drawn = noise(top, bottom) if noise else None
+        yield latents_of(found, vae.config.latent_channels, drawn) * vae.config.scaling_factor
+        top = bottom
 
 
-def _encode_strip(vae: AutoencoderKL, rows: Tensor, width_lat: int, window_lat: int, factor: int) -> Tensor:
-    """Rows [H, W, 3] -> latents [1, C, h, w], the windows blended from left to right."""
-    horizontal = Windows.over(width_lat, window_lat)
-    strip = torch.zeros(1, vae.config.latent_channels, rows.shape[0] // factor, width_lat)
-    for i, (left, right) in enumerate(horizontal.spans):
-        latents = _encode_window(vae, rows[:, left * factor : right * factor])
-        strip[..., left:right] += latents * horizontal.weights(i)
-    return strip
-
-
-@torch.inference_mode()
-def _encode_window(vae: AutoencoderKL, rows: Tensor) -> Tensor:
-    """One window of pixels [H, W, 3] -> latents [1, C, h, w] in fp32 on the CPU."""
-    pixels = (rows.permute(2, 0, 1)[None] * 2 - 1).to(vae.device, vae.dtype, memory_format=torch.channels_last)
-    return vae.encode(pixels).latent_dist.mean.float().cpu() * vae.config.scaling_factor
+def latents_of(found: Tensor, channels: int, noise: Tensor | None) -> Tensor:
+    """Mean and logarithm of the variance [1, 2C, n, w] -> latents [1, C, n, w]; a tiny VAE gives those at once."""
+    if found.shape[1] == channels or noise is None:
+        return found[:, :channels]
+    mean, logvar = found.chunk(2, dim=1)
+    return mean + (logvar.clamp(*LOGVAR_LIMITS) / 2).exp() * noise

@@ -4,34 +4,45 @@ import numpy as np
 import pytest
 
 from linfusion_cli.errors import WriteFailed
-from linfusion_cli.images.resize import resized_rows
+from linfusion_cli.images.resize import resized_region
 from linfusion_cli.images.scratch import ScratchPicture
 
 
-def test_rows_come_back_to_sixteen_bits_and_leave_no_file(tmp_path):
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_regions_come_back_to_sixteen_bits_and_leave_no_file(tmp_path, in_memory):
     rows = np.random.default_rng(0).random((37, 21, 3), dtype=np.float32)
-    with ScratchPicture(tmp_path, 21, 37) as scratch:
+    with ScratchPicture(None if in_memory else tmp_path, 21, 37) as scratch:
         for top in range(0, 37, 10):
             scratch.append(rows[top : top + 10])
         assert not list(tmp_path.iterdir())
         np.testing.assert_allclose(scratch.read(0, 37), rows, atol=0.5 / 65535 + 1e-7)
         np.testing.assert_allclose(scratch.read(5, 9), rows[5:9], atol=0.5 / 65535 + 1e-7)
+        np.testing.assert_allclose(scratch.read(5, 9, 3, 20), rows[5:9, 3:20], atol=0.5 / 65535 + 1e-7)
 
 
 @pytest.mark.parametrize("target", [(140, 100), (151, 111), (33, 20), (70, 50), (64, 200)])
-def test_resizing_by_rows_is_resizing_the_whole(target):
-    picture = np.random.default_rng(1).random((50, 70, 3), dtype=np.float32)
-    read = lambda top, bottom: picture[top:bottom]  # noqa: E731
-    whole = resized_rows(read, (70, 50), target, 0, target[1])
-    parts = [resized_rows(read, (70, 50), target, top, min(top + 7, target[1])) for top in range(0, target[1], 7)]
+def test_resizing_by_regions_is_resizing_the_whole(target):
+    picture, source = np.random.default_rng(1).random((50, 70, 3), dtype=np.float32), (70, 50)
+    read = lambda top, bottom, left, right: picture[top:bottom, left:right]  # noqa: E731
+    whole = resized_region(read, source, target, (0, target[1], 0, target[0]))
     assert whole.shape == (target[1], target[0], 3)
-    np.testing.assert_allclose(np.concatenate(parts), whole, atol=2e-6)
+    for top in range(0, target[1], 7):
+        bottom = min(top + 7, target[1])
+        for left in range(0, target[0], 11):
+            right = min(left + 11, target[0])
+            part = resized_region(read, source, target, (top, bottom, left, right))
+            np.testing.assert_allclose(part, whole[top:bottom, left:right], atol=2e-6)
 
 
 def test_resizing_reads_only_what_it_needs():
-    picture, read = np.zeros((1000, 8, 3), np.float32), []
-    resized_rows(lambda t, b: read.append(b - t) or picture[t:b], (8, 1000), (16, 2000), 500, 516)
-    assert read[0] <= 8 + 2 * 5
+    picture, read = np.zeros((1000, 1000, 3), np.float32), []
+
+    def reads(top, bottom, left, right):
+        read.extend([bottom - top, right - left])
+        return picture[top:bottom, left:right]
+
+    resized_region(reads, (1000, 1000), (2000, 2000), (500, 516, 0, 32))
+    assert read[0] <= 8 + 2 * 5 and read[1] <= 16 + 5
 
 
 def test_a_full_disk_is_a_failed_write(monkeypatch):

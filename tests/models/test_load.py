@@ -64,7 +64,7 @@ def test_parts_are_read_as_they_were_written(xl_model):
 def test_a_half_precision_variant_is_read(tmp_path):
     folder = write_small_xl(tmp_path / "half", variant="fp16")
     assert load_unet(folder, torch.float32).dtype == torch.float32
-    assert load_vae(folder, torch.float32, CPU).dtype == torch.float32
+    assert load_vae(folder / "vae", torch.float32, CPU).dtype == torch.float32
 
 
 def test_parameters_do_not_lie_in_the_file(xl_model):
@@ -95,7 +95,7 @@ def test_a_truncated_file_is_named(copy):
 def test_missing_weights_are_named(copy):
     (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(Unavailable, match="vae has no weights"):
-        load_vae(copy, torch.float32, CPU)
+        load_vae(copy / "vae", torch.float32, CPU)
 
 
 @pytest.mark.parametrize("lost", [["*"], ["vocab.json", "tokenizer.json"]])
@@ -139,7 +139,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(copy, part):
 
     def read_all():
         load_unet(copy, torch.float32)
-        load_vae(copy, torch.float32, CPU)
+        load_vae(copy / "vae", torch.float32, CPU)
         encode_prompts(copy, facts, PROMPT, "", torch.float32, CPU)
 
     save_file(tensors, file, metadata={"format": "pt"})

@@ -1,0 +1,136 @@
+"""The statistics of a picture's maps, known before it streams: of all of it level by level, or of a sample of patches.
+
+Every GroupNorm of a VAE needs mean and variance of a whole map. As far as maps fit, they are made whole, one after the
+other, and what is left streams from the last of them; from there on, patches stand for the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+
+from linfusion_cli.strips.stats import Moments
+from linfusion_cli.strips.storage import Place, Storage
+from linfusion_cli.strips.stream import Add, Stage, Workspace, reach, streamed
+from linfusion_cli.vae.attention import FixedAttention
+from linfusion_cli.vae.patches import Patches, Source
+from linfusion_cli.vae.sample import Sample
+
+FEWEST_PATCHES = 16
+CORE_LAT = 8  # side of a core: many small ones tell more than few large ones, and each carries its halo
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a picture goes through one of a VAE's networks.
+
+    Whole maps are made up to stage `start`, and wait in `place`; from there on about `patches` patches stand for the
+    picture, 0 where no stage is left that needs them. `keys` is how many pixels attention may look at, `height` how many rows are computed at a time.
+    """
+
+    start: int
+    patches: int
+    keys: int
+    height: int
+    place: Place = "device"
+
+    @property
+    def statistics(self) -> str:
+        """What they come from: all of the picture, all of it at first, or a sample."""
+        return "exact" if not self.patches else "partly exact" if self.start else "sampled"
+
+    def smaller(self, settled: bool) -> Method | None:
+        """The next way with less memory, None where there is none; once statistics are `settled`, lower strips only."""
+        if self.start and not settled:
+            return replace(self, start=0, patches=self.patches or FEWEST_PATCHES)
+        if self.height == 1:
+            return None
+        return replace(self, height=self.height // 2, patches=max(min(FEWEST_PATCHES, self.patches), self.patches // 2))
+
+
+def last_normed(stages: Sequence[Stage]) -> int:
+    """The last stage that needs statistics; 0 if none does. Whole maps up to there make all statistics exact."""
+    return max((i for i, stage in enumerate(stages) if stage.before is not None), default=0)
+
+
+def starts(stages: Sequence[Stage]) -> list[int]:
+    """Where streaming may begin, from the end: where all statistics are exact, each change of level, the beginning."""
+    levels = [i for i, stage in enumerate(stages) if stage.enlarges > 1]
+    return sorted({last_normed(stages), *levels, 0}, reverse=True)
+
+
+def settle(stages: Sequence[Stage], source: Source, method: Method, storage: Storage) -> tuple[Sequence[Stage], Source]:
+    """Freeze the statistics of all `stages` -> those that are left to stream, and what is to stream through them."""
+    last = last_normed(stages)
+    start, taking = min(method.start, last), Taking(method, storage)
+    if not last:
+        return stages, source
+    moments = None
+    if start:
+        whole = Sample.whole(source.size_lat)
+        patches = taking.run(stages[:start], Patches.of(source, whole, 0, method.height, storage))
+        source, moments = patches.as_source(), patches.moments
+    if start < last:
+        sample = Sample.spread(source.size_lat, method.patches, CORE_LAT)
+        halo = -(-reach(stages[start:last]) // source.scale)
+        begin = replace(Patches.of(source, sample, halo, method.height, storage), moments=moments)
+        moments = taking.run(stages[start:last], begin).moments
+    stages[last].before.freeze(moments)
+    return stages[start:], source
+
+
+@dataclass(frozen=True)
+class Taking:
+    """Runs stages on patches, one after the other, and freezes each one's statistics before it runs."""
+
+    method: Method
+    storage: Storage
+    workspace: Workspace = field(default_factory=Workspace)
+
+    def run(self, stages: Sequence[Stage], patches: Patches) -> Patches:
+        """`patches` after all `stages`."""
+        bounds = [i for i, stage in enumerate(stages) if not stage.pointwise]
+        for begin, end in zip_longest([0, *bounds[1:]], bounds[1:]):
+            first = stages[begin]
+            if first.enlarges * first.shrinks > 1:
+                patches = patches.cropped(-(-reach(stages[begin:]) // patches.scale), self.storage)
+            if first.before is not None:
+                first.before.freeze(patches.moments)
+            if isinstance(first, FixedAttention):
+                first.look_at(patches.pixels(self.method.keys))
+            patches = self._advanced(stages[begin:end], patches)
+        return patches
+
+    def _advanced(self, stages: Sequence[Stage], patches: Patches) -> Patches:
+        """`patches` after `stages` that need no further statistics: written over the old ones where that may be."""
+        source, keeps = patches.map, stages[0].keeps
+        if keeps is not None:
+            keeps.source = source
+        result = replace(patches, scale=grown(stages, patches.scale), moments=None)
+        top, moments = 0, None
+        for rows in streamed(stages, source.read, source.height, self._height(patches), workspace=self.workspace):
+            if not top and (keeps is not None or rows.shape[2:] != source.shape[2:]):
+                shape = (len(rows), grown(stages, source.height), *rows.shape[2:])
+                result = replace(result, map=self.storage.new(*shape))
+            result.map.write(top, rows)
+            seen = result.in_cores(top, rows)
+            if seen.shape[2]:
+                moments = Moments.of(seen) if moments is None else moments + Moments.of(seen)
+            top += rows.shape[1]
+        for stage in stages:
+            if isinstance(stage, Add):
+                stage.kept.source = None
+        return replace(result, moments=moments)
+
+    def _height(self, patches: Patches) -> int:
+        """As many rows of all patches as make `height` rows of the whole map."""
+        across = len(patches.sample.corners) * patches.map.width
+        return max(1, self.method.height * patches.sample.size.width * patches.scale // across)
+
+
+def grown(stages: Sequence[Stage], length: int) -> int:
+    """How long a side of `length` is after `stages`."""
+    for stage in stages:
+        length = length * stage.enlarges // stage.shrinks
+    return length
