@@ -60,13 +60,9 @@ def denoising(mode: Mode) -> list[str]:
 
 def conversion(method: Method) -> list[str]:
     """The same of a VAE: its strips, and what its statistics come from."""
-    maps = f"{method.place}, statistics {method.statistics}" if method.start else "none"
-    return [
-        "",
-        f"{method.height} rows",
-        maps if method.start or not method.patches else f"{method.patches} patches",
-        "",
-    ]
+    whole = {"exact": "whole", "partly exact": "partly whole"}[method.statistics] if method.start else ""
+    maps = f"{whole}, {method.place}" if whole else f"{method.patches} patches" if method.patches else ""
+    return ["", f"{method.height} rows", maps, ""]
 
 
 def _needs(need: Need | None, plan: Plan) -> list[str]:

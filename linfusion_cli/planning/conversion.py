@@ -16,7 +16,7 @@ Kind = Literal["decode", "encode"]
 STREAM_ROWS = {"cpu": (8, 4, 2, 1), "cuda": (16, 8, 4, 2, 1)}
 LATENTS_PER_PATCH = 8192  # of the picture: a sample then takes about a tenth of the time that decoding takes
 MOST_PATCHES = {"decode": 256, "encode": 64}  # a megapixel of cores; an encoder's patches are four times as large
-EXACT_SHARE = 4  # maps of exact statistics may take this part of the memory that may be used: a quarter
+EXACT_SHARE = 5  # whole maps may take so much of the memory that may be used: a fifth
 
 
 def methods_for(kind: Kind, statistics: str, reckoner: Reckoner, size: Size) -> list[Method]:

@@ -26,7 +26,8 @@ class Method:
     """How a picture goes through one of a VAE's networks.
 
     Whole maps are made up to stage `start`, and wait in `place`; from there on about `patches` patches stand for the
-    picture, 0 where no stage is left that needs them. `keys` is how many pixels attention may look at, `height` how many rows are computed at a time.
+    picture, 0 where no stage is left that needs them. `keys` is how many pixels attention may look at, `height` how
+    many rows are computed at a time.
     """
 
     start: int

@@ -1,7 +1,7 @@
-"""Random UNets of SDXL's shape for benchmarks: every layer is there, and nothing is downloaded."""
+"""Random networks of SDXL's shape for benchmarks: every layer is there, and nothing is downloaded."""
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import self_attentions
@@ -40,3 +40,16 @@ def random_condition(unet: UNet2DConditionModel) -> Condition:
     where = {"device": unet.device, "dtype": unet.dtype}
     added = {"text_embeds": torch.randn(1, POOLED, **where), "time_ids": torch.full((1, 6), 1024.0, **where)}
     return Condition(torch.randn(1, TEXT_TOKENS, unet.config.cross_attention_dim, **where), added)
+
+
+def sdxl_vae() -> AutoencoderKL:
+    """SDXL's VAE."""
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=1024,
+        scaling_factor=0.13025,
+    )
