@@ -83,7 +83,8 @@ def make_latents(vae: AutoencoderKL, path: Path, size: int) -> dict[str, Any]:
 def streamed(vae: AutoencoderKL, latents: Tensor, output: Path) -> None:
     """Decode and write as a run does."""
     size = (latents.shape[3] * FACTOR, latents.shape[2] * FACTOR)
-    sink, top = open_sink(output, "png", size, 8, PictureInfo("bench", 300, {}, "", "", "")), 0
+    info = PictureInfo("bench", 300, {}, "", "", "")
+    sink, top = open_sink(output, "png", size, 8, info, overwrite=True), 0
     with Writing(sink) as writing:
         for rows in decode_rows(vae, latents, sampled(latents)):
             writing.take(quantised(rows.numpy(), top, 8))
