@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from tools.bench import gpu, unet
+from tools.bench import gpu, unet, vae
 from tools.demo_model.scenes import scene
 
 
@@ -23,11 +23,23 @@ def test_a_scene_is_made_again_from_its_number():
 def test_a_benchmark_measures_and_writes_what_it_found(module, monkeypatch, tmp_path, capsys):
     options = {
         unet: ["--latents", "32", "--runs", "1"],
-        gpu: ["--device", "cpu", "--sizes", "128", "--places", "skips", "--plain"],
+        gpu: ["--device", "cpu", "--sizes", "128", "--places", "skips", "--plain", "--vae"],
     }[module]
     monkeypatch.setattr(sys, "argv", ["bench", *options, "--divisor", "10", "--json", str(tmp_path / "found.json")])
     module.main()
     out, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
     cases = list(found["medians"].values()) if module is unet else found
-    assert len(cases) == (3 if module is unet else 2) and "plain" in out
+    assert len(cases) == 3 and "plain" in out
     assert all(case["seconds"] > 0 and case["planned_bytes"] > 0 for case in cases)
+
+
+def test_the_vae_s_benchmark_measures_and_compares(monkeypatch, tmp_path, capsys):
+    options = ["--size", "512", "--large", "0", "--sdxl", "0", "--runs", "1", "--json", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    vae.main()
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
+    assert "strips of 3 rows" in out and set(found["medians"]) == {"streamed", "tiled"}
+    assert all(case["seconds"] > 0 and case["peak_bytes"] > 0 for case in found["medians"].values())
+    differences = found["differences"]
+    assert differences["sampled, to exact"]["mean"] < differences["diffusers' tiles, to exact"]["mean"]
+    assert differences["flat latents, to their mean"]["most"] < 0.5

@@ -185,8 +185,9 @@ def refusal(wanted: Wanted, options: list[list[PlannedStage]], machine: Machine)
         smallest = max(min(need.host_bytes for need in of_one) for of_one in needs if of_one) + MARGIN_BYTES
         flag, memory, budget = "--ram", "memory", machine.host_bytes
     needed = bytes_at_least(smallest)
-    linear = ", --attention linear" if "original" in wanted.attentions[1:] else ""
+    hints = ", --attention linear" if "original" in wanted.attentions[1:] else ""
+    hints += ", --vae-statistics auto" if wanted.request.vae_statistics == "exact" else ""
     return DoesNotFit(
         f"{wanted.request.size} needs {needed} of {memory}, and {format_bytes(budget)} may be used.",
-        f"Use {flag} {needed} where there is as much{linear}, or a smaller --size.",
+        f"Use {flag} {needed} where there is as much{hints}, or a smaller --size.",
     )

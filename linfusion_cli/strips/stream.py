@@ -66,6 +66,7 @@ def streamed(
 
 
 def _through(stages: Sequence[Stage], rows: Tensor, last: bool, height: int) -> Iterator[Tensor]:
+    """`rows` through all `stages`; what has become more than `height` rows, in parts."""
     for i, stage in enumerate(stages):
         parts = rows.split(max(1, height // stage.enlarges), dim=1)
         if len(parts) > 1:
@@ -103,10 +104,6 @@ class FrozenNorm:
     def freeze(self, moments: Moments) -> None:
         """From now on the map has these moments, [1, C]."""
         self._affine = group_affine(self.norm, moments)
-
-    @property
-    def is_finite(self) -> bool:
-        return all(bool(part.isfinite().all()) for part in self._affine)
 
     def write(self, target: Tensor, rows: Tensor) -> None:
         """Write rows [B, n, W, C] into `target`, normalised and activated; computed in the statistics' dtype."""
@@ -243,7 +240,7 @@ class Add(Stage):
     """Adds what was kept, through `layer` (of one pixel) if there is one, and divides by `divisor`."""
 
     def __init__(self, kept: Kept, layer: nn.Module | None = None, divisor: float = 1.0):
-        self.kept, self._layer, self._divisor = kept, layer, divisor
+        self.kept, self.layer, self._divisor = kept, layer, divisor
 
     def begin(self, workspace: Workspace) -> None:
         self.kept.begin()
@@ -251,7 +248,7 @@ class Add(Stage):
     def __call__(self, rows: Tensor, last: bool) -> Tensor:
         top = 0
         for kept in self.kept.take(rows.shape[1]):
-            added = kept if self._layer is None else as_rows(self._layer(as_picture(kept)))
+            added = kept if self.layer is None else as_rows(self.layer(as_picture(kept)))
             rows[:, top : top + kept.shape[1]] += added
             top += kept.shape[1]
         return rows if self._divisor == 1 else rows.div_(self._divisor)

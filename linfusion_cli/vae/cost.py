@@ -59,7 +59,9 @@ def stage_cost(stage: Stage, shape: Shape, rows: int, itemsize: int, keys: int) 
     if isinstance(stage, FixedAttention):
         flops = 4 * shape.pixels * shape.channels * (2 * shape.channels + keys)
         return Cost(flops, CHANGES * shape.pixels * shape.channels, SEEN * out)
-    return Cost(0, WRITES * result.pixels * result.channels, out)
+    shortcut = stage.layer if isinstance(stage, Add) else None
+    flops = 2 * inner(shortcut).weight.numel() * shape.pixels if shortcut is not None else 0
+    return Cost(flops, WRITES * result.pixels * result.channels, out)
 
 
 def vae_cost(stages: Sequence[Stage], size: Size, scale: int, channels: int, method: Method, itemsize: int) -> Ledger:

@@ -30,18 +30,17 @@ class Sample:
     @staticmethod
     def spread(size: Size, count: int, core: int) -> Sample:
         """About `count` cores of `core` x `core` latents, one anywhere in each cell of a grid; all, if that is less."""
+        if count * core**2 >= size.area or core > min(size.width, size.height):
+            return Sample.whole(size)
         columns = max(1, min(size.width // core, round(math.sqrt(count * size.width / size.height))))
         rows = max(1, min(size.height // core, round(count / columns)))
-        side = Size(min(core, size.width), min(core, size.height))
-        if rows * columns * side.area >= size.area:
-            return Sample.whole(size)
         places = random.Random(SEED)
         corners = [
-            (drawn(places, row, rows, size.height, side.height), drawn(places, column, columns, size.width, side.width))
+            (drawn(places, row, rows, size.height, core), drawn(places, column, columns, size.width, core))
             for row in range(rows)
             for column in range(columns)
         ]
-        return Sample(size, side, tuple(corners))
+        return Sample(size, Size(core, core), tuple(corners))
 
     @property
     def share(self) -> float:

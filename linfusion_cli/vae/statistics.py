@@ -57,12 +57,16 @@ def last_normed(stages: Sequence[Stage]) -> int:
 
 def starts(stages: Sequence[Stage]) -> list[int]:
     """Where streaming may begin, from the end: where all statistics are exact, each change of level, the beginning."""
-    levels = [i for i, stage in enumerate(stages) if stage.enlarges > 1]
-    return sorted({last_normed(stages), *levels, 0}, reverse=True)
+    last = last_normed(stages)
+    levels = [i for i, stage in enumerate(stages[:last]) if stage.enlarges > 1]
+    return sorted({last, *levels, 0}, reverse=True)
 
 
 def settle(stages: Sequence[Stage], source: Source, method: Method, storage: Storage) -> tuple[Sequence[Stage], Source]:
     """Freeze the statistics of all `stages` -> those that are left to stream, and what is to stream through them."""
+    for stage in stages:
+        if stage.keeps is not None:
+            stage.keeps.source = None  # an attempt that failed may have left it
     last = last_normed(stages)
     start, taking = min(method.start, last), Taking(method, storage)
     if not last:
@@ -75,8 +79,10 @@ def settle(stages: Sequence[Stage], source: Source, method: Method, storage: Sto
     if start < last:
         sample = Sample.spread(source.size_lat, method.patches, CORE_LAT)
         halo = -(-reach(stages[start:last]) // source.scale)
-        begin = replace(Patches.of(source, sample, halo, method.height, storage), moments=moments)
-        moments = taking.run(stages[start:last], begin).moments
+        # Nothing here holds the patches: each map goes when the next is there.
+        moments = taking.run(
+            stages[start:last], replace(Patches.of(source, sample, halo, method.height, storage), moments=moments)
+        ).moments
     stages[last].before.freeze(moments)
     return stages[start:], source
 

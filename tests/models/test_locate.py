@@ -10,6 +10,7 @@ from linfusion_cli.models.locate import (
     download_patterns,
     find_linfusion,
     find_model,
+    find_vae,
     is_here,
     weights_files,
 )
@@ -48,6 +49,18 @@ def test_a_hub_id_in_the_cache_is_found(xl_model):
     snapshot = put_in_hub(xl_model, "someone/small-xl")
     assert find_model("someone/small-xl") == snapshot
     assert find_linfusion("someone/small-xl", xl_model, "sdxl") == snapshot
+
+
+def test_a_vae_is_found_in_a_model_on_its_own_and_in_the_hub(xl_model, tmp_path):
+    assert find_vae("auto", xl_model) == find_vae(str(xl_model), DEMO_FOLDER) == xl_model / "vae"
+    assert find_vae(str(xl_model / "vae"), DEMO_FOLDER) == xl_model / "vae"
+    assert find_vae("demo", xl_model) == DEMO_FOLDER / "vae"
+    snapshot = put_in_hub(xl_model / "vae", "someone/vae")
+    assert find_vae("someone/vae", DEMO_FOLDER) == snapshot
+    with pytest.raises(Unavailable, match="--vae someone/other is not on this machine"):
+        find_vae("someone/other", DEMO_FOLDER)
+    with pytest.raises(DataError, match="is a file"):
+        find_vae(str(xl_model / "vae" / "config.json"), DEMO_FOLDER)
 
 
 def test_a_hub_id_that_is_not_here_says_how_to_get_it():

@@ -104,3 +104,41 @@ def test_a_unet_of_an_unknown_kind_runs_whole_or_is_refused_by_name(tmp_path, xl
     request = GenerateRequest("a hill", Size(256, 256), tmp_path / "a.tif", str(model), strength=0.5)
     with pytest.raises(DataError, match="LinFusion weights|down_blocks.1"):
         plan_run(prepare(request))
+
+
+def method(budget_gib: float, kind: str = "decode", on: str = "cpu", **request):
+    """How the last picture is decoded, or what the last phase begins with encoded, on a machine with this memory."""
+    budget = int(budget_gib * GIB)
+    where = machine("cpu", budget) if on == "cpu" else machine("cuda", 64 * GIB, budget)
+    return plan(where, **request).stage(kind, 1).mode
+
+
+def test_statistics_are_exact_where_whole_maps_take_a_small_part_of_the_memory():
+    assert method(128).statistics == "exact" and method(24).statistics == "partly exact"
+    assert [(method(2, kind).statistics, method(2, kind).patches) for kind in ("decode", "encode")] == [
+        ("sampled", 128),
+        ("sampled", 64),
+    ]
+    assert [method(2, on=on).height for on in ("cpu", "cuda")] == [8, 16]
+
+
+def test_less_memory_means_fewer_patches_and_lower_strips():
+    with pytest.raises(DoesNotFit) as refused:
+        method(0.01, on="cuda")
+    named = parse_bytes(refused.value.way_out.split()[2]) / GIB
+    ample, least = method(2, "encode", on="cuda"), method(named, "encode", on="cuda")
+    assert least.patches < ample.patches or least.height < ample.height
+
+
+def test_statistics_that_were_asked_for_are_kept_or_refused():
+    assert method(128, vae_statistics="sampled").statistics == "sampled"
+    assert method(24, vae_statistics="exact").statistics == "exact"
+    with pytest.raises(DoesNotFit) as refused:
+        method(4, vae_statistics="exact")
+    assert "--vae-statistics auto" in refused.value.way_out
+
+
+def test_a_picture_waits_in_memory_between_decoding_and_encoding_if_there_is_room():
+    found = plan(machine("cpu", 64 * GIB))
+    both = (found.stage("decode", 0), found.stage("encode", 1))
+    assert {stage.waiting_bytes for stage in both} == {SIZES[0].area * 6}

@@ -1,9 +1,11 @@
-"""One forward of SDXL's UNet with random weights on a CUDA card: memory, seconds, share of its matmul rate.
+"""One forward of SDXL's UNet, and one decode of its VAE, with random weights on a CUDA card: memory, seconds, share.
 
-    python -m tools.bench.gpu [--sizes 4096 8192 16384] [--places device skips host] [--compile] [--plain] [--json FILE]
+    python -m tools.bench.gpu [--sizes 4096 8192 16384] [--places device skips host] [--compile] [--plain] [--vae]
+        [--json FILE]
 
-Each case is a process of its own. The plain forward, with the same linear attention, runs where it fits. Nothing is
-downloaded. Without a card: `--device cpu --divisor 10 --sizes 256`.
+Each case is a process of its own. The plain forward, with the same linear attention, runs where it fits. The share is
+that of the card's rate: of a large product for the UNet, of a convolution for the VAE, whose statistics are sampled.
+Nothing is downloaded. Without a card: `--device cpu --divisor 10 --sizes 256`.
 """
 
 import argparse
@@ -17,7 +19,9 @@ from typing import Any
 import torch
 
 from linfusion_cli.attention.mount import mounted
-from linfusion_cli.device import PeakMemory, free_memory, resident_bytes
+from linfusion_cli.device import PeakMemory, free_memory, pick_vae_dtype, resident_bytes
+from linfusion_cli.geometry import Size
+from linfusion_cli.planning.conversion import STREAM_ROWS, patch_counts
 from linfusion_cli.planning.plan import STRIP_SIZES
 from linfusion_cli.planning.speed import mean_seconds, synchronize
 from linfusion_cli.strips.exchange import Alone
@@ -25,7 +29,11 @@ from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.cost import Setting, reckon
 from linfusion_cli.unet.forward import strip_forward
-from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
+from linfusion_cli.vae.cost import vae_cost
+from linfusion_cli.vae.decode import decode_rows
+from linfusion_cli.vae.stages import decoder_stages
+from linfusion_cli.vae.statistics import Method
+from tools.bench.shapes import SDXL_KEYS, linear_attentions, random_condition, sdxl_unet, sdxl_vae
 
 GIB = 1 << 30
 VAE_FACTOR = 8
@@ -35,11 +43,49 @@ def dtype_for(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
+def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a convolution as most of the VAE's are."""
+    channels, side = (64, 64) if device.type == "cpu" else (256, 1024)
+    x = torch.randn(1, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
+    return 2 * layer.weight.numel() * side**2 / mean_seconds(lambda: layer(x), device)
+
+
 def matmul_rate(device: torch.device) -> float:
     """FLOP/s of a large product: what the card can do."""
     side = 1024 if device.type == "cpu" else 8192
     x = torch.randn(side, side, device=device, dtype=dtype_for(device))
     return 2 * side**3 / mean_seconds(lambda: x @ x, device)
+
+
+@torch.inference_mode()
+def decode(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Decoding noise of one size in this process -> its figures."""
+    device, side = torch.device(arguments.device), arguments.sizes[0] // VAE_FACTOR
+    dtype = pick_vae_dtype("auto", device)
+    torch.manual_seed(0)
+    with device:
+        vae = sdxl_vae(arguments.divisor).eval().to(dtype, memory_format=torch.channels_last)
+    method = Method(0, patch_counts("decode", side**2)[0], SDXL_KEYS, STREAM_ROWS[device.type][0])
+    ledger = vae_cost(decoder_stages(vae), Size(side, side), 1, 4, method, dtype.itemsize)
+    weights = sum(parameter.numel() for parameter in vae.parameters()) * dtype.itemsize
+
+    def forward(side: int) -> None:
+        for _ in decode_rows(vae, torch.randn(1, 4, side, side), method):
+            pass
+
+    forward(min(side, 64))
+    free_memory(device)
+    peak, began = PeakMemory(device), time.perf_counter()
+    forward(side)
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak.device_bytes() if device.type == "cuda" else peak.host_bytes(),
+        "planned_bytes": ledger.peak["device"] + weights,
+        "host_bytes": resident_bytes(),
+        "share": ledger.flops / seconds / convolution_rate(device, dtype),
+    }
 
 
 @torch.inference_mode()
@@ -79,13 +125,14 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def cases(arguments: argparse.Namespace) -> list[tuple[int, str]]:
     """(size in pixels, place of the maps, or "plain") of every case."""
-    ways = [*arguments.places, *(["plain"] if arguments.plain else [])]
+    ways = [*arguments.places, *(name for name in ("plain", "vae") if getattr(arguments, name))]
     return [(size, way) for size in arguments.sizes for way in ways]
 
 
 def measure(size: int, way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One case in a process of its own -> its figures, or the error it ended with."""
-    options = ["--plain"] if way == "plain" else ["--places", way, *(["--compile"] if arguments.compile else [])]
+    options = [f"--{way}"] if way in ("plain", "vae") else ["--places", way]
+    options += ["--compile"] if arguments.compile and way not in ("plain", "vae") else []
     for name in ("device", "divisor", "rows", "tokens"):
         options += [f"--{name}", str(getattr(arguments, name))]
     command = [sys.executable, "-m", "tools.bench.gpu", "--child", "--sizes", str(size), *options]
@@ -108,6 +155,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192, 16384], help="side in pixels")
     parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES), help="where maps wait")
     parser.add_argument("--plain", action="store_true", help="the plain forward too")
+    parser.add_argument("--vae", action="store_true", help="decoding too")
     parser.add_argument("--compile", action="store_true", help="have torch compile the code that tokens go through")
     parser.add_argument("--rows", type=int, default=best.rows)
     parser.add_argument("--tokens", type=int, default=best.tokens)
@@ -117,7 +165,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        sys.stdout.write(json.dumps(child(arguments)))
+        sys.stdout.write(json.dumps((decode if arguments.vae else child)(arguments)))
         return
     sys.stdout.write(f"{'size':>7}{'maps on':>9}{'seconds':>10}{'peak GiB':>9}{'planned':>9}{'host':>9}{'share':>8}\n")
     results = []

@@ -1,5 +1,7 @@
 """Random networks of SDXL's shape for benchmarks: every layer is there, and nothing is downloaded."""
 
+import math
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -8,6 +10,7 @@ from linfusion_cli.attention.mount import self_attentions
 from linfusion_cli.unet.forward import Condition
 
 TEXT_TOKENS, POOLED = 77, 1280
+SDXL_KEYS = 16384  # pixels that the attention in its VAE was trained to see: 1024 px
 
 
 def sdxl_unet(divisor: int = 1) -> UNet2DConditionModel:
@@ -42,10 +45,12 @@ def random_condition(unet: UNet2DConditionModel) -> Condition:
     return Condition(torch.randn(1, TEXT_TOKENS, unet.config.cross_attention_dim, **where), added)
 
 
-def sdxl_vae() -> AutoencoderKL:
-    """SDXL's VAE."""
+def sdxl_vae(divisor: int = 1) -> AutoencoderKL:
+    """SDXL's VAE with its channels divided by `divisor`, in 32 groups or as many as that leaves."""
+    widths = tuple(width // divisor for width in (128, 256, 512, 512))
     return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=widths,
+        norm_num_groups=32 if divisor == 1 else math.gcd(*widths),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,

@@ -1,0 +1,204 @@
+"""Between latents and files: the VAE that is named, its statistics, bits, dithering, pictures that wait."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
+
+from linfusion_cli.errors import DataError, UsageError, WriteFailed
+from linfusion_cli.events import Notice
+from linfusion_cli.geometry import Size
+from linfusion_cli.images import read_info
+from linfusion_cli.images.scratch import ScratchPicture
+from linfusion_cli.jobs.generate import generate
+from linfusion_cli.jobs.writing import Writing
+from linfusion_cli.request import GenerateRequest
+from tests.fakes import Listener
+from tests.models_in_small import small_vae
+
+
+@pytest.fixture
+def make(xl_model, tmp_path):
+    """generate() with small settings, into tmp_path."""
+
+    def run(output="out.png", observer=None, **changed):
+        values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": 4, "strength": 0.5}
+        request = GenerateRequest(**values | {"output": tmp_path / output} | changed)
+        return generate(request, {}, observer or Listener())
+
+    return run
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    AutoencoderTiny().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_sixteen_bits_are_the_picture_in_finer_steps(make, tmp_path):
+    make("a.tif")
+    make("b.tif", bits=16)
+    make("c.png", bits=16)
+    assert [read_info(tmp_path / name).bits for name in ("a.tif", "b.tif", "c.png")] == [8, 16, 16]
+    coarse, fine = tifffile.imread(tmp_path / "a.tif"), tifffile.imread(tmp_path / "b.tif")
+    assert fine.dtype == np.uint16 and (np.rint(fine / 257) == coarse).mean() > 0.999
+    assert len(np.unique(fine)) > len(np.unique(coarse))
+
+
+def test_sixteen_bits_in_a_jpeg_are_refused_before_any_work(make, tmp_path):
+    with pytest.raises(UsageError, match="16 bits do not go with jpeg"):
+        make("a.jpg", bits=16)
+    with pytest.raises(UsageError, match="--bits 12"):
+        make("a.png", bits=12)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dithering_moves_no_pixel_by_more_than_a_step_and_is_repeatable(make, tmp_path):
+    make("a.png")
+    make("b.png", dither=True)
+    make("c.png", dither=True)
+    plain, dithered = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
+    assert (plain != dithered).any() and np.abs(plain - dithered).max() <= 1
+    assert (dithered == pixels(tmp_path / "c.png")).all()
+
+
+def test_another_vae_paints_the_same_latents(make, tmp_path, tiny_folder):
+    make("a.png")
+    report = make("b.png", vae=str(tiny_folder))
+    assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "b.png")).any()
+    methods = [stage["mode"] for stage in report.plan["stages"] if stage["kind"] == "decode"]
+    assert all(method["start"] == method["patches"] == 0 for method in methods)
+
+
+def test_a_model_s_vae_may_be_named_by_the_model(make, tmp_path, sd_model, xl_model):
+    make("a.png", vae=str(sd_model))
+    make("b.png", vae=str(sd_model / "vae"))
+    assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+
+
+def test_a_vae_that_does_not_go_with_the_model_is_refused(make, tmp_path, tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    for changes, says in (
+        ({"_class_name": "AutoencoderDC"}, "of the kind AutoencoderDC"),
+        ({"latent_channels": 16}, "takes 4 channels, and its VAE makes 16"),
+        ({"decoder_block_out_channels": [64, 64], "block_out_channels": [64, 64]}, "2 pixels per latent"),
+    ):
+        (tiny_folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(DataError, match=says):
+            make(vae=str(tiny_folder))
+    shutil.rmtree(tiny_folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_are_those_asked_for_and_the_report_says_so(make, tmp_path):
+    methods = {}
+    for name in ("auto", "exact", "sampled"):
+        report = make(f"{name}.png", vae_statistics=name, size=Size(512, 512))
+        last = report.plan["stages"][-1]["mode"]
+        methods[name] = (last["start"] > 0, last["patches"] > 0)
+    assert methods == {"auto": (True, False), "exact": (True, False), "sampled": (False, True)}
+    exact, sampled = pixels(tmp_path / "exact.png"), pixels(tmp_path / "sampled.png")
+    assert (exact == pixels(tmp_path / "auto.png")).all()
+    assert (exact != sampled).any()
+    with pytest.raises(UsageError, match="--vae-statistics 'guessed'"):
+        make(vae_statistics="guessed")
+
+
+def test_a_draw_of_latents_is_another_picture_the_same_each_time(make, tmp_path):
+    for name, latents in (("a", "mean"), ("b", "sample"), ("c", "sample")):
+        make(f"{name}.png", vae_latents=latents)
+    mean, draw, again = (pixels(tmp_path / f"{name}.png") for name in "abc")
+    assert (mean != draw).any() and (draw == again).all()
+
+
+def test_a_picture_between_phases_waits_in_memory_if_there_is_room_and_is_the_same(make, tmp_path, monkeypatch):
+    seen, real = [], ScratchPicture.__init__
+
+    def spy(self, folder, *size):
+        seen.append(folder)
+        real(self, folder, *size)
+
+    monkeypatch.setattr(ScratchPicture, "__init__", spy)
+    report = make("a.png")
+    assert seen == [None]
+    stages = {(stage["kind"], stage["phase"]): stage["waiting_bytes"] for stage in report.plan["stages"]}
+    assert stages["decode", 0] == stages["encode", 1] == 64 * 64 * 6 and stages["decode", 1] == 0
+
+    monkeypatch.setattr("linfusion_cli.planning.plan.with_waiting_pictures", lambda stages, machine: stages)
+    make("b.png")
+    assert seen == [None, tmp_path] and (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+
+
+def test_a_vae_that_gives_nan_ends_with_an_error_and_no_file(make, tmp_path, xl_model):
+    vae = AutoencoderKL(**small_vae().config)
+    vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    vae.save_pretrained(tmp_path / "nan")
+    with pytest.raises(DataError, match="NaN, even in float32"):
+        make(vae=str(tmp_path / "nan"))
+    assert [path.name for path in tmp_path.iterdir()] == ["nan"]
+
+
+def test_memory_that_runs_out_at_the_last_decode_is_told_and_the_file_is_complete(make, tmp_path, monkeypatch):
+    from linfusion_cli.vae import conversion
+
+    make("a.png")
+    real, failed = conversion.streamed, []
+
+    def scarce(stages, read, length, height, step=None):
+        for i, rows in enumerate(real(stages, read, length, height, step)):
+            if i == 9 and not failed:
+                failed.append(height)
+                raise MemoryError
+            yield rows
+
+    monkeypatch.setattr(conversion, "streamed", scarce)
+    listener = Listener()
+    make("b.png", listener)
+    notices = [event.text for event in listener.of(Notice)]
+    assert failed and len(notices) == 1 and notices[0].startswith("Memory ran out: from row ")
+    assert np.abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "b.png")).max() <= 1
+
+
+class Sink:
+    """A RowSink that fails at its third strip."""
+
+    def __init__(self):
+        self.written = []
+
+    def write(self, rows):
+        if len(self.written) == 2:
+            raise WriteFailed("No space left.")
+        self.written.append(rows)
+
+
+def test_what_the_sink_raises_in_its_thread_is_raised_by_the_next_call():
+    sink = Sink()
+    with pytest.raises(WriteFailed, match="No space"), Writing(sink) as writing:
+        for number in range(10):
+            writing.take(np.full((1, 1, 3), number))
+    assert [int(rows[0, 0, 0]) for rows in sink.written] == [0, 1]
+
+    sink = Sink()
+    with pytest.raises(WriteFailed, match="No space"), Writing(sink) as writing:
+        for number in range(3):
+            writing.take(np.full((1, 1, 3), number))
+        writing.finish()
+
+
+def test_a_full_disk_while_writing_leaves_nothing(make, tmp_path, monkeypatch):
+    def fail(self, rows):
+        self.abort()
+        raise WriteFailed("No space left.")
+
+    monkeypatch.setattr("linfusion_cli.images.png.PngSink.write", fail)
+    with pytest.raises(WriteFailed):
+        make()
+    assert not list(tmp_path.iterdir())
