@@ -126,8 +126,8 @@ def test_less_memory_means_fewer_patches_and_lower_strips():
     with pytest.raises(DoesNotFit) as refused:
         method(0.01, on="cuda")
     named = parse_bytes(refused.value.way_out.split()[2]) / GIB
-    ample, least = method(2, "encode", on="cuda"), method(named, "encode", on="cuda")
-    assert least.patches < ample.patches or least.height < ample.height
+    least = method(named, "encode", on="cuda")
+    assert least.statistics == "sampled" and least.patches < 64
 
 
 def test_statistics_that_were_asked_for_are_kept_or_refused():
