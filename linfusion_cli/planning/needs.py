@@ -77,7 +77,8 @@ class Reckoner:
         ledger = self.vae_ledger(size, encode, method)
         latents = 2 * 4 * facts.latent_channels * size.divided(facts.vae_factor).area
         rows = 4 * PIXEL_CHANNELS * size.width * (READ_ROWS if encode else WRITTEN_ROWS)
-        seconds = machine.vae_speed.seconds(ledger.flops, ledger.passes)
+        computing = machine.vae_speed.seconds(ledger.flops, ledger.passes)
+        seconds = max(computing, ledger.copied_bytes / COPY_BYTES_PER_SEC)
         return self._need(
             ledger.peak["host"] + rows + latents, ledger.peak["device"] + self._weights(attention), seconds
         )

@@ -79,11 +79,10 @@ class Reckoning:
     ledger: Ledger = field(default_factory=Ledger)
 
     def all(self, shape: Shape) -> Ledger:
-        last = last_normed(self.stages)
+        last, whole = last_normed(self.stages), None
         start = min(self.method.start, last)
-        whole = None
         if start:
-            shape, whole = self._taken(self.stages[:start], shape, Sample.whole(size_lat(shape)), "maps")
+            shape, whole = self._taken(self.stages[:start], shape, Sample.whole(size_lat(shape)), self.method.place)
         if start < last:
             sample = Sample.spread(size_lat(shape), self.method.patches, CORE_LAT)
             self._taken(self.stages[start:last], shape, sample, "device")
@@ -92,20 +91,21 @@ class Reckoning:
         return self.ledger
 
     def _taken(self, stages: Sequence[Stage], shape: Shape, sample: Sample, where: str) -> tuple[Shape, Outline]:
-        """`stages` one after the other over patches -> the last map."""
-        where = self.method.place if where == "maps" else where
+        """`stages` one after the other over patches, or over the whole -> the last map."""
         patches = patch_shape(stages, shape, sample)
         current, kept = self._outline(patches, where), None
-        for stage, index in zip(stages, range(len(stages)), strict=True):
+        for i, stage in enumerate(stages):
             if stage.enlarges * stage.shrinks > 1:
-                patches = replace(patch_shape(stages[index:], patches, sample), channels=patches.channels)
+                patches = patch_shape(stages[i:], patches, sample)
                 current = self._outline(patches, where)
-            rows = max(1, self.method.height * sample.size.width * patches.scale // (patches.batch * patches.width))
             result = patches.after(stage)
             if not stage.pointwise:
+                current.travel()
                 kept = current if stage.keeps is not None else kept
                 over = stage.keeps is None and (result.width, result.channels) == (patches.width, patches.channels)
                 current = current if over else self._outline(result, where)
+                current.travel()
+            rows = max(1, self.method.height * sample.size.width * patches.scale // (patches.batch * patches.width))
             cost = stage_cost(stage, patches, rows, self.itemsize, self.method.keys)
             moments = WIDE_BYTES * result.strip(rows)
             self.ledger.spend(replace(cost, scratch_bytes=cost.scratch_bytes + moments))
@@ -118,8 +118,7 @@ class Reckoning:
 
     def _streamed(self, stages: Sequence[Stage], shape: Shape) -> None:
         """Beside one operation's memory, what all convolutions carry, and what waits where rows are doubled."""
-        height, waiting, costs = self.method.height, 0, []
-        kept = 0
+        height, waiting, kept, costs = self.method.height, 0, 0, []
         for stage in stages:
             if isinstance(stage, Convolution):
                 carried = replace(shape, width=shape.width * stage.enlarges, height=stage.kernel - 1)

@@ -9,11 +9,10 @@ from torch import Tensor
 from linfusion_cli.geometry import Size
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.vae.conversion import Conversion, Notify, nobody
-from linfusion_cli.vae.patches import Source
+from linfusion_cli.vae.patches import READ_ROWS, Source
 from linfusion_cli.vae.stages import Vae, encoder_stages, factor_of
 from linfusion_cli.vae.statistics import Method
 
-READ_PX = 64  # rows read at a time: whoever resizes them reads some around them each time
 LOGVAR_LIMITS = (-30.0, 20.0)  # those of diffusers' DiagonalGaussianDistribution
 
 ReadRegion = Callable[[int, int, int, int], Tensor]  # (top, bottom, left, right) -> pixels [h, w, 3], 0 to 1
@@ -35,7 +34,7 @@ def encode_rows(
         return Source(size, factor_of(vae), ready)
 
     top = 0
-    for rows in Conversion(vae, encoder_stages(vae), source_of, method, notify, READ_PX).rows():
+    for rows in Conversion(vae, encoder_stages(vae), source_of, method, notify, READ_ROWS).rows():
         found, bottom = rows.permute(2, 0, 1)[None], top + len(rows)
         drawn = noise(top, bottom) if noise else None
         yield latents_of(found, vae.config.latent_channels, drawn) * vae.config.scaling_factor

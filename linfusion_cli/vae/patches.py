@@ -13,6 +13,8 @@ from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.storage import Map, Storage
 from linfusion_cli.vae.sample import Sample
 
+READ_ROWS = 64  # rows of a source read at a time: whoever resizes them reads some around them each time
+
 
 @dataclass(frozen=True)
 class Source:
@@ -47,17 +49,17 @@ class Patches:
     moments: Moments | None = None
 
     @staticmethod
-    def of(source: Source, sample: Sample, halo: int, height: int, storage: Storage) -> Patches:
-        """The patches of `source`, read `height` rows at a time."""
+    def of(source: Source, sample: Sample, halo: int, storage: Storage, moments: Moments | None = None) -> Patches:
+        """The patches of `source`; `moments` are those of the whole, where they are known."""
         window = sample.window(halo).times(source.scale)
         found = storage.new(len(sample.corners), window.height, window.width, source.read(0, 1, 0, 1).shape[-1])
-        for top, bottom in bands(window.height, height):
+        for top, bottom in bands(window.height, READ_ROWS):
             rows = [
                 source.read(first + top, first + bottom, left, left + window.width)
                 for first, left in ((row * source.scale, column * source.scale) for row, column in sample.windows(halo))
             ]
             found.write(top, torch.cat(rows))
-        return Patches(found, source.scale, sample, halo)
+        return Patches(found, source.scale, sample, halo, moments)
 
     def as_source(self) -> Source:
         """The map, which is that of the whole picture, as what streams."""

@@ -67,24 +67,29 @@ def settle(stages: Sequence[Stage], source: Source, method: Method, storage: Sto
     for stage in stages:
         if stage.keeps is not None:
             stage.keeps.source = None  # an attempt that failed may have left it
-    last = last_normed(stages)
-    start, taking = min(method.start, last), Taking(method, storage)
+    last, moments = last_normed(stages), None
+    start = min(method.start, last)
     if not last:
         return stages, source
-    moments = None
     if start:
-        whole = Sample.whole(source.size_lat)
-        patches = taking.run(stages[:start], Patches.of(source, whole, 0, method.height, storage))
-        source, moments = patches.as_source(), patches.moments
+        # Nobody but `run` holds the patches that it begins with: each map goes when the next is there.
+        whole = Taking(method, storage).run(
+            stages[:start], Patches.of(source, Sample.whole(source.size_lat), 0, storage)
+        )
+        source, moments = whole.as_source(), whole.moments
     if start < last:
-        sample = Sample.spread(source.size_lat, method.patches, CORE_LAT)
-        halo = -(-reach(stages[start:last]) // source.scale)
-        # Nothing here holds the patches: each map goes when the next is there.
-        moments = taking.run(
-            stages[start:last], replace(Patches.of(source, sample, halo, method.height, storage), moments=moments)
-        ).moments
+        moments = sampled(stages[start:last], source, moments, method, Storage("device", storage.device, storage.dtype))
     stages[last].before.freeze(moments)
     return stages[start:], source
+
+
+def sampled(
+    stages: Sequence[Stage], source: Source, moments: Moments | None, method: Method, storage: Storage
+) -> Moments:
+    """Freeze the statistics of `stages`, from patches of `source` -> those of the map that comes out."""
+    sample = Sample.spread(source.size_lat, method.patches, CORE_LAT)
+    halo = -(-reach(stages) // source.scale)
+    return Taking(method, storage).run(stages, Patches.of(source, sample, halo, storage, moments)).moments
 
 
 @dataclass(frozen=True)

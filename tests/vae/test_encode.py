@@ -5,7 +5,8 @@ import torch
 
 from linfusion_cli.geometry import Size
 from linfusion_cli.strips.stream import reach
-from linfusion_cli.vae.encode import READ_PX, encode_rows
+from linfusion_cli.vae.encode import encode_rows
+from linfusion_cli.vae.patches import READ_ROWS
 from linfusion_cli.vae.stages import encoder_stages
 from linfusion_cli.vae.statistics import Method, last_normed, starts
 from tools.bench.vae import demo_vae
@@ -75,8 +76,8 @@ def test_it_reads_each_row_once_and_patches_only_beside(deep):
         return pixels[top:bottom, left:right]
 
     encoded(deep, pixels, Method(0, 4, 64, 8), read=reads)
-    rows = [(top, bottom) for top, bottom, left, right in read if right - left == 512 and bottom - top == READ_PX]
-    assert rows == [(top, top + READ_PX) for top in range(0, 512, READ_PX)]
+    rows = [(top, bottom) for top, bottom, left, right in read if right - left == 512 and bottom - top == READ_ROWS]
+    assert rows == [(top, top + READ_ROWS) for top in range(0, 512, READ_ROWS)]
     patches = [region for region in read if region[3] - region[2] not in (512, 1)]
     side = 8 * (8 + 2 * -(-reach(encoder_stages(deep)) // 8))
     assert patches and all(right - left <= side for *_, left, right in patches)
