@@ -42,11 +42,6 @@ class Sample:
         ]
         return Sample(size, Size(core, core), tuple(corners))
 
-    @property
-    def share(self) -> float:
-        """The part of the picture that the cores are."""
-        return len(self.corners) * self.core.area / self.size.area
-
     def window(self, halo: int) -> Size:
         """The size of all patches that reach `halo` beyond their cores, as far as there is picture."""
         width, height = self.core.width + 2 * halo, self.core.height + 2 * halo

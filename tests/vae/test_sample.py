@@ -16,7 +16,6 @@ def test_cores_lie_inside_each_in_a_cell_of_its_own(size, count):
     assert all(0 <= top <= size.height - 8 and 0 <= left <= size.width - 8 for top, left in sample.corners)
     places = {(top + i, left + j) for top, left in sample.corners for i in range(8) for j in range(8)}
     assert len(places) == 64 * len(sample.corners)  # no two overlap
-    assert sample.share == pytest.approx(len(places) / size.area)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -35,7 +34,6 @@ def test_patches_have_one_size_lie_inside_and_reach_as_far_as_there_is_picture(s
 
 def test_a_small_picture_is_its_own_sample():
     assert Sample.spread(Size(30, 20), 64, 8) == Sample.whole(Size(30, 20))
-    assert Sample.whole(Size(30, 20)).share == 1
 
 
 def test_the_same_picture_is_sampled_in_the_same_places():
