@@ -58,7 +58,10 @@ def find_vae(name: str, model: Path, download: bool = False) -> Path:
         raise DataError(f"--vae {name} is a file.", "Name a folder in diffusers' layout, or a hub id.")
     if not is_folder(folder):
         folder = find_in_hub(name, download, "--vae", has_vae)
-    return folder / "vae" if is_folder(folder / "vae") else folder
+    folder = folder / "vae" if is_folder(folder / "vae") else folder
+    if not is_file(folder / "config.json"):
+        raise DataError(f"--vae {name} has no config.json.", "Name a folder in diffusers' layout.")
+    return folder
 
 
 def has_vae(folder: Path) -> bool:

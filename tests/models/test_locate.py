@@ -59,6 +59,8 @@ def test_a_vae_is_found_in_a_model_on_its_own_and_in_the_hub(xl_model, tmp_path)
     assert find_vae("someone/vae", DEMO_FOLDER) == snapshot
     with pytest.raises(Unavailable, match="--vae someone/other is not on this machine"):
         find_vae("someone/other", DEMO_FOLDER)
+    with pytest.raises(DataError, match="has no config.json"):
+        find_vae(str(tmp_path), DEMO_FOLDER)
     with pytest.raises(DataError, match="is a file"):
         find_vae(str(xl_model / "vae" / "config.json"), DEMO_FOLDER)
 
