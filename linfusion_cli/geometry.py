@@ -93,15 +93,6 @@ def phase_sizes(target: Size, base: Size, multiple_px: int) -> list[Size]:
     return [*sizes, last]
 
 
-def spans(length: int, window: int, overlap: int) -> list[tuple[int, int]]:
-    """Windows [start, stop) of equal length that cover 0..length, neighbours sharing at least `overlap`."""
-    if length <= window:
-        return [(0, length)]
-    count = -(-(length - overlap) // (window - overlap))
-    starts = [round(i * (length - window) / (count - 1)) for i in range(count)]
-    return [(start, start + window) for start in starts]
-
-
 def bands(length: int, rows: int) -> Iterator[tuple[int, int]]:
     """Consecutive [start, stop) of `rows` each, the last one shorter."""
     for start in range(0, length, rows):

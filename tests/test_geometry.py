@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from linfusion_cli.geometry import Size, bands, base_size, phase_sizes, spans
+from linfusion_cli.geometry import Size, bands, base_size, phase_sizes
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,6 @@ def test_any_size_has_a_ladder_that_reaches_it(width, height, native_px):
     assert all(size.width % multiple == size.height % multiple == 0 for size in sizes)
     assert sizes[-1] == target.rounded_up(multiple) or (len(sizes) == 1 and base.area >= target.area)
     assert all(1 < larger.area / smaller.area < 6 for smaller, larger in pairwise(sizes))
-
-
-@pytest.mark.parametrize(("length", "window", "overlap"), [(10, 32, 8), (33, 32, 8), (100, 32, 8), (2048, 64, 16)])
-def test_spans_cover_everything_and_overlap_enough(length, window, overlap):
-    found = spans(length, window, overlap)
-    assert found[0][0] == 0 and found[-1][1] == length
-    assert all(stop - start == min(window, length) for start, stop in found)
-    assert all(left[1] - right[0] >= overlap for left, right in pairwise(found))
 
 
 def test_bands_cover_everything_once():
