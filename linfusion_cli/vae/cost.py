@@ -15,6 +15,7 @@ from linfusion_cli.vae.statistics import CORE_LAT, Method, last_normed
 
 WIDE_BYTES = 4  # statistics and what is normalised by them, in fp32
 CHANGES, WRITES = 4, 4  # times that each number is read or written on its way into a window, and out of a convolution
+KEPT = 8  # the same for a number of a map that is made: written to fresh memory, read, and for its moments
 HOLES = 2  # what freed strips of other sizes leave of an operation's memory in a heap: measured on a CPU
 SEEN = 5  # strips that attention has at once: normalised, queries, what they saw, and its projections
 
@@ -107,8 +108,9 @@ class Reckoning:
                 current.travel()
             rows = max(1, self.method.height * sample.size.width * patches.scale // (patches.batch * patches.width))
             cost = stage_cost(stage, patches, rows, self.itemsize, self.method.keys)
-            moments = WIDE_BYTES * result.strip(rows)
-            self.ledger.spend(replace(cost, scratch_bytes=cost.scratch_bytes + moments))
+            scratch = cost.scratch_bytes + WIDE_BYTES * result.strip(rows)  # with what moments are computed from
+            passes = cost.passes + KEPT * result.pixels * result.channels
+            self.ledger.spend(replace(cost, passes=passes, scratch_bytes=scratch))
             kept = None if isinstance(stage, Add) else kept
             patches = result
         return patches, current
