@@ -53,14 +53,16 @@ def small_text_config() -> CLIPTextConfig:
     )
 
 
-def small_vae() -> AutoencoderKL:
+def small_vae(
+    widths: tuple[int, int, int, int] = (8, 8, 8, 8), layers_per_block: int = 1, groups: int = 4
+) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
+        block_out_channels=widths,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
+        layers_per_block=layers_per_block,
         latent_channels=4,
-        norm_num_groups=4,
+        norm_num_groups=groups,
         sample_size=128,
         scaling_factor=0.13,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +65,10 @@ class ScratchPicture:
                 self._file.seek((row * self.width + left) * BYTES_PER_PX)
                 missing = memoryview(piece).cast("B")
                 while missing:
-                    missing = missing[self._file.readinto(missing) :]
+                    count = self._file.readinto(missing)
+                    if not count:  # or this would go on for ever
+                        raise OSError(errno.EIO, "the file is shorter than what was written")
+                    missing = missing[count:]
         return data
 
     @contextmanager

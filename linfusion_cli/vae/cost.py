@@ -11,7 +11,7 @@ from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.stream import Add, Convolution, Stage, reach
 from linfusion_cli.vae.attention import FixedAttention
 from linfusion_cli.vae.sample import Sample
-from linfusion_cli.vae.statistics import CORE_LAT, Method, last_normed
+from linfusion_cli.vae.statistics import CORE_LAT, Method, grown, last_normed
 
 WIDE_BYTES = 4  # statistics and what is normalised by them, in fp32
 CHANGES, WRITES = 4, 4  # times that each number is read or written on its way into a window, and out of a convolution
@@ -40,8 +40,7 @@ class Shape:
 
     def after(self, stage: Stage) -> Shape:
         """What `stage` makes of it."""
-        sides = (side * stage.enlarges // stage.shrinks for side in (self.height, self.width, self.scale))
-        height, width, scale = sides
+        height, width, scale = (grown([stage], side) for side in (self.height, self.width, self.scale))
         channels = inner(stage.layer).out_channels if isinstance(stage, Convolution) else self.channels
         return Shape(self.batch, height, width, channels, scale)
 
@@ -94,7 +93,7 @@ class Reckoning:
     def _taken(self, stages: Sequence[Stage], shape: Shape, sample: Sample, where: str) -> tuple[Shape, Outline]:
         """`stages` one after the other over patches, or over the whole -> the last map."""
         patches = patch_shape(stages, shape, sample)
-        current, kept = self._outline(patches, where), None
+        current, kept = self._outline(patches, where), None  # `kept` is what a shortcut will read, and lives as long
         for i, stage in enumerate(stages):
             if stage.enlarges * stage.shrinks > 1:
                 patches = patch_shape(stages[i:], patches, sample)

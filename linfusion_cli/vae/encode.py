@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from linfusion_cli.geometry import Size
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.vae.conversion import Conversion, Notify, nobody
 from linfusion_cli.vae.patches import READ_ROWS, Source
-from linfusion_cli.vae.stages import Vae, encoder_stages, factor_of
+from linfusion_cli.vae.stages import Vae, encoder_stages
 from linfusion_cli.vae.statistics import Method
 
 LOGVAR_LIMITS = (-30.0, 20.0)  # those of diffusers' DiagonalGaussianDistribution
@@ -31,10 +32,10 @@ def encode_rows(
         def ready(*region: int) -> Tensor:
             return read(*region)[None].to(storage.device, storage.dtype)
 
-        return Source(size, factor_of(vae), ready)
+        return Source(size, math.prod(stage.shrinks for stage in stages), ready)
 
-    top = 0
-    for rows in Conversion(vae, encoder_stages(vae), source_of, method, notify, READ_ROWS).rows():
+    stages, top = encoder_stages(vae), 0
+    for rows in Conversion(vae, stages, source_of, method, notify, READ_ROWS).rows():
         found, bottom = rows.permute(2, 0, 1)[None], top + len(rows)
         drawn = noise(top, bottom) if noise else None
         yield latents_of(found, vae.config.latent_channels, drawn) * vae.config.scaling_factor

@@ -141,11 +141,3 @@ def tiny_block(block: AutoencoderTinyBlock) -> Iterator[Stage]:
 
 def unknown(name: str) -> DataError:
     return DataError(f"The VAE has a part of a kind that is not supported: {name}.", OTHER_VAE)
-
-
-def factor_of(vae: Vae) -> int:
-    """Pixels per latent along a side."""
-    channels = (
-        vae.config.decoder_block_out_channels if isinstance(vae, AutoencoderTiny) else vae.config.block_out_channels
-    )
-    return 2 ** (len(channels) - 1)

@@ -58,6 +58,13 @@ def test_a_folder_that_refuses_is_a_failed_write(tmp_path):
         ScratchPicture(tmp_path / "none", 1, 1)
 
 
+def test_a_file_that_has_become_shorter_is_an_error(tmp_path):
+    with ScratchPicture(tmp_path, 3, 5) as scratch, pytest.raises(WriteFailed, match="shorter"):
+        scratch.append(np.zeros((5, 3, 3), np.float32))
+        scratch._file.truncate(10)
+        scratch.read(0, 5)
+
+
 def test_rows_that_are_not_there_are_an_error(tmp_path):
     with ScratchPicture(tmp_path, 3, 5) as scratch, pytest.raises(ValueError, match="not all appended"):
         scratch.append(np.zeros((2, 3, 3), np.float32))

@@ -14,17 +14,7 @@ def ready(vae, dtype=torch.float32):
 def deep_vae(dtype=torch.float32) -> AutoencoderKL:
     """Of SDXL's depth, with levels of different width: shortcuts have layers."""
     torch.manual_seed(1)
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8, 12, 12),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=128,
-        scaling_factor=0.13,
-    )
-    return ready(vae, dtype)
+    return ready(small_vae((4, 8, 12, 12), layers_per_block=2, groups=2), dtype)
 
 
 @pytest.fixture(scope="session")
