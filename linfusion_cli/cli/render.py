@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 import typer
 from rich.console import Console
@@ -31,8 +32,16 @@ def on_terminal() -> bool:
 
 def say(text: str) -> None:
     """One line on stderr, as it is: no markup, no wrapping. A reader that has gone does not end hours of work."""
-    with suppress(OSError):
+    try:
         typer.echo(text, err=True)
+    except OSError:
+        with suppress(OSError):
+            discard_rest(sys.stderr)
+
+
+def discard_rest(stream: TextIO) -> None:
+    """Send what `stream` still holds, and all that follows, nowhere: or its flush at exit fails, with exit code 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def answer(text: str) -> None:
@@ -40,7 +49,7 @@ def answer(text: str) -> None:
     try:
         typer.echo(text)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
+        discard_rest(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             raise WriteFailed(f"Standard output refused this ({error.strerror}): {text}") from error
 

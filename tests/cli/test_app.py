@@ -249,9 +249,9 @@ def test_closed_streams_do_not_end_a_run(tmp_path, xl_model):
 @pytest.mark.parametrize(("redirect", "code"), [(">/dev/full", 74), ("2>/dev/full", 0), ("2> >(true)", 0)])
 def test_streams_that_refuse_do_not_take_the_picture_with_them(tmp_path, xl_model, redirect, code):
     command = f'"{sys.executable}" -m linfusion_cli generate x --model "{xl_model}" --size 64 --steps 1 -o a.png'
-    done = subprocess.run(
-        ["bash", "-c", f"{command} {redirect}"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as in cron
+    command = ["bash", "-c", f"{command} {redirect}"]
+    done = subprocess.run(command, cwd=tmp_path, env=buffered, capture_output=True, text=True, check=False)
     assert done.returncode == code and "bug" not in done.stderr and read_info(tmp_path / "a.png").width_px == 64
 
 
