@@ -9,6 +9,7 @@ from dataclasses import dataclass
 BASE_MULTIPLE_PX = 64
 SMALLEST_BASE_PX = 64
 NEAR_TARGET = 0.9
+BEND = 0.005  # how far the proportions of a picture may be from those asked for: nobody sees it
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def base_size(target: Size, native_px: int, multiple_px: int) -> Size:
     stretch = max(stretch, SMALLEST_BASE_PX / min(target.width, target.height))
     widths = _around(target.width * stretch, multiple)
     heights = _around(target.height * stretch, multiple)
-    return min((Size(width, height) for width in widths for height in heights), key=lambda size: _bend(size, target))
+    return min((Size(width, height) for width in widths for height in heights), key=lambda size: bend(size, target))
 
 
 def base_multiple(native_px: int, multiple_px: int) -> int:
@@ -72,7 +73,7 @@ def _around(value: float, multiple: int) -> list[int]:
     return sorted({below, max(below, math.ceil(value / multiple) * multiple)}, key=lambda found: abs(found - value))
 
 
-def _bend(size: Size, target: Size) -> float:
+def bend(size: Size, target: Size) -> float:
     """How far the proportions of `size` are from the target's."""
     return abs(math.log(size.width * target.height / (size.height * target.width)))
 
@@ -91,6 +92,31 @@ def phase_sizes(target: Size, base: Size, multiple_px: int) -> list[Size]:
     while sizes[-1].times(2).area < NEAR_TARGET**2 * target.area:
         sizes.append(sizes[-1].times(2))
     return [*sizes, last]
+
+
+def upscale_sizes(target: Size, picture: Size, base: Size, multiple_px: int) -> list[Size]:
+    """The resolutions through which a `picture` grows to `target`: doubles of its own size, as in `phase_sizes`.
+
+    One that is smaller than the `base`, the model's native size in the same proportions, is taken to the base first;
+    one that is as large as the target has a single phase.
+    """
+    if picture.area < NEAR_TARGET**2 * base.area:
+        return phase_sizes(target, base, multiple_px)
+    start = picture.rounded_up(multiple_px)
+    _, *larger = phase_sizes(target, start, multiple_px)
+    return larger or [target.rounded_up(multiple_px)]
+
+
+def fitted(box: Size, picture: Size) -> Size | None:
+    """The size that a `picture` gets where `box` is asked for: a square means its longer side.
+
+    None where the box has other proportions, by more than a pixel and half a percent.
+    """
+    if box.width == box.height:
+        scale = box.width / max(picture.width, picture.height)
+        return Size(max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    height = box.width * picture.height / picture.width
+    return box if abs(height - box.height) <= max(1, BEND * box.height) else None
 
 
 def bands(length: int, rows: int) -> Iterator[tuple[int, int]]:

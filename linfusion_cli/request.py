@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,38 @@ from linfusion_cli.geometry import Size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "linear", "original")
+UPSCALERS = ("demofusion", "sdedit", "none")
+UPSCALE_SPACES = ("pixel", "latent")
+SCHEDULERS = (
+    "euler",
+    "euler-a",
+    "ddim",
+    "dpmpp-2m",
+    "dpmpp-2m-karras",
+    "dpmpp-2m-sde",
+    "unipc",
+    "lcm",
+    "pndm",
+)
+TIMESTEP_SPACINGS = ("auto", "leading", "trailing", "linspace")
 VAE_STATISTICS = ("auto", "exact", "sampled")
 VAE_LATENTS = ("mean", "sample")
 BITS = (8, 16)
 COMPRESSIONS = ("deflate", "zstd", "lzw", "jpeg", "none")
 LARGEST_SEED = 2**63 - 1
+MOST_PX = 1_000_000
 
 
-@dataclass(frozen=True)
-class GenerateRequest:
-    """Everything that decides what one `generate` does; the same request gives the same picture.
+@dataclass(frozen=True, kw_only=True)
+class PictureRequest:
+    """Everything that decides how a picture is made; the same request gives the same picture.
 
-    Sizes are pixels; `strength` is the share of the steps that the first phase after the base runs. `attention` is one
-    kind, or one a phase with commas between, the last for all that follow. `vae_statistics` is what the VAE's
-    normalisation goes by, `vae_latents` what phases begin with: the mean of the encoder's distribution, or a draw from
-    it. `vram` and `ram` are bytes that may be used.
+    Sizes are pixels. `steps`, `guidance_scale` and `attention` have a value for each phase, the last for all that
+    follow. So has `strength`, the share of the steps that a phase above the base runs; a single one is the first, from
+    which the others go down evenly. `cosine` are DemoFusion's exponents, of skip residual, dilated pass and blur;
+    `guidance_interval` are noise levels. `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what
+    phases begin with: the mean of the encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may
+    be used.
     """
 
     prompt: str
@@ -35,13 +52,26 @@ class GenerateRequest:
     model: str
     linfusion: str = "auto"
     vae: str = "auto"
+    lora: tuple[str, ...] = ()
     negative_prompt: str = ""
     seed: int = 0
-    steps: int = 30
-    guidance_scale: float = 5.0
+    scheduler: str = "euler"
+    timestep_spacing: str = "auto"
+    steps: tuple[int, ...] = (30,)
+    guidance_scale: tuple[float, ...] = (5.0,)
     guidance_rescale: float = 0.0
-    strength: float = 0.32
-    attention: str = "auto"
+    guidance_interval: tuple[float, ...] = ()
+    upscaler: str = "sdedit"
+    upscale_space: str = "pixel"
+    base_size: Size | None = None
+    strength: tuple[float, ...] = (0.32,)
+    cosine: tuple[float, ...] = (3.0, 1.0, 1.0)
+    blur_sigma: float = 0.8
+    dilated_min: float = 0.01
+    original_size: Size | None = None
+    target_size: Size | None = None
+    crop_top_left: tuple[int, ...] = (0, 0)
+    attention: tuple[str, ...] = ("auto",)
     vae_statistics: str = "auto"
     vae_latents: str = "mean"
     vram: int | None = None
@@ -55,44 +85,97 @@ class GenerateRequest:
     dpi: float = 300.0
     overwrite: bool = False
     preview: Path | None = None
+    save_phases: bool = False
     download: bool = False
     prompt_metadata: bool = True
 
     def __post_init__(self) -> None:
+        self._check_texts()
+        self._check_numbers()
+        self._check_growth()
+        for setting, value in (("vram", self.vram), ("ram", self.ram)):
+            _check(value is None or value > 0, setting, value, "Use a size such as 12GiB.")
+        for setting, choices in CHOICES.items():
+            _one_of(setting, getattr(self, setting), choices)
+        _one_of("compression", self.compression or COMPRESSIONS[0], COMPRESSIONS)
+
+    def _check_texts(self) -> None:
         for setting, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             _check(_is_text(text), setting, text, "It is not valid UTF-8.")
         _check(bool(self.model.strip()), "model", self.model, "Name a folder, a hub id, or demo.")
         _check(bool(self.vae.strip()), "vae", self.vae, "Name a folder, a hub id, or auto.")
-        _in_range("seed", self.seed, 0, LARGEST_SEED)
-        _in_range("steps", self.steps, 1, 1000)
-        _in_range("guidance_scale", self.guidance_scale, 0, 100)
-        _in_range("guidance_rescale", self.guidance_rescale, 0, 1)
-        _in_range("strength", self.strength, 0, 1)
-        _in_range("dpi", self.dpi, 1, 100_000)
-        for kind in self.attentions:
-            _check(kind in ATTENTIONS, "attention", self.attention, f"Use {', '.join(ATTENTIONS)}, or one a phase.")
-        for setting, value in (("vram", self.vram), ("ram", self.ram)):
-            _check(value is None or value > 0, setting, value, "Use a size such as 12GiB.")
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("vae_statistics", self.vae_statistics, VAE_STATISTICS)
-        _one_of("vae_latents", self.vae_latents, VAE_LATENTS)
-        _one_of("bits", self.bits, BITS)
-        _one_of("compression", self.compression or COMPRESSIONS[0], COMPRESSIONS)
+        for name in self.lora:
+            _check(bool(name.strip()), "lora", name, "Name a file, a folder, or a hub id.")
 
-    @property
-    def attentions(self) -> list[str]:
-        """The kinds of attention in `attention`, from the base up."""
-        return [kind.strip() for kind in self.attention.split(",")]
+    def _check_numbers(self) -> None:
+        _in_range("seed", self.seed, 0, LARGEST_SEED)
+        _in_range("guidance_rescale", self.guidance_rescale, 0, 1)
+        _in_range("dpi", self.dpi, 1, 100_000)
+        for setting, low, high in (("steps", 1, 1000), ("guidance_scale", 0, 100), ("strength", 0, 1)):
+            _check(len(getattr(self, setting)) > 0, setting, "", "Give at least one value.")
+            for value in getattr(self, setting):
+                _in_range(setting, value, low, high)
+        for kind in self.attention or ("",):
+            _check(kind in ATTENTIONS, "attention", kind, f"Use {', '.join(ATTENTIONS)}, or one a phase.")
+
+    def _check_growth(self) -> None:
+        _check(len(self.cosine) == 3, "cosine", self.cosine, "Give three exponents, such as 3,1,1.")
+        for exponent in self.cosine:
+            _in_range("cosine", exponent, 0, 100)
+        _in_range("blur_sigma", self.blur_sigma, 0.01, 100)
+        _in_range("dilated_min", self.dilated_min, 0, 1)
+        interval = self.guidance_interval
+        rising = not interval or (len(interval) == 2 and 0 <= interval[0] < interval[1])  # no NaN is, either
+        _check(rising, "guidance_interval", interval, "Give two noise levels, such as 0.28,5.42.")
+        corner = self.crop_top_left
+        _check(
+            len(corner) == 2 and all(0 <= side <= MOST_PX for side in corner), "crop_top_left", corner, "Use TOP,LEFT."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The request as JSON values: what metadata and reports carry."""
-        values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        return values | {"size": str(self.size)}
+        return {key: str(value) if isinstance(value, Path | Size) else value for key, value in self._values().items()}
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+CHOICES: dict[str, tuple[str | int, ...]] = {
+    "dtype": DTYPES,
+    "scheduler": SCHEDULERS,
+    "timestep_spacing": TIMESTEP_SPACINGS,
+    "upscaler": UPSCALERS,
+    "upscale_space": UPSCALE_SPACES,
+    "vae_statistics": VAE_STATISTICS,
+    "vae_latents": VAE_LATENTS,
+    "bits": BITS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest(PictureRequest):
+    """A picture from a prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscaleRequest(PictureRequest):
+    """A larger picture from one that there is: `image`, whose transparent parts show the colour `background`."""
+
+    image: Path
+    prompt: str = ""
+    background: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.upscaler != "none", "upscaler", self.upscaler, "Use demofusion or sdedit to upscale a picture.")
+
+
+ARGUMENTS = {"prompt": "The prompt", "image": "The picture"}
 
 
 def flag(setting: str) -> str:
     """How a setting is called on the command line: "guidance_scale" -> "--guidance-scale"."""
-    return "The prompt" if setting == "prompt" else "--" + setting.replace("_", "-")
+    return ARGUMENTS.get(setting) or "--" + setting.replace("_", "-")
 
 
 def _check(holds: bool, setting: str, value: object, way_out: str) -> None:

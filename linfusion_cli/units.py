@@ -12,16 +12,17 @@ SMALLEST_PX = 64
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def parse_size(text: str) -> Size:
+def parse_size(text: str, setting: str = "size") -> Size:
     """The Size that "2048" (a square) or "2048x1024" (width x height, in pixels) means; raises UsageError."""
+    flag = "--" + setting.replace("_", "-")
     match = re.fullmatch(r"\s*(\d{1,7})\s*(?:[xX×]\s*(\d{1,7})\s*)?", text, re.ASCII)
     if match is None:
         way_out = "Write 16384 for a square, or 16384x8192 (width x height)."
-        raise UsageError(f"--size {text!r} is not a size.", way_out, "size")
+        raise UsageError(f"{flag} {text!r} is not a size.", way_out, setting)
     width, height = int(match[1]), int(match[2] or match[1])
     if min(width, height) < SMALLEST_PX:
         way_out = f"Both sides must be {SMALLEST_PX} pixels or more."
-        raise UsageError(f"--size {text!r} is too small.", way_out, "size")
+        raise UsageError(f"{flag} {text!r} is too small.", way_out, setting)
     return Size(width, height)
 
 

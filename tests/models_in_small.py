@@ -111,6 +111,11 @@ def small_scheduler(**more: object) -> EulerDiscreteScheduler:
     )
 
 
+def scheduler_config() -> dict[str, object]:
+    """What its scheduler_config.json says; the object's own config marks defaults, which then cannot be changed."""
+    return json.loads(small_scheduler().to_json_string())
+
+
 def write_small_xl(folder: Path, **save_options: object) -> Path:
     """A random model of SDXL's make in diffusers' folder layout, with LinFusion weights beside it."""
     torch.manual_seed(0)

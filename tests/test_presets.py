@@ -7,7 +7,7 @@ from linfusion_cli import presets
 from linfusion_cli.errors import ConfigError, InputMissing, UsageError
 from linfusion_cli.geometry import Size
 from linfusion_cli.presets.fields import PARSERS
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.request import GenerateRequest, UpscaleRequest
 
 REQUIRED = {"prompt": "a", "size": Size(64, 64), "output": Path("a.png"), "model": "demo"}
 
@@ -15,12 +15,12 @@ REQUIRED = {"prompt": "a", "size": Size(64, 64), "output": Path("a.png"), "model
 @pytest.mark.parametrize("name", presets.preset_names())
 def test_every_preset_is_a_request(name):
     layers = [presets.flag_layer({"size": Size(64, 64), "output": Path("a.png")}), presets.preset_layer(name)]
-    request = presets.build_request(presets.merge(layers))
+    request = presets.build_request(presets.merge(layers), GenerateRequest)
     assert request.prompt and request.steps
 
 
 def test_every_setting_is_a_field_of_a_request():
-    assert set(PARSERS) <= {field.name for field in fields(GenerateRequest)}
+    assert set(PARSERS) <= {field.name for field in fields(UpscaleRequest)}
 
 
 def test_flag_before_environment_before_config_before_preset_before_default(tmp_path, monkeypatch):
@@ -29,12 +29,12 @@ def test_flag_before_environment_before_config_before_preset_before_default(tmp_
     config.write_text("steps = 2\nseed = 2\nstrength = 0.2\npreset = 'x.toml'")
     environ = {"LINFUSION_CONFIG": str(config), "LINFUSION_STEPS": "3", "LINFUSION_SEED": "3"}
     config_layer, preset_name = presets.config_layer(environ)
-    layers = [presets.flag_layer(REQUIRED | {"steps": 4, "dtype": None}), presets.environment_layer(environ)]
+    layers = [presets.flag_layer(REQUIRED | {"steps": (4,), "dtype": None}), presets.environment_layer(environ)]
     settings = presets.merge([*layers, config_layer, presets.preset_layer(str(preset))])
-    request = presets.build_request(settings)
-    assert (request.steps, request.seed, request.strength, request.dpi, request.dtype) == (4, 3, 0.2, 100, "auto")
+    request = presets.build_request(settings, GenerateRequest)
+    assert (request.steps, request.seed, request.strength, request.dpi, request.dtype) == ((4,), 3, (0.2,), 100, "auto")
     assert preset_name == "x.toml"
-    origins = settings.origins
+    origins = settings.origins(GenerateRequest)
     assert (origins["steps"], origins["seed"], origins["dtype"]) == ("flag", "LINFUSION_SEED", "default")
     assert str(config) in origins["strength"] and str(preset) in origins["dpi"]
 
@@ -57,7 +57,7 @@ def test_a_wrong_variable_is_named(name, text):
 def test_a_variable_out_of_range_is_named():
     settings = presets.merge([presets.flag_layer(REQUIRED), presets.environment_layer({"LINFUSION_STEPS": "0"})])
     with pytest.raises(UsageError, match="LINFUSION_STEPS: --steps 0"):
-        presets.build_request(settings)
+        presets.build_request(settings, GenerateRequest)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_value_out_of_range_in_a_file_is_named_with_its_line(tmp_path):
     path.write_text("seed = 1\nsteps = 0")
     settings = presets.merge([presets.flag_layer(REQUIRED), presets.preset_layer(str(path))])
     with pytest.raises(ConfigError, match="mine.toml:2: --steps 0"):
-        presets.build_request(settings)
+        presets.build_request(settings, GenerateRequest)
 
 
 @pytest.mark.parametrize("content", [b"seed = ", b"\xff\xfe", b"[[["])
@@ -113,7 +113,7 @@ def test_without_a_config_file_there_are_no_settings_from_it():
 def test_what_has_no_default_is_asked_for(missing):
     given = {key: value for key, value in REQUIRED.items() if key != missing}
     with pytest.raises(UsageError, match=f"No {missing} was given"):
-        presets.build_request(presets.merge([presets.flag_layer(given)]))
+        presets.build_request(presets.merge([presets.flag_layer(given)]), GenerateRequest)
 
 
 @pytest.mark.parametrize("value", ["3", "'nope'", "true"])

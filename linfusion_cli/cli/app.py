@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from linfusion_cli import __version__, device
-from linfusion_cli.cli import doctor, generate, info, plan, presets
+from linfusion_cli.cli import doctor, generate, info, plan, presets, upscale
 from linfusion_cli.cli.render import answer, say
 from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped, first_line
 
@@ -21,13 +21,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 app = typer.Typer(
     name="linfusion",
-    help="Ultra-high-resolution pictures from a prompt, in bounded memory.",
+    help="Ultra-high-resolution pictures, in bounded memory.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # markup would eat every [bracket] of the help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(generate.command)
+app.command("upscale")(upscale.command)
 app.command("plan")(plan.command)
 app.add_typer(presets.app, name="presets")
 app.command("info")(info.command)
@@ -46,7 +47,7 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Ultra-high-resolution pictures from a prompt, in bounded memory."""
+    """Ultra-high-resolution pictures, in bounded memory."""
 
 
 def main() -> None:

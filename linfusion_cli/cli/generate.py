@@ -11,10 +11,12 @@ from typing import Any
 from linfusion_cli.cli import options, render
 from linfusion_cli.cli.request import quieten_hub, read_request
 from linfusion_cli.errors import UsageError
+from linfusion_cli.events import Observer
 from linfusion_cli.report import RunReport
+from linfusion_cli.request import GenerateRequest, PictureRequest
 
 
-@options.takes_a_request
+@options.takes_a_request(options.of_generate)
 def command(
     given: dict[str, Any],
     report: options.Report = None,
@@ -22,14 +24,26 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Make a picture from a prompt and write it to a file."""
-    quieten_hub(bool(given["download"]), quiet)
     from linfusion_cli.jobs.generate import generate  # numpy and more: not for --help to wait for
 
+    run(given, GenerateRequest, generate, report, as_json, quiet)
+
+
+def run(
+    given: dict[str, Any],
+    kind: type[PictureRequest],
+    job: Callable[[Any, Mapping[str, str], Observer], RunReport],
+    report: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Carry out the request that `given` options make, before whoever watches, and say what came of it."""
+    quieten_hub(bool(given["download"]), quiet)
     with render.watching(quiet) as observer:
-        settings, request = read_request(given, observer)
+        origins, request = read_request(given, observer, kind)
         check_distinct({"--output": request.output, "--preview": request.preview, "--report": report})
         with report_file(report, request.overwrite) as save:
-            result = generate(request, settings.origins, observer)
+            result = job(request, origins, observer)
             save(result)
     if not quiet:
         render.show_report(result)

@@ -9,12 +9,26 @@ from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
+from linfusion_cli.request import SCHEDULERS
+
 Prompt = Annotated[
     str | None, Argument(help="What to paint; - reads it from standard input. Default: the preset's sample prompt.")
 ]
-Size = Annotated[str | None, Option(help="Pixels: 16384 (a square) or 16384x8192 (width x height), from 64 up.")]
+Image = Annotated[Path, Argument(help="The picture: PNG, JPEG, WebP or TIFF.", show_default=False)]
+ImageOption = Annotated[Path | None, Option("--image", help="Plan `upscale` of this picture, instead of `generate`.")]
+PromptOption = Annotated[
+    str | None, Option("--prompt", help="What the picture shows; - reads it from standard input. Default: nothing.")
+]
+Background = Annotated[
+    str | None, Option(help="The colour behind transparent parts, such as white or #204060; refused without one.")
+]
+Size = Annotated[
+    str | None,
+    Option(help="Pixels: 16384 (a square; of a picture, its longer side) or 16384x8192 (width x height), from 64 up."),
+]
 Output = Annotated[
-    Path | None, Option("-o", "--output", help="The file: .tif, .png or .jpg. Default: linfusion-SIZE-seedN.tif here.")
+    Path | None,
+    Option("-o", "--output", help="The file: .tif, .png or .jpg. Default: here, named after size and seed or picture."),
 ]
 Preset = Annotated[str | None, Option(help="A name from `linfusion presets list`, or a .toml file.")]
 Model = Annotated[str | None, Option(help="A folder in diffusers' layout, a hub id in the local cache, or demo.")]
@@ -26,11 +40,55 @@ Vae = Annotated[
     str | None, Option(help="Another VAE: a folder, a hub id, or auto (the model's own). A TAESD is quick and rough.")
 ]
 NegativePrompt = Annotated[str | None, Option(help="What not to paint.")]
+Lora = Annotated[
+    list[str] | None,
+    Option(help="A LoRA: FILE[:WEIGHT], a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). May be given again."),
+]
 Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
-Steps = Annotated[int | None, Option(help="Denoising steps of the base; larger phases run a share of them.")]
-GuidanceScale = Annotated[float | None, Option(help="How closely to follow the prompt; 1 or less turns guidance off.")]
+Scheduler = Annotated[str | None, Option(help=f"One of {', '.join(SCHEDULERS)}. [default: euler]")]
+TimestepSpacing = Annotated[
+    str | None, Option(help="leading, trailing (few-step models) or linspace; auto is the model's own.")
+]
+Steps = Annotated[
+    str | None, Option(help="Steps of the schedule, of which larger phases run the last; or a number a phase: 50,30.")
+]
+GuidanceScale = Annotated[
+    str | None, Option(help="How closely to follow the prompt; 1 or less turns guidance off. Or a number a phase.")
+]
 GuidanceRescale = Annotated[float | None, Option(help="0 to 1; about 0.7 mends burnt colours at high guidance.")]
-Strength = Annotated[float | None, Option(help="0 to 1: share of the steps that the first phase above the base runs.")]
+GuidanceInterval = Annotated[
+    str | None,
+    Option(metavar="LO,HI", help="Guidance only at noise levels above LO, up to HI: faster. 0.28,5.42 for SDXL."),
+]
+Upscaler = Annotated[
+    str | None,
+    Option(help="How a picture grows: demofusion, sdedit, or none (one phase at the full size)."),
+]
+UpscaleSpace = Annotated[
+    str | None, Option(help="Enlarge the pixel picture between phases, or its latent one: quicker and softer.")
+]
+BaseSize = Annotated[str | None, Option(help="Size of the first phase. Default: the model's own area, in proportion.")]
+Strength = Annotated[
+    str | None,
+    Option(
+        help="0 to 1: share of the steps that the first phase above the base runs, from which the others go down; "
+        "or a number a phase."
+    ),
+]
+Cosine = Annotated[
+    str | None,
+    Option(metavar="A1,A2,A3", help="DemoFusion's exponents: skip residual, dilated pass, blur. [default: 3,1,1]"),
+]
+BlurSigma = Annotated[
+    float | None, Option(help="DemoFusion's blur before the dilated pass, in latents. [default: 0.8]")
+]
+DilatedMin = Annotated[
+    float | None,
+    Option(help="Leave the dilated pass out where its weight is less; 0 always runs it. [default: 0.01]"),
+]
+OriginalSize = Annotated[str | None, Option(help="What SDXL is told of the picture's size. Default: its final size.")]
+TargetSize = Annotated[str | None, Option(help="The same of its size after cropping. Default: its final size.")]
+CropTopLeft = Annotated[str | None, Option(metavar="TOP,LEFT", help="What SDXL is told of the crop. [default: 0,0]")]
 Attention = Annotated[
     str | None,
     Option(
@@ -61,25 +119,40 @@ Download = Annotated[bool | None, Option("--download", help="Fetch a model that 
 PromptMetadata = Annotated[
     bool | None, Option("--prompt-metadata/--no-prompt-metadata", help="Whether the file names its prompts.")
 ]
+SavePhases = Annotated[
+    bool | None, Option("--save-phases/--no-save-phases", help="Keep every phase's picture beside the output.")
+]
 Report = Annotated[Path | None, Option(help="Write the report here, as JSON.")]
 Json = Annotated[bool, Option("--json", help="Print the report as JSON on stdout, instead of the file's path.")]
 Quiet = Annotated[bool, Option("-q", "--quiet", help="No progress and no table; warnings and errors stay.")]
 
 
 def of_a_request(
-    prompt: Prompt = None,
     size: Size = None,
     output: Output = None,
     preset: Preset = None,
     model: Model = None,
     linfusion: Linfusion = None,
     vae: Vae = None,
+    lora: Lora = None,
     negative_prompt: NegativePrompt = None,
     seed: Seed = None,
+    scheduler: Scheduler = None,
+    timestep_spacing: TimestepSpacing = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     guidance_rescale: GuidanceRescale = None,
+    guidance_interval: GuidanceInterval = None,
+    upscaler: Upscaler = None,
+    upscale_space: UpscaleSpace = None,
+    base_size: BaseSize = None,
     strength: Strength = None,
+    cosine: Cosine = None,
+    blur_sigma: BlurSigma = None,
+    dilated_min: DilatedMin = None,
+    original_size: OriginalSize = None,
+    target_size: TargetSize = None,
+    crop_top_left: CropTopLeft = None,
     attention: Attention = None,
     vae_statistics: VaeStatistics = None,
     vae_latents: VaeLatents = None,
@@ -93,6 +166,7 @@ def of_a_request(
     dither: Dither = None,
     dpi: Dpi = None,
     preview: Preview = None,
+    save_phases: SavePhases = None,
     overwrite: Overwrite = None,
     download: Download = None,
     prompt_metadata: PromptMetadata = None,
@@ -100,19 +174,35 @@ def of_a_request(
     """The options that make a request, in the order of the help."""
 
 
-def takes_a_request(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` as Typer sees it: with the options of a request before its own, the former as one dict."""
-    shared, own = (inspect.signature(function).parameters for function in (of_a_request, command))
-    hints = get_type_hints(of_a_request, include_extras=True) | get_type_hints(command, include_extras=True)
+def of_generate(prompt: Prompt = None) -> None:
+    """What `generate` takes before them."""
 
-    def with_options(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in shared}
-        command(given, **arguments)
 
-    parameters = [*shared.values(), *(own[name] for name in own if name != "given")]
-    with_options.__doc__ = command.__doc__
-    with_options.__signature__ = inspect.Signature(
-        [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
-    )
-    with_options.__annotations__ = {parameter.name: hints[parameter.name] for parameter in parameters}
-    return with_options
+def of_upscale(image: Image, prompt: PromptOption = None, background: Background = None) -> None:
+    """What `upscale` takes before them."""
+
+
+def of_plan(prompt: Prompt = None, image: ImageOption = None, background: Background = None) -> None:
+    """What `plan` takes before them."""
+
+
+def takes_a_request(before: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command: it gets the options of `before` and of a request as one dict, before those of its own."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        shared = {**inspect.signature(before).parameters, **inspect.signature(of_a_request).parameters}
+        own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "given"]
+        functions = (before, of_a_request, command)
+        hints = {name: hint for f in functions for name, hint in get_type_hints(f, include_extras=True).items()}
+
+        def with_options(**arguments: Any) -> None:
+            given = {name: arguments.pop(name) for name in shared}
+            command(given, **arguments)
+
+        parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in (*shared.values(), *own)]
+        with_options.__doc__ = command.__doc__
+        with_options.__signature__ = inspect.Signature(parameters)
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return decorated

@@ -1,16 +1,16 @@
-"""`linfusion plan`: what generate would do with the same options, what it would take, and whether it fits."""
+"""`linfusion plan`: what generate or upscale would do with these options, what it takes, and whether it fits."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from linfusion_cli.cli import options, render
 from linfusion_cli.cli.request import quieten_hub, read_request
-from linfusion_cli.presets import Settings
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest
 from linfusion_cli.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -19,21 +19,24 @@ if TYPE_CHECKING:
     from linfusion_cli.vae.statistics import Method
 
 
-@options.takes_a_request
+@options.takes_a_request(options.of_plan)
 def command(given: dict[str, Any], as_json: options.Json = False) -> None:
-    """Say how generate would run with these options, and what it would take; loads no weights."""
+    """Say how generate, or upscale, would run with these options, and what it would take; loads no weights."""
     quieten_hub(bool(given["download"]), quiet=False)
-    settings, request = read_request(given, render.notices_only)
+    kind = GenerateRequest if given["image"] is None else UpscaleRequest
+    origins, request = read_request(given, render.notices_only, kind)
     from linfusion_cli.jobs.plan import plan_run  # torch and diffusers: not for --help to wait for
     from linfusion_cli.jobs.prepare import disk_bytes, prepare
+    from linfusion_cli.jobs.upscale import opened
 
-    prepared = prepare(request)
+    request, picture = (request, None) if kind is GenerateRequest else opened(request)
+    prepared = prepare(request, picture)
     plan, disk = plan_run(prepared), disk_bytes(prepared)
     if as_json:
-        values = {"request": request.to_json(), "settings": settings.origins, "disk_bytes": disk}
+        values = {"request": request.to_json(), "settings": origins, "disk_bytes": disk}
         render.answer(json.dumps(values | {"plan": plan.to_json()}, indent=2))
     else:
-        render.answer("\n\n".join([render.plain(plan_table(plan)), budgets(plan, disk), origins(settings, request)]))
+        render.answer("\n\n".join([render.plain(plan_table(plan)), budgets(plan, disk), sources(origins, request)]))
 
 
 def plan_table(plan: Plan) -> Table:
@@ -80,10 +83,10 @@ def budgets(plan: Plan, disk: int) -> str:
     return f"{memory} On disk it needs up to {format_bytes(disk)}."
 
 
-def origins(settings: Settings, request: GenerateRequest) -> str:
+def sources(origins: Mapping[str, str], request: PictureRequest) -> str:
     """Each setting, and where it came from."""
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     values = request.to_json()
-    for name, origin in settings.origins.items():
+    for name, origin in origins.items():
         table.add_row(name, json.dumps(values[name], ensure_ascii=False), origin)
     return render.plain(table)

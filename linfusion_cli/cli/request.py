@@ -5,33 +5,47 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from linfusion_cli import presets
 from linfusion_cli.cli import render
 from linfusion_cli.errors import UsageError
 from linfusion_cli.events import Notice, Observer
 from linfusion_cli.models.locate import is_here
-from linfusion_cli.request import GenerateRequest, flag
-from linfusion_cli.units import parse_bytes, parse_size
+from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest, flag
+from linfusion_cli.units import parse_size
+
+R = TypeVar("R", bound=PictureRequest)
+
+SIZES = ("size", "base_size", "original_size", "target_size")
+PHASED = ("steps", "guidance_scale", "strength", "attention")
+WRITTEN = (*SIZES, *PHASED, "guidance_interval", "cosine", "crop_top_left", "vram", "ram")  # text, for Typer
 
 
-def read_request(given: dict[str, Any], observer: Observer) -> tuple[presets.Settings, GenerateRequest]:
-    """The settings that `given` options, environment, config file and preset make together, and their request."""
+def read_request(
+    given: dict[str, Any], observer: Observer, kind: type[R] = GenerateRequest
+) -> tuple[dict[str, str], R]:
+    """The request of this kind that `given` options, environment, config file and preset make together.
+
+    Before it, where each of its settings came from.
+    """
     given = dict(given)
     preset = given.pop("preset")
     given["prompt"] = read_prompt(given["prompt"])
-    given["size"] = None if given["size"] is None else parse_size(given["size"])
-    given |= {setting: read_bytes(setting, given[setting]) for setting in ("vram", "ram")}
-    settings = resolve(given, preset, os.environ, observer)
-    return settings, presets.build_request(settings)
+    given |= {name: read_text(name, given[name]) for name in WRITTEN if given.get(name) is not None}
+    given["lora"] = tuple(given["lora"]) if given["lora"] else None
+    settings = resolve(given, preset, os.environ, observer, kind)
+    return settings.origins(kind), presets.build_request(settings, kind)
 
 
-def read_bytes(setting: str, text: str | None) -> int | None:
-    """A size of memory, None if it was not given."""
+def read_text(setting: str, text: str) -> Any:
+    """The value that the `text` of an option means; raises UsageError."""
+    if setting in SIZES:
+        return parse_size(text, setting)
     try:
-        return None if text is None else parse_bytes(text)
+        return presets.PARSERS[setting](text)
     except ValueError as error:
         raise UsageError(f"{flag(setting)} {text!r} {error}.", "", setting) from error
 
@@ -61,7 +75,11 @@ def read_stdin() -> str:
 
 
 def resolve(
-    given: Mapping[str, Any], preset: str | None, environ: Mapping[str, str], observer: Observer
+    given: Mapping[str, Any],
+    preset: str | None,
+    environ: Mapping[str, str],
+    observer: Observer,
+    kind: type[PictureRequest],
 ) -> presets.Settings:
     """All settings, merged; with no preset and no model named anywhere, SDXL if it is here, else the embedded model."""
     config, config_preset = presets.config_layer(environ)
@@ -75,13 +93,20 @@ def resolve(
                 Notice("SDXL with LinFusion's weights is not on this machine: the small embedded demo model paints.")
             )
     if name is not None:
-        layers.append(presets.preset_layer(name))
+        layer = presets.preset_layer(name)
+        layers.append(without_prompt(layer) if kind is UpscaleRequest else layer)
     return presets.merge([*layers, output_layer(layers)])
 
 
+def without_prompt(preset: presets.Layer) -> presets.Layer:
+    """A preset for a picture that there is: what the preset's sample prompt says is not in it."""
+    return replace(preset, values={name: value for name, value in preset.values.items() if name != "prompt"})
+
+
 def output_layer(layers: list[presets.Layer]) -> presets.Layer:
-    """The output's name where none is given: it tells size and seed, and stands in the present folder."""
+    """The output's name where none is given: it tells size and seed, or the picture it grew from, and stands here."""
     values = presets.merge(layers).values
     suffix = {"png": ".png", "jpeg": ".jpg"}.get(values.get("format"), ".tif")
-    name = f"linfusion-{values.get('size')}-seed{values.get('seed', 0)}{suffix}"
-    return presets.Layer("default", {"output": Path(name)})
+    size, image = values.get("size"), values.get("image")
+    name = f"linfusion-{size}-seed{values.get('seed', 0)}" if image is None else f"{image.stem}-{max(size.pair) if size else None}"
+    return presets.Layer("default", {"output": Path(name + suffix)})

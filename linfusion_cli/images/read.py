@@ -2,7 +2,8 @@
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from linfusion_cli.errors import DataError, InputMissing
@@ -22,10 +23,17 @@ def read_info(path: str | os.PathLike[str]) -> FileInfo:
     or JPEG without its end mark, a TIFF whose tiles reach past the end of the file.
     """
     path = Path(path)
-    try:
+    with reading(path):
         with path.open("rb") as file:
             magic = file.read(8)
         return _reader(path, magic)(path)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with the file at `path` becomes an InputMissing or a DataError that names it."""
+    try:
+        yield
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder.", "Name a picture.") from error
     except (FileNotFoundError, NotADirectoryError) as error:

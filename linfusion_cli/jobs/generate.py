@@ -1,44 +1,15 @@
-"""From a prompt to a file: the whole story of `linfusion generate`."""
+"""From a prompt to a file: what `linfusion generate` does."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 
-from linfusion_cli.device import describe, versions
 from linfusion_cli.events import Observer, nobody
-from linfusion_cli.jobs.outputs import opened_outputs
-from linfusion_cli.jobs.prepare import check_disk, prepare
-from linfusion_cli.jobs.record import Recorder
+from linfusion_cli.jobs.story import make_picture
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import GenerateRequest
 
 
 def generate(request: GenerateRequest, origins: Mapping[str, str], observer: Observer = nobody) -> RunReport:
-    """Make the picture and write it to `request.output`; `origins` says of each setting where its value came from.
-
-    Raises a LinfusionError, with nothing left behind, or returns with the file complete under its final name.
-    """
-    started = time.perf_counter()
-    recorder = Recorder(observer)
-    with opened_outputs(request) as sink:  # 1. hold the files, so that nobody else does: refused before any work
-        with recorder.stage("start", "load", None, 1, "start"):
-            prepared = prepare(request)  # 2. find the model, settle the phases, check disk and memory
-            check_disk(prepared)
-            from linfusion_cli.jobs import paint, pixels  # torch and diffusers take seconds to import
-
-            run = paint.begin(prepared, recorder)
-        machine, plan = describe(run.device), run.plan.to_json()
-        report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, recorder.stages)
-        conditioning = paint.read_prompts(run)  # 3. text encoders come and go before the UNet
-        models = paint.load(run, conditioning)
-        latents = paint.base(run, models)  # 4. the base at the model's native size
-        for phase in range(1, len(prepared.sizes)):  # 5. up the ladder
-            latents = paint.grow(run, models, latents, phase)
-        pixels.write(run, models.vae, latents, sink)  # 6. stream into the files, which get their names
-    report.output, report.size, report.format = str(request.output), request.size, prepared.format
-    with suppress(OSError):  # whoever waited for the file may have moved it already
-        report.file_bytes = request.output.stat().st_size
-    report.total_seconds = time.perf_counter() - started
-    return report
+    """Paint what the prompt says; raises a LinfusionError with nothing left behind."""
+    return make_picture(request, None, origins, observer)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,18 +17,23 @@ from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.device import limit_device_memory
-from linfusion_cli.jobs.pixels import enlarge
+from linfusion_cli.jobs.pixels import begun_with
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
 from linfusion_cli.models.load import Vae, load_unet, load_vae
-from linfusion_cli.models.text import Conditioning, encode_prompts
+from linfusion_cli.models.lora import merge_lora
+from linfusion_cli.models.text import Conditioning, SizeConditioning, encode_prompts
 from linfusion_cli.planning.needs import Mode
-from linfusion_cli.sampling import phases, schedule
-from linfusion_cli.sampling.denoise import denoise
-from linfusion_cli.sampling.guidance import Predict, guided, guided_together
-from linfusion_cli.sampling.noise import base_noise, phase_noise
+from linfusion_cli.request import PictureRequest
+from linfusion_cli.sampling.demofusion import Channels, demofusion
+from linfusion_cli.sampling.denoise import denoise, sdedit
+from linfusion_cli.sampling.guidance import Predict, guided, guided_together, where_guided
+from linfusion_cli.sampling.ladder import Phase
+from linfusion_cli.sampling.noise import InTurn, phase_noise, step_noise
+from linfusion_cli.sampling.passes import demofusion_of, phase_schedule
+from linfusion_cli.sampling.schedule import Schedule
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.strips.storage import Storage
@@ -76,75 +83,107 @@ def load(run: Run, conditioning: Conditioning) -> Models:
         vae = load_vae(prepared.vae, run.plan.machine.vae_dtype, run.device)
         unet = load_unet(prepared.model, run.dtype)
         linear = load_weights(prepared.linfusion, unet, run.dtype) if prepared.linfusion else {}
+        for file, weight in prepared.loras:
+            if merge_lora(unet, linear, file, weight).has_text:
+                run.recorder.notice(f"Of the LoRA {file} the part for text encoders is not used.")
     return Models(unet, linear, vae, conditioning)
 
 
+def first(run: Run, models: Models) -> tuple[Tensor, Channels]:
+    """Latents of the first phase, and what the channels of those it came from are like: of the base, or the picture."""
+    if run.prepared.picture is None:
+        latents = base(run, models)
+        return latents, Channels.of(latents)
+    encoded = begun_with(run, models.vae, run.prepared.picture)
+    channels = Channels.of(encoded)
+    return grow(run, models, encoded, channels, run.prepared.phases[0]), channels
+
+
 def base(run: Run, models: Models) -> Tensor:
-    """Latents [1, C, h, w] of the picture at the model's native size, from noise."""
+    """Latents [1, C, h, w] of the first phase's picture, from noise."""
+    request, facts, phase = run.prepared.request, run.prepared.facts, run.prepared.phases[0]
+    size_lat = phase.size.divided(facts.vae_factor)
+    draw = InTurn(request.seed, facts.latent_channels, size_lat.height, size_lat.width, run.dtype)
+    schedule = phase_schedule(request, facts.scheduler_config, phase, draw)
+    latents = schedule.started(draw()).to(run.device)
+    with prediction(run, models, phase, schedule) as (predict, _):
+        return stepped(run, phase, denoise(latents, schedule, predict))
+
+
+def grow(run: Run, models: Models, encoded: Tensor, base: Channels, phase: Phase) -> Tensor:
+    """The picture that `phase` begins with as latents [1, C, h, w], noised and denoised again.
+
+    `base` is what the channels of the ladder's first latents were like.
+    """
     request, facts = run.prepared.request, run.prepared.facts
-    size_lat = run.prepared.sizes[0].divided(facts.vae_factor)
-    noise = base_noise(request.seed, facts.latent_channels, size_lat.height, size_lat.width, run.dtype)
-    scheduler = schedule.euler(facts.scheduler_config, request.steps)
-    return _denoise(run, models, 0, scheduler, scheduler.timesteps, phases.base_start(scheduler, noise))
-
-
-def grow(run: Run, models: Models, latents: Tensor, phase: int) -> Tensor:
-    """Latents of phase - 1 -> latents of `phase`: decoded, resized, encoded, noised and denoised again (SDEdit)."""
-    request, facts, sizes = run.prepared.request, run.prepared.facts, run.prepared.sizes
-    strength = schedule.phase_strengths(request.strength, len(sizes) - 1)[phase - 1]
-    encoded = enlarge(run, models.vae, latents, phase)
-    steps = schedule.steps_run(strength, request.steps)
-    if steps == 0:
+    shape = encoded.shape[1:]
+    draw = partial(step_noise, request.seed, phase.index, *shape)
+    schedule = phase_schedule(request, facts.scheduler_config, phase, draw)
+    if schedule is None:
         return encoded
-    scheduler = schedule.euler(facts.scheduler_config, request.steps)
-    timesteps = schedule.last_steps(scheduler, steps)
-    noise = phase_noise(request.seed, phase, *encoded.shape[1:])
-    return _denoise(run, models, phase, scheduler, timesteps, phases.sdedit_start(scheduler, timesteps, encoded, noise))
+    start = encoded.to(run.device), phase_noise(request.seed, phase.index, *shape).to(run.device)
+    with prediction(run, models, phase, schedule) as (predict, predict_dilated):
+        if request.upscaler == "sdedit":
+            return stepped(run, phase, sdedit(*start, schedule, predict))
+        method, base = demofusion_of(request, phase), base.to(run.device)
+        return stepped(run, phase, demofusion(*start, base, schedule, predict, predict_dilated, method))
 
 
-def _denoise(run: Run, models: Models, phase: int, scheduler, timesteps: Tensor, latents: Tensor) -> Tensor:
-    planned = run.plan.stage("denoise", phase)
-    with run.stage("denoise", phase) as stage, prediction(run, models, planned.mode) as predict, torch.inference_mode():
-        for done, stepped in enumerate(denoise(latents.to(run.device), scheduler, timesteps, predict), 1):
-            latents = stepped
+def stepped(run: Run, phase: Phase, steps: Iterator[Tensor]) -> Tensor:
+    """The last latents of `steps`, on the CPU, with the stage recorded."""
+    with run.stage("denoise", phase.index) as stage, torch.inference_mode():
+        for done, reached in enumerate(steps, 1):
+            latents = reached
             stage.advance(done)
-    return checked(latents, f"The model gave NaN in {planned.name}.").cpu()
+    return checked(latents, f"The model gave NaN in {phase.name}.").cpu()
 
 
 @contextmanager
-def prediction(run: Run, models: Models, mode: Mode) -> Iterator[Predict]:
-    """The UNet with the attention of `mode`, as a guided prediction; what it does not need leaves the device."""
-    unet = models.unet
+def prediction(run: Run, models: Models, phase: Phase, schedule: Schedule) -> Iterator[tuple[Predict, Predict]]:
+    """The UNet as `phase` runs it, as guided predictions, plain and dilated; what it does not need leaves the card."""
+    unet, mode = models.unet, run.plan.stage("denoise", phase.index).mode
     linear = models.linear if mode.attention == "linear" else {}
     originals = {path: module for path, module in self_attentions(unet).items() if path in linear}
     with mounted(unet, linear):
         for module in (originals if linear else models.linear).values():
             module.to("cpu")
         unet.to(run.device)
-        yield guided_prediction(run, models.conditioning, runner(run, unet, mode), mode.together)
+        applies = where_guided(schedule, phase.guidance_scale, run.prepared.request.guidance_interval)
+        how = {"scale": phase.guidance_scale, "rescale": run.prepared.request.guidance_rescale, "applies": applies}
+        yield tuple(
+            guided_prediction(run, models.conditioning, how_to_run, mode.together, how)
+            for how_to_run in runners(run, unet, mode, phase.dilation)
+        )
 
 
-def runner(run: Run, unet: UNet2DConditionModel, mode: Mode) -> Whole | InStrips:
-    """What runs `unet`, with its attention mounted, in this mode."""
+def runners(run: Run, unet: UNet2DConditionModel, mode: Mode, dilation: int) -> list[Whole] | list[InStrips]:
+    """What runs `unet`, with its attention mounted, in this mode: as it is, and dilated."""
     if mode.strips is None:
-        return Whole(unet)
+        return [Whole(unet), Whole(unet, dilation)]
     strips = Strips(mode.strips, Storage(mode.place, run.device, run.dtype), Alone())
 
     def on_smaller(strips: Strips) -> None:
         size, place = strips.size, strips.storage.place
         run.recorder.notice(SMALLER.format(size.rows, size.tokens, MAPS[place]))
 
-    return InStrips(unet, strips, on_smaller)
+    return [InStrips(unet, replace(strips, dilation=times), on_smaller) for times in (1, dilation)]
 
 
-def guided_prediction(run: Run, conditioning: Conditioning, unet: Whole | InStrips, together: bool) -> Predict:
+def guided_prediction(
+    run: Run, conditioning: Conditioning, unet: Whole | InStrips, together: bool, how: dict[str, Any]
+) -> Predict:
     """Both halves of guidance by `unet`: one after the other, or in one batch."""
-    request = run.prepared.request
-    how = {"scale": request.guidance_scale, "rescale": request.guidance_rescale}
+    sizes = size_conditioning(run.prepared.request)
+    positive, negative = conditioning.positive, conditioning.negative
+    conditional = unet.predictor(positive.hidden, positive.added(sizes))
     if together:
-        both = conditioning.negative.beside(conditioning.positive)
-        return guided_together(unet.predictor(both.hidden, both.added(request.size)), **how)
-    positive, negative = (
-        unet.predictor(half.hidden, half.added(request.size)) for half in (conditioning.positive, conditioning.negative)
+        both = negative.beside(positive)
+        return guided_together(conditional, unet.predictor(both.hidden, both.added(sizes)), **how)
+    return guided(conditional, unet.predictor(negative.hidden, negative.added(sizes)), **how)
+
+
+def size_conditioning(request: PictureRequest) -> SizeConditioning:
+    """What SDXL is told of the picture's size: that of the finished picture in every phase, unless said otherwise."""
+    return SizeConditioning(
+        request.original_size or request.size, request.crop_top_left, request.target_size or request.size
     )
-    return guided(positive, negative, **how)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size, bands
 from linfusion_cli.images import RowSink
 from linfusion_cli.images.quantise import quantised
 from linfusion_cli.images.resize import ReadRegion, resized_region
 from linfusion_cli.images.scratch import ScratchPicture
+from linfusion_cli.images.source import SourcePicture, oriented, source_rows
 from linfusion_cli.jobs.run import Run
 from linfusion_cli.jobs.writing import Writing
 from linfusion_cli.models.load import Vae
+from linfusion_cli.request import PictureRequest
+from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.sampling.noise import latent_noise
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import DrawNoise, encode_rows
@@ -24,39 +29,82 @@ from linfusion_cli.vae.encode import DrawNoise, encode_rows
 BAND_PX = 256  # rows resized at a time when a base is reduced to a smaller target
 
 
-def enlarge(run: Run, vae: Vae, latents: Tensor, phase: int) -> Tensor:
+def enlarge(run: Run, vae: Vae, latents: Tensor, phase: Phase) -> Tensor:
     """Latents of the phase before `phase` -> latents of the same picture at the size of `phase`."""
-    size = run.prepared.sizes[phase - 1]
-    in_memory = run.plan.stage("encode", phase).waiting_bytes > 0
-    with ScratchPicture(None if in_memory else run.prepared.folder, size.width, size.height) as scratch:
-        for rows in _decoded(run, vae, latents, phase - 1):
+    before = run.prepared.phases[phase.index - 1]
+    if run.prepared.request.upscale_space == "latent":
+        if run.plan.has("decode", before.index):
+            deque(decoded(run, vae, latents, before), maxlen=0)  # only to be kept
+        return enlarged_latents(latents, phase.size.divided(run.prepared.facts.vae_factor))
+    with waiting_picture(run, before.size, phase) as scratch:
+        for rows in decoded(run, vae, latents, before):
             scratch.append(rows)
-        return _encoded(run, vae, scratch, phase)
+        return encoded(run, vae, scratch.read, before.size, phase)
 
 
-def _decoded(run: Run, vae: Vae, latents: Tensor, phase: int) -> Iterator[np.ndarray]:
-    """The rows [rows, W, 3] of the picture that the `latents` of `phase` are, as float32 between 0 and 1."""
-    done, method = 0, run.plan.stage("decode", phase).mode
-    with run.stage("decode", phase) as stage:
+def enlarged_latents(latents: Tensor, size_lat: Size) -> Tensor:
+    """`latents` [1, C, h, w] interpolated to `size_lat`, as DemoFusion's published code does."""
+    return F.interpolate(latents, (size_lat.height, size_lat.width), mode="bicubic")
+
+
+def begun_with(run: Run, vae: Vae, picture: SourcePicture) -> Tensor:
+    """The user's picture as latents of the first phase."""
+    first, background = run.prepared.phases[0], colour(run.prepared.request.background)
+    stored, seen = Size(*picture.stored_px), run.prepared.picture_size
+    with waiting_picture(run, stored, first) as scratch:
+        with run.recorder.stage("read", "read", seen, stored.height, "rows") as stage:
+            done = 0
+            for rows in source_rows(picture, background, run.recorder.notice):
+                scratch.append(rows)
+                done += len(rows)
+                stage.advance(done)
+        return encoded(run, vae, oriented(scratch.read, picture), seen, first)
+
+
+def waiting_picture(run: Run, size: Size, phase: Phase) -> ScratchPicture:
+    """Where a picture of this size waits until `phase` encodes it: in memory if the plan has room for it."""
+    in_memory = run.plan.stage("encode", phase.index).waiting_bytes > 0
+    return ScratchPicture(None if in_memory else run.prepared.folder, size.width, size.height)
+
+
+def decoded(run: Run, vae: Vae, latents: Tensor, phase: Phase) -> Iterator[np.ndarray]:
+    """The rows [rows, W, 3] of the picture that the `latents` of `phase` are, as float32 between 0 and 1.
+
+    They go to the phase's own file too, if it has one.
+    """
+    done, method, sink = 0, run.plan.stage("decode", phase.index).mode, run.phase_sinks.get(phase.index)
+    with run.stage("decode", phase.index) as stage:
         for rows in decode_rows(vae, latents, method, run.recorder.notice):
+            rows = rows.numpy()
+            if sink is not None:
+                sink.write(numbers(run.prepared.request, rows, done))
             done += len(rows)
             stage.advance(done)
             with stage.paused():
-                yield rows.numpy()
+                yield rows
+        if sink is not None:
+            sink.close()
 
 
-def _encoded(run: Run, vae: Vae, scratch: ScratchPicture, phase: int) -> Tensor:
-    """The picture in `scratch`, resized to the size of `phase`, as latents [1, C, h, w]."""
-    target, facts, done = run.prepared.sizes[phase], run.prepared.facts, 0
-    size_lat, method = target.divided(facts.vae_factor), run.plan.stage("encode", phase).mode
+def numbers(request: PictureRequest, rows: np.ndarray, top: int) -> np.ndarray:
+    """Float rows, from row `top` of a picture on, as its file takes them."""
+    return quantised(rows, top, request.bits, request.seed if request.dither else None)
+
+
+def encoded(run: Run, vae: Vae, read: ReadRegion, size: Size, phase: Phase) -> Tensor:
+    """The picture of `size` that `read` reads, enlarged to the size of `phase`, as latents [1, C, h, w]."""
+    facts, done = run.prepared.facts, 0
+    size_lat, method = phase.size.divided(facts.vae_factor), run.plan.stage("encode", phase.index).mode
     latents = torch.empty(1, facts.latent_channels, size_lat.height, size_lat.width)
-    resized = _resized_reader(scratch, target)
+    is_last = phase is run.prepared.phases[-1] and not run.prepared.is_reduced
+    resized = resized_reader(read, size, run.prepared.request.size if is_last else phase.size)
 
-    def read(*region: int) -> Tensor:
+    def read_tensor(*region: int) -> Tensor:
         return torch.from_numpy(resized(*region))
 
-    with run.stage("encode", phase) as stage:
-        for rows in encode_rows(vae, read, target, method, _draw(run, phase, size_lat), run.recorder.notice):
+    with run.stage("encode", phase.index) as stage:
+        draw = _draw(run, phase.index, size_lat)
+        for rows in encode_rows(vae, read_tensor, phase.size, method, draw, run.recorder.notice):
             latents[:, :, done : done + rows.shape[2]] = rows
             done += rows.shape[2]
             stage.advance(done * facts.vae_factor)
@@ -72,10 +120,30 @@ def _draw(run: Run, phase: int, size_lat: Size) -> DrawNoise | None:
     return lambda top, bottom: noise[:, :, top:bottom]
 
 
-def _resized_reader(scratch: ScratchPicture, target: Size) -> ReadRegion:
-    """Reads the picture in `scratch` as if it were `target` px."""
-    source = (scratch.width, scratch.height)
-    return lambda *region: resized_region(scratch.read, source, target.pair, region)
+def resized_reader(read: ReadRegion, source: Size, target: Size) -> ReadRegion:
+    """Reads a picture of the size `source` as if it were `target` px; beyond that, its last row and column go on.
+
+    So a picture fills exactly what will be left of a phase, whose sides are multiples, when it is cropped.
+    """
+
+    def read_resized(top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        height, width = target.height, target.width
+        inside = (min(top, height - 1), min(bottom, height), min(left, width - 1), min(right, width))
+        rows = resized_region(read, source.pair, target.pair, inside)
+        missing = ((0, bottom - top - rows.shape[0]), (0, right - left - rows.shape[1]), (0, 0))
+        return np.pad(rows, missing, mode="edge") if missing[0][1] or missing[1][1] else rows
+
+    return read_resized
+
+
+def colour(text: str | None) -> tuple[int, int, int] | None:
+    """Red, green and blue, 0 to 255, of a colour as CSS writes it; raises UsageError."""
+    from PIL import ImageColor
+
+    try:
+        return None if text is None else ImageColor.getrgb(text)[:3]
+    except ValueError as error:
+        raise UsageError(f"--background {text!r} is no colour.", "Use white or #204060, say.", "background") from error
 
 
 def write(run: Run, vae: Vae, latents: Tensor, sink: RowSink) -> None:
@@ -83,12 +151,10 @@ def write(run: Run, vae: Vae, latents: Tensor, sink: RowSink) -> None:
 
     The last rows are written while the next are decoded.
     """
-    request = run.prepared.request
-    numbers = partial(quantised, bits=request.bits, seed=request.seed if request.dither else None)
-    top = 0
+    request, top = run.prepared.request, 0
     with Writing(sink) as writing:
         for rows in finished_rows(run, vae, latents):
-            writing.take(numbers(rows, top=top))
+            writing.take(numbers(request, rows, top))
             top += len(rows)
         writing.finish()
     with run.recorder.stage("write", "write", request.size, 1, "file", spent_sec=writing.seconds):
@@ -97,12 +163,9 @@ def write(run: Run, vae: Vae, latents: Tensor, sink: RowSink) -> None:
 
 def finished_rows(run: Run, vae: Vae, latents: Tensor) -> Iterator[np.ndarray]:
     """The rows of the finished picture: cropped to the size asked for, or reduced to it if that is below the base."""
-    size, wanted = run.prepared.sizes[-1], run.prepared.request.size
-    decoded = _decoded(run, vae, latents, len(run.prepared.sizes) - 1)
-    if run.prepared.is_reduced:
-        yield from _reduced(run, decoded, size, wanted)
-    else:
-        yield from cropped(decoded, wanted)
+    phase, wanted = run.prepared.phases[-1], run.prepared.request.size
+    rows = decoded(run, vae, latents, phase)
+    yield from _reduced(run, rows, phase.size, wanted) if run.prepared.is_reduced else cropped(rows, wanted)
 
 
 def cropped(rows: Iterator[np.ndarray], size: Size) -> Iterator[np.ndarray]:
@@ -119,6 +182,6 @@ def _reduced(run: Run, rows: Iterator[np.ndarray], size: Size, wanted: Size) -> 
     with ScratchPicture(run.prepared.folder, size.width, size.height) as scratch:
         for part in rows:
             scratch.append(part)
-        read = _resized_reader(scratch, wanted)
+        read = resized_reader(scratch.read, size, wanted)
         for top, bottom in bands(wanted.height, BAND_PX):
             yield read(top, bottom, 0, wanted.width)

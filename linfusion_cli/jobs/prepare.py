@@ -9,35 +9,43 @@ from pathlib import Path
 from linfusion_cli import images
 from linfusion_cli.device import pick_device, pick_dtype
 from linfusion_cli.errors import UsageError, WriteFailed
-from linfusion_cli.geometry import Size, base_size, phase_sizes
+from linfusion_cli.geometry import Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
+from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.models.families import ModelFacts, read_facts
-from linfusion_cli.models.locate import find_linfusion, find_model, find_vae
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.models.locate import find_linfusion, find_lora, find_model, find_vae, split_weight
+from linfusion_cli.request import PictureRequest
+from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
 from linfusion_cli.units import format_bytes
+
+MOST_BEND = 0.1  # of --base-size: its proportions over the picture's; those of a small base can come no closer
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A request that nothing speaks against, and what it comes down to on this machine.
 
-    `sizes` are those of the phases from the base up, and `attentions` their attention, linear or original. `linfusion`
-    is None where no phase needs it.
+    `picture` is what grows, None where the base comes from noise. `linfusion` is None where no phase needs it.
     """
 
-    request: GenerateRequest
+    request: PictureRequest
     format: str
+    picture: SourcePicture | None
     model: Path
     vae: Path
     linfusion: Path | None
+    loras: list[tuple[Path, float]]
     facts: ModelFacts
-    sizes: list[Size]
-    attentions: list[str]
+    phases: list[Phase]
 
     @property
     def is_reduced(self) -> bool:
         """Whether the last phase is resized to the size asked for, which lies below the base, and not cropped to it."""
-        return self.sizes[-1] != self.request.size.rounded_up(self.facts.multiple_px)
+        return self.phases[-1].size != self.request.size.rounded_up(self.facts.multiple_px)
+
+    @property
+    def picture_size(self) -> Size | None:
+        return None if self.picture is None else Size(self.picture.width_px, self.picture.height_px)
 
     @property
     def folder(self) -> Path:
@@ -45,35 +53,48 @@ class Prepared:
         return self.request.output.resolve().parent
 
 
-def prepare(request: GenerateRequest) -> Prepared:
+def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Prepared:
     """Settle what `request` means here; raises UsageError, Unavailable or DataError where it cannot be done."""
     file_format = images.format_for(request.output, request.format)
     if request.download:
         pick_dtype(request.dtype, pick_device(request.device))  # before gigabytes travel to a machine without a card
     model = find_model(request.model, request.download)
     vae = find_vae(request.vae, model, request.download)
+    loras = [(find_lora(name, request.download), weight) for name, weight in map(split_weight, request.lora)]
     facts = read_facts(model, vae)
-    base = base_size(request.size, facts.native_px, facts.multiple_px)
-    sizes = phase_sizes(request.size, base, facts.multiple_px)
-    attentions = phase_attentions(request, len(sizes))
+    phases = ladder(request, rungs(request, facts, picture))
     linfusion = None
-    if "linear" in attentions or request.linfusion not in ("auto", "none"):  # what was named must be there
+    used = any(phase.attention == "linear" for phase in phases)
+    if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
-    return Prepared(request, file_format, model, vae, linfusion, facts, sizes, attentions)
+    return Prepared(request, file_format, picture, model, vae, linfusion, loras, facts, phases)
 
 
-def phase_attentions(request: GenerateRequest, phases: int) -> list[str]:
-    """The attention of each phase: `auto` is the model's own at the base, where it is faster, and linear above."""
-    kinds = request.attentions
-    if len(kinds) > phases:
-        reason = f"--attention {request.attention!r} names {len(kinds)} phases, and {request.size} has {phases}."
-        raise UsageError(reason, "Name as many or fewer; the last holds for all that follow.", "attention")
-    if "linear" in kinds and request.linfusion == "none":
-        raise UsageError("--attention linear needs LinFusion's weights.", "Leave --linfusion none out.", "attention")
-    kinds = kinds + kinds[-1:] * (phases - len(kinds))
-    above = "original" if request.linfusion == "none" else "linear"
-    automatic = ["original", *[above] * (phases - 1)]
-    return [auto if kind == "auto" else kind for kind, auto in zip(kinds, automatic, strict=True)]
+def rungs(request: PictureRequest, facts: ModelFacts, picture: SourcePicture | None) -> Rungs:
+    """The sizes of the request's ladder, from the base or from a picture up."""
+    target, multiple = request.size, facts.multiple_px
+    native = base_size(target, facts.native_px, multiple)
+    base = checked_base(request, multiple) or native
+    if picture is not None:
+        start = Size(picture.width_px, picture.height_px)
+        return Rungs(upscale_sizes(target, start, base, multiple), start, base, native, from_noise=False)
+    if request.upscaler == "none":
+        base = target.rounded_up(multiple)
+    return Rungs(phase_sizes(target, base, multiple), base, base, native, from_noise=True)
+
+
+def checked_base(request: PictureRequest, multiple: int) -> Size | None:
+    """--base-size, if it is given; raises UsageError where it is none for this model or this picture."""
+    base, target = request.base_size, request.size
+    if base is None:
+        return None
+    if base.rounded_up(multiple) != base:
+        reason = f"--base-size {base} is not possible with this model."
+        raise UsageError(reason, f"Use multiples of {multiple}.", "base_size")
+    if bend(base, target) > MOST_BEND:
+        reason = f"--base-size {base} has not the proportions of {target}."
+        raise UsageError(reason, "Choose one that has: the picture would be stretched.", "base_size")
+    return base
 
 
 def check_disk(prepared: Prepared) -> None:
@@ -88,13 +109,22 @@ def check_disk(prepared: Prepared) -> None:
 
 
 def disk_bytes(prepared: Prepared) -> int:
-    """The room the file may need, and the picture that waits between two phases."""
+    """The room the files may need, and the picture that waits between two phases."""
     request = prepared.request
-    file_bytes = images.bytes_needed(prepared.format, request.size.pair, request.bits, request.compression)
-    return file_bytes + scratch_bytes(prepared)
+    sizes = [request.size, *(saved_sizes(prepared) if request.save_phases else [])]
+    needs = [images.bytes_needed(prepared.format, size.pair, request.bits, request.compression) for size in sizes]
+    return sum(needs) + scratch_bytes(prepared)
+
+
+def saved_sizes(prepared: Prepared) -> list[Size]:
+    """The pictures that --save-phases keeps: all but the last, which is the output unless that is reduced from it."""
+    sizes = [phase.size for phase in prepared.phases]
+    return sizes if prepared.is_reduced else sizes[:-1]
 
 
 def scratch_bytes(prepared: Prepared) -> int:
-    """The largest picture that waits on disk: the last but one phase, or a base that is reduced to the target."""
-    waiting = prepared.sizes if prepared.is_reduced else prepared.sizes[:-1]
-    return max((size.area for size in waiting), default=0) * BYTES_PER_PX
+    """The largest picture that waits on disk: between phases, before the first, or a base that is to be reduced."""
+    waiting = [size.area for size in saved_sizes(prepared)]
+    if prepared.picture_size is not None:
+        waiting.append(prepared.picture_size.area)
+    return max(waiting, default=0) * BYTES_PER_PX

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from linfusion_cli.errors import DataError
+from linfusion_cli.images import RowSink
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder, Stage
 
@@ -18,11 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """A request that nothing speaks against, the plan to carry it out, and who records how that goes."""
+    """A request that nothing speaks against, the plan to carry it out, and who records how that goes.
+
+    `phase_sinks` are the files of the phases whose pictures are kept, by the phase's index.
+    """
 
     prepared: Prepared
     plan: Plan
     recorder: Recorder
+    phase_sinks: Mapping[int, RowSink] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -35,12 +35,27 @@ class Embedding:
         pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])
         return Embedding(torch.cat([self.hidden, other.hidden]), pooled)
 
-    def added(self, size: Size) -> dict[str, Tensor] | None:
-        """SDXL's further conditions: original size, crop offset and target size, here those of the finished picture."""
+    def added(self, sizes: SizeConditioning) -> dict[str, Tensor] | None:
+        """SDXL's further conditions beside the text, None for families that have none."""
         if self.pooled is None:
             return None
-        time_ids = torch.tensor([size.height, size.width, 0, 0, size.height, size.width], dtype=torch.float32)
+        time_ids = torch.tensor([sizes.numbers], dtype=torch.float32)
         return {"text_embeds": self.pooled, "time_ids": time_ids.repeat(len(self.pooled), 1)}
+
+
+@dataclass(frozen=True)
+class SizeConditioning:
+    """What SDXL is told of a picture: its size before cropping, what was cropped above and to the left, and after."""
+
+    original: Size
+    crop_top_left: tuple[int, int]
+    target: Size
+
+    @property
+    def numbers(self) -> list[int]:
+        """In SDXL's order, heights first."""
+        original, target = self.original, self.target
+        return [original.height, original.width, *self.crop_top_left, target.height, target.width]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from linfusion_cli import device as machine
 from linfusion_cli.errors import UsageError
 from linfusion_cli.planning.speed import Speed, measured
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.request import PictureRequest
 from linfusion_cli.units import format_bytes
 
 SHARE_OF_FREE = 0.9  # what is taken of the memory that is free now, where nothing else is said
@@ -29,7 +29,7 @@ class Machine:
     vae_speed: Speed
 
 
-def survey(request: GenerateRequest) -> Machine:
+def survey(request: PictureRequest) -> Machine:
     """This machine as `request` wants to use it; raises UsageError or Unavailable."""
     device = machine.pick_device(request.device)
     dtype, vae_dtype = (pick(request.dtype, device) for pick in (machine.pick_dtype, machine.pick_vae_dtype))
@@ -44,7 +44,7 @@ def survey(request: GenerateRequest) -> Machine:
     return Machine(device, dtype, vae_dtype, host, device_budget(request, device), resident, speed, vae_speed)
 
 
-def device_budget(request: GenerateRequest, device: torch.device) -> int | None:
+def device_budget(request: PictureRequest, device: torch.device) -> int | None:
     """The bytes that may be used of a card."""
     if device.type != "cuda":
         return None

@@ -21,6 +21,7 @@ from linfusion_cli.vae.statistics import Method
 
 WHOLE = StripSize(1 << 20, 1 << 40)
 LATENT_COPIES = 10  # latents, noise, predictions and what a scheduler's step makes of them, in fp32
+DEMOFUSION_COPIES = 15  # the encoded picture, its noise, both of them together, the blurred latents and two predictions
 COPY_BYTES_PER_SEC = 20e9  # between pinned host memory and a card: PCIe 4
 HEAP_BYTES = 24 << 20  # what libraries keep beside what is reckoned
 PIXEL_CHANNELS = 3
@@ -55,17 +56,18 @@ class Reckoner:
     outline: ModelOutline
     machine: Machine
 
-    def forward(self, mode: Mode, size: Size) -> Need | None:
+    def forward(self, mode: Mode, size: Size, dilation: int = 1) -> Need | None:
         """One prediction, or both halves of guidance, at `size` px; None for a UNet of an unknown kind."""
         if mode.attention == "original" and any(unknown_parts(self.outline.unet)):
             return None
         size_lat = size.divided(self.facts.vae_factor)
         shape = (2 if mode.together else 1, size_lat.height, size_lat.width)
-        setting = Setting(mode.strips or WHOLE, mode.place, *shape, self.machine.dtype.itemsize)
+        setting = Setting(mode.strips or WHOLE, mode.place, *shape, self.machine.dtype.itemsize, dilation=dilation)
         with mounted(self.outline.unet, self.outline.linear if mode.attention == "linear" else {}):
             ledger = reckon(self.outline.unet, setting)
         computing = self.machine.speed.seconds(ledger.flops, ledger.passes)
-        latents = LATENT_COPIES * 4 * self.facts.latent_channels * size_lat.area
+        copies = LATENT_COPIES if dilation == 1 else DEMOFUSION_COPIES
+        latents = copies * 4 * self.facts.latent_channels * size_lat.area
         holes = 0 if mode.strips else min(WHOLE_HEAP_BYTES, ledger.peak["device"])
         device = ledger.peak["device"] + latents + holes + self._weights(mode.attention)
         host = ledger.peak["host"] + (latents if self.machine.device.type == "cuda" else 0)  # drawn and added there

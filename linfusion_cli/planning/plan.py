@@ -15,7 +15,9 @@ from linfusion_cli.planning.conversion import Kind, methods_for
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.needs import Mode, Need, Reckoner
 from linfusion_cli.planning.outline import ModelOutline
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.request import PictureRequest
+from linfusion_cli.sampling.ladder import Phase
+from linfusion_cli.sampling.passes import Passes
 from linfusion_cli.strips.ops import GOOD_ROWS, StripSize
 from linfusion_cli.strips.storage import PLACES, Place
 from linfusion_cli.units import bytes_at_least, format_bytes
@@ -64,6 +66,10 @@ class Plan:
         """The stage of this kind in `phase`, which there is."""
         return next(stage for stage in self.stages if (stage.kind, stage.phase) == (kind, phase))
 
+    def has(self, kind: str, phase: int) -> bool:
+        """Whether there is one."""
+        return any((stage.kind, stage.phase) == (kind, phase) for stage in self.stages)
+
     @property
     def need(self) -> Need:
         """The peaks and the time of all stages whose needs are known."""
@@ -79,18 +85,26 @@ class Plan:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be planned: the phases' sizes, steps and attention, from the base up."""
+    """What is to be planned: phases, how often each runs the UNet, and the size of the picture that grows, if any."""
 
-    request: GenerateRequest
+    request: PictureRequest
     facts: ModelFacts
-    sizes: Sequence[Size]
-    steps: Sequence[int]
-    attentions: Sequence[str]
+    phases: Sequence[Phase]
+    passes: Sequence[Passes]
+    picture: Size | None = None
 
     @property
-    def halves(self) -> int:
-        """How many forwards a step takes: with guidance, two."""
-        return 2 if self.request.guidance_scale > 1 else 1
+    def attentions(self) -> list[str]:
+        return [phase.attention for phase in self.phases]
+
+    def is_encoded(self, phase: Phase) -> bool:
+        """Whether the phase begins with a picture in pixels."""
+        return self.picture is not None if phase.index == 0 else self.request.upscale_space == "pixel"
+
+    def is_decoded(self, phase: Phase) -> bool:
+        """Whether its result becomes pixels."""
+        needed = self.request.upscale_space == "pixel" or self.request.save_phases
+        return needed or phase is self.phases[-1]
 
 
 def make_plan(wanted: Wanted, outline: ModelOutline, machine: Machine) -> Plan:
@@ -99,12 +113,19 @@ def make_plan(wanted: Wanted, outline: ModelOutline, machine: Machine) -> Plan:
     chosen = [next((stage for stage in of_one if fits(stage.need, machine)), None) for of_one in options]
     if None in chosen:
         raise refusal(wanted, options, machine)
-    return Plan(machine, with_waiting_pictures(chosen, machine))
+    return Plan(machine, with_waiting_pictures(chosen, wanted.picture, machine))
 
 
-def with_waiting_pictures(stages: list[PlannedStage], machine: Machine) -> list[PlannedStage]:
-    """`stages` where a picture that is decoded, and then encoded, waits in memory in between, if both leave room."""
+def with_waiting_pictures(stages: list[PlannedStage], picture: Size | None, machine: Machine) -> list[PlannedStage]:
+    """`stages` where a picture that is to be encoded waits in memory until then, if there is room.
+
+    It is the result of the stage before, which must leave room too, or the `picture` that a run begins with.
+    """
     result = list(stages)
+    if picture is not None:
+        first = beside(stages[0], picture.area * BYTES_PER_PX)
+        if first.need.host_bytes <= machine.host_bytes:
+            result[0] = first
     for i, (one, other) in enumerate(pairwise(stages)):
         if other.kind == "encode":
             both = [beside(stage, one.size.area * BYTES_PER_PX) for stage in (one, other)]
@@ -121,41 +142,40 @@ def beside(stage: PlannedStage, waiting: int) -> PlannedStage:
 
 def ways(wanted: Wanted, reckoner: Reckoner) -> Iterator[list[PlannedStage]]:
     """For each stage of the run, in order, the ways to run it, the best first."""
-    for phase, (steps, attention) in enumerate(zip(wanted.steps, wanted.attentions, strict=True)):
-        if phase:
-            yield conversions(wanted, reckoner, phase, "encode", wanted.attentions[phase - 1])
-        if steps:
-            modes = modes_for(attention, reckoner.machine, wanted.halves)
-            yield [denoising(wanted, reckoner, phase, mode) for mode in modes]
-        yield conversions(wanted, reckoner, phase, "decode", attention)
+    for phase, passes in zip(wanted.phases, wanted.passes, strict=True):
+        if wanted.is_encoded(phase):
+            before = wanted.phases[max(0, phase.index - 1)]
+            yield conversions(wanted, reckoner, phase, "encode", before.attention)
+        if passes.steps:
+            modes = modes_for(phase.attention, reckoner.machine, both_halves=passes.guided > 0)
+            yield [denoising(reckoner, phase, passes, mode) for mode in modes]
+        if wanted.is_decoded(phase):
+            yield conversions(wanted, reckoner, phase, "decode", phase.attention)
 
 
-def conversions(wanted: Wanted, reckoner: Reckoner, phase: int, kind: Kind, attention: str) -> list[PlannedStage]:
+def conversions(wanted: Wanted, reckoner: Reckoner, phase: Phase, kind: Kind, attention: str) -> list[PlannedStage]:
     """The ways to decode a phase's picture, or encode what it begins with, while the UNet has this attention."""
-    size = wanted.sizes[phase]
-    methods = methods_for(kind, wanted.request.vae_statistics, reckoner, size)
-    needs = [reckoner.vae(size, kind == "encode", attention, method) for method in methods]
-    return [PlannedStage(phase, kind, kind, size, 0, *pair) for pair in zip(methods, needs, strict=True)]
+    methods = methods_for(kind, wanted.request.vae_statistics, reckoner, phase.size)
+    needs = [reckoner.vae(phase.size, kind == "encode", attention, method) for method in methods]
+    return [PlannedStage(phase.index, kind, kind, phase.size, 0, *pair) for pair in zip(methods, needs, strict=True)]
 
 
-def denoising(wanted: Wanted, reckoner: Reckoner, phase: int, mode: Mode) -> PlannedStage:
+def denoising(reckoner: Reckoner, phase: Phase, passes: Passes, mode: Mode) -> PlannedStage:
     """All steps of a phase in this mode."""
-    size, steps = wanted.sizes[phase], wanted.steps[phase]
-    name = f"{size.width / wanted.sizes[0].width:.2g}x" if phase else "base"
-    forwards = steps * (1 if mode.together else wanted.halves)
-    need = reckoner.forward(mode, size)
+    need = reckoner.forward(mode, phase.size, phase.dilation if passes.dilated else 1)
     if need is not None:
-        need = replace(need, seconds=need.seconds * forwards)
-    return PlannedStage(phase, "denoise", name, size, steps, mode, need)
+        of_one_half = need.seconds / (2 if mode.together else 1)
+        need = replace(need, seconds=of_one_half * passes.forwards())
+    return PlannedStage(phase.index, "denoise", phase.name, phase.size, passes.steps, mode, need)
 
 
-def modes_for(attention: str, machine: Machine, halves: int) -> list[Mode]:
+def modes_for(attention: str, machine: Machine, both_halves: bool) -> list[Mode]:
     """The ways to run a phase: on the device with tall strips if that fits, then maps move out, then strips shrink.
 
     Both halves of guidance at once only help a GPU that one alone does not fill.
     """
     kind = machine.device.type
-    batches = (True, False) if kind == "cuda" and halves == 2 else (False,)
+    batches = (True, False) if kind == "cuda" and both_halves else (False,)
     if attention == "original":
         return [Mode(attention, together=together) for together in batches]
     places: tuple[Place, ...] = PLACES if kind == "cuda" else ("device",)

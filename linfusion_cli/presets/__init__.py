@@ -3,6 +3,7 @@
 This is the only place where settings are merged. A preset is a TOML file of request fields and nothing else.
 """
 
+from linfusion_cli.presets.fields import PARSERS
 from linfusion_cli.presets.files import preset_names, preset_path
 from linfusion_cli.presets.settings import (
     Layer,
@@ -19,6 +20,7 @@ SDXL, DEMO = "sdxl", "demo"  # what runs when no preset is named: the first if i
 
 __all__ = [
     "DEMO",
+    "PARSERS",
     "SDXL",
     "Layer",
     "Settings",

@@ -46,19 +46,43 @@ def _size(value: Any) -> Size:
     return parse_size(str(value))
 
 
+def _several(one: Callable[[Any], Any]) -> Callable[[Any], tuple]:
+    """Reads one value, a list of them, or text with commas between."""
+
+    def read(value: Any) -> tuple:
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        return tuple(one(part.strip() if isinstance(part, str) else part) for part in parts)
+
+    return read
+
+
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "model": _text,
     "linfusion": _text,
     "vae": _text,
+    "lora": _several(_text),
     "prompt": _text,
     "negative_prompt": _text,
     "size": _size,
     "seed": _whole,
-    "steps": _whole,
-    "guidance_scale": _number,
+    "scheduler": _text,
+    "timestep_spacing": _text,
+    "steps": _several(_whole),
+    "guidance_scale": _several(_number),
     "guidance_rescale": _number,
-    "strength": _number,
-    "attention": _text,
+    "guidance_interval": _several(_number),
+    "upscaler": _text,
+    "upscale_space": _text,
+    "base_size": _size,
+    "strength": _several(_number),
+    "cosine": _several(_number),
+    "blur_sigma": _number,
+    "dilated_min": _number,
+    "original_size": _size,
+    "target_size": _size,
+    "crop_top_left": _several(_whole),
+    "background": _text,
+    "attention": _several(_text),
     "vae_statistics": _text,
     "vae_latents": _text,
     "vram": _bytes,
@@ -70,5 +94,6 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "bits": _whole,
     "dither": _truth,
     "dpi": _number,
+    "save_phases": _truth,
     "prompt_metadata": _truth,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from linfusion_cli.errors import ConfigError, InputMissing, UsageError
 from linfusion_cli.presets.fields import PARSERS
@@ -18,8 +18,10 @@ from linfusion_cli.presets.files import (
     preset_path,
     read_toml,
 )
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.request import PictureRequest
 from linfusion_cli.units import is_file
+
+R = TypeVar("R", bound=PictureRequest)
 
 PREFIX = "LINFUSION_"
 WAYS_TO_GIVE = {
@@ -47,10 +49,9 @@ class Settings:
     values: Mapping[str, Any]
     layers: Mapping[str, Layer]
 
-    @property
-    def origins(self) -> dict[str, str]:
+    def origins(self, kind: type[PictureRequest]) -> dict[str, str]:
         """Setting -> where its value came from, for all fields of a request."""
-        names = [field.name for field in fields(GenerateRequest)]
+        names = [field.name for field in fields(kind)]
         return {name: self.layers[name].origin_of(name) if name in self.layers else "default" for name in names}
 
 
@@ -104,13 +105,17 @@ def merge(layers: list[Layer]) -> Settings:
     return Settings(values, origins)
 
 
-def build_request(settings: Settings) -> GenerateRequest:
-    """The request these settings make; raises UsageError, or ConfigError where a wrong value stands in a file."""
-    missing = [name for name in required() if name not in settings.values]
+def build_request(settings: Settings, kind: type[R]) -> R:
+    """The request of this kind that the settings make; those of the other kind alone are left out.
+
+    Raises UsageError, or ConfigError where a wrong value stands in a file.
+    """
+    names = {field.name for field in fields(kind)}
+    missing = [name for name in required(kind) if name not in settings.values]
     if missing:
         raise UsageError(f"No {missing[0]} was given.", WAYS_TO_GIVE.get(missing[0], ""), missing[0])
     try:
-        return GenerateRequest(**settings.values)
+        return kind(**{name: value for name, value in settings.values.items() if name in names})
     except UsageError as error:
         layer = settings.layers.get(error.setting or "")
         if layer is None or layer.origin == "flag":
@@ -120,6 +125,6 @@ def build_request(settings: Settings) -> GenerateRequest:
         raise ConfigError(f"{place(layer.path, error.setting)}: {error.message}", error.way_out) from error
 
 
-def required() -> list[str]:
+def required(kind: type[PictureRequest]) -> list[str]:
     """The fields of a request that have no default."""
-    return [field.name for field in fields(GenerateRequest) if field.default is MISSING]
+    return [field.name for field in fields(kind) if field.default is MISSING]

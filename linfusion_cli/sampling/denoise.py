@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 
 from linfusion_cli.sampling.guidance import Predict
+from linfusion_cli.sampling.schedule import Schedule
 
 
-def denoise(latents: Tensor, scheduler: Any, timesteps: Tensor, predict: Predict) -> Iterator[Tensor]:
-    """Run `scheduler` over `timesteps` from `latents` [B, C, H, W] in fp32, yielding the latents after each step."""
-    for timestep in timesteps:
-        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
+def denoise(latents: Tensor, schedule: Schedule, predict: Predict) -> Iterator[Tensor]:
+    """Take the steps of `schedule` from `latents` [1, C, h, w] in fp32, yielding the latents after each."""
+    for step, timestep in enumerate(schedule.timesteps):
+        prediction = predict(schedule.scaled(latents, step), timestep)
+        latents = schedule.stepped(prediction, step, latents)
         yield latents
+
+
+def sdedit(encoded: Tensor, noise: Tensor, schedule: Schedule, predict: Predict) -> Iterator[Tensor]:
+    """SDEdit (Meng et al., arXiv 2108.01073): noise the encoded picture [1, C, h, w] to the first step, and denoise."""
+    return denoise(schedule.noised(encoded, noise, 0), schedule, predict)

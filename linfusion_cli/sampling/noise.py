@@ -4,13 +4,22 @@ import torch
 from torch import Tensor
 
 BLOCK_LAT = 64
-LATENTS = 1  # beside seed and phase, what else noise is drawn for
+LATENTS, STEPS = 1, 2  # beside seed and phase, what else noise is drawn for
 
 
-def base_noise(seed: int, channels: int, height_lat: int, width_lat: int, dtype: torch.dtype) -> Tensor:
-    """The noise a diffusers pipeline in `dtype` draws for this seed and size -> [1, C, H, W] in fp32."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn((1, channels, height_lat, width_lat), generator=generator, dtype=dtype).float()
+class InTurn:
+    """The noise of a base [1, C, H, W], call by call as a diffusers pipeline in `dtype` draws it for this seed.
+
+    The first is what it starts with, the others what its scheduler adds.
+    """
+
+    def __init__(self, seed: int, channels: int, height_lat: int, width_lat: int, dtype: torch.dtype):
+        self._shape, self._dtype = (1, channels, height_lat, width_lat), dtype
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def __call__(self, step: int = 0) -> Tensor:
+        """The next noise, in fp32, whatever the step."""
+        return torch.randn(self._shape, generator=self._generator, dtype=self._dtype).float()
 
 
 def phase_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int) -> Tensor:
@@ -25,6 +34,11 @@ def phase_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat
 def latent_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int) -> Tensor:
     """As `phase_noise`, for the draw from the VAE's distribution that the phase begins with: independent of it."""
     return _in_blocks((seed, phase, LATENTS), channels, height_lat, width_lat)
+
+
+def step_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int, step: int) -> Tensor:
+    """As `phase_noise`, for what a scheduler adds in a step."""
+    return _in_blocks((seed, phase, STEPS, step), channels, height_lat, width_lat)
 
 
 def _in_blocks(counters: tuple[int, ...], channels: int, height_lat: int, width_lat: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolutions whose missing rows somebody else supplies, at any dilation."""
+"""Convolutions at any dilation, also those whose missing rows somebody else supplies."""
 
 from __future__ import annotations
 
@@ -14,12 +14,26 @@ def rows_supplied(network: nn.Module, dilation: int = 1) -> Iterator[None]:
 
     Convolutions inside LoRA layers are convolutions of the network too. On leaving, all are as they were.
     """
+    with _changed(network, dilation, pads_rows=False):
+        yield
+
+
+@contextmanager
+def dilated(network: nn.Module, dilation: int) -> Iterator[None]:
+    """Within the context every convolution has its dilation and padding times `dilation`; then all are as they were."""
+    with _changed(network, dilation, pads_rows=True):
+        yield
+
+
+@contextmanager
+def _changed(network: nn.Module, dilation: int, pads_rows: bool) -> Iterator[None]:
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     before = [(module.dilation, module.padding) for module in convolutions]
     try:
         for module in convolutions:
+            rows, columns = module.padding
             module.dilation = (dilation, dilation)
-            module.padding = (0, dilation * module.padding[1])
+            module.padding = (dilation * rows if pads_rows else 0, dilation * columns)
         yield
     finally:
         for module, (old_dilation, padding) in zip(convolutions, before, strict=True):

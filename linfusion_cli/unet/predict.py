@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from linfusion_cli.device import free_memory, is_out_of_memory
+from linfusion_cli.strips.dilation import dilated
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.unet.check import check_supported
 from linfusion_cli.unet.forward import Condition, strip_forward
@@ -18,17 +19,20 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timestep 
 
 
 class Whole:
-    """Runs a UNet as it is."""
+    """Runs a UNet in one piece, its convolutions dilated by `dilation`."""
 
-    def __init__(self, unet: UNet2DConditionModel):
-        self._unet = unet
+    def __init__(self, unet: UNet2DConditionModel, dilation: int = 1):
+        self._unet, self._dilation = unet, dilation
 
     def predictor(self, text: Tensor, added: Mapping[str, Tensor] | None) -> Predict:
         """The UNet under `text` [B, T, C] and SDXL's `added` (`text_embeds` [B, C], `time_ids` [B, 6])."""
         return _predictor(self._unet, Condition(text, added), self._forward)
 
     def _forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        return self._unet(latents, timestep, condition.text, added_cond_kwargs=condition.added, return_dict=False)[0]
+        with dilated(self._unet, self._dilation):
+            return self._unet(latents, timestep, condition.text, added_cond_kwargs=condition.added, return_dict=False)[
+                0
+            ]
 
 
 class InStrips:

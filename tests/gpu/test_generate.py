@@ -18,7 +18,13 @@ def test_the_card_paints_what_the_cpu_paints(xl_model, tmp_path, dtype):
     for device, number_format in (("cpu", "auto"), ("cuda", dtype)):
         output = tmp_path / f"{device}.png"
         request = GenerateRequest(
-            "a hill", Size(128, 96), output, str(xl_model), steps=4, device=device, dtype=number_format
+            prompt="a hill",
+            size=Size(128, 96),
+            output=output,
+            model=str(xl_model),
+            steps=(4,),
+            device=device,
+            dtype=number_format,
         )
         report = generate(request, {})
         pictures[device] = np.asarray(Image.open(output)).astype(int)

@@ -23,7 +23,13 @@ def colours(tmp_path_factory):
     def colour(name: str, seed: int) -> np.ndarray:
         output = folder / f"{name}-{seed}.png"
         request = GenerateRequest(
-            PROMPTS[name], Size(256, 256), output, "demo", seed=seed, steps=16, guidance_scale=4.0
+            prompt=PROMPTS[name],
+            size=Size(256, 256),
+            output=output,
+            model="demo",
+            seed=seed,
+            steps=(16,),
+            guidance_scale=(4.0,),
         )
         generate(request, {})
         return np.asarray(Image.open(output)).mean(axis=(0, 1))

@@ -26,7 +26,7 @@ def make(xl_model, tmp_path):
     """generate() with small settings, into tmp_path."""
 
     def run(observer=None, output="out.png", **changed):
-        values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": 4, "strength": 0.5}
+        values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": (4,), "strength": (0.5,)}
         request = GenerateRequest(**values | {"output": tmp_path / output} | changed)
         return generate(request, {}, observer or Listener())
 
@@ -55,7 +55,7 @@ def test_the_base_is_the_picture_that_diffusers_makes(make, xl_model, tmp_path):
     """One phase, the model's own attention: the same pixels as the plain pipeline with the same seed."""
     from diffusers import StableDiffusionXLPipeline
 
-    make(size=Size(64, 64), linfusion="none", seed=5, guidance_scale=3.0, guidance_rescale=0.3)
+    make(size=Size(64, 64), linfusion="none", seed=5, guidance_scale=(3.0,), guidance_rescale=0.3)
     pipeline = StableDiffusionXLPipeline.from_pretrained(xl_model)
     expected = pipeline(
         "a hill",
@@ -76,7 +76,7 @@ def test_the_ladder_is_sdedit_over_the_whole_picture(make, xl_model, tmp_path):
 
     from linfusion_cli.sampling.noise import phase_noise
 
-    make(size=Size(128, 128), linfusion="none", guidance_scale=1.0)
+    make(size=Size(128, 128), linfusion="none", guidance_scale=(1.0,))
     pipeline = StableDiffusionXLPipeline.from_pretrained(xl_model)
     vae: AutoencoderKL = pipeline.vae
     sizes = {"original_size": (128, 128), "target_size": (128, 128), "guidance_scale": 1.0}
@@ -122,15 +122,15 @@ def test_strips_of_any_height_paint_the_same_picture(make, tmp_path, monkeypatch
     """The plan may differ from machine to machine: the picture differs by rounding, here of one step in 255."""
     for rows in (16, 3):
         monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(rows, 64),))
-        make(output=f"{rows}.png", attention="linear", size=Size(160, 136))
+        make(output=f"{rows}.png", attention=("linear",), size=Size(160, 136))
     difference = np.abs(pixels(tmp_path / "16.png").astype(int) - pixels(tmp_path / "3.png"))
     assert difference.max() <= 1
 
 
 def test_a_phase_with_linear_attention_is_the_plain_forward_with_the_same_attention(make, tmp_path, monkeypatch):
-    make(output="strips.png", attention="linear", size=Size(160, 136))
-    monkeypatch.setattr(paint, "runner", lambda run, unet, mode: Whole(unet))
-    make(output="whole.png", attention="linear", size=Size(160, 136))
+    make(output="strips.png", attention=("linear",), size=Size(160, 136))
+    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, dilation: [Whole(unet), Whole(unet, dilation)])
+    make(output="whole.png", attention=("linear",), size=Size(160, 136))
     difference = np.abs(pixels(tmp_path / "strips.png").astype(int) - pixels(tmp_path / "whole.png"))
     assert difference.max() <= 1
 
@@ -142,12 +142,12 @@ def test_a_phase_with_linear_attention_is_the_plain_forward_with_the_same_attent
         ("linear", "auto", ["linear", "linear"]),
         ("original", "auto", ["original", "original"]),
         ("linear,original", "auto", ["linear", "original"]),
-        ("linear, auto", "auto", ["linear", "linear"]),
+        ("linear,auto", "auto", ["linear", "linear"]),
         ("auto", "none", ["original", "original"]),
     ],
 )
 def test_each_phase_has_the_attention_asked_for(make, attention, linfusion, expected):
-    report = make(attention=attention, linfusion=linfusion)
+    report = make(attention=tuple(attention.split(",")), linfusion=linfusion)
     stages = [stage for stage in report.plan["stages"] if stage["kind"] == "denoise"]
     assert [stage["mode"]["attention"] for stage in stages] == expected
     assert [stage["mode"]["strips"] is not None for stage in stages] == [kind == "linear" for kind in expected]
@@ -155,11 +155,11 @@ def test_each_phase_has_the_attention_asked_for(make, attention, linfusion, expe
 
 def test_attention_that_cannot_be_is_usage(make):
     with pytest.raises(UsageError, match="names 3 phases"):
-        make(attention="auto,linear,linear")
+        make(attention=("auto", "linear", "linear"))
     with pytest.raises(UsageError, match="LinFusion's weights"):
-        make(attention="linear", linfusion="none")
+        make(attention=("linear",), linfusion="none")
     with pytest.raises(UsageError, match="--attention 'quadratic'"):
-        make(attention="quadratic")
+        make(attention=("quadratic",))
 
 
 def test_what_was_planned_stands_beside_what_was_measured(make):
@@ -177,7 +177,7 @@ def test_a_budget_that_is_too_small_ends_it_before_any_work(make, tmp_path):
 
 
 def test_memory_that_runs_out_in_a_step_is_told_and_loses_nothing(make, tmp_path, monkeypatch):
-    make(output="a.png", attention="linear")
+    make(output="a.png", attention=("linear",))
     run, refused = predict.strip_forward, []
 
     def scarce(unet, strips, latents, *rest):
@@ -188,7 +188,7 @@ def test_memory_that_runs_out_in_a_step_is_told_and_loses_nothing(make, tmp_path
 
     monkeypatch.setattr(predict, "strip_forward", scarce)
     listener = Listener()
-    make(listener, output="b.png", attention="linear")
+    make(listener, output="b.png", attention=("linear",))
     notices = [event.text for event in listener.of(Notice)]
     assert refused and len(notices) == 1 and notices[0].startswith("Memory ran out")
     difference = np.abs(pixels(tmp_path / "a.png").astype(int) - pixels(tmp_path / "b.png"))
@@ -204,7 +204,7 @@ def test_the_file_tells_its_request(make, tmp_path):
     prompt = 'a [cat] 😀 <&>\n"quoted"'
     make(prompt=prompt, negative_prompt="dogs", output="a.tif", dpi=72)
     info = read_info(tmp_path / "a.tif")
-    assert info.request["prompt"] == prompt and info.request["steps"] == 4 and info.dpi == 72
+    assert info.request["prompt"] == prompt and info.request["steps"] == [4] and info.dpi == 72
     make(prompt=prompt, output="b.tif", prompt_metadata=False)
     assert "😀" not in json.dumps(read_info(tmp_path / "b.tif").request, ensure_ascii=False)
 

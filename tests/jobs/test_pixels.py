@@ -15,6 +15,7 @@ from linfusion_cli.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.images.scratch import ScratchPicture
 from linfusion_cli.jobs.generate import generate
+from linfusion_cli.jobs.pixels import resized_reader
 from linfusion_cli.jobs.writing import Writing
 from linfusion_cli.request import GenerateRequest
 from tests.fakes import Listener
@@ -26,7 +27,7 @@ def make(xl_model, tmp_path):
     """generate() with small settings, into tmp_path."""
 
     def run(output="out.png", observer=None, **changed):
-        values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": 4, "strength": 0.5}
+        values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": (4,), "strength": (0.5,)}
         request = GenerateRequest(**values | {"output": tmp_path / output} | changed)
         return generate(request, {}, observer or Listener())
 
@@ -132,7 +133,7 @@ def test_a_picture_between_phases_waits_in_memory_if_there_is_room_and_is_the_sa
     stages = {(stage["kind"], stage["phase"]): stage["waiting_bytes"] for stage in report.plan["stages"]}
     assert stages["decode", 0] == stages["encode", 1] == 64 * 64 * 6 and stages["decode", 1] == 0
 
-    monkeypatch.setattr("linfusion_cli.planning.plan.with_waiting_pictures", lambda stages, machine: stages)
+    monkeypatch.setattr("linfusion_cli.planning.plan.with_waiting_pictures", lambda stages, picture, machine: stages)
     make("b.png")
     assert seen == [None, tmp_path] and (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
 
@@ -202,3 +203,14 @@ def test_a_full_disk_while_writing_leaves_nothing(make, tmp_path, monkeypatch):
     with pytest.raises(WriteFailed):
         make()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_fills_what_will_be_left_of_a_phase_and_its_edges_go_on_from_there():
+    rows = np.random.default_rng(0).random((40, 30, 3), np.float32)
+    read = resized_reader(lambda top, bottom, left, right: rows[top:bottom, left:right], Size(30, 40), Size(70, 90))
+    whole = read(0, 96, 0, 96)
+    planes = [Image.fromarray(rows[..., i]).resize((70, 90), Image.Resampling.LANCZOS) for i in range(3)]
+    np.testing.assert_allclose(whole[:90, :70], np.stack(planes, -1).clip(0, 1), atol=1e-5)
+    assert (whole[90:, :70] == whole[89, :70]).all() and (whole[:, 70:] == whole[:, 69:70]).all()
+    for region in ((0, 10, 0, 96), (85, 96, 60, 96), (91, 96, 72, 96), (91, 96, 0, 20)):
+        np.testing.assert_allclose(read(*region), whole[region[0] : region[1], region[2] : region[3]], atol=1e-6)

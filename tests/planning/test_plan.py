@@ -16,6 +16,8 @@ from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import MARGIN_BYTES, STRIP_SIZES, Plan, Wanted, make_plan
 from linfusion_cli.planning.speed import Speed
 from linfusion_cli.request import GenerateRequest
+from linfusion_cli.sampling.ladder import Rungs, ladder
+from linfusion_cli.sampling.passes import count_passes
 from linfusion_cli.units import parse_bytes
 
 GIB = 1 << 30
@@ -28,11 +30,18 @@ def machine(kind: str, host_bytes: int, device_bytes: int | None = None) -> Mach
     return Machine(torch.device(kind), dtype, torch.float32, host_bytes, device_bytes, GIB // 2, speed, speed)
 
 
+def a_request(size: Size, **changed) -> GenerateRequest:
+    values = {"prompt": "a hill", "size": size, "output": Path("a.tif"), "model": "demo"}
+    return GenerateRequest(**values | changed)
+
+
 def plan(on: Machine, attentions=("original", "linear"), **request) -> Plan:
     """A plan for the demo model, from 256² to 8192²."""
-    wanted = GenerateRequest("a hill", SIZES[-1], Path("a.tif"), "demo", **request)
-    outline = ModelOutline.read(DEMO_FOLDER, DEMO_FOLDER / "linfusion")
-    return make_plan(Wanted(wanted, read_facts(DEMO_FOLDER), SIZES, [4, 2], attentions), outline, on)
+    wanted = a_request(SIZES[-1], attention=attentions, steps=(4,), strength=(0.5,), **request)
+    phases = ladder(wanted, Rungs(SIZES, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
+    facts, outline = read_facts(DEMO_FOLDER), ModelOutline.read(DEMO_FOLDER, DEMO_FOLDER / "linfusion")
+    passes = [count_passes(wanted, facts.scheduler_config, phase) for phase in phases]
+    return make_plan(Wanted(wanted, facts, phases, passes), outline, on)
 
 
 def test_a_cpu_with_room_takes_the_best_strips_for_linear_attention_alone():
@@ -76,7 +85,7 @@ def test_with_less_room_on_the_card_maps_move_to_the_host():
         ("skips", False),
         ("host", False),
     ]
-    assert not plan(machine("cuda", 64 * GIB, 16 * GIB), guidance_scale=1.0).stage("denoise", 1).mode.together
+    assert not plan(machine("cuda", 64 * GIB, 16 * GIB), guidance_scale=(1.0,)).stage("denoise", 1).mode.together
 
 
 def test_maps_move_only_to_a_host_that_has_room():
@@ -98,10 +107,10 @@ def test_a_unet_of_an_unknown_kind_runs_whole_or_is_refused_by_name(tmp_path, xl
     config["down_block_types"][1] = "AttnDownBlock2D"
     (model / "unet" / "config.json").write_text(json.dumps(config))
     (model / "linfusion" / "config.json").write_text(json.dumps({"modules_list": []}))
-    request = GenerateRequest("a hill", Size(256, 256), tmp_path / "a.tif", str(model), attention="original")
+    request = a_request(Size(256, 256), output=tmp_path / "a.tif", model=str(model), attention=("original",))
     assert plan_run(prepare(request)).stage("denoise", 1).need is None
 
-    request = GenerateRequest("a hill", Size(256, 256), tmp_path / "a.tif", str(model), strength=0.5)
+    request = a_request(Size(256, 256), output=tmp_path / "a.tif", model=str(model), strength=(0.5,))
     with pytest.raises(DataError, match="LinFusion weights|down_blocks.1"):
         plan_run(prepare(request))
 

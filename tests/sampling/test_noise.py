@@ -1,15 +1,23 @@
 import torch
 
-from linfusion_cli.sampling.noise import BLOCK_LAT, base_noise, phase_noise
+from linfusion_cli.sampling.noise import BLOCK_LAT, InTurn, latent_noise, phase_noise, step_noise
 
 
-def test_base_noise_is_what_diffusers_draws():
+def test_the_noise_of_a_base_is_what_diffusers_draws_one_after_the_other():
     from diffusers.utils.torch_utils import randn_tensor
 
     for dtype in (torch.float32, torch.float16):
-        generator = torch.Generator("cpu").manual_seed(7)
-        expected = randn_tensor((1, 4, 24, 40), generator=generator, device=torch.device("cpu"), dtype=dtype)
-        assert torch.equal(base_noise(7, 4, 24, 40, dtype), expected.float())
+        generator, draw = torch.Generator("cpu").manual_seed(7), InTurn(7, 4, 24, 40, dtype)
+        for step in range(3):
+            expected = randn_tensor((1, 4, 24, 40), generator=generator, device=torch.device("cpu"), dtype=dtype)
+            assert torch.equal(draw(step), expected.float())
+
+
+def test_noise_for_several_uses_is_independent():
+    drawn = [phase_noise(3, 1, 1, 64, 64), latent_noise(3, 1, 1, 64, 64)]
+    drawn += [step_noise(3, 1, 1, 64, 64, step) for step in range(3)]
+    table = torch.corrcoef(torch.stack([noise.flatten() for noise in drawn]))
+    assert (table - torch.eye(len(drawn))).abs().max() < 0.06
 
 
 def test_phase_noise_does_not_depend_on_the_size_of_the_map():

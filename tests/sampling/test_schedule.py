@@ -1,73 +1,110 @@
+import math
+
 import pytest
 import torch
 
-from linfusion_cli.errors import DataError
-from linfusion_cli.sampling import phases, schedule
-from linfusion_cli.sampling.denoise import denoise
-from linfusion_cli.sampling.guidance import guided, rescaled
-from tests.models_in_small import small_scheduler
+from linfusion_cli.errors import DataError, UsageError
+from linfusion_cli.request import SCHEDULERS
+from linfusion_cli.sampling.denoise import denoise, sdedit
+from linfusion_cli.sampling.noise import InTurn
+from linfusion_cli.sampling.schedule import SOLVERS, make_schedule, no_noise
+from tests.models_in_small import scheduler_config
 
-CONFIG = dict(small_scheduler().config)
-
-
-def test_strengths_of_a_16k_ladder():
-    assert schedule.phase_strengths(0.32, 4) == pytest.approx([0.32, 0.24, 0.16, 0.08])
-    assert schedule.phase_strengths(0.32, 0) == []
+CONFIG = scheduler_config()
+ANYWHERE = [name for name, solver in SOLVERS.items() if solver.anywhere]
+ADDING = ("euler-a", "lcm", "dpmpp-2m-sde")
 
 
-@pytest.mark.parametrize(
-    ("strength", "steps", "count"),
-    [(0.32, 50, 16), (0.24, 50, 12), (0.08, 50, 4), (0.08, 24, 2), (1, 30, 30), (0, 30, 0)],
-)
-def test_a_phase_runs_the_last_steps(strength, steps, count):
-    assert schedule.steps_run(strength, steps) == count
+def schedule(name="euler", steps=20, count=None, draw=no_noise, config=CONFIG, spacing="auto"):
+    return make_schedule(name, config, steps, draw, count, spacing)
 
 
-def test_sdedit_starts_at_the_picture_noised_to_the_first_of_the_last_steps():
-    scheduler = schedule.euler(CONFIG, 20)
-    timesteps = schedule.last_steps(scheduler, 5)
-    encoded, noise = torch.randn(2, 1, 4, 8, 8)
-    start = phases.sdedit_start(scheduler, timesteps, encoded, noise)
-    torch.testing.assert_close(start, encoded + scheduler.sigmas[15] * noise)
+def test_every_scheduler_that_can_be_asked_for_is_there():
+    assert tuple(SOLVERS) == SCHEDULERS
 
 
-@pytest.mark.parametrize("count", [20, 5, 1])
-def test_euler_with_a_perfect_model_arrives_at_the_picture(count):
-    """With the true noise as prediction, Euler's straight line ends at the picture it started from."""
-    scheduler = schedule.euler(CONFIG, 20)
-    timesteps = schedule.last_steps(scheduler, count)
-    encoded, noise = torch.randn(2, 1, 4, 8, 8)
-    start = phases.sdedit_start(scheduler, timesteps, encoded, noise)
-    steps = list(denoise(start, scheduler, timesteps, lambda latents, timestep: noise))
-    assert len(steps) == count
-    torch.testing.assert_close(steps[-1], encoded, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("name", ANYWHERE)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("count", [20, 7, 2, 1])
+def test_with_a_perfect_model_every_scheduler_arrives_at_the_picture(name, prediction, count):
+    """The model that knows the picture: whatever a scheduler does in between, it must end there, wherever it starts."""
+    encoded, noise = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64)
+    found = schedule(name, count=count, config=CONFIG | {"prediction_type": prediction}, draw=lambda step: noise)
+
+    def predict(scaled, timestep):
+        sigma = torch.tensor(found.sigmas[len(outcomes)], dtype=torch.float64)
+        signal, level = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()  # scaled latents have unit variance
+        said = (scaled - signal * encoded) / level
+        return said if prediction == "epsilon" else signal * said - level * encoded
+
+    outcomes = []
+    for latents in sdedit(encoded, noise, found, predict):
+        outcomes.append(latents)
+    assert len(outcomes) == count
+    left = 0.05 if name in ("ddim", "lcm") else 1e-4  # their last step ends at the first timestep, not at no noise
+    torch.testing.assert_close(outcomes[-1], encoded, atol=left, rtol=left)
 
 
-def test_guidance_is_the_weighted_difference_of_both_halves():
-    order = []
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_base_is_what_diffusers_makes_with_the_same_scheduler(name):
+    """All steps from noise, as a pipeline runs them with one generator for the first noise and what is added."""
+    predict = lambda scaled, timestep: 0.3 * scaled.tanh() + 0.001 * timestep  # noqa: E731
+    draw = InTurn(5, 4, 8, 8, torch.float32)
+    found = schedule(name, steps=12, draw=draw)
+    ours = list(denoise(found.started(draw()), found, predict))[-1]
 
-    def half(name, value):
-        return lambda latents, timestep: order.append(name) or torch.full((1, 4, 2, 2), value)
-
-    out = guided(half("with", 3.0), half("without", 1.0), 5.0)(torch.zeros(1), torch.zeros(()))
-    assert torch.equal(out, torch.full((1, 4, 2, 2), 11.0)) and sorted(order) == ["with", "without"]
-
-
-def test_without_guidance_one_half_runs():
-    def never(latents, timestep):
-        raise AssertionError
-
-    conditional = lambda latents, timestep: latents  # noqa: E731
-    assert guided(conditional, never, 1.0) is conditional
-
-
-def test_rescaling_equals_diffusers():
-    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
-
-    mixed, conditional = torch.randn(2, 1, 4, 8, 8)
-    torch.testing.assert_close(rescaled(mixed, conditional, 0.7), rescale_noise_cfg(mixed, conditional, 0.7))
+    solver = SOLVERS[name]
+    theirs = solver.kind.from_config(CONFIG, **solver.options)
+    theirs.set_timesteps(12)
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(1, 4, 8, 8, generator=generator) * theirs.init_noise_sigma
+    more = {"generator": generator} if name in ADDING else {}
+    for timestep in theirs.timesteps:
+        said = predict(theirs.scale_model_input(latents, timestep), timestep)
+        latents = theirs.step(said, timestep, latents, **more).prev_sample
+    torch.testing.assert_close(ours, latents, atol=1e-5, rtol=1e-5)
 
 
-def test_an_unknown_schedule_is_refused():
+@pytest.mark.parametrize("name", ADDING)
+def test_noise_that_is_added_is_the_one_supplied_for_the_step(name):
+    asked = []
+
+    def draw(step):
+        asked.append(step)
+        return torch.full((1, 4, 8, 8), float(step))
+
+    found = schedule(name, steps=6, count=3, draw=draw)
+    list(denoise(torch.zeros(1, 4, 8, 8), found, lambda scaled, timestep: scaled))
+    assert asked == ([0, 1] if name == "lcm" else [0, 1, 2])
+
+
+def test_a_scheduler_that_cannot_start_in_the_middle_is_refused_by_name():
+    assert len(schedule("pndm", steps=10)) == 11  # its first step is taken twice
+    with pytest.raises(UsageError, match="--scheduler pndm cannot start in the middle"):
+        schedule("pndm", steps=10, count=3)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("lcm", 51), ("dpmpp-2m", 1000)])
+def test_more_steps_than_a_scheduler_can_take_are_refused(name, steps):
+    with pytest.raises(UsageError, match=f"--steps {steps} is too many for --scheduler {name}"):
+        schedule(name, steps=steps)
+
+
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_noise_levels_are_those_that_the_scheduler_adds(name):
+    found = schedule(name, count=5)
+    encoded, noise = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    level = found.noised(encoded, noise, 0).mean() / found.noised(noise, encoded, 0).mean()
+    assert level == pytest.approx(found.sigmas[0], rel=2e-3)
+    assert all(high > low for high, low in zip(found.sigmas, found.sigmas[1:], strict=False))
+
+
+def test_timesteps_are_spread_as_asked():
+    assert schedule(steps=4, spacing="trailing").timesteps[0] == 999
+    assert schedule(steps=4).timesteps[0] < 800  # the model's own: leading
+    assert math.isclose(float(schedule(steps=4, spacing="linspace").timesteps[-1]), 0)
+
+
+def test_an_unknown_noise_schedule_is_refused():
     with pytest.raises(DataError, match="scheduler_config"):
-        schedule.euler(CONFIG | {"beta_schedule": "zigzag"}, 10)
+        schedule(config=CONFIG | {"beta_schedule": "zigzag"})

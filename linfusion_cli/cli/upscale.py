@@ -1,0 +1,22 @@
+"""`linfusion upscale`: a picture and options -> request, run, report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from linfusion_cli.cli import options
+from linfusion_cli.cli.generate import run
+from linfusion_cli.request import UpscaleRequest
+
+
+@options.takes_a_request(options.of_upscale)
+def command(
+    given: dict[str, Any],
+    report: options.Report = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Grow a picture that you have, and write the larger one to a file."""
+    from linfusion_cli.jobs.upscale import upscale  # numpy and more: not for --help to wait for
+
+    run(given, UpscaleRequest, upscale, report, as_json, quiet)

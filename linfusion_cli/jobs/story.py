@@ -1,0 +1,52 @@
+"""From a request to a file: the whole story of making a picture, from noise or from a picture that there is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+from linfusion_cli.device import describe, versions
+from linfusion_cli.events import Observer
+from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.jobs.outputs import opened_outputs, opened_phases
+from linfusion_cli.jobs.prepare import check_disk, prepare
+from linfusion_cli.jobs.record import Recorder
+from linfusion_cli.report import RunReport
+from linfusion_cli.request import PictureRequest
+
+
+def make_picture(
+    request: PictureRequest, picture: SourcePicture | None, origins: Mapping[str, str], observer: Observer
+) -> RunReport:
+    """Make the picture and write it to `request.output`; `origins` says of each setting where its value came from.
+
+    Raises a LinfusionError, with nothing left behind but the phases that were to be kept, or returns with the file
+    complete under its final name.
+    """
+    started = time.perf_counter()
+    recorder = Recorder(observer)
+    with opened_outputs(request) as sink:  # 1. hold the files, so that nobody else does: refused before any work
+        with recorder.stage("start", "load", None, 1, "start"):
+            prepared = prepare(request, picture)  # 2. find the model, settle the phases, check disk and memory
+            check_disk(prepared)
+            from linfusion_cli.jobs import paint, pixels  # torch and diffusers take seconds to import
+
+            run = paint.begin(prepared, recorder)
+        machine, plan = describe(run.device), run.plan.to_json()
+        report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, recorder.stages)
+        with opened_phases(prepared) as phase_sinks:
+            run = replace(run, phase_sinks=phase_sinks)
+            conditioning = paint.read_prompts(run)  # 3. text encoders come and go before the UNet
+            models = paint.load(run, conditioning)
+            latents, channels = paint.first(run, models)  # 4. the base, from noise or from the picture
+            for phase in prepared.phases[1:]:  # 5. up the ladder
+                enlarged = pixels.enlarge(run, models.vae, latents, phase)
+                latents = paint.grow(run, models, enlarged, channels, phase)
+            pixels.write(run, models.vae, latents, sink)  # 6. stream into the files, which get their names
+    report.output, report.size, report.format = str(request.output), request.size, prepared.format
+    with suppress(OSError):  # whoever waited for the file may have moved it already
+        report.file_bytes = request.output.stat().st_size
+    report.total_seconds = time.perf_counter() - started
+    return report

@@ -1,0 +1,41 @@
+"""From a picture to a larger one: what `linfusion upscale` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from linfusion_cli.errors import DataError, UsageError
+from linfusion_cli.events import Observer, nobody
+from linfusion_cli.geometry import Size, fitted
+from linfusion_cli.images.source import SourcePicture, inspect_source
+from linfusion_cli.jobs.story import make_picture
+from linfusion_cli.report import RunReport
+from linfusion_cli.request import UpscaleRequest
+from linfusion_cli.units import SMALLEST_PX
+
+
+def upscale(request: UpscaleRequest, origins: Mapping[str, str], observer: Observer = nobody) -> RunReport:
+    """Grow the picture `request.image`; raises a LinfusionError with nothing left behind."""
+    request, picture = opened(request)
+    return make_picture(request, picture, origins, observer)
+
+
+def opened(request: UpscaleRequest) -> tuple[UpscaleRequest, SourcePicture]:
+    """The request with the exact size of its result, and the picture it begins with.
+
+    Raises UsageError for a size of other proportions, and what `inspect_source` raises.
+    """
+    picture = inspect_source(request.image)
+    seen = Size(picture.width_px, picture.height_px)
+    size = fitted(request.size, seen)
+    if size is None:
+        matching = fitted(Size(*[max(request.size.pair)] * 2), seen)
+        reason = f"--size {request.size} has not the proportions of {request.image}, which is {seen}."
+        raise UsageError(reason, f"Use --size {max(matching.pair)}, the longer side, or --size {matching}.", "size")
+    if min(size.pair) < SMALLEST_PX:
+        raise UsageError(f"{request.image} at --size {size} is too small.", f"Use {SMALLEST_PX} px or more.", "size")
+    if picture.has_alpha and request.background is None:
+        reason = f"{request.image} has transparency."
+        raise DataError(reason, "Say what is behind it: --background white (or any colour).")
+    return replace(request, size=size), picture

@@ -1,0 +1,116 @@
+"""What each phase of a picture runs, in numbers: its size, steps, guidance and dilation. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from linfusion_cli.errors import UsageError
+from linfusion_cli.geometry import Size
+from linfusion_cli.request import PictureRequest, flag
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One resolution: `count` of the last of `steps` steps run, all where it begins with noise.
+
+    `attention` is linear or original. `dilation` is how much larger than the base it is, 1 where nothing is dilated.
+    """
+
+    index: int
+    name: str
+    size: Size
+    from_noise: bool
+    steps: int
+    count: int
+    guidance_scale: float
+    attention: str
+    dilation: int
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether guidance takes both of its halves."""
+        return self.guidance_scale > 1
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """The sizes of a ladder: of its phases, of the `start` that they are named after, and of the base.
+
+    It starts with noise, at the base, or with a picture, and then `base` is the size that the model is `native` in.
+    """
+
+    sizes: Sequence[Size]
+    start: Size
+    base: Size
+    native: Size
+    from_noise: bool
+
+
+def ladder(request: PictureRequest, rungs: Rungs) -> list[Phase]:
+    """The phases of a picture; raises UsageError where a setting names more of them than there are."""
+    sizes, from_noise = rungs.sizes, rungs.from_noise
+    first = 1 if from_noise else 0
+    strengths = [1.0] * first + phase_strengths(request.strength, len(sizes) - first)
+    steps, scales = (each_phase(request, name, len(sizes)) for name in ("steps", "guidance_scale"))
+    kinds = attentions(request, sizes, rungs.native)
+    return [
+        Phase(
+            index=i,
+            name="base" if i < first else f"{size.width / rungs.start.width:.2g}x",
+            size=size,
+            from_noise=i < first,
+            steps=steps[i],
+            count=steps_run(strengths[i], steps[i]),
+            guidance_scale=scales[i],
+            attention=kinds[i],
+            dilation=1 if i < first or request.upscaler != "demofusion" else dilation(size, rungs.base),
+        )
+        for i, size in enumerate(sizes)
+    ]
+
+
+def each_phase(request: PictureRequest, setting: str, phases: int) -> list:
+    """The values of `setting`, one a phase: the last holds for all that follow."""
+    return spread(getattr(request, setting), phases, setting)
+
+
+def spread(values: Sequence[T], phases: int, setting: str) -> list[T]:
+    """`values`, the last of them as often as it takes; raises UsageError where there are more than `phases`."""
+    if len(values) > phases and len(values) > 1:
+        reason = f"{flag(setting)} {','.join(map(str, values))} names {len(values)} phases, and there are {phases}."
+        raise UsageError(reason, "Name as many or fewer; the last holds for all that follow.", setting)
+    return [*values, *values[-1:] * (phases - len(values))][:phases]
+
+
+def phase_strengths(strength: Sequence[float], phases: int) -> list[float]:
+    """The strength of each phase above the base: of one value, `linspace(strength, 0, phases + 1)` without its last."""
+    if len(strength) > 1:
+        return spread(strength, phases, "strength")
+    return [float(value) for value in np.linspace(strength[0], 0, phases + 1)[:-1]]
+
+
+def steps_run(strength: float, steps: int) -> int:
+    """How many of the schedule's last steps a phase runs: ceil(steps · strength), the strength in float32."""
+    return min(steps, math.ceil(np.float32(steps) * np.float32(strength)))
+
+
+def dilation(size: Size, base: Size) -> int:
+    """r: how much larger than the base a phase is, rounded."""
+    return max(1, math.floor(math.sqrt(size.area / base.area) + 0.5))
+
+
+def attentions(request: PictureRequest, sizes: Sequence[Size], native: Size) -> list[str]:
+    """The attention of each phase: `auto` is the model's own up to its native size, where it is faster, then linear."""
+    kinds = each_phase(request, "attention", len(sizes))
+    if "linear" in kinds and request.linfusion == "none":
+        raise UsageError("--attention linear needs LinFusion's weights.", "Leave --linfusion none out.", "attention")
+    above = "original" if request.linfusion == "none" else "linear"
+    automatic = ["original" if size.area <= native.area else above for size in sizes]
+    return [auto if kind == "auto" else kind for kind, auto in zip(kinds, automatic, strict=True)]

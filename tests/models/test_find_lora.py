@@ -1,0 +1,179 @@
+"""Where a LoRA is: a file, a folder, a hub id, or one file of a hub repository; and the weight written behind it."""
+
+from unittest.mock import MagicMock
+
+import pytest
+
+from linfusion_cli.errors import DataError, Unavailable, UsageError
+from linfusion_cli.models.locate import find_lora, has_lora, split_weight
+from tests.models.test_locate import put_in_hub
+
+STANDARD = "pytorch_lora_weights.safetensors"
+
+
+def folder_of(folder, *files):
+    """A folder with `files`, all empty: to find a LoRA none is opened."""
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """What is asked of a hub that has whatever it is asked for."""
+    asked = []
+
+    def download(repository, file):
+        asked.append((repository, file))
+        return f"/hub/{repository}/{file}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "weight"),
+    [
+        ("lcm.safetensors", "lcm.safetensors", 1.0),
+        ("lcm.safetensors:0.8", "lcm.safetensors", 0.8),
+        ("owner/repo:-1", "owner/repo", -1.0),
+        ("C:/loras/a:b.safetensors", "C:/loras/a:b.safetensors", 1.0),
+        ("a:0.5:2", "a:0.5", 2.0),
+        ("a:10", "a", 10.0),
+        ("a:", "a:", 1.0),
+        ("0.8", "0.8", 1.0),
+    ],
+)
+def test_a_trailing_number_is_the_weight(text, name, weight):
+    assert split_weight(text) == (name, weight)
+
+
+@pytest.mark.parametrize("text", ["a:nan", "a:inf", "a:-inf", "a:1e999", "a:10.5", "a:-11", ":0.8", "", " "])
+def test_weights_that_are_none_are_refused(text):
+    with pytest.raises(UsageError) as caught:
+        split_weight(text)
+    assert caught.value.setting == "lora" and f"--lora {text!r}" in caught.value.message and caught.value.way_out
+
+
+def test_a_file_and_a_folder_are_found(tmp_path):
+    one = folder_of(tmp_path / "one", "lcm.safetensors", "README.md", "old.bin")
+    many = folder_of(tmp_path / "many", "a.safetensors", STANDARD, "z.safetensors")
+    assert find_lora(str(one / "lcm.safetensors")) == find_lora(str(one)) == one / "lcm.safetensors"
+    assert find_lora(str(many)) == many / STANDARD
+    assert has_lora(str(one)) and not has_lora(str(tmp_path))
+
+
+def test_several_files_are_named(tmp_path):
+    folder = folder_of(tmp_path / "many", "b.safetensors", "a.safetensors")
+    with pytest.raises(DataError, match=r"several safetensors files: a\.safetensors, b\.safetensors") as caught:
+        find_lora(f"{folder}/")
+    assert f"--lora {folder}/a.safetensors" in caught.value.way_out
+
+
+@pytest.mark.parametrize("file", ["a.bin", "a.pt", "a.ckpt", "a.PTH"])
+def test_pickles_are_refused_wherever_they_are(tmp_path, file):
+    folder = folder_of(tmp_path / "pickled", file)
+    for name in (str(folder), str(folder / file), f"owner/repo/{file}"):
+        with pytest.raises(DataError, match="is a pickle") as caught:
+            find_lora(name, download=True)
+        assert name in caught.value.message and "safetensors" in caught.value.way_out
+
+
+def test_other_files_and_empty_folders_are_refused(tmp_path):
+    folder = folder_of(tmp_path / "empty", "README.md")
+    with pytest.raises(DataError, match="is no safetensors file"):
+        find_lora(str(folder / "README.md"))
+    with pytest.raises(DataError, match="holds no safetensors file"):
+        find_lora(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no/such/folder/anywhere",
+        "nowhere/lcm.safetensors",
+        "lcm.safetensors",
+        "./a/lcm.safetensors",
+        "/a/b/lcm.safetensors",
+        "~nosuchuser/a/b.safetensors",
+        "owner/repo/",
+        "a b",
+        "x" * 300,
+    ],
+)
+def test_a_path_that_is_not_there_is_said_to_be_none(name):
+    with pytest.raises(Unavailable, match="no such file or folder") as caught:
+        find_lora(name)
+    assert f"--lora {name}" in caught.value.message and not has_lora(name)
+
+
+def test_a_hub_repository_in_the_cache_is_searched(tmp_path):
+    lcm = put_in_hub(folder_of(tmp_path / "lcm", STANDARD, "other.safetensors"), "owner/lcm")
+    assert find_lora("owner/lcm") == find_lora("owner/lcm", download=True) == lcm / STANDARD
+    hyper = put_in_hub(folder_of(tmp_path / "hyper", "sub/8steps.safetensors"), "owner/hyper")
+    assert (
+        find_lora("owner/hyper") == find_lora("owner/hyper/sub/8steps.safetensors") == hyper / "sub/8steps.safetensors"
+    )
+    folder_of(hyper, "sub/4steps.safetensors")
+    with pytest.raises(DataError, match=r"several safetensors files: sub/4steps\.safetensors, sub/8steps"):
+        find_lora("owner/hyper")
+
+
+@pytest.mark.parametrize("name", ["owner/hyper/8steps.safetensors", "owner/lcm", "owner/readme"])
+def test_what_is_not_in_the_cache_says_how_to_get_it(tmp_path, fetched, name):
+    put_in_hub(folder_of(tmp_path / "hyper", "sub/8steps.safetensors"), "owner/hyper")
+    put_in_hub(folder_of(tmp_path / "readme", "README.md"), "owner/readme")
+    with pytest.raises(Unavailable, match=f"--lora {name} is not on this machine") as caught:
+        find_lora(name)
+    assert "--download" in caught.value.way_out and not has_lora(name) and not fetched
+
+
+def test_only_the_file_that_is_meant_is_fetched(tmp_path, fetched, monkeypatch):
+    files = ["README.md", "lcm.safetensors", STANDARD]
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: files)
+    assert str(find_lora("owner/a/sub/8.safetensors", download=True)) == "/hub/owner/a/sub/8.safetensors"
+    find_lora("owner/b", download=True)
+    files.remove(STANDARD)
+    find_lora("owner/c", download=True)
+    assert fetched == [("owner/a", "sub/8.safetensors"), ("owner/b", STANDARD), ("owner/c", "lcm.safetensors")]
+
+
+def test_what_the_hub_has_counts_when_it_may_be_asked(tmp_path, fetched, monkeypatch):
+    """The cache has the one file that was fetched by its name, which is perhaps not the one that is meant now."""
+    put_in_hub(folder_of(tmp_path / "hyper", "8.safetensors"), "owner/hyper")
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: ["4.safetensors", "8.safetensors"])
+    with pytest.raises(DataError, match="several safetensors files"):
+        find_lora("owner/hyper", download=True)
+    assert find_lora("owner/hyper/8.safetensors", download=True).name == "8.safetensors" and not fetched
+
+
+def hub_error(kind):
+    """An error of the hub's, without the response that it takes: its type differs between the hub's versions."""
+    from huggingface_hub import errors
+
+    return getattr(errors, kind)("no\nroute", response=MagicMock())
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (lambda: hub_error("RepositoryNotFoundError"), "the hub has no such repository"),
+        (lambda: hub_error("RemoteEntryNotFoundError"), "the hub's repository has no such file"),
+        (lambda: hub_error("HfHubHTTPError"), r"could not be fetched \(no\)"),
+        (lambda: OSError("no route\nto host"), r"could not be fetched \(no route\)"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(monkeypatch, error, named):
+    def refuse(repository, file):
+        raise error()
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(Unavailable, match=f"--lora owner/a/b.safetensors.*{named}"):
+        find_lora("owner/a/b.safetensors", download=True)
+
+
+def test_offline_nothing_is_fetched():
+    with pytest.raises(Unavailable, match="--lora owner/a/b.safetensors could not be fetched"):
+        find_lora("owner/a/b.safetensors", download=True)
