@@ -126,8 +126,8 @@ def _decoding(path: Path) -> Iterator[None]:
     try:
         yield
     except vips.Error as error:
-        where, _, what = first_line(Exception(error.detail or error.message)).rstrip(".").rpartition(": ")
-        reason = what if " " not in where else f"{where}: {what}"
+        who, _, what = first_line(Exception(error.detail)).rstrip(".").partition(": ")
+        reason = what or "its data are not what they should be"  # sometimes vips says nothing
         raise DataError(f"{path} cannot be decoded: {reason}.", "It may be damaged: make or copy it again.") from error
 
 
