@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ MOST_HELD_BYTES = 2 << 30
 BAND_ROWS, BAND_PX = 256, 1 << 23  # bands of pictures wider than 32768 px are lower
 FETCH_PX = 1 << 20  # decoded at a time: the numbers of a whole band would wait in memory twice
 BITS = {"uchar": 8, "ushort": 16}
+EVERY_LOG_LEVEL = 0xFF  # GLib's, with its flags for what is fatal or recursive
 COLOUR_CHANNELS = {"b-w": 1, "grey16": 1, "srgb": 3, "rgb16": 3, "cmyk": 4}
 # What libtiff decodes in every build: none, CCITT, LZW, JPEG, deflate, PackBits.
 TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
@@ -116,7 +118,16 @@ def _vips() -> Any:
     import pyvips
 
     pyvips.cache_set_max(0)
+    _silence(pyvips)
     return pyvips
+
+
+def _silence(vips: Any) -> None:
+    """Leaves vips' warnings unheard: pyvips' own handler prints a traceback where they quote a damaged file."""
+    handler = vips.ffi.callback("GLogFunc", lambda *what: None)
+    number = vips.glib_lib.g_log_set_handler(b"VIPS", EVERY_LOG_LEVEL, handler, vips.ffi.NULL)
+    # No Python may be called while the interpreter ends. This holds the handler, too: cffi frees what nobody has.
+    atexit.register(lambda handler: vips.glib_lib.g_log_remove_handler(b"VIPS", number), handler)
 
 
 @contextmanager
@@ -218,7 +229,7 @@ def _bytes_held_by_tiff(path: Path) -> int:
     from linfusion_cli.images.read_tiff import _silent_tifffile
 
     with _silent_tifffile(), tifffile.TiffFile(path) as file:
-        page = file.pages[0]
+        page = _first_page(path, file)
         compression = page.compression
         if compression not in TIFF_COMPRESSIONS:
             name = getattr(compression, "name", str(compression))
@@ -230,6 +241,13 @@ def _bytes_held_by_tiff(path: Path) -> int:
         if page.is_tiled:
             return packed + 2 * page.tilelength * row_bytes
         return packed + (2 * min(page.rowsperstrip, page.imagelength) * row_bytes if page.planarconfig == 2 else 0)
+
+
+def _first_page(path: Path, file: Any) -> Any:
+    try:
+        return file.pages[0]
+    except IndexError as error:
+        raise truncated(path, "it has no directory of its strips or tiles") from error
 
 
 def _bands(image: Any, path: Path, background: tuple[int, int, int]) -> Iterator[np.ndarray]:

@@ -1,0 +1,128 @@
+"""`linfusion upscale`, and how values are written on the command line."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from linfusion_cli.images import read_info
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)).save(tmp_path / "photo.jpg")
+    return "photo.jpg"
+
+
+@pytest.fixture
+def quick(photo, xl_model):
+    return ["upscale", photo, "--model", xl_model, "--size", 192, "--steps", 4]
+
+
+def test_upscale_names_the_file_after_the_picture_and_prints_its_path_alone(cli, quick, tmp_path):
+    code, out, err = cli(*quick)
+    assert (code, out) == (0, "photo-192.tif\n") and "read 96x64" in err and "2x 192x128" in err
+    info = read_info(tmp_path / "photo-192.tif")
+    assert (info.width_px, info.height_px) == (192, 128) and info.request["image"] == "photo.jpg"
+
+
+def test_what_a_preset_shows_is_not_said_of_the_picture(cli, photo, tmp_path):
+    assert cli("upscale", photo, "--preset", "demo", "--size", 144, "--steps", 2, "-o", "a.png", "--quiet")[0] == 0
+    assert read_info(tmp_path / "a.png").request["prompt"] == ""
+    assert (
+        cli("upscale", photo, "--preset", "demo", "--size", 144, "--steps", 2, "--prompt", "a hill", "-o", "b.png")[0]
+        == 0
+    )
+    assert read_info(tmp_path / "b.png").request["prompt"] == "a hill"
+
+
+def test_a_plan_of_it_is_that_of_the_run(cli, quick):
+    planned = json.loads(cli("plan", "--image", *quick[1:], "--json")[1])
+    report = json.loads(cli(*quick, "-o", "a.png", "--json")[1])
+    assert [stage["kind"] for stage in planned["plan"]["stages"]] == ["encode", "denoise", "decode"]
+    for one, other in zip(planned["plan"]["stages"], report["plan"]["stages"], strict=True):
+        assert (one["name"], one["mode"], one["steps"]) == (other["name"], other["mode"], other["steps"])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["missing.png"], 66, "missing.png does not exist"),
+        (["photo.jpg", "--size", "144x144x3"], 2, "--size '144x144x3'"),
+        (["photo.jpg", "--size", "300x100"], 2, "--size 300x100 has not the proportions"),
+        (["photo.jpg", "--size", "144", "--upscaler", "none"], 2, "--upscaler 'none'"),
+        (["photo.jpg", "--size", "144", "--strength", "0.3,0.2"], 2, "--strength 0.3,0.2 names 2 phases"),
+        (["photo.jpg", "--size", "144", "--background", "beige-ish"], 2, "--background 'beige-ish'"),
+        (["photo.jpg", "--size", "144", "-o", "photo.jpg"], 73, "photo.jpg exists"),
+        (["text.png", "--size", "144"], 65, "text.png is not a PNG, JPEG, WebP or TIFF"),
+        (["."], 65, "is a folder"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(cli, photo, tmp_path, xl_model, options, code, says):
+    (tmp_path / "text.png").write_text("text")
+    more = [] if "--size" in options else ["--size", 144]
+    found, out, err = cli("upscale", *options, *more, "--model", xl_model)
+    assert (found, out) == (code, "") and says in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--steps", "4,2"], {"steps": [4, 2]}),
+        (["--guidance-scale", "7.5, 5"], {"guidance_scale": [7.5, 5.0]}),
+        (["--strength", "0.5"], {"strength": [0.5]}),
+        (["--attention", "linear,original"], {"attention": ["linear", "original"]}),
+        (["--cosine", "2,1,0.5", "--blur-sigma", 0.5], {"cosine": [2.0, 1.0, 0.5], "blur_sigma": 0.5}),
+        (["--guidance-interval", "0.28,5.42"], {"guidance_interval": [0.28, 5.42]}),
+        (
+            ["--crop-top-left", "8,16", "--original-size", "640x480"],
+            {"crop_top_left": [8, 16], "original_size": "640x480"},
+        ),
+        (
+            ["--upscaler", "demofusion", "--upscale-space", "latent"],
+            {"upscaler": "demofusion", "upscale_space": "latent"},
+        ),
+        (["--scheduler", "dpmpp-2m-karras"], {"scheduler": "dpmpp-2m-karras"}),
+    ],
+)
+def test_values_are_written_with_commas_between(cli, xl_model, options, expected):
+    code, out, err = cli("plan", "a hill", "--model", xl_model, "--size", 128, *options, "--json")
+    assert code == 0, err
+    request = json.loads(out)["request"]
+    assert {name: request[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--steps", "many"], "--steps 'many' must be a whole number"),
+        (["--steps", "4,,2"], "--steps '4,,2' must be a whole number"),
+        (["--steps", ""], "--steps '' must be a whole number"),
+        (["--steps", "4,2,1"], "--steps 4,2,1 names 3 phases, and there are 2"),
+        (["--cosine", "3,1"], "--cosine (3.0, 1.0) is not possible"),
+        (["--base-size", "32"], "--base-size '32' is too small"),
+        (["--base-size", "70x70"], "--base-size 70x70 is not possible with this model"),
+        (["--scheduler", "heun"], "--scheduler 'heun'"),
+        (["--scheduler", "pndm"], "--scheduler pndm cannot start in the middle"),
+        (["--scheduler", "lcm", "--steps", "60"], "--steps 60 is too many for --scheduler lcm"),
+        (["--lora", "a.safetensors:99"], "--lora 'a.safetensors:99' has the weight 99"),
+    ],
+)
+def test_values_that_cannot_be_are_named(cli, xl_model, options, says):
+    code, out, err = cli("plan", "a hill", "--model", xl_model, "--size", 128, *options)
+    assert (code, out) == (2, "") and says in err
+
+
+def test_presets_may_have_lists(cli, xl_model, tmp_path):
+    (tmp_path / "mine.toml").write_text(f"model = '{xl_model}'\nsteps = [4, 2]\nstrength = 0.5\nattention = 'linear'\n")
+    request = json.loads(cli("plan", "a", "--preset", "mine.toml", "--size", 128, "--json")[1])["request"]
+    assert (request["steps"], request["strength"], request["attention"]) == ([4, 2], [0.5], ["linear"])
+    (tmp_path / "mine.toml").write_text("steps = [4, 'two']\n")
+    code, _, err = cli("plan", "a", "--preset", "mine.toml", "--size", 128)
+    assert code == 78 and "mine.toml:1" in err and "steps" in err
+
+
+def test_a_lora_that_is_not_here_is_not_fetched_unasked(cli, xl_model):
+    code, out, err = cli("plan", "a", "--model", xl_model, "--size", 64, "--lora", "nobody/nothing:0.5")
+    assert (code, out) == (69, "") and "--lora nobody/nothing is not on this machine" in err and "--download" in err

@@ -1,0 +1,205 @@
+"""From a picture to a larger one."""
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from linfusion_cli.errors import DataError, InputMissing, UsageError
+from linfusion_cli.events import Notice
+from linfusion_cli.geometry import Size
+from linfusion_cli.images import read_info
+from linfusion_cli.images.scratch import ScratchPicture
+from linfusion_cli.jobs import paint, pixels
+from linfusion_cli.jobs.upscale import upscale
+from linfusion_cli.planning import plan
+from linfusion_cli.request import UpscaleRequest
+from tests.fakes import Listener
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A picture of 96 x 64 px that is different everywhere."""
+    down, across = np.mgrid[0:64, 0:96]
+    values = np.stack([across * 2.5, down * 3.5, (across + down) * 1.5], -1).astype(np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.fixture
+def make(xl_model, tmp_path, photo):
+    """upscale() of the photo with small settings, into tmp_path."""
+
+    def run(output="out.png", observer=None, **changed):
+        values = {"image": photo, "size": Size(192, 192), "model": str(xl_model), "steps": (4,), "strength": (0.5,)}
+        values |= {"output": tmp_path / output}
+        return upscale(UpscaleRequest(**values | changed), {}, observer or Listener())
+
+    return run
+
+
+def seen(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_a_single_number_is_the_longer_side(make, tmp_path):
+    report = make()
+    assert report.size == Size(192, 128) and seen(tmp_path / "out.png").shape == (128, 192, 3)
+    assert report.request["image"].endswith("photo.png") and report.request["size"] == "192x128"
+    assert [stage.kind for stage in report.stages][3:] == ["read", "encode", "denoise", "decode", "write"]
+    assert [stage.name for stage in report.stages if stage.kind == "denoise"] == ["2x"]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (Size(192, 128), (192, 128)),
+        (Size(300, 200), (300, 200)),
+        (Size(500, 333), (500, 333)),
+        (Size(97, 97), (97, 65)),
+        (Size(99, 66), (99, 66)),
+    ],
+)
+def test_the_file_has_exactly_the_size_asked_for(make, tmp_path, size, expected):
+    make(size=size)
+    assert Image.open(tmp_path / "out.png").size == expected
+
+
+def test_a_side_that_would_be_too_small_is_refused(make):
+    with pytest.raises(UsageError, match="at --size 70x47 is too small"):
+        make(size=Size(70, 70))
+
+
+def test_a_size_of_other_proportions_is_refused_with_those_that_match(make, tmp_path):
+    with pytest.raises(UsageError, match="not the proportions of .*photo.png, which is 96x64") as refused:
+        make(size=Size(192, 100))
+    assert "--size 192" in refused.value.way_out and "192x128" in refused.value.way_out
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.png"}
+
+
+def test_with_no_steps_to_run_it_is_a_resize_through_the_vae(make, tmp_path, monkeypatch):
+    """What is encoded is the picture, resized to exactly the size asked for."""
+    asked = []
+
+    def spy(vae, read, size, *more):
+        asked.append(read(0, size.height, 0, size.width).numpy())
+        return encode(vae, read, size, *more)
+
+    encode = pixels.encode_rows
+    monkeypatch.setattr(pixels, "encode_rows", spy)
+    make(size=Size(201, 134), strength=(0.0,))
+    planes = Image.open(tmp_path / "photo.png").split()
+    expected = [np.asarray(plane.convert("F").resize((201, 134), Image.Resampling.LANCZOS)) / 255 for plane in planes]
+    assert asked[-1].shape == (160, 224, 3)
+    np.testing.assert_allclose(asked[-1][:134, :201], np.stack(expected, -1).clip(0, 1), atol=1e-4)
+
+
+def test_the_picture_is_the_first_phase_of_the_same_ladder(make, monkeypatch):
+    """The channels that demofusion goes back to are those of the encoded picture."""
+    calls, grow = [], paint.grow
+
+    def spy(run, models, encoded, channels, phase):
+        calls.append((encoded, channels, phase))
+        return grow(run, models, encoded, channels, phase)
+
+    monkeypatch.setattr(paint, "grow", spy)
+    make(size=Size(576, 384), upscaler="demofusion")
+    assert [phase.size for *_, phase in calls] == [Size(192, 128), Size(384, 256), Size(576, 384)]
+    first, channels, _ = calls[0]
+    np.testing.assert_allclose(channels.mean, first.mean((0, 2, 3), keepdim=True), atol=1e-6)
+    assert all(other is channels for _, other, _ in calls)
+
+
+def test_a_small_picture_is_taken_to_the_native_size_first_and_a_large_one_has_one_phase(make, tmp_path):
+    for name, side in (("small.png", 32), ("large.png", 400)):
+        Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(tmp_path / name)
+    small = make(output="a.png", image=tmp_path / "small.png", size=Size(192, 192))
+    large = make(output="b.png", image=tmp_path / "large.png", size=Size(192, 192))
+    sizes = [
+        [stage["size"] for stage in report.plan["stages"] if stage["kind"] == "denoise"] for report in (small, large)
+    ]
+    assert sizes == [["64x64", "128x128", "192x192"], ["192x192"]]
+
+
+def test_the_picture_waits_in_memory_if_there_is_room_and_is_the_same_from_a_file(make, tmp_path, monkeypatch):
+    kept, begin = [], ScratchPicture.__init__
+    monkeypatch.setattr(
+        ScratchPicture, "__init__", lambda self, folder, *size: kept.append(folder) or begin(self, folder, *size)
+    )
+    make("a.png")
+    monkeypatch.setattr(plan, "with_waiting_pictures", lambda stages, picture, machine: stages)
+    make("b.png")
+    assert kept == [None, tmp_path] and (seen(tmp_path / "a.png") == seen(tmp_path / "b.png")).all()
+
+
+def test_orientation_is_honoured(make, tmp_path, photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(photo).save(tmp_path / "turned.png", exif=exif)
+    Image.open(photo).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    make("a.png", image=tmp_path / "turned.png")
+    make("b.png", image=tmp_path / "upright.png")
+    assert seen(tmp_path / "a.png").shape == (192, 128, 3)
+    assert (seen(tmp_path / "a.png") == seen(tmp_path / "b.png")).all()
+
+
+def test_sixteen_bits_are_not_cut_to_eight(make, tmp_path):
+    """Two pictures that differ in the lower eight bits alone give different ones."""
+    values = np.full((64, 64, 3), 30_000, np.uint16)
+    for name, change in (("a", 0), ("b", 90)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", values + np.uint16(change), photometric="rgb")
+        make(f"{name}-16.tif", image=tmp_path / f"{name}.tif", size=Size(128, 128), bits=16)
+    assert (tifffile.imread(tmp_path / "a-16.tif") != tifffile.imread(tmp_path / "b-16.tif")).any()
+
+
+def test_transparency_needs_a_background(make, tmp_path):
+    Image.fromarray(np.full((64, 64, 4), 100, np.uint8)).save(tmp_path / "glass.png")
+    with pytest.raises(DataError, match="glass.png has transparency") as refused:
+        make(image=tmp_path / "glass.png")
+    assert "--background white" in refused.value.way_out
+    for colour in ("white", "#102030"):
+        make(f"{colour}.png", image=tmp_path / "glass.png", background=colour, size=Size(128, 128))
+    assert (seen(tmp_path / "white.png") != seen(tmp_path / "#102030.png")).any()
+    with pytest.raises(UsageError, match="--background 'beige-ish' is no colour"):
+        make("c.png", image=tmp_path / "glass.png", background="beige-ish")
+
+
+def test_pictures_that_cannot_be_are_refused_before_any_work(make, tmp_path, photo):
+    (tmp_path / "text.png").write_text("no picture")
+    whole = photo.read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(InputMissing):
+        make(image=tmp_path / "none.png")
+    for name in ("text.png", "cut.png"):
+        with pytest.raises(DataError, match=name):
+            make(image=tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_the_upscaler_none_is_for_pictures_from_noise(make):
+    with pytest.raises(UsageError, match="--upscaler 'none'"):
+        make(upscaler="none")
+
+
+def test_the_picture_in_its_place_is_not_overwritten_unasked(make, photo):
+    before = photo.read_bytes()
+    with pytest.raises(Exception, match="exists"):
+        make(output="photo.png")
+    assert photo.read_bytes() == before
+    make(output="photo.png", overwrite=True)
+    assert seen(photo).shape == (128, 192, 3)
+
+
+def test_it_says_what_it_found_odd(make, tmp_path):
+    Image.open(tmp_path / "photo.png").save(tmp_path / "odd.png", icc_profile=b"no profile")
+    listener = Listener()
+    make(image=tmp_path / "odd.png", observer=listener)
+    assert any("profile" in notice.text for notice in listener.of(Notice))
+
+
+def test_the_file_tells_what_it_grew_from(make, tmp_path):
+    make("a.tif", upscaler="demofusion", prompt="a hill")
+    request = read_info(tmp_path / "a.tif").request
+    assert request["image"] == str(tmp_path / "photo.png") and request["prompt"] == "a hill"
