@@ -51,7 +51,12 @@ def plan_table(plan: Plan) -> Table:
 
 def _cells(stage: PlannedStage, plan: Plan) -> list[str]:
     how = denoising(stage.mode) if stage.kind == "denoise" else conversion(stage.mode)
-    return [stage.name, str(stage.size), str(stage.steps or ""), *how, *_needs(stage.need, plan)]
+    return [stage.name, str(stage.size), steps(stage), *how, *_needs(stage.need, plan)]
+
+
+def steps(stage: PlannedStage) -> str:
+    """How many it has, and how many of them run the dilated pass too."""
+    return f"{stage.steps}, {stage.dilated} dilated" if stage.dilated else str(stage.steps or "")
 
 
 def denoising(mode: Mode) -> list[str]:

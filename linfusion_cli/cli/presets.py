@@ -16,7 +16,7 @@ app = typer.Typer(help="The presets that come with the program.", no_args_is_hel
 def list_presets() -> None:
     """Names and models of all presets."""
     for name in presets.preset_names():
-        render.answer(f"{name:8}{presets.preset_layer(name).values['model']}")
+        render.answer(f"{name:16}{presets.preset_layer(name).values['model']}")
 
 
 @app.command("show")

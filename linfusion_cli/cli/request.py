@@ -108,5 +108,7 @@ def output_layer(layers: list[presets.Layer]) -> presets.Layer:
     values = presets.merge(layers).values
     suffix = {"png": ".png", "jpeg": ".jpg"}.get(values.get("format"), ".tif")
     size, image = values.get("size"), values.get("image")
-    name = f"linfusion-{size}-seed{values.get('seed', 0)}" if image is None else f"{image.stem}-{max(size.pair) if size else None}"
+    name = f"linfusion-{size}-seed{values.get('seed', 0)}"
+    if image is not None and size is not None:
+        name = f"{image.stem}-{max(size.pair)}"
     return presets.Layer("default", {"output": Path(name + suffix)})

@@ -33,9 +33,10 @@ def to_srgb(image: Any, path: Path, notify: Callable[[str], None]) -> Any:
         profile = None
     if profile is not None and not (mode == "RGB" and _is_srgb(profile)):
         return _converted(image)
-    image = _with_profile(image, None)
     if mode == "CMYK":
-        return _converted(image)
+        return _converted(_with_profile(image, None))
+    if mode == "RGB":
+        return image
     return image.colourspace("rgb16" if image.format == "ushort" else "srgb")
 
 

@@ -19,7 +19,8 @@ def plan_run(prepared: Prepared) -> Plan:
     """
     request, facts, phases = prepared.request, prepared.facts, prepared.phases
     passes = [count_passes(request, facts.scheduler_config, phase) for phase in phases]
-    wanted = Wanted(request, facts, phases, passes, prepared.picture_size)
+    held_bytes = prepared.picture.held_bytes if prepared.picture else 0
+    wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes)
     outline = ModelOutline.read(prepared.model, prepared.linfusion, prepared.vae)
     if "linear" in wanted.attentions:
         with mounted(outline.unet, outline.linear):

@@ -49,6 +49,7 @@ class PlannedStage:
     steps: int
     mode: Mode | Method | None
     need: Need | None  # None where it cannot be reckoned: a UNet of an unknown kind, with its own attention
+    dilated: int = 0  # how many of the steps run the dilated pass too
     waiting_bytes: int = 0  # of the picture that this stage decodes or encodes, where it waits in memory
 
     def to_json(self) -> dict[str, Any]:
@@ -85,13 +86,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be planned: phases, how often each runs the UNet, and the size of the picture that grows, if any."""
+    """What is to be planned: phases, how often each runs the UNet, and the size of the picture that grows, if any.
+
+    `held_bytes` is what reading that picture holds at once.
+    """
 
     request: PictureRequest
     facts: ModelFacts
     phases: Sequence[Phase]
     passes: Sequence[Passes]
     picture: Size | None = None
+    held_bytes: int = 0
 
     @property
     def attentions(self) -> list[str]:
@@ -123,21 +128,25 @@ def with_waiting_pictures(stages: list[PlannedStage], picture: Size | None, mach
     """
     result = list(stages)
     if picture is not None:
-        first = beside(stages[0], picture.area * BYTES_PER_PX)
+        first = waited_for(stages[0], picture.area * BYTES_PER_PX)
         if first.need.host_bytes <= machine.host_bytes:
             result[0] = first
     for i, (one, other) in enumerate(pairwise(stages)):
         if other.kind == "encode":
-            both = [beside(stage, one.size.area * BYTES_PER_PX) for stage in (one, other)]
+            both = [waited_for(stage, one.size.area * BYTES_PER_PX) for stage in (one, other)]
             if all(stage.need.host_bytes <= machine.host_bytes for stage in both):
                 result[i : i + 2] = both
     return result
 
 
-def beside(stage: PlannedStage, waiting: int) -> PlannedStage:
+def waited_for(stage: PlannedStage, waiting: int) -> PlannedStage:
     """`stage` with so many bytes of a picture waiting in memory."""
-    need = replace(stage.need, host_bytes=stage.need.host_bytes + waiting)
-    return replace(stage, need=need, waiting_bytes=waiting)
+    return replace(beside(stage, waiting), waiting_bytes=waiting)
+
+
+def beside(stage: PlannedStage, more: int) -> PlannedStage:
+    """`stage` with so many bytes more in the host's memory."""
+    return replace(stage, need=replace(stage.need, host_bytes=stage.need.host_bytes + more))
 
 
 def ways(wanted: Wanted, reckoner: Reckoner) -> Iterator[list[PlannedStage]]:
@@ -157,7 +166,9 @@ def conversions(wanted: Wanted, reckoner: Reckoner, phase: Phase, kind: Kind, at
     """The ways to decode a phase's picture, or encode what it begins with, while the UNet has this attention."""
     methods = methods_for(kind, wanted.request.vae_statistics, reckoner, phase.size)
     needs = [reckoner.vae(phase.size, kind == "encode", attention, method) for method in methods]
-    return [PlannedStage(phase.index, kind, kind, phase.size, 0, *pair) for pair in zip(methods, needs, strict=True)]
+    stages = [PlannedStage(phase.index, kind, kind, phase.size, 0, *pair) for pair in zip(methods, needs, strict=True)]
+    reads = kind == "encode" and phase.index == 0
+    return [beside(stage, wanted.held_bytes) for stage in stages] if reads else stages
 
 
 def denoising(reckoner: Reckoner, phase: Phase, passes: Passes, mode: Mode) -> PlannedStage:
@@ -166,7 +177,7 @@ def denoising(reckoner: Reckoner, phase: Phase, passes: Passes, mode: Mode) -> P
     if need is not None:
         of_one_half = need.seconds / (2 if mode.together else 1)
         need = replace(need, seconds=of_one_half * passes.forwards())
-    return PlannedStage(phase.index, "denoise", phase.name, phase.size, passes.steps, mode, need)
+    return PlannedStage(phase.index, "denoise", phase.name, phase.size, passes.steps, mode, need, passes.dilated)
 
 
 def modes_for(attention: str, machine: Machine, both_halves: bool) -> list[Mode]:

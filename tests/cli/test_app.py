@@ -85,7 +85,7 @@ def test_presets_from_environment_and_config(cli, tmp_path, monkeypatch, xl_mode
     code, out, _ = cli("generate", "-o", "a.png", "--json")
     assert code == 0
     report = json.loads(out)
-    assert (report["request"]["prompt"], report["request"]["steps"]) == ("mine", 1)
+    assert (report["request"]["prompt"], report["request"]["steps"]) == ("mine", [1])
     assert report["settings"]["prompt"] == "preset mine.toml" and str(config) in report["settings"]["steps"]
     monkeypatch.setenv("LINFUSION_PRESET", "nope")
     assert cli("generate", "-o", "b.png")[0] == 2
@@ -142,7 +142,7 @@ def test_a_bug_is_one_line_and_a_log(cli, quick, monkeypatch):
     def fail(*arguments):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("linfusion_cli.jobs.generate.prepare", fail)
+    monkeypatch.setattr("linfusion_cli.jobs.story.prepare", fail)
     code, out, err = cli(*quick)
     assert (code, out) == (70, "") and len(err.splitlines()) == 1
     log = Path(re.search(r"Log: (\S+)", err)[1])
@@ -154,7 +154,7 @@ def test_out_of_memory_is_71(cli, quick, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr("linfusion_cli.jobs.generate.prepare", fail)
+    monkeypatch.setattr("linfusion_cli.jobs.story.prepare", fail)
     assert cli(*quick)[0] == 71
 
 
@@ -174,9 +174,12 @@ def test_info_refuses_what_is_no_whole_picture(cli, quick, tmp_path):
     assert [cli("info", name)[0] for name in ("a.png", "b.png", "c.png", "d.png")] == [0, 65, 65, 66]
 
 
+PRESETS = ["demo", "sd15", "sd21", "sdxl", "sdxl-hyper", "sdxl-lcm", "sdxl-lightning"]
+
+
 def test_presets_list_and_show(cli):
     code, out, _ = cli("presets", "list")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["demo", "sd15", "sd21", "sdxl"]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == PRESETS
     assert "steps = 24" in cli("presets", "show", "demo")[1]
     assert cli("presets", "show", "nope")[0] == 2
 
@@ -267,7 +270,7 @@ def test_a_bug_where_no_log_can_be_written_is_still_one_line(cli, quick, monkeyp
     def fail(*arguments):
         raise ZeroDivisionError("oops\nand more")
 
-    monkeypatch.setattr("linfusion_cli.jobs.generate.prepare", fail)
+    monkeypatch.setattr("linfusion_cli.jobs.story.prepare", fail)
     monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
     code, _, err = cli(*quick)
     assert code == 70 and "bug in linfusion: oops (ZeroDivisionError)" in err and "Traceback" not in err

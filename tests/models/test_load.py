@@ -9,10 +9,11 @@ from linfusion_cli.errors import DataError, Unavailable
 from linfusion_cli.geometry import Size
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.load import load_unet, load_vae
-from linfusion_cli.models.text import cut_off, encode_prompts, load_tokenizer
+from linfusion_cli.models.text import SizeConditioning, cut_off, encode_prompts, load_tokenizer
 from tests.models_in_small import small_text_config, write_small_xl
 
 CPU = torch.device("cpu")
+TOLD = SizeConditioning(Size(640, 480), (8, 16), Size(320, 240))
 PROMPT, NEGATIVE = "a [cat] with 😀 and ünïcode", "blurry"
 
 
@@ -37,12 +38,12 @@ def test_sd_hears_what_diffusers_pipeline_hears(sd_model):
     found = conditioning(sd_model)
     torch.testing.assert_close(found.positive.hidden, hidden)
     torch.testing.assert_close(found.negative.hidden, no_hidden)
-    assert found.positive.pooled is None and found.positive.added(Size(64, 64)) is None
+    assert found.positive.pooled is None and found.positive.added(TOLD) is None
 
 
-def test_size_conditioning_is_the_finished_picture(xl_model):
-    added = conditioning(xl_model).positive.added(Size(640, 480))
-    assert added["time_ids"].tolist() == [[480, 640, 0, 0, 480, 640]]
+def test_size_conditioning_has_heights_first(xl_model):
+    added = conditioning(xl_model).positive.added(TOLD)
+    assert added["time_ids"].tolist() == [[480, 640, 8, 16, 240, 320]]
 
 
 def test_the_end_of_a_long_prompt_is_told(xl_model):
