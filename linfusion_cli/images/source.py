@@ -175,9 +175,10 @@ def _source(path: Path, format: str) -> Any:
         with path.open("rb") as file:
             return from_descriptor(file.fileno())
     # vips maps a JPEG file, and mapped pages count as this program's memory. It cannot map a pipe.
+    file = path.open("rb")
     end_to_read, end_to_write = os.pipe()
     try:
-        threading.Thread(target=_feed, name="feed", args=(path.open("rb"), end_to_write), daemon=True).start()
+        threading.Thread(target=_feed, name="feed", args=(file, end_to_write), daemon=True).start()
         return from_descriptor(end_to_read)
     finally:
         os.close(end_to_read)

@@ -1,0 +1,179 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from linfusion_cli.errors import DataError, InputMissing, LinfusionError
+from linfusion_cli.images.source import inspect_source, source_rows
+from tests.images.conftest import picture
+from tests.images.sources import (
+    FORMATS,
+    LAB_PROFILE,
+    PIXELS,
+    SAVING,
+    TRANSPARENT,
+    read,
+    saved,
+    swapped_profile,
+    unheard,
+)
+
+# What a callback from C cannot raise Python prints to stderr; pytest turns that into a warning.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def nothing_printed(capfd):
+    yield
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello, world", b"GIF89a" + b"\0" * 50, b"BM" + b"\1" * 60, b"RIFF\1\0\0\0WAVEfmt "]
+)
+def test_other_kinds_are_refused(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match="a.png is not a PNG, JPEG, WebP or TIFF picture"):
+        inspect_source(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 5000, b"\xff\xd8\xff", b"II*\0" + b"\0" * 20, b"RIFF\0\0\0\0WEBP"])
+def test_what_is_hardly_a_file_is_refused(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(DataError, match="a (is|cannot)"):
+        inspect_source(tmp_path / "a")
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
+    for missing in (tmp_path / "missing.png", tmp_path / "missing" / "a.png"):
+        with pytest.raises(InputMissing) as caught:
+            inspect_source(missing)
+        assert caught.value.exit_code == 66
+    with pytest.raises(DataError, match="folder"):
+        inspect_source(tmp_path)
+
+
+OTHER_SAMPLES = [(dtype, {}) for dtype in ("f4", "f2", "u4", "i1", "i2")] + [("u2", {"bitspersample": 12})]
+OTHER_COLOURS = [
+    (f"u{bits // 8}", {"photometric": name}) for bits, name in [(8, "ycbcr"), (8, "icclab"), (16, "cielab")]
+]
+OTHER_CODES = [("u1", {"compression": name}) for name in ("zstd", "jpegxl")]
+HUGE_TILES = [("u1", {"compression": "deflate", "tile": (6000, 6000)})]
+
+
+@pytest.mark.parametrize(("dtype", "options"), OTHER_SAMPLES + OTHER_COLOURS + OTHER_CODES + HUGE_TILES, ids=str)
+def test_a_tiff_of_another_kind_is_refused(tmp_path, dtype, options):
+    tifffile.imwrite(tmp_path / "a", np.ones((40, 40, 3), dtype), **({"photometric": "rgb"} | options))
+    with pytest.raises(DataError, match="a (has|cannot)") as caught:
+        inspect_source(tmp_path / "a")
+    assert caught.value.way_out
+
+
+def test_more_channels_are_refused(tmp_path):
+    samples = np.ones((40, 40, 6), np.uint8)
+    tifffile.imwrite(tmp_path / "a", samples, photometric="rgb", extrasamples=["unspecified"] * 3)
+    with pytest.raises(DataError, match="6 channels"):
+        inspect_source(tmp_path / "a")
+
+
+def crc(chunk):
+    return struct.pack(">I", zlib.crc32(chunk))
+
+
+def png_header(width_px, height_px, interlaced=0):
+    header = b"IHDR" + struct.pack(">IIBBBBB", width_px, height_px, 8, 2, 0, 0, interlaced)
+    chunks = [header, b"IDAT\x78\x01"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(chunk) - 4) + chunk + crc(chunk) for chunk in chunks)
+
+
+def test_sides_end_at_a_million(tmp_path):
+    (tmp_path / "a").write_bytes(png_header(1_000_000, 900_000))
+    assert inspect_source(tmp_path / "a").width_px == 1_000_000
+    for size in ((1_000_001, 1), (1, 1_000_001), (2**31 - 1, 2**31 - 1), (0, 5)):
+        (tmp_path / "a").write_bytes(png_header(*size))
+        with pytest.raises(DataError):
+            inspect_source(tmp_path / "a")
+
+
+def test_what_must_be_decoded_whole_may_not_be_huge(tmp_path):
+    (tmp_path / "a").write_bytes(png_header(16384, 16384, interlaced=1))
+    assert inspect_source(tmp_path / "a").held_bytes == 3 * 16384**2
+    (tmp_path / "a").write_bytes(png_header(100_000, 100_000, interlaced=1))
+    with pytest.raises(DataError, match="28610 MiB of it must be decoded at once"):
+        inspect_source(tmp_path / "a")
+
+
+def test_a_large_header_with_nothing_behind_takes_no_memory(tmp_path):
+    import psutil
+
+    (tmp_path / "a").write_bytes(png_header(65_000, 1_000_000))
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read(tmp_path / "a")
+    assert psutil.Process().memory_info().rss - before < 300 << 20
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_cut_off_is_refused(tmp_path, format):
+    path = saved(tmp_path / "a", picture(300, 600), format, **SAVING[format])
+    content = path.read_bytes()
+    for length in np.linspace(4, len(content) * 0.98, 40).astype(int):
+        path.write_bytes(content[:length])
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert str(path) in caught.value.message and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_files_are_read_or_refused(tmp_path, format):
+    exif, options = Image.Exif(), SAVING[format] | {"icc_profile": swapped_profile()}
+    exif[0x0112] = 6
+    opaque = saved(tmp_path / "a", TRANSPARENT[..., :3], format, exif=exif, **options).read_bytes()
+    other = {"progressive": True} if format == "jpeg" else {}
+    pixels = TRANSPARENT[..., :3] if format == "jpeg" else TRANSPARENT
+    path = saved(tmp_path / "a", pixels, format, **options, **other)
+    contents, random, refused = [opaque, path.read_bytes()], np.random.default_rng(0), 0
+    for number in range(100):
+        damaged = bytearray(contents[number % 2])
+        reach = len(damaged) if number % 4 < 2 else 1500  # headers are where it hurts
+        for at in random.integers(0, reach, random.integers(1, 8)):
+            damaged[at] = random.integers(0, 256)
+        path.write_bytes(damaged[: random.integers(0, len(damaged))] if number % 10 == 0 else damaged)
+        try:
+            read(path, (0, 0, 0), lambda text: None)
+        except LinfusionError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            refused += 1
+    assert refused > 5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("place", [0.5, 0.8])
+def test_pixels_that_are_missing_are_no_grey_rows(tmp_path, format, place):
+    path = saved(tmp_path / "a", picture(300, 600), format, **SAVING[format])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(place * len(content))] + content[int(place * len(content)) + 3000 :])
+    with pytest.raises(DataError, match="cannot be decoded|is damaged|is cut off"):
+        read(path)
+
+
+def test_a_warning_that_quotes_the_file_is_not_printed(tmp_path):
+    path = saved(tmp_path / "a", PIXELS, "png", icc_profile=LAB_PROFILE)
+    content = path.read_bytes()
+    chunk = content[content.index(b"iCCP") :][: int.from_bytes(content[content.index(b"iCCP") - 4 :][:4]) + 4]
+    renamed = chunk.replace(b"ICC Profile", b"ICC \xbf\xd6ofile")
+    path.write_bytes(content.replace(chunk + crc(chunk), renamed + crc(renamed)))
+    said = []
+    np.testing.assert_allclose(read(path, notify=said.append), PIXELS, atol=1e-4)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_that_has_changed_is_refused(tmp_path, format):
+    found = inspect_source(saved(tmp_path / "a", PIXELS, format, **SAVING[format]))
+    saved(tmp_path / "a", PIXELS[:-1], format, **SAVING[format])
+    with pytest.raises(DataError, match="has changed"):
+        source_rows(found, None, unheard)
