@@ -54,7 +54,7 @@ def test_a_map_s_memory_goes_back_to_the_system():
     assert resident_bytes() - before > 180 * MIB
     view = held[:10]
     del held
-    assert resident_bytes() - before > 180 * MIB and view.sum() == 10 * MIB
+    assert resident_bytes() - before > 180 * MIB and view.min() == 1  # a sum would copy it, as int64
     del view
     assert resident_bytes() - before < 20 * MIB
 

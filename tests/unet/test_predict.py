@@ -48,8 +48,9 @@ def test_both_halves_of_guidance_in_one_batch_are_the_two_in_turn(unet, kind):
     text, added, latents, timestep = inputs(batch=2)
     halves = [(text[i : i + 1], {name: value[i : i + 1] for name, value in added.items()}) for i in (0, 1)]
     without, with_prompt = (kind(unet).predictor(*half) for half in halves)
-    expected = guided(with_prompt, without, 4.0, 0.3)(latents, timestep)
-    found = guided_together(kind(unet).predictor(text, added), 4.0, 0.3)(latents, timestep)
+    expected = guided(with_prompt, without, 4.0, 0.3, lambda timestep: True)(latents, timestep)
+    together = kind(unet).predictor(text, added)
+    found = guided_together(with_prompt, together, 4.0, 0.3, lambda timestep: True)(latents, timestep)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
