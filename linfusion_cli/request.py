@@ -9,6 +9,7 @@ from typing import Any
 
 from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size
+from linfusion_cli.units import parse_colour
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "linear", "original")
@@ -168,6 +169,11 @@ class UpscaleRequest(PictureRequest):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self.upscaler != "none", "upscaler", self.upscaler, "Use demofusion or sdedit to upscale a picture.")
+        self.behind()
+
+    def behind(self) -> tuple[int, int, int] | None:
+        """Red, green and blue, 0 to 255, of the background; None where none is named; raises UsageError."""
+        return None if self.background is None else parse_colour(self.background)
 
 
 ARGUMENTS = {"prompt": "The prompt", "image": "The picture"}

@@ -1,4 +1,4 @@
-"""What people write and read: sizes ("16384x8192"), bytes ("12.0 GiB"), seconds ("3 min 20 s"), paths."""
+"""What people write and read: sizes ("16384x8192"), bytes ("12.0 GiB"), seconds, colours, paths."""
 
 import math
 import os
@@ -37,6 +37,17 @@ def parse_bytes(text: str) -> int:
     number, letter, ending = match.groups()
     base = 1000 if letter and (ending or "").lower() == "b" else 1024
     return round(float(number) * base ** ("bkmgt".index(letter.lower()) if letter else 0))
+
+
+def parse_colour(text: str, setting: str = "background") -> tuple[int, int, int]:
+    """Red, green and blue, 0 to 255, of a colour as CSS writes it; raises UsageError."""
+    from PIL import ImageColor
+
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError as error:
+        reason = f"--{setting} {text!r} is no colour."
+        raise UsageError(reason, "Use white or #204060, say.", setting) from error
 
 
 def format_bytes(count: float) -> str:

@@ -5,7 +5,7 @@ import pytest
 
 from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.request import GenerateRequest, UpscaleRequest
 
 
 def request(**changed) -> GenerateRequest:
@@ -61,3 +61,11 @@ def test_json_holds_every_field():
     values = json.loads(json.dumps(request(preview=Path("p.jpg")).to_json()))
     assert set(values) == set(GenerateRequest.__dataclass_fields__)
     assert (values["size"], values["output"], values["preview"]) == ("64x65", "a.png", "p.jpg")
+
+
+def test_a_background_that_is_no_colour_is_refused_at_once():
+    ask = {"image": Path("a.png"), "size": Size(128, 128), "output": Path("b.png"), "model": "demo"}
+    assert UpscaleRequest(**ask).behind() is None
+    assert UpscaleRequest(**ask, background="#102030").behind() == (16, 32, 48)
+    with pytest.raises(UsageError, match="--background 'beige-ish'"):
+        UpscaleRequest(**ask, background="beige-ish")

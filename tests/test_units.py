@@ -2,7 +2,7 @@ import pytest
 
 from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size
-from linfusion_cli.units import bytes_at_least, format_bytes, format_seconds, parse_bytes, parse_size
+from linfusion_cli.units import bytes_at_least, format_bytes, format_seconds, parse_bytes, parse_colour, parse_size
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,17 @@ def test_what_is_no_size_of_memory_is_refused(text):
 @pytest.mark.parametrize("count", [1, 1023, 1025, 12 << 30, (12 << 30) + 1, 10**12, 123456789])
 def test_bytes_for_a_flag_are_never_less(count):
     assert count <= parse_bytes(bytes_at_least(count)) <= count * 1.1 + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "rgb"),
+    [("white", (255, 255, 255)), ("#102030", (16, 32, 48)), ("#10203040", (16, 32, 48)), ("RGB(1, 2, 3)", (1, 2, 3))],
+)
+def test_colours_are_read(text, rgb):
+    assert parse_colour(text) == rgb
+
+
+@pytest.mark.parametrize("text", ["", "beige-ish", "#12", "rgb(1,2)", "x" * 200])
+def test_what_is_no_colour_is_refused(text):
+    with pytest.raises(UsageError, match="--background .* is no colour"):
+        parse_colour(text)

@@ -22,7 +22,7 @@ def read_tiff(path: Path) -> FileInfo:
 
     file_bytes = path.stat().st_size
     try:
-        with _silent_tifffile(), tifffile.TiffFile(path) as file:
+        with silent_tifffile(), tifffile.TiffFile(path) as file:
             page = file.pages[0]
             _check_data(path, page, file_bytes)
             _check_values(path, file, page.offset, file_bytes)
@@ -34,7 +34,7 @@ def read_tiff(path: Path) -> FileInfo:
 
 
 @contextmanager
-def _silent_tifffile() -> Iterator[None]:
+def silent_tifffile() -> Iterator[None]:
     """tifffile logs what is wrong before it raises, and a library prints nothing."""
     logger = logging.getLogger("tifffile")
     level = logger.level

@@ -86,12 +86,17 @@ def source_rows(
     """
     path = picture.path
     if picture.has_alpha and background is None:
-        raise DataError(f"{path} has transparency.", "Say what is behind it: --background white (or any colour).")
+        raise transparent(path)
     if inspect_source(path) != picture:
         raise DataError(f"{path} has changed since it was first looked at.", "Start again when it is complete.")
     with reading(path), _decoding(path):
         image = to_srgb(_opened(path, picture.format), path, notify)
         return _bands(image, path, background or (0, 0, 0))
+
+
+def transparent(path: Path) -> DataError:
+    """The error for a picture with alpha and no colour to put behind it."""
+    return DataError(f"{path} has transparency.", "Say what is behind it: --background white (or any colour).")
 
 
 def oriented(read: ReadRegion, picture: SourcePicture) -> ReadRegion:
@@ -227,9 +232,9 @@ def _bytes_held_by_tiff(path: Path) -> int:
     or colours that libtiff would get wrong."""
     import tifffile
 
-    from linfusion_cli.images.read_tiff import _silent_tifffile
+    from linfusion_cli.images.read_tiff import silent_tifffile
 
-    with _silent_tifffile(), tifffile.TiffFile(path) as file:
+    with silent_tifffile(), tifffile.TiffFile(path) as file:
         page = _first_page(path, file)
         compression = page.compression
         if compression not in TIFF_COMPRESSIONS:

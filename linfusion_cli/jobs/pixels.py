@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size, bands
 from linfusion_cli.images import RowSink
 from linfusion_cli.images.quantise import quantised
@@ -49,12 +48,12 @@ def enlarged_latents(latents: Tensor, size_lat: Size) -> Tensor:
 
 def begun_with(run: Run, vae: Vae, picture: SourcePicture) -> Tensor:
     """The user's picture as latents of the first phase."""
-    first, background = run.prepared.phases[0], colour(run.prepared.request.background)
+    first, behind = run.prepared.phases[0], run.prepared.request.behind()
     stored, seen = Size(*picture.stored_px), run.prepared.picture_size
     with waiting_picture(run, stored, first) as scratch:
         with run.recorder.stage("read", "read", seen, stored.height, "rows") as stage:
             done = 0
-            for rows in source_rows(picture, background, run.recorder.notice):
+            for rows in source_rows(picture, behind, run.recorder.notice):
                 scratch.append(rows)
                 done += len(rows)
                 stage.advance(done)
@@ -134,16 +133,6 @@ def resized_reader(read: ReadRegion, source: Size, target: Size) -> ReadRegion:
         return np.pad(rows, missing, mode="edge") if missing[0][1] or missing[1][1] else rows
 
     return read_resized
-
-
-def colour(text: str | None) -> tuple[int, int, int] | None:
-    """Red, green and blue, 0 to 255, of a colour as CSS writes it; raises UsageError."""
-    from PIL import ImageColor
-
-    try:
-        return None if text is None else ImageColor.getrgb(text)[:3]
-    except ValueError as error:
-        raise UsageError(f"--background {text!r} is no colour.", "Use white or #204060, say.", "background") from error
 
 
 def write(run: Run, vae: Vae, latents: Tensor, sink: RowSink) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from linfusion_cli.errors import DataError, UsageError
+from linfusion_cli.errors import UsageError
 from linfusion_cli.events import Observer, nobody
 from linfusion_cli.geometry import Size, fitted
-from linfusion_cli.images.source import SourcePicture, inspect_source
+from linfusion_cli.images.source import SourcePicture, inspect_source, transparent
 from linfusion_cli.jobs.story import make_picture
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import UpscaleRequest
@@ -36,6 +36,5 @@ def opened(request: UpscaleRequest) -> tuple[UpscaleRequest, SourcePicture]:
     if min(size.pair) < SMALLEST_PX:
         raise UsageError(f"{request.image} at --size {size} is too small.", f"Use {SMALLEST_PX} px or more.", "size")
     if picture.has_alpha and request.background is None:
-        reason = f"{request.image} has transparency."
-        raise DataError(reason, "Say what is behind it: --background white (or any colour).")
+        raise transparent(request.image)
     return replace(request, size=size), picture

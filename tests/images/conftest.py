@@ -29,6 +29,12 @@ def left_in(folder: Path) -> list[str]:
 
 
 @pytest.fixture
+def nothing_printed(capfd):
+    yield
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
 def info() -> PictureInfo:
     parameters = a1111_parameters(
         PROMPT,

@@ -21,11 +21,7 @@ from tests.images.sources import (
     swapped_profile,
 )
 
-
-@pytest.fixture(autouse=True)
-def nothing_printed(capfd):
-    yield
-    assert capfd.readouterr() == ("", "")
+pytestmark = pytest.mark.usefixtures("nothing_printed")
 
 
 @pytest.mark.parametrize("format", ["jpeg", "tiff"])

@@ -23,11 +23,7 @@ from tests.images.sources import (
     unheard,
 )
 
-
-@pytest.fixture(autouse=True)
-def nothing_printed(capfd):
-    yield
-    assert capfd.readouterr() == ("", "")
+pytestmark = pytest.mark.usefixtures("nothing_printed")
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -22,13 +22,10 @@ from tests.images.sources import (
 )
 
 # What a callback from C cannot raise Python prints to stderr; pytest turns that into a warning.
-pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def nothing_printed(capfd):
-    yield
-    assert capfd.readouterr() == ("", "")
+pytestmark = [
+    pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("nothing_printed"),
+]
 
 
 @pytest.mark.parametrize(
