@@ -186,7 +186,8 @@ def flag(setting: str) -> str:
 
 def _check(holds: bool, setting: str, value: object, way_out: str) -> None:
     if not holds:
-        raise UsageError(f"{flag(setting)} {value!r} is not possible.", way_out, setting)
+        written = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+        raise UsageError(f"{flag(setting)} {written} is not possible.", way_out, setting)
 
 
 def _is_text(value: str) -> bool:

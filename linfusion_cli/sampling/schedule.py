@@ -125,7 +125,7 @@ def make_schedule(
     if begin and not SOLVERS[name].anywhere:
         reason = f"--scheduler {name} cannot start in the middle, as the phases above the base do."
         names = ", ".join(other for other, solver in SOLVERS.items() if solver.anywhere)
-        raise UsageError(reason, f"Use one of {names}, or --upscaler none.", "scheduler")
+        raise UsageError(reason, f"Use one of {names}.", "scheduler")
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     sigmas = noise_levels(scheduler)

@@ -23,7 +23,7 @@ def test_strengths_of_a_16k_ladder():
 
 def test_strengths_by_name_hold_for_their_phases_and_the_last_for_all_that_follow():
     assert phase_strengths([0.4, 0.2], 4) == [0.4, 0.2, 0.2, 0.2]
-    with pytest.raises(UsageError, match="--strength 0.4,0.2 names 2 phases, and there are 0"):
+    with pytest.raises(UsageError, match="--strength 0.4,0.2 names 2 phases, 2 too many"):
         phase_strengths([0.4, 0.2], 0)
 
 
@@ -66,9 +66,9 @@ def test_every_phase_can_have_its_own_steps_guidance_and_attention():
 @pytest.mark.parametrize("setting", ["steps", "guidance_scale", "attention"])
 def test_more_values_than_phases_are_refused(setting):
     values = ("linear",) * 3 if setting == "attention" else (2,) * 3
-    with pytest.raises(UsageError, match="names 3 phases, and there are 2"):
+    with pytest.raises(UsageError, match="names 3 phases, 1 too many"):
         phases(SIZES[:2], **{setting: values})
-    with pytest.raises(UsageError, match="--strength 0.3,0.2 names 2 phases, and there are 1"):
+    with pytest.raises(UsageError, match="--strength 0.3,0.2 names 2 phases, 1 too many"):
         phases(SIZES[:2], strength=(0.3, 0.2))
 
 
