@@ -84,7 +84,9 @@ def each_phase(request: PictureRequest, setting: str, phases: int) -> list:
 def spread(values: Sequence[T], phases: int, setting: str) -> list[T]:
     """`values`, the last of them as often as it takes; raises UsageError where there are more than `phases`."""
     if len(values) > phases and len(values) > 1:
-        reason = f"{flag(setting)} {','.join(map(str, values))} names {len(values)} phases, {len(values) - phases} too many."
+        reason = (
+            f"{flag(setting)} {','.join(map(str, values))} names {len(values)} phases, {len(values) - phases} too many."
+        )
         raise UsageError(reason, "Name as many or fewer; the last holds for all that follow.", setting)
     return [*values, *values[-1:] * (phases - len(values))][:phases]
 
