@@ -10,6 +10,7 @@ from linfusion_cli.errors import DataError, InputMissing
 from linfusion_cli.images.fileinfo import FileInfo, truncated
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+MAGIC_BYTES = 12
 JPEG_MAGIC = b"\xff\xd8\xff"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # What the parsers raise on bytes that are not what they should be.
@@ -25,7 +26,7 @@ def read_info(path: str | os.PathLike[str]) -> FileInfo:
     path = Path(path)
     with reading(path):
         with path.open("rb") as file:
-            magic = file.read(8)
+            magic = file.read(MAGIC_BYTES)
         return _reader(path, magic)(path)
 
 
@@ -47,18 +48,30 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _reader(path: Path, magic: bytes) -> Callable[[Path], FileInfo]:
-    if magic == PNG_MAGIC:
+    format = format_of(path, magic)
+    if format == "png":
         from linfusion_cli.images.read_png import read_png
 
         return read_png
-    if magic.startswith(JPEG_MAGIC):
+    if format == "jpeg":
         from linfusion_cli.images.read_jpeg import read_jpeg
 
         return read_jpeg
-    if magic[:4] in TIFF_MAGIC:
+    if format == "tiff":
         from linfusion_cli.images.read_tiff import read_tiff
 
         return read_tiff
+    raise DataError(f"{path} is not a TIFF, PNG or JPEG picture.")
+
+
+def format_of(path: Path, magic: bytes) -> str | None:
+    """png, jpeg, webp or tiff, by the first 12 bytes of the file at `path`; None for others, DataError without any."""
     if not any(magic):
         raise truncated(path, "it is empty, or was never finished")
-    raise DataError(f"{path} is not a TIFF, PNG or JPEG picture.")
+    if magic.startswith(PNG_MAGIC):
+        return "png"
+    if magic.startswith(JPEG_MAGIC):
+        return "jpeg"
+    if magic[:4] == b"RIFF" and magic[8:] == b"WEBP":
+        return "webp"
+    return "tiff" if magic[:4] in TIFF_MAGIC else None

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from linfusion_cli.errors import DataError, first_line
+from linfusion_cli.geometry import Size
 from linfusion_cli.images.colour import to_srgb
 from linfusion_cli.images.fileinfo import truncated
-from linfusion_cli.images.read import JPEG_MAGIC, PNG_MAGIC, TIFF_MAGIC, reading
+from linfusion_cli.images.read import MAGIC_BYTES, format_of, reading
 from linfusion_cli.images.resize import ReadRegion
 
-MAGIC_BYTES = 12
 LARGEST_SIDE_PX = 1_000_000
 # Some files can only be decoded whole. 2 GiB lets the largest WebP pass, and 16384 x 16384 in the other formats.
 MOST_HELD_BYTES = 2 << 30
@@ -53,10 +53,14 @@ class SourcePicture:
     held_bytes: int = 0
 
     @property
-    def stored_px(self) -> tuple[int, int]:
-        """Width and height as stored."""
-        seen = self.width_px, self.height_px
-        return seen[::-1] if self.orientation in TRANSPOSED else seen
+    def size(self) -> Size:
+        """As it is to be seen."""
+        return Size(self.width_px, self.height_px)
+
+    @property
+    def stored_size(self) -> Size:
+        """As it is stored."""
+        return Size(self.height_px, self.width_px) if self.orientation in TRANSPOSED else self.size
 
 
 def inspect_source(path: str | os.PathLike[str]) -> SourcePicture:
@@ -69,7 +73,9 @@ def inspect_source(path: str | os.PathLike[str]) -> SourcePicture:
     path = Path(path)
     with reading(path), _decoding(path):
         with path.open("rb") as file:
-            format = _format(path, file.read(MAGIC_BYTES))
+            format = format_of(path, file.read(MAGIC_BYTES))
+        if format is None:
+            raise DataError(f"{path} is not a PNG, JPEG, WebP or TIFF picture.", "Convert it to one of these.")
         held_bytes = _bytes_held_by_tiff(path) if format == "tiff" else 0
         image = _opened(path, format)
         return _described(path, format, image, held_bytes or _bytes_held(format, image))
@@ -145,20 +151,6 @@ def _decoding(path: Path) -> Iterator[None]:
         who, _, what = first_line(Exception(error.detail)).rstrip(".").partition(": ")
         reason = what or "its data are not what they should be"  # sometimes vips says nothing
         raise DataError(f"{path} cannot be decoded: {reason}.", "It may be damaged: make or copy it again.") from error
-
-
-def _format(path: Path, magic: bytes) -> str:
-    if magic.startswith(PNG_MAGIC):
-        return "png"
-    if magic.startswith(JPEG_MAGIC):
-        return "jpeg"
-    if magic[:4] == b"RIFF" and magic[8:] == b"WEBP":
-        return "webp"
-    if magic[:4] in TIFF_MAGIC:
-        return "tiff"
-    if not any(magic):
-        raise truncated(path, "it is empty, or was never finished")
-    raise DataError(f"{path} is not a PNG, JPEG, WebP or TIFF picture.", "Convert it to one of these.")
 
 
 def _opened(path: Path, format: str) -> Any:

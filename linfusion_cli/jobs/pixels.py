@@ -49,7 +49,7 @@ def enlarged_latents(latents: Tensor, size_lat: Size) -> Tensor:
 def begun_with(run: Run, vae: Vae, picture: SourcePicture) -> Tensor:
     """The user's picture as latents of the first phase."""
     first, behind = run.prepared.phases[0], run.prepared.request.behind()
-    stored, seen = Size(*picture.stored_px), run.prepared.picture_size
+    stored, seen = picture.stored_size, picture.size
     with waiting_picture(run, stored, first) as scratch:
         with run.recorder.stage("read", "read", seen, stored.height, "rows") as stage:
             done = 0

@@ -45,7 +45,7 @@ class Prepared:
 
     @property
     def picture_size(self) -> Size | None:
-        return None if self.picture is None else Size(self.picture.width_px, self.picture.height_px)
+        return None if self.picture is None else self.picture.size
 
     @property
     def folder(self) -> Path:
@@ -76,8 +76,7 @@ def rungs(request: PictureRequest, facts: ModelFacts, picture: SourcePicture | N
     native = base_size(target, facts.native_px, multiple)
     base = checked_base(request, multiple) or native
     if picture is not None:
-        start = Size(picture.width_px, picture.height_px)
-        return Rungs(upscale_sizes(target, start, base, multiple), start, base, native, from_noise=False)
+        return Rungs(upscale_sizes(target, picture.size, base, multiple), picture.size, base, native, from_noise=False)
     if request.upscaler == "none":
         base = target.rounded_up(multiple)
     return Rungs(phase_sizes(target, base, multiple), base, base, native, from_noise=True)

@@ -27,11 +27,10 @@ def opened(request: UpscaleRequest) -> tuple[UpscaleRequest, SourcePicture]:
     Raises UsageError for a size of other proportions, and what `inspect_source` raises.
     """
     picture = inspect_source(request.image)
-    seen = Size(picture.width_px, picture.height_px)
-    size = fitted(request.size, seen)
+    size = fitted(request.size, picture.size)
     if size is None:
-        matching = fitted(Size(*[max(request.size.pair)] * 2), seen)
-        reason = f"--size {request.size} has not the proportions of {request.image}, which is {seen}."
+        matching = fitted(Size(*[max(request.size.pair)] * 2), picture.size)
+        reason = f"--size {request.size} has not the proportions of {request.image}, which is {picture.size}."
         raise UsageError(reason, f"Use --size {max(matching.pair)}, the longer side, or --size {matching}.", "size")
     if min(size.pair) < SMALLEST_PX:
         raise UsageError(f"{request.image} at --size {size} is too small.", f"Use {SMALLEST_PX} px or more.", "size")

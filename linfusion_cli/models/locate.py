@@ -132,14 +132,6 @@ def find_lora(name: str, download: bool = False) -> Path:
     return path
 
 
-def has_lora(name: str) -> bool:
-    """Whether the LoRA `name` (without its weight) is on this machine."""
-    try:
-        return is_file(find_lora(name))
-    except (Unavailable, DataError):
-        return False
-
-
 def find_lora_in_hub(name: str, download: bool) -> Path:
     """As `find_lora`, for `owner/repo` or `owner/repo/file.safetensors`, whose file may lie in a sub folder."""
     repository, file = split_hub_name(name)

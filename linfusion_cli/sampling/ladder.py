@@ -33,11 +33,6 @@ class Phase:
     attention: str
     dilation: int
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether guidance takes both of its halves."""
-        return self.guidance_scale > 1
-
 
 @dataclass(frozen=True)
 class Rungs:

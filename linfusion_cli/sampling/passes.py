@@ -39,7 +39,7 @@ def phase_schedule(
 
 def demofusion_of(request: PictureRequest, phase: Phase) -> DemoFusion:
     """The numbers of the method for `phase`."""
-    return DemoFusion(phase.dilation, tuple(request.cosine), request.blur_sigma, request.dilated_min)
+    return DemoFusion(phase.dilation, request.cosine, request.blur_sigma, request.dilated_min)
 
 
 def count_passes(request: PictureRequest, config: Mapping[str, Any], phase: Phase) -> Passes:

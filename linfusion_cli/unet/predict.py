@@ -30,9 +30,8 @@ class Whole:
 
     def _forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         with dilated(self._unet, self._dilation):
-            return self._unet(latents, timestep, condition.text, added_cond_kwargs=condition.added, return_dict=False)[
-                0
-            ]
+            made = self._unet(latents, timestep, condition.text, added_cond_kwargs=condition.added, return_dict=False)
+        return made[0]
 
 
 class InStrips:

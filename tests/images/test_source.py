@@ -31,7 +31,7 @@ def test_eight_bits_are_read_as_pillow_reads_them(tmp_path, format):
     path = saved(tmp_path / "a", PIXELS, format, **SAVING[format])
     found = inspect_source(path)
     assert (found.format, found.width_px, found.height_px, found.bits) == (format, WIDTH, HEIGHT, 8)
-    assert (found.has_alpha, found.orientation, found.stored_px) == (False, 1, (WIDTH, HEIGHT))
+    assert (found.has_alpha, found.orientation, found.stored_size.pair) == (False, 1, (WIDTH, HEIGHT))
     expected = np.asarray(Image.open(path)).astype(float)
     np.testing.assert_allclose(read(path), expected, atol=2 if format == "jpeg" else 1e-4)
 
@@ -99,7 +99,7 @@ def test_every_orientation_is_seen_as_pillow_turns_it(tmp_path, format, orientat
     found = inspect_source(path)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
     assert (found.height_px, found.width_px) == expected.shape[:2]
-    assert (found.orientation, found.stored_px) == (orientation, (WIDTH, HEIGHT))
+    assert (found.orientation, found.stored_size.pair) == (orientation, (WIDTH, HEIGHT))
     stored = read(path)
     see = oriented(lambda top, bottom, left, right: stored[top:bottom, left:right].copy(), found)
     whole = see(0, found.height_px, 0, found.width_px)

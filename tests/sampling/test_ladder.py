@@ -60,7 +60,7 @@ def test_every_phase_can_have_its_own_steps_guidance_and_attention():
     assert [phase.steps for phase in found] == [50, 30, 30, 30, 30]
     assert [phase.guidance_scale for phase in found] == [7.5, 5.0, 1.0, 1.0, 1.0]
     assert [phase.attention for phase in found] == ["linear", "linear", "original", "original", "original"]
-    assert [phase.is_guided for phase in found] == [True, True, False, False, False]
+    assert [phase.guidance_scale > 1 for phase in found] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("setting", ["steps", "guidance_scale", "attention"])
