@@ -15,7 +15,7 @@ LAYERS = {
     1: ["request", "events", "report"],
     2: ["presets", "device", "attention", "images", "strips"],
     3: ["models", "unet", "vae", "sampling"],
-    4: ["planning"],
+    4: ["planning", "training"],
     5: ["jobs"],
     6: ["cli"],
     7: ["__main__"],

@@ -30,7 +30,8 @@ OPENINGS = ("", "", "", "", "a photo of ", "a painting of ", "a picture of ", "a
 
 def caption(spec: Spec, rng: np.random.Generator) -> str:
     """One sentence about the scene."""
-    extras = [words for words in _extras(spec, rng) if rng.random() < 0.82]
+    # what stands in the sky is nearly always told: a model that is often left in the dark about it draws it at random
+    extras = [words for words in _extras(spec, rng) if rng.random() < 0.82] + _told_of_the_sky(spec, rng)
     rng.shuffle(extras)
     head = _head(spec, rng)
     if rng.random() < 0.12:
@@ -65,7 +66,7 @@ def _time(spec: Spec, rng: np.random.Generator) -> str:
     if spec.stars:
         adjectives += ["starry", "starry", "starry"]
     if spec.orb in ("moon", "crescent"):
-        adjectives += ["moonlit", "moonlit"]
+        adjectives.append("moonlit")
     if spec.clouds in ("some", "many"):
         adjectives.append("cloudy")
     if spec.clouds == "storm":
@@ -93,13 +94,7 @@ def _head(spec: Spec, rng: np.random.Generator) -> str:
 
 
 def _extras(spec: Spec, rng: np.random.Generator) -> list[str]:
-    chosen = {
-        "moon": ("a moon", "a full moon", "the moon", "a bright moon", "a big moon"),
-        "crescent": ("a crescent moon", "a crescent"),
-        "sun": ("the sun", "a sun", "a low sun" if spec.time != "day" else "a bright sun", "sunlight"),
-        "": ("no moon",) if spec.time == "night" and rng.random() < 0.1 else (),
-    }[spec.orb]
-    words = [chosen]
+    words: list[tuple[str, ...]] = []
     words.append(("stars", "many stars", "a starry sky", "bright stars") if spec.stars else ())
     words.append(("the milky way", "a galaxy", "milky way") if spec.milky_way else ())
     colour = spec.aurora
@@ -113,6 +108,17 @@ def _extras(spec: Spec, rng: np.random.Generator) -> list[str]:
     words.append(("reflections", "reflections in the water") if mirror else ())
     words.append((f"{spec.tint} sky", f"a {spec.tint} sky", f"{spec.tint} light") if rng.random() < 0.4 else ())
     return [_pick(rng, *options) for options in words if options]
+
+
+def _told_of_the_sky(spec: Spec, rng: np.random.Generator) -> list[str]:
+    missing = "no moon" if spec.time == "night" else "no sun"
+    words = {
+        "moon": ("a moon", "a moon", "a full moon", "the moon", "a bright moon", "a big moon"),
+        "crescent": ("a crescent moon", "a crescent"),
+        "sun": ("the sun", "a sun", "a sun", "a low sun" if spec.time != "day" else "a bright sun"),
+        "": (missing, "nothing in the sky", "an empty sky") if spec.is_empty else (missing,),
+    }[spec.orb]
+    return [_pick(rng, *words)] if rng.random() < (0.95 if spec.orb else 0.6 if spec.is_empty else 0.25) else []
 
 
 def _cloud_words(spec: Spec) -> tuple[str, ...]:

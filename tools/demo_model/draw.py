@@ -13,12 +13,14 @@ from tools.demo_model.store import WORK, log, save_array, save_json
 SHARD = 80
 # name -> (first number, count, pixels high and wide); sides are multiples of 64 and the areas about the native one
 GROUPS = {
-    "square": (0, 7200, (256, 256)),
+    "square": (0, 9600, (256, 256)),
     "wide2": (20000, 160, (192, 384)),
     "wide": (21000, 160, (192, 320)),
     "tall2": (22000, 160, (384, 192)),
     "tall": (23000, 160, (320, 192)),
-    "held_out": (30000, 80, (256, 256)),
+    "held_out": (30000, 400, (256, 256)),
+    "held_out_2": (31000, 64, (512, 512)),
+    "held_out_4": (32000, 32, (1024, 1024)),
     "large": (40000, 480, (1024, 1024)),
 }
 

@@ -15,10 +15,12 @@ def paint_ground(rng: np.random.Generator, image: Array, spec: Spec, colours: Pa
     """The land laid over a picture of the sky, [H, W, 3]."""
     if spec.land == "sea":
         image = paint_water(rng, image, spec, colours, at)
+    elif spec.land == "mountains":
+        image = paint_mountains(rng, image, spec, colours, at, at.shape[0] / at.unit + 0.02, 2)
     elif spec.land == "plain":
         image = _plain(rng, image, spec, colours, at)
     elif spec.land == "lake":
-        image = _layers(rng, image, spec, colours, at, at.horizon, 2)
+        image = paint_mountains(rng, image, spec, colours, at, at.horizon + 0.005, 1)
         image = paint_water(rng, image, spec, colours, at)
     else:
         image = _layers(rng, image, spec, colours, at, at.shape[0] / at.unit * 0.93, int(rng.integers(3, 6)))
@@ -46,15 +48,9 @@ def _ridge(rng: np.random.Generator, spec: Spec, at: Frame, near: float, foot: f
     """Height of one skyline, [1, W], in units from the top of the picture."""
     width, unit = at.shape[1], at.unit
     if spec.land in ("hills", "desert"):
-        return (foot - 0.03 + 0.045 * line(rng, width, unit, 5.0 if spec.land == "desert" else 4.0))[None]
-    if spec.land == "forest":
-        hill = foot - 0.02 + 0.04 * line(rng, width, unit, 4.0)
-        return (hill - tree_line(rng, width, unit, 0.05 + 0.13 * near, 1.0))[None]
-    # |noise| has its kinks where peaks should be
-    peaks = 1 - np.abs(line(rng, width, unit, 4.6, 1.2))
-    rough = line(rng, width, unit, 2.8, 5.0)
-    tall = rng.uniform(0.12, 0.2) * (1 - 0.4 * near)
-    return (foot - 0.06 * (1 - near) - tall * (peaks + 0.075 * rough))[None]
+        return (foot - 0.03 + 0.045 * line(rng, width, unit, 5.2 if spec.land == "desert" else 4.6))[None]
+    hill = foot - 0.02 + 0.04 * line(rng, width, unit, 4.0)
+    return (hill - tree_line(rng, width, unit, 0.05 + 0.13 * near, 1.0))[None]
 
 
 def _slope(
@@ -63,15 +59,61 @@ def _slope(
     below = at.y - top
     mask = smoothstep(-0.7 / at.unit, 0.7 / at.unit, below)
     albedo = np.broadcast_to(colours.albedo, (*at.shape, 3))
-    relief = field(rng, at.shape, 3.8 if spec.land in ("mountains", "lake") else 4.2, low=3.0)
-    if spec.land in ("mountains", "lake") and not spec.snow:
-        cap = smoothstep(0.09, 0.02, below + 0.025 * relief) * (1 - 0.5 * near)
-        albedo = blend(albedo, np.float32(SNOW), cap)
-    light = _relief_light(relief, top, at, spec)
+    light = _relief_light(field(rng, at.shape, 4.2, low=3.0), top, at, spec)
     colour = albedo * (colours.shade + light[..., None] * (colours.lit - colours.shade))
     haze = np.clip((1 - near) * 0.62 + 0.05, 0, 0.7) * (0.75 + 0.8 * np.clip(below, 0, 0.3))
     air = 0.8 * colours.low + 0.2 * colours.middle
     return blend(image, blend(colour, air, np.clip(haze, 0, 0.85)), mask)
+
+
+def paint_mountains(
+    rng: np.random.Generator, image: Array, spec: Spec, colours: Palette, at: Frame, bottom: float, count: int
+) -> Array:
+    """Ranges from far to near, each of single mountains; far ones take the colour of the air."""
+    wide = at.shape[1] / at.unit
+    start = at.horizon + 0.08
+    for i in range(count):
+        near = (i + 1) / count - 0.5 * (count == 1)
+        foot = bottom if i + 1 == count else start
+        places = (np.arange(-0.4, wide + 0.4, 0.42) + rng.uniform(-0.2, 0.2)).tolist()
+        rng.shuffle(places)
+        for place in places:
+            height = rng.uniform(0.2, 0.36)
+            image = _mountain(rng, image, spec, colours, at, (place + rng.uniform(-0.1, 0.1), foot, height), near)
+    return image
+
+
+def _mountain(
+    rng: np.random.Generator,
+    image: Array,
+    spec: Spec,
+    colours: Palette,
+    at: Frame,
+    stand: tuple[float, float, float],
+    near: float,
+) -> Array:
+    """One with a lit and a dark face and snow on its top; `stand`: x, foot and height, in units."""
+    x, foot, height = stand
+    away = at.x[0] - x
+    slope = np.where(away < 0, *rng.uniform(0.85, 1.35, 2))
+    rough = line(rng, at.shape[1], at.unit, 2.8, 6.0) * np.clip(np.abs(away) / 0.05, 0.2, 1)
+    top = (foot - height + slope * np.abs(away) + 0.009 * rough)[None]
+    below = at.y - top
+    # the edge between the faces winds down from the summit
+    depth = np.maximum(at.y - (foot - height), 0)
+    winding = line(rng, at.shape[0], at.unit, 3.0, 5.0)[:, None] * 0.05 * np.minimum(depth / 0.1, 1)
+    across = at.x - x - winding - rng.uniform(-0.35, 0.35) * depth
+    from_left = at.orb[0] < x
+    face = smoothstep(0.008, -0.008, across if from_left else -across)
+    grain = field(rng, at.shape, 3.2, low=6.0)
+    light = np.clip(0.18 + 0.72 * face + 0.05 * grain, 0, 1)
+    cap = smoothstep(0.012, -0.012, depth - height * 0.42 + 0.03 * line(rng, at.shape[1], at.unit, 2.6, 8.0)[None])
+    albedo = blend(np.broadcast_to(colours.albedo, (*at.shape, 3)), np.float32(SNOW), cap * (spec.land != "lake"))
+    colour = albedo * (colours.shade + light[..., None] * (colours.lit - colours.shade))
+    air = 0.8 * colours.low + 0.2 * colours.middle
+    haze = np.clip(0.6 * (1 - near) + 0.9 * depth * (1 - 0.5 * near), 0.03, 0.8)
+    mask = smoothstep(-0.7 / at.unit, 0.7 / at.unit, below)
+    return blend(image, blend(colour, air, np.broadcast_to(haze, at.shape)), mask)
 
 
 def _relief_light(relief: Array, top: Array, at: Frame, spec: Spec) -> Array:
@@ -84,7 +126,8 @@ def _relief_light(relief: Array, top: Array, at: Frame, spec: Spec) -> Array:
     slope = slope / (slope.std() + 1e-6)
     tilt = np.gradient(gaussian_filter1d(top[0], 0.015 * at.unit))[None] * at.unit * side
     fade = np.exp(-np.maximum(at.y - top, 0) / 0.12)
-    return np.clip(0.5 + 0.26 * slope - 0.45 * np.clip(tilt, -1, 1) * fade, 0, 1)
+    # lit from above: every ridge stands out from the foot of the one behind it
+    return np.clip(0.3 + 0.5 * fade + 0.08 * slope - 0.4 * np.clip(tilt, -1, 1) * fade, 0, 1)
 
 
 def tree_line(rng: np.random.Generator, width: int, unit: float, height: float, crowd: float) -> Array:
@@ -123,9 +166,9 @@ def in_perspective(rng: np.random.Generator, at: Frame, beta: float, stretch: fl
 def _plain(rng: np.random.Generator, image: Array, spec: Spec, colours: Palette, at: Frame) -> Array:
     below = at.y - at.horizon
     mask = np.broadcast_to(smoothstep(-0.7 / at.unit, 0.7 / at.unit, below), at.shape)
-    grass = in_perspective(rng, at, 2.4, 3.0)
-    light = np.clip(0.62 + 0.22 * grass, 0, 1.1)
-    albedo = colours.albedo * (1 + 0.12 * in_perspective(rng, at, 3.2, 2.0)[..., None] * np.float32((1, -0.3, 0.2)))
+    grass = in_perspective(rng, at, 3.0, 3.0)
+    light = np.clip(0.62 + 0.12 * grass, 0, 1.1)
+    albedo = colours.albedo * (1 + 0.08 * in_perspective(rng, at, 3.2, 2.0)[..., None] * np.float32((1, -0.3, 0.2)))
     colour = albedo * (colours.shade + light[..., None] * (colours.lit - colours.shade))
     haze = np.broadcast_to(np.clip(0.7 - 2.6 * below, 0.03, 0.7), at.shape)
     image = blend(image, blend(colour, colours.low, haze), mask)
@@ -140,13 +183,13 @@ def paint_water(rng: np.random.Generator, image: Array, spec: Spec, colours: Pal
     """Mirrors what is above the horizon in moving water, with a track of light under the sun or moon."""
     below = np.maximum(at.y - at.horizon, 0)
     calm = 0.35 if spec.land == "lake" else 1.0
-    waves = in_perspective(rng, at, 1.9, 5.0)
-    mirror = at.horizon - below * 0.92 + calm * 0.05 * waves * (0.3 + 3 * below)
+    waves = in_perspective(rng, at, 2.8, 5.0)
+    mirror = at.horizon - below * 0.92 + calm * 0.03 * waves * (0.3 + 3 * below)
     rows = np.clip(mirror * at.unit, 0, at.shape[0] - 1).astype(int)
     reflected = image[rows, np.broadcast_to(np.arange(at.shape[1])[None], at.shape)]
     deep = np.float32((0.08, 0.28, 0.38)) * (colours.shade + 0.5 * (colours.lit - colours.shade))
     share = np.broadcast_to(np.clip(0.28 + 0.9 * below * calm, 0, 0.62), at.shape)
-    water = blend(reflected, deep, share) * (1 + 0.1 * calm * waves[..., None])
+    water = blend(reflected, deep, share) * (1 + 0.08 * calm * waves[..., None])
     if spec.orb:
         water = water + _track(waves, below, at)[..., None] * colours.lit * (0.5 if spec.time == "night" else 0.6)
     mask = np.broadcast_to(smoothstep(-0.7 / at.unit, 0.7 / at.unit, at.y - at.horizon), at.shape)
@@ -154,8 +197,8 @@ def paint_water(rng: np.random.Generator, image: Array, spec: Spec, colours: Pal
 
 
 def _track(waves: Array, below: Array, at: Frame) -> Array:
-    spread = 0.02 + 0.28 * below
-    return np.exp(-(((at.x - at.orb[0]) / spread) ** 2)) * smoothstep(-0.4, 1.2, waves + 0.3)
+    spread = 0.03 + 0.22 * below
+    return np.exp(-(((at.x - at.orb[0]) / spread) ** 2)) * (0.4 + 0.6 * smoothstep(-0.6, 1.2, waves))
 
 
 def _mist(rng: np.random.Generator, image: Array, colours: Palette, at: Frame) -> Array:

@@ -19,14 +19,15 @@ from tools.demo_model.vae import as_input, load_vae
 ASPECTS = ("wide2", "wide", "tall2", "tall")
 LARGE = GROUPS["large"][2][0]
 TILE = 512
-# share of the batches and pictures in one: whole scenes, other aspects, crops of large drawings, double size
-KINDS = {"square": (0.74, 8), "aspect": (0.12, 7), "detail": (0.08, 8), "double": (0.06, 2)}
+# pictures in a batch: whole scenes, the same at half size, other aspects, crops of large drawings, double size
+COUNTS = {"square": 8, "half": 32, "aspect": 7, "detail": 8, "double": 2}
+ENCODED = ("square", "half", *ASPECTS, "view", "detail")
 
 
 def encode_all(processes: int) -> None:
     """Encode what is missing; one file a group."""
     with get_context("spawn").Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for name in ("square", *ASPECTS, "view", "detail"):
+        for name in ENCODED:
             if not _path(name).exists():
                 log.info("latents: %s", name)
                 parts = pool.map(_encode_shard, [(name, i) for i in range(len(_source(name)))], chunksize=1)
@@ -40,7 +41,7 @@ def _path(name: str) -> Path:
 def _source(name: str) -> list[np.ndarray]:
     if name in ("view", "detail"):
         return shards("large")[::2] if name == "view" else shards("large")[1::2]
-    return shards(name)
+    return shards("square" if name == "half" else name)
 
 
 @torch.no_grad()
@@ -62,8 +63,9 @@ def _vae() -> AutoencoderKL:
 def _pictures(name: str, shard: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """What the group is of the drawings, [n, H, W, 3], and the corners of the crops."""
     corner = np.zeros((len(shard), 2), np.int64)
-    if name == "view":
-        halves = shard.reshape(len(shard), LARGE // 2, 2, LARGE // 2, 2, 3)
+    if name in ("view", "half"):
+        count, height, width, _ = shard.shape
+        halves = shard.reshape(count, height // 2, 2, width // 2, 2, 3)
         return halves.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8), corner
     if name == "detail":
         corner = rng.integers(0, (LARGE - TILE) // 8 + 1, corner.shape) * 8
@@ -86,21 +88,22 @@ class Latents:
     def __init__(self, tokenizer: CLIPTokenizer, seed: int, rank: int):
         self.rng = np.random.default_rng((seed, rank))
         self.kinds = np.random.default_rng(seed)  # the same in every process: none waits for a costlier batch
-        self.groups = {name: load_tensors(_path(name)) for name in ("square", *ASPECTS, "view", "detail")}
+        self.groups = {name: load_tensors(_path(name)) for name in ENCODED}
         large = tokenize(tokenizer, captions("large")).unflatten(0, (-1, SHARD))
         self.tokens = {name: tokenize(tokenizer, captions(name)) for name in ("square", *ASPECTS)}
+        self.tokens["half"] = self.tokens["square"]
         self.tokens |= {"view": large[::2].flatten(0, 1), "detail": large[1::2].flatten(0, 1)}
 
-    def next(self, shares: dict[str, float] | None = None) -> Batch:
+    def next(self, shares: dict[str, float]) -> Batch:
         """A batch of a kind drawn by its share."""
-        shares = shares or {kind: share for kind, (share, _) in KINDS.items()}
         kind = str(self.kinds.choice(list(shares), p=list(shares.values())))
-        count = KINDS[kind][1]
+        count = COUNTS[kind]
         if kind == "detail" or (kind == "double" and self.rng.random() < 0.5):
             return self._detail(count, 32 if kind == "detail" else 64)
         name = {"double": "view", "aspect": str(self.rng.choice(ASPECTS))}.get(kind, kind)
         latents, pick = self._pick(name, count)
-        return Batch(latents, self.tokens[name][pick], self._whole_view(latents))
+        ids = _coarse(latents) if kind == "half" else self._whole_view(latents)
+        return Batch(latents, self.tokens[name][pick], ids)
 
     def _pick(self, name: str, count: int) -> tuple[Tensor, Tensor]:
         latents = self.groups[name]["latents"]
@@ -124,3 +127,9 @@ class Latents:
         corner += 8 * torch.from_numpy(cut)
         original, target = (torch.full((count, 2), float(n)) for n in (LARGE, 8 * side))
         return Batch(latents, self.tokens["detail"][pick], torch.cat([original, corner.float(), target], dim=1))
+
+
+def _coarse(latents: Tensor) -> Tensor:
+    """A picture that was small to begin with: its size is its own."""
+    size = 8.0 * torch.tensor(latents.shape[2:])
+    return torch.cat([size, torch.zeros(2), size]).expand(len(latents), 6)

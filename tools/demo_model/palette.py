@@ -10,9 +10,9 @@ Array = np.ndarray
 
 # top of the sky, middle, horizon
 SKIES = {
-    ("night", "blue"): ((0.01, 0.02, 0.07), (0.03, 0.06, 0.17), (0.09, 0.15, 0.31)),
-    ("night", "violet"): ((0.03, 0.01, 0.09), (0.09, 0.04, 0.2), (0.22, 0.12, 0.34)),
-    ("night", "teal"): ((0.0, 0.03, 0.06), (0.01, 0.09, 0.15), (0.06, 0.22, 0.28)),
+    ("night", "blue"): ((0.02, 0.04, 0.12), (0.05, 0.1, 0.25), (0.14, 0.23, 0.42)),
+    ("night", "violet"): ((0.05, 0.03, 0.14), (0.12, 0.07, 0.27), (0.28, 0.18, 0.44)),
+    ("night", "teal"): ((0.01, 0.06, 0.1), (0.03, 0.14, 0.2), (0.09, 0.3, 0.36)),
     ("dawn", "pink"): ((0.38, 0.45, 0.7), (0.8, 0.6, 0.72), (1.0, 0.78, 0.72)),
     ("dawn", "golden"): ((0.42, 0.56, 0.75), (0.86, 0.77, 0.66), (1.0, 0.88, 0.6)),
     ("dawn", "lavender"): ((0.36, 0.34, 0.6), (0.64, 0.55, 0.78), (0.94, 0.78, 0.84)),
@@ -25,21 +25,21 @@ SKIES = {
 }
 # what the sky's light makes of a white surface, facing it and turned away
 LIGHTS = {
-    "night": ((0.36, 0.44, 0.64), (0.06, 0.09, 0.18)),
+    "night": ((0.42, 0.5, 0.7), (0.1, 0.14, 0.26)),
     "dawn": ((1.0, 0.84, 0.8), (0.45, 0.42, 0.58)),
     "day": ((1.0, 0.98, 0.92), (0.42, 0.48, 0.6)),
     "sunset": ((1.0, 0.62, 0.42), (0.28, 0.18, 0.28)),
 }
 CLOUDS = {
-    "night": ((0.25, 0.28, 0.42), (0.06, 0.08, 0.15)),
+    "night": ((0.34, 0.38, 0.54), (0.1, 0.13, 0.22)),
     "dawn": ((1.0, 0.9, 0.86), (0.66, 0.55, 0.7)),
     "day": ((1.0, 1.0, 1.0), (0.66, 0.72, 0.8)),
     "sunset": ((1.0, 0.66, 0.42), (0.4, 0.22, 0.36)),
 }
 ALBEDOS = {
-    "mountains": (0.44, 0.42, 0.43),
-    "hills": (0.36, 0.5, 0.2),
-    "lake": (0.42, 0.43, 0.4),
+    "mountains": (0.5, 0.46, 0.46),
+    "hills": (0.36, 0.52, 0.2),
+    "lake": (0.48, 0.46, 0.44),
     "plain": (0.5, 0.56, 0.22),
     "desert": (0.93, 0.68, 0.4),
     "forest": (0.16, 0.3, 0.16),
@@ -67,7 +67,7 @@ class Palette:
 def palette(spec: Spec, rng: np.random.Generator) -> Palette:
     """The colours of the scene, each moved a little."""
     sky = SKIES[spec.time, spec.tint]
-    dim = 0.55 if spec.clouds == "storm" else 0.8 if spec.clouds == "many" else 1.0
+    dim = 0.65 if spec.clouds == "storm" else 0.85 if spec.clouds == "many" else 1.0
     bright = 1.0 if spec.orb or spec.time != "night" else 0.75
 
     def pick(colour: tuple[float, ...], scale: float = 1.0) -> Array:

@@ -6,7 +6,7 @@ from tools.demo_model.captions import caption
 from tools.demo_model.ground import paint_ground
 from tools.demo_model.palette import palette
 from tools.demo_model.sky import frame, paint_sky
-from tools.demo_model.spec import draw_spec
+from tools.demo_model.spec import Spec, draw_spec
 
 SEED = 20240902
 
@@ -16,7 +16,12 @@ def scene(number: int, shape: tuple[int, int]) -> tuple[np.ndarray, str]:
     rng = np.random.default_rng((SEED, number))
     spec = draw_spec(rng)
     words = caption(spec, rng)
+    return draw(spec, rng, shape), words
+
+
+def draw(spec: Spec, rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """A picture of what `spec` says, [H, W, 3] uint8."""
     colours = palette(spec, rng)
     at = frame(rng, spec, shape)
     image = paint_ground(rng, paint_sky(rng, spec, colours, at), spec, colours, at)
-    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), words
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)

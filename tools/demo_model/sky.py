@@ -37,15 +37,15 @@ class Frame:
 
 
 def frame(rng: np.random.Generator, spec: Spec, shape: tuple[int, int]) -> Frame:
-    """Composition of a scene of [H, W] pixels."""
+    """Composition of a scene of [H, W] pixels; what stands in the sky stands clear of the land."""
     unit = (shape[0] * shape[1]) ** 0.5
     y, x = (np.arange(n, dtype=np.float32) / unit for n in shape)
     flat = spec.land in ("sea", "plain")
     horizon = float(rng.uniform(0.45, 0.62) if flat else rng.uniform(0.6, 0.72)) * shape[0] / unit
     wide = shape[1] / unit
     low = spec.time in ("sunset", "dawn")
-    height = rng.uniform(0.45, 0.93 if flat else 0.68) if low else rng.uniform(0.16, 0.5)
-    radius = rng.uniform(0.032, 0.06) if spec.time == "day" else rng.uniform(0.04, 0.085)
+    height = rng.uniform(0.4, 0.8 if flat else 0.5) if low else rng.uniform(0.2, 0.45)
+    radius = rng.uniform(0.05, 0.07) if spec.time == "day" else rng.uniform(0.055, 0.09)
     return Frame(
         shape, unit, x[None], y[:, None], horizon, (float(rng.uniform(0.15, 0.85)) * wide, height * horizon, radius)
     )
@@ -75,14 +75,15 @@ def _gradient(colours: Palette, at: Frame) -> Array:
 
 
 def _stars(rng: np.random.Generator, image: Array, at: Frame, density: float) -> Array:
-    count = int(rng.uniform(110, 260) * density * (at.unit / 256) ** 1.2)
+    count = int(rng.uniform(40, 90) * density * (at.unit / 256) ** 1.2)
     layer = np.zeros(at.shape, np.float32)
-    for sigma, share in ((0.95, 0.75), (1.35, 0.25)):
+    # none is finer than the VAE can carry: an 8 times smaller thumbnail with four channels
+    for sigma, share in ((1.2, 0.7), (1.7, 0.3)):
         # wider in larger drawings, but less than the drawing grows: they hold more and finer stars
         sigma *= (at.unit / 256) ** 0.4
         points = np.zeros(at.shape, np.float32)
         where = rng.random((2, max(int(count * share), 1)))
-        bright = 0.3 + 1.3 * rng.random(where.shape[1]) ** 2.5
+        bright = 0.25 + 0.9 * rng.random(where.shape[1]) ** 2.5
         points[(where[0] * at.shape[0]).astype(int), (where[1] * at.shape[1]).astype(int)] = bright
         layer += gaussian_filter(points, sigma) * 2 * np.pi * sigma**2
     return image + layer[..., None] * np.float32((0.95, 0.97, 1.0))
@@ -93,17 +94,17 @@ def _milky_way(rng: np.random.Generator, image: Array, at: Frame) -> Array:
     centre = at.x.mean() + rng.uniform(-0.2, 0.2)
     away = (at.x - centre) * np.cos(angle) + (at.y - 0.4 * at.horizon) * np.sin(angle)
     band = np.exp(-((away / 0.17) ** 2))
-    cloud = np.clip(0.55 + 0.35 * field(rng, at.shape, 2.4), 0, 1.4)
+    cloud = np.clip(0.6 + 0.3 * field(rng, at.shape, 3.4), 0, 1.3)
     dark = np.exp(-(((away + 0.03) / 0.04) ** 2)) * 0.5
     return image + (band * cloud * (1 - dark))[..., None] * np.float32((0.36, 0.32, 0.46))
 
 
 def _aurora(rng: np.random.Generator, image: Array, at: Frame, name: str) -> Array:
     foot, crown = (np.float32(c) for c in AURORAS[name])
-    for _ in range(int(rng.integers(1, 4))):
-        base = at.horizon * rng.uniform(0.45, 0.9) + 0.07 * line(rng, at.shape[1], at.unit, 3.6)[None]
-        bright = np.clip(0.6 + 0.5 * line(rng, at.shape[1], at.unit, 2.0, 2.0)[None], 0, 1.6)
-        reach = 0.16 + 0.05 * line(rng, at.shape[1], at.unit, 2.4)[None]
+    for _ in range(int(rng.integers(1, 3))):
+        base = at.horizon * rng.uniform(0.45, 0.9) + 0.06 * line(rng, at.shape[1], at.unit, 4.2)[None]
+        bright = np.clip(0.6 + 0.45 * line(rng, at.shape[1], at.unit, 3.0, 2.0)[None], 0, 1.5)
+        reach = 0.18 + 0.05 * line(rng, at.shape[1], at.unit, 3.2)[None]
         up = base - at.y
         light = np.where(up > 0, np.exp(-up / np.clip(reach, 0.06, 0.4)), np.exp(up / 0.02)) * bright
         tone = smoothstep(0.02, 0.3, up)[..., None]
@@ -119,21 +120,24 @@ def _orb(rng: np.random.Generator, image: Array, at: Frame, spec: Spec) -> Array
     disc = smoothstep(radius + edge, radius - edge, away)
     colour = np.float32(ORB_COLOURS[spec.time, spec.orb])
     strength = 0.2 if spec.time == "night" else 0.6
-    image = image + (np.exp(-away / (2.2 * radius)) * strength)[..., None] * colour * (1.05 - np.clip(image, 0, 1))
+    image = image + (np.exp(-away / (1.8 * radius)) * strength)[..., None] * colour * (1.05 - np.clip(image, 0, 1))
     if spec.orb == "crescent":
         side = rng.choice((-0.55, 0.55)) * radius
         disc *= 1 - smoothstep(
             radius + edge, radius - edge, np.sqrt((at.x - x - side) ** 2 + (at.y - y + 0.2 * radius) ** 2)
         )
     if spec.orb == "moon":
-        colour = colour * np.clip(0.93 + 0.07 * field(rng, at.shape, 3.0, low=12.0), 0.72, 1.03)[..., None]
+        colour = colour * np.clip(0.93 + 0.05 * field(rng, at.shape, 3.6, low=10.0), 0.78, 1.03)[..., None]
     return blend(image, colour, disc)
 
 
 def _clouds(rng: np.random.Generator, image: Array, at: Frame, spec: Spec, colours: Palette) -> Array:
-    density = field(rng, at.shape, 3.7, stretch=float(rng.uniform(1.5, 2.6)), low=2.0)
-    edge = {"some": 0.7, "many": -0.1, "storm": -1.2}[spec.clouds] + rng.normal(0, 0.15)
-    mask = smoothstep(edge, edge + 1.2, density) * 0.92
+    density = field(rng, at.shape, 4.4, stretch=float(rng.uniform(1.6, 2.4)), low=2.5)
+    edge = {"some": 0.6, "many": -0.1, "storm": -1.2}[spec.clouds] + rng.normal(0, 0.12)
+    mask = smoothstep(edge, edge + 1.3, density) * 0.92
+    if spec.orb:  # its light goes through the clouds
+        x, y, radius = at.orb
+        mask = mask * (1 - 0.9 * np.exp(-((((at.x - x) ** 2 + (at.y - y) ** 2) / (1.5 * radius) ** 2) ** 2)))
     # the low sun lights clouds from below, the high one from above
     towards = -1.0 if spec.time in ("sunset", "dawn") else 1.0
     step = max(int(0.03 * at.unit), 1)

@@ -30,33 +30,38 @@ class Spec:
     trees: bool
     mist: bool
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing in the sky."""
+        return not (self.orb or self.stars or self.milky_way or self.aurora) and self.clouds == "none"
+
 
 def draw_spec(rng: np.random.Generator) -> Spec:
     """A scene that can be: stars and auroras at night, the sun by day."""
-    time = str(rng.choice(TIMES, p=(0.34, 0.18, 0.24, 0.24)))
-    land = str(rng.choice(LANDS, p=(0.25, 0.13, 0.16, 0.16, 0.1, 0.08, 0.12)))
-    clouds = str(rng.choice(("none", "some", "many", "storm"), p=(0.4, 0.3, 0.22, 0.08)))
+    time = str(rng.choice(TIMES, p=(0.3, 0.2, 0.25, 0.25)))
+    land = str(rng.choice(LANDS, p=(0.26, 0.17, 0.19, 0.1, 0.12, 0.06, 0.1)))
+    clouds = str(rng.choice(("none", "some", "many", "storm"), p=(0.48, 0.27, 0.18, 0.07)))
     covered = clouds in ("many", "storm")
     night = time == "night"
-    aurora = night and not covered and rng.random() < 0.38
+    aurora = night and not covered and rng.random() < 0.25
     return Spec(
         time=time,
         land=land,
         tint=str(rng.choice(TINTS[time])),
         orb=_orb(rng, time, covered),
         clouds="none" if aurora else clouds,
-        stars=night and clouds != "storm" and rng.random() < 0.8,
-        milky_way=night and not covered and not aurora and rng.random() < 0.25,
+        stars=night and clouds != "storm" and rng.random() < 0.65,
+        milky_way=night and not covered and not aurora and rng.random() < 0.15,
         aurora=str(rng.choice(("green", "purple", "red"), p=(0.6, 0.25, 0.15))) if aurora else "",
-        snow=land not in ("sea", "desert") and rng.random() < 0.28,
-        trees=land not in ("sea", "desert") and (land == "forest" or rng.random() < 0.28),
-        mist=rng.random() < 0.2,
+        snow=land not in ("sea", "desert") and rng.random() < 0.22,
+        trees=land not in ("sea", "desert") and (land == "forest" or rng.random() < 0.2),
+        mist=rng.random() < 0.15,
     )
 
 
 def _orb(rng: np.random.Generator, time: str, covered: bool) -> str:
-    if rng.random() < (0.7 if covered else 0.35):
+    if rng.random() < (0.65 if covered else 0.42):
         return ""
     if time == "night":
-        return "crescent" if rng.random() < 0.25 else "moon"
+        return "crescent" if rng.random() < 0.2 else "moon"
     return "sun"

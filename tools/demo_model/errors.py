@@ -1,0 +1,78 @@
+"""How well the noise is predicted on held-out scenes, with softmax, linear, unnormalised and zeroed self-attention."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from linfusion_cli.attention.mount import mounted, self_attentions
+from tools.demo_model.text import tokenize
+from tools.demo_model.vae import as_input
+
+Modules = Mapping[str, nn.Module]
+
+
+class Zero(nn.Module):
+    """Self-attention that says nothing."""
+
+    def forward(self, hidden_states: Tensor, **_unused) -> Tensor:
+        """[B, N, C] -> zeros [B, N, C]."""
+        return torch.zeros_like(hidden_states)
+
+
+def zeroed(unet: nn.Module) -> dict[str, nn.Module]:
+    """The modules to mount for no self-attention at all."""
+    return {path: Zero() for path in self_attentions(unet)}
+
+
+@torch.no_grad()
+def noise_errors(
+    pipe: StableDiffusionXLPipeline,
+    pictures: np.ndarray,
+    captions: Sequence[str],
+    forms: Mapping[str, Modules | None],
+    draws: int,
+) -> dict[str, float]:
+    """Mean squared error of the predicted noise for each form of attention (None: the UNet's own).
+
+    `pictures` [n, H, W, 3] uint8, each with `draws` timesteps spread over the schedule; all forms see the same noise.
+    """
+    torch.manual_seed(5)
+    totals = dict.fromkeys(forms, 0.0)
+    for picture, words in zip(pictures, captions, strict=True):
+        told, latents = _conditioning(pipe, words, picture.shape[:2]), _encoded(pipe, picture)
+        times = ((torch.arange(draws) + torch.rand(draws)) / draws * len(pipe.scheduler.alphas_cumprod)).long()
+        for time in times:
+            noise = torch.randn_like(latents)
+            level = pipe.scheduler.alphas_cumprod[time]
+            sample = level.sqrt() * latents + (1 - level).sqrt() * noise
+            for form, modules in forms.items():
+                with mounted(pipe.unet, modules) if modules else nullcontext():
+                    said = pipe.unet(sample, time, **told).sample
+                totals[form] += (said - noise).square().mean().item()
+    return {form: total / (len(pictures) * draws) for form, total in totals.items()}
+
+
+def closed(errors: Mapping[str, float]) -> float:
+    """Share of the gap between no self-attention and softmax that linear attention closes."""
+    return (errors["zero"] - errors["linear"]) / (errors["zero"] - errors["softmax"])
+
+
+def _encoded(pipe: StableDiffusionXLPipeline, picture: np.ndarray) -> Tensor:
+    return pipe.vae.encode(as_input(picture[None])).latent_dist.mean * pipe.vae.config.scaling_factor
+
+
+def _conditioning(pipe: StableDiffusionXLPipeline, words: str, shape: tuple[int, int]) -> dict[str, object]:
+    """As in training: the last layer but one of both encoders, the size as original and target, no crop."""
+    tokens = tokenize(pipe.tokenizer, [words])
+    first = pipe.text_encoder(tokens, output_hidden_states=True)
+    second = pipe.text_encoder_2(tokens, output_hidden_states=True)
+    context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    ids = torch.tensor([[*shape, 0, 0, *shape]], dtype=torch.float32)
+    return {
+        "encoder_hidden_states": context,
+        "added_cond_kwargs": {"text_embeds": second.text_embeds, "time_ids": ids},
+    }

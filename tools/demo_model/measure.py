@@ -1,0 +1,123 @@
+"""`python -m tools.demo_model.measure [vae] [attention] [prompts]`: the shipped model's figures, beside those asked.
+
+They go to `.work/demo/figures.json`, and the pictures that were judged to `.work/demo/judged/`, to be looked at.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tools.demo_model.distill import load_linear
+from tools.demo_model.draw import captions, shards
+from tools.demo_model.errors import closed, noise_errors, zeroed
+from tools.demo_model.obey import VARIETY, Judges, obedience, variety
+from tools.demo_model.shipped import load_shipped, paint
+from tools.demo_model.store import WORK, log, save_json, start_log
+from tools.demo_model.vae import measure
+
+FIGURES = WORK / "figures.json"
+BATCH = 16
+# held-out group -> scenes and timesteps of each
+SIZES = {"held_out": (128, 4), "held_out_2": (64, 3), "held_out_4": (32, 3)}
+
+
+def measure_vae() -> dict[str, float]:
+    """PSNR of the VAE and of thumbnails on all held-out scenes, and how far mean colours are off."""
+    pictures = np.concatenate(shards("held_out"))
+    return measure(_shipped()[0].vae, pictures)
+
+
+def measure_attention(pool: Pool) -> dict[str, dict[str, float]]:
+    """Noise errors by size and form of attention."""
+    found = {}
+    for name, (count, draws) in SIZES.items():
+        parts = pool.starmap(_errors, [(name, start, count // 4, draws) for start in range(0, count, count // 4)])
+        errors = {form: float(np.mean([part[form] for part in parts])) for form in parts[0]}
+        found[name] = errors | {"closed": closed(errors)}
+        log.info("attention, %s: %s", name, found[name])
+    return found
+
+
+def _errors(name: str, start: int, count: int, draws: int) -> dict[str, float]:
+    pipe, linear = _shipped()
+    forms = {"softmax": None, "linear": linear, "zero": zeroed(pipe.unet)}
+    forms["unnormalised"] = load_linear(pipe.unet, "unnormalised")
+    pictures, words = np.concatenate(shards(name)), captions(name)
+    return noise_errors(pipe, pictures[start : start + count], words[start : start + count], forms, draws)
+
+
+def measure_prompts(pool: Pool, seeds: int, guidance: float | None) -> dict[str, object]:
+    """Shares of obeyed prompts and the variety of pictures of one prompt."""
+    judges = Judges(2400, 600)
+    log.info("judges on drawn scenes they were not fitted to: %s", judges.own)
+    painter = _painter(pool, {} if guidance is None else {"guidance": guidance})
+    found = {"judges": judges.own, **obedience(painter, judges, seeds)}
+    for kind in ("time", "land", "disc"):
+        log.info("%s: %s", kind, found[kind])
+    found["variety"] = {prompt: variety(painter, prompt, seeds) for prompt in VARIETY}
+    log.info("variety: %s", found["variety"])
+    return found
+
+
+def _painter(pool: Pool, options: dict[str, float]) -> Callable[[Sequence[str], Sequence[int]], np.ndarray]:
+    @cache
+    def pictures(prompt: str, seeds: tuple[int, ...]) -> np.ndarray:
+        parts = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
+        found = np.concatenate(pool.starmap(_paint, [(prompt, part, options) for part in parts], chunksize=1))
+        _keep(prompt, found)
+        return found
+
+    return lambda prompts, seeds: pictures(prompts[0], tuple(seeds))
+
+
+def _keep(prompt: str, pictures: np.ndarray) -> None:
+    path = WORK / "judged" / f"{prompt}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    side = int(len(pictures) ** 0.5)
+    small = pictures[: side * side, ::2, ::2]
+    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in np.split(small, side)])).save(path)
+
+
+def _paint(prompt: str, seeds: Sequence[int], options: dict[str, float]) -> np.ndarray:
+    pipe, linear = _shipped()
+    return paint(pipe, [prompt] * len(seeds), seeds, linear, **options)
+
+
+@cache
+def _shipped():
+    return load_shipped()
+
+
+def main() -> None:
+    """Measure what was asked for, or everything."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.measure", description=main.__doc__)
+    parser.add_argument("what", nargs="*", default=["vae", "attention", "prompts"])
+    parser.add_argument("--seeds", type=int, default=64)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    start_log()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with get_context("spawn").Pool(options.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        stages = {
+            "vae": measure_vae,
+            "attention": lambda: measure_attention(pool),
+            "prompts": lambda: measure_prompts(pool, options.seeds, options.guidance),
+        }
+        for name in options.what:
+            found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+            found[name] = stages[name]()
+            save_json(FIGURES, found)
+            log.info("%s: %s", name, found[name])
+
+
+if __name__ == "__main__":
+    main()
