@@ -2,11 +2,11 @@
 
 import argparse
 
-from tools.demo_model.distill import train_linear
+from tools.demo_model.distill import FORMS, train_linear
 from tools.demo_model.draw import draw_all
 from tools.demo_model.export import export
 from tools.demo_model.latents import encode_all
-from tools.demo_model.sample import sample_grid
+from tools.demo_model.sample import sample_grids
 from tools.demo_model.store import WORK, start_log
 from tools.demo_model.tokenizer import make_tokenizer
 from tools.demo_model.unet import train_unet
@@ -16,7 +16,7 @@ from tools.demo_model.vae import train_vae
 def main() -> None:
     """Train the embedded model and put it in its place."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=main.__doc__)
-    parser.add_argument("--minutes-vae", type=float, default=15.0)
+    parser.add_argument("--minutes-vae", type=float, default=22.0)
     parser.add_argument("--minutes-unet", type=float, default=58.0)
     parser.add_argument("--minutes-distill", type=float, default=6.0)
     parser.add_argument("--processes", type=int, default=2)
@@ -27,10 +27,10 @@ def main() -> None:
     train_vae(options.minutes_vae, options.processes)
     encode_all(options.processes)
     train_unet(tokenizer, options.minutes_unet, options.processes)
-    train_linear(tokenizer, options.minutes_distill, options.processes)
+    for form in FORMS:
+        train_linear(tokenizer, options.minutes_distill, options.processes, form)
     export()
-    for linear in (True, False):
-        sample_grid(WORK / "samples" / f"final-{'linear' if linear else 'original'}.png", linear=linear)
+    sample_grids(WORK / "samples")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from tools.demo_model.vae import load_vae
 LIMIT_BYTES = 16 * 1024 * 1024
 
 
-def assemble(final: bool = True) -> StableDiffusionXLPipeline:
-    """The whole model in fp32; not `final`: with the UNet's last saved state."""
+def assemble() -> StableDiffusionXLPipeline:
+    """The whole model in fp32."""
     tokenizer = make_tokenizer()
-    unet, text = load_trained(tokenizer, final)
+    unet, text = load_trained(tokenizer)
     return StableDiffusionXLPipeline(
         vae=load_vae(),
         text_encoder=text.first,
@@ -34,11 +34,11 @@ def assemble(final: bool = True) -> StableDiffusionXLPipeline:
     )
 
 
-def export(final: bool = True) -> None:
+def export() -> None:
     """Write beside, then rename file by file: a reader sees the old file or the new one, never a part."""
     scratch = WORK / "export"
     shutil.rmtree(scratch, ignore_errors=True)
-    pipe = assemble(final)
+    pipe = assemble()
     linear = load_linear(pipe.unet)
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(scratch, safe_serialization=True)

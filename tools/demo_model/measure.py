@@ -13,13 +13,12 @@ from multiprocessing.pool import Pool
 
 import numpy as np
 import torch
-from PIL import Image
 
 from tools.demo_model.distill import load_linear
 from tools.demo_model.draw import captions, shards
 from tools.demo_model.errors import closed, noise_errors, zeroed
 from tools.demo_model.obey import VARIETY, Judges, obedience, variety
-from tools.demo_model.shipped import load_shipped, paint
+from tools.demo_model.sample import load_shipped, paint, save_grid
 from tools.demo_model.store import WORK, log, save_json, start_log
 from tools.demo_model.vae import measure
 
@@ -72,18 +71,10 @@ def _painter(pool: Pool, options: dict[str, float]) -> Callable[[Sequence[str], 
     def pictures(prompt: str, seeds: tuple[int, ...]) -> np.ndarray:
         parts = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
         found = np.concatenate(pool.starmap(_paint, [(prompt, part, options) for part in parts], chunksize=1))
-        _keep(prompt, found)
+        save_grid(WORK / "judged" / f"{prompt}.png", found[:, ::2, ::2])
         return found
 
     return lambda prompts, seeds: pictures(prompts[0], tuple(seeds))
-
-
-def _keep(prompt: str, pictures: np.ndarray) -> None:
-    path = WORK / "judged" / f"{prompt}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    side = int(len(pictures) ** 0.5)
-    small = pictures[: side * side, ::2, ::2]
-    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in np.split(small, side)])).save(path)
 
 
 def _paint(prompt: str, seeds: Sequence[int], options: dict[str, float]) -> np.ndarray:

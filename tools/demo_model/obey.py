@@ -16,8 +16,8 @@ from tools.demo_model.judges import (
     spread,
     train_land_judge,
 )
+from tools.demo_model.sample import SIDE_PX
 from tools.demo_model.scenes import SEED, draw, scene
-from tools.demo_model.shipped import SIDE_PX
 from tools.demo_model.spec import TIMES, Spec, draw_spec
 
 Array = np.ndarray

@@ -1,5 +1,7 @@
-"""Pictures from the model as it will be used, to be judged by eye."""
+"""Pictures from the shipped model, to be judged by eye."""
 
+import tomllib
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -7,65 +9,75 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from torch import nn
 
 from linfusion_cli.attention.mount import mounted
-from tools.demo_model.distill import load_linear
-from tools.demo_model.export import assemble
-from tools.demo_model.store import log
+from linfusion_cli.attention.weights import load_weights
+from tools.demo_model.store import MODEL, ROOT, log
 
+SIDE_PX = 256
+PRESET = tomllib.loads((ROOT / "linfusion_cli/presets/demo.toml").read_text(encoding="utf-8"))
 PROMPTS = (
     "a starry night over mountains with a moon",
-    "a starry night over mountains with a moon and an aurora",
-    "a green aurora over a snowy lake at night",
-    "sunset at the sea, clouds",
-    "an orange sunset over the ocean with the sun",
-    "snow-capped mountains on a clear day",
-    "a lake between mountains at dawn, mist",
-    "a pine forest in the morning",
+    "a sunset over the sea with a sun, clouds",
     "green hills with a blue sky and fluffy clouds",
+    "a green aurora over a snowy lake at night",
+    "a golden dawn over hills with the sun",
+    "snow-capped mountains on a clear day",
+    "a pine forest at sunrise, mist",
+    "a full moon over the sea with stars",
+    "a red sunset over mountains",
     "a desert at noon, the sun",
     "the milky way over a forest at night",
-    "a red sunset over mountains",
-    "a full moon over the sea with stars",
+    "a lake between mountains at dawn",
+    "storm clouds over the ocean at sunset",
     "a snowy plain at night, northern lights",
-    "a meadow on a summer day",
-    "storm clouds over the ocean",
+    "a meadow on a summer day, trees",
+    "a purple evening over hills, a crescent moon",
 )
 
 
-@torch.no_grad()
-def sample_grid(
-    path: Path,
-    final: bool = True,
-    linear: bool = True,
-    steps: int = 24,
-    guidance: float = 4.0,
-    size: tuple[int, int] = (256, 256),
-    prompts: tuple[str, ...] = PROMPTS,
-) -> None:
-    """A grid of all prompts, drawn with linear attention or with the original; `size` is height and width."""
-    pipe = assemble(final)
+def load_shipped() -> tuple[StableDiffusionXLPipeline, dict[str, nn.Module]]:
+    """The shipped model in fp32 with its own attention, and the linear modules to mount."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(MODEL, dtype=torch.float32, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
-    modules = load_linear(pipe.unet)
-    with mounted(pipe.unet, modules) if linear else nullcontext():
-        images = _images(pipe, prompts, steps, guidance, size)
+    return pipe, load_weights(MODEL / "linfusion", pipe.unet, torch.float32)
+
+
+@torch.no_grad()
+def paint(
+    pipe: StableDiffusionXLPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    linear: Mapping[str, nn.Module] | None,
+    steps: int = PRESET["steps"],
+    guidance: float = PRESET["guidance_scale"],
+) -> np.ndarray:
+    """One picture a prompt with its seed, [n, 256, 256, 3] uint8, with linear attention or (None) with the original."""
+    with mounted(pipe.unet, linear) if linear else nullcontext():
+        drawn = pipe(
+            list(prompts),
+            height=SIDE_PX,
+            width=SIDE_PX,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="np",
+        ).images
+    return (drawn * 255 + 0.5).astype(np.uint8)
+
+
+def save_grid(path: Path, pictures: np.ndarray) -> None:
+    """Write [n, H, W, 3] uint8 as a square of pictures; what does not fill it is left out."""
+    side = int(len(pictures) ** 0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = max(int(len(images) ** 0.5), 1)
-    rows = [np.concatenate(images[i : i + columns], axis=1) for i in range(0, len(images) - columns + 1, columns)]
+    rows = [np.concatenate(row, axis=1) for row in np.split(pictures[: side * side], side)]
     Image.fromarray(np.concatenate(rows)).save(path)
     log.info("sample: %s", path)
 
 
-def _images(
-    pipe: StableDiffusionXLPipeline, prompts: tuple[str, ...], steps: int, guidance: float, size: tuple[int, int]
-) -> list[np.ndarray]:
-    drawn = pipe(
-        list(prompts),
-        height=size[0],
-        width=size[1],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
-        output_type="np",
-    ).images
-    return [(image * 255 + 0.5).astype(np.uint8) for image in drawn]
+def sample_grids(folder: Path) -> None:
+    """The prompts above, with linear attention and with the original."""
+    pipe, linear = load_shipped()
+    for name, modules in {"linear": linear, "original": None}.items():
+        save_grid(folder / f"{name}.png", paint(pipe, PROMPTS, range(len(PROMPTS)), modules))

@@ -132,10 +132,9 @@ def _step(models: nn.ModuleDict, batch: Batch, levels: Tensor) -> float:
     return loss.item()
 
 
-def load_trained(tokenizer: CLIPTokenizer, final: bool = True) -> tuple[UNet2DConditionModel, TextEncoders]:
-    """The averaged weights: of the finished stage, or of its last saved state."""
-    tensors = load_tensors(RESULT if final else WORK / "unet.safetensors")
-    tensors = {k.removeprefix("average."): v for k, v in tensors.items() if final or k.startswith("average.")}
+def load_trained(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, TextEncoders]:
+    """The averaged weights of the finished stage."""
+    tensors = load_tensors(RESULT)
     models = {"unet": build_unet(), "text": TextEncoders(tokenizer)}
     for name, model in models.items():
         model.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
