@@ -18,7 +18,7 @@ from tools.demo_model.distill import load_linear
 from tools.demo_model.draw import captions, shards
 from tools.demo_model.errors import closed, noise_errors, zeroed
 from tools.demo_model.obey import VARIETY, Judges, obedience, variety
-from tools.demo_model.sample import load_shipped, paint, save_grid
+from tools.demo_model.sample import PRESET, load_shipped, paint, save_grid
 from tools.demo_model.store import WORK, log, save_json, start_log
 from tools.demo_model.vae import measure
 
@@ -53,11 +53,11 @@ def _errors(name: str, start: int, count: int, draws: int) -> dict[str, float]:
     return noise_errors(pipe, pictures[start : start + count], words[start : start + count], forms, draws)
 
 
-def measure_prompts(pool: Pool, seeds: int, guidance: float | None) -> dict[str, object]:
+def measure_prompts(pool: Pool, seeds: int, attention: str, guidance: float) -> dict[str, object]:
     """Shares of obeyed prompts and the variety of pictures of one prompt."""
     judges = Judges(2400, 600)
     log.info("judges on drawn scenes they were not fitted to: %s", judges.own)
-    painter = _painter(pool, {} if guidance is None else {"guidance": guidance})
+    painter = _painter(pool, attention, guidance)
     found = {"judges": judges.own, **obedience(painter, judges, seeds)}
     for kind in ("time", "land", "disc"):
         log.info("%s: %s", kind, found[kind])
@@ -66,20 +66,22 @@ def measure_prompts(pool: Pool, seeds: int, guidance: float | None) -> dict[str,
     return found
 
 
-def _painter(pool: Pool, options: dict[str, float]) -> Callable[[Sequence[str], Sequence[int]], np.ndarray]:
+def _painter(pool: Pool, attention: str, guidance: float) -> Callable[[Sequence[str], Sequence[int]], np.ndarray]:
     @cache
     def pictures(prompt: str, seeds: tuple[int, ...]) -> np.ndarray:
         parts = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
-        found = np.concatenate(pool.starmap(_paint, [(prompt, part, options) for part in parts], chunksize=1))
+        jobs = [(prompt, part, attention, guidance) for part in parts]
+        found = np.concatenate(pool.starmap(_paint, jobs, chunksize=1))
         save_grid(WORK / "judged" / f"{prompt}.png", found[:, ::2, ::2])
         return found
 
     return lambda prompts, seeds: pictures(prompts[0], tuple(seeds))
 
 
-def _paint(prompt: str, seeds: Sequence[int], options: dict[str, float]) -> np.ndarray:
+def _paint(prompt: str, seeds: Sequence[int], attention: str, guidance: float) -> np.ndarray:
     pipe, linear = _shipped()
-    return paint(pipe, [prompt] * len(seeds), seeds, linear, **options)
+    modules = linear if attention == "linear" else None
+    return paint(pipe, [prompt] * len(seeds), seeds, modules, guidance=guidance)
 
 
 @cache
@@ -92,7 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.measure", description=main.__doc__)
     parser.add_argument("what", nargs="*", default=["vae", "attention", "prompts"])
     parser.add_argument("--seeds", type=int, default=64)
-    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--guidance", type=float, default=PRESET["guidance_scale"])
+    parser.add_argument("--attention", choices=("original", "linear"), default="original")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     start_log()
@@ -101,7 +104,7 @@ def main() -> None:
         stages = {
             "vae": measure_vae,
             "attention": lambda: measure_attention(pool),
-            "prompts": lambda: measure_prompts(pool, options.seeds, options.guidance),
+            "prompts": lambda: measure_prompts(pool, options.seeds, options.attention, options.guidance),
         }
         for name in options.what:
             found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
