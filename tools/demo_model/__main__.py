@@ -2,6 +2,7 @@
 
 import argparse
 
+from tools.demo_model.adopt import UNET_STATE, adopt_shipped
 from tools.demo_model.distill import FORMS, train_linear
 from tools.demo_model.draw import draw_all
 from tools.demo_model.export import export
@@ -16,12 +17,15 @@ from tools.demo_model.vae import train_vae
 def main() -> None:
     """Train the embedded model and put it in its place."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=main.__doc__)
-    parser.add_argument("--minutes-vae", type=float, default=22.0)
-    parser.add_argument("--minutes-unet", type=float, default=58.0)
-    parser.add_argument("--minutes-distill", type=float, default=6.0)
+    parser.add_argument("--minutes-vae", type=float, default=17.0)
+    parser.add_argument("--minutes-unet", type=float, default=60.0)
+    parser.add_argument("--minutes-distill", type=float, default=5.0)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--from-shipped", action="store_true", help="go on from the weights in the package")
     options = parser.parse_args()
     start_log()
+    if options.from_shipped and not UNET_STATE.exists():
+        adopt_shipped()
     draw_all(options.processes)
     tokenizer = make_tokenizer()
     train_vae(options.minutes_vae, options.processes)

@@ -1,0 +1,31 @@
+"""The shipped weights as the start: for a machine whose work folder is gone, or to spend more time on the model."""
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tools.demo_model.store import MODEL, WORK, save_tensors
+from tools.demo_model.tokenizer import FOLDER
+from tools.demo_model.vae import RESULT as VAE
+
+UNET_STATE = WORK / "unet.safetensors"
+TRAINED = {"unet.": "unet", "text.first.": "text_encoder", "text.second.": "text_encoder_2"}
+
+
+def adopt_shipped() -> None:
+    """Vocabulary and VAE as if their stages had ended, UNet and text encoders as a state to go on from."""
+    shutil.copytree(MODEL / "tokenizer", FOLDER, dirs_exist_ok=True)
+    factor = json.loads((MODEL / "vae" / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
+    save_tensors(VAE, _weights("vae") | {"scaling_factor": torch.tensor(factor)})
+    weights = {prefix + key: value for prefix, name in TRAINED.items() for key, value in _weights(name).items()}
+    state = {f"{kind}.{key}": value for kind in ("now", "average") for key, value in weights.items()}
+    zero = {"step": torch.tensor(0), "seconds": torch.tensor(0.0, dtype=torch.float64)}
+    save_tensors(UNET_STATE, state | zero)
+
+
+def _weights(part: str) -> dict[str, Tensor]:
+    path = next((MODEL / part).glob("*.safetensors"))
+    return {key: value.float() for key, value in load_file(path).items()}

@@ -1,0 +1,60 @@
+"""`python -m tools.demo_model.pictures`: the pictures of README and docs, made by the shipped model."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tools.demo_model.sample import PROMPTS, load_shipped, paint, save_grid
+from tools.demo_model.store import ROOT, WORK, start_log
+
+DOCS = ROOT / "docs" / "pictures"
+README_PROMPT, README_SEED = "a sunset over the sea with a sun, clouds", 1
+LARGE_PROMPT, LARGE_SEED = "snow-capped mountains at sunset with a sun, a clear sky", 1
+LARGE_PX, CROP_PX = 4096, 512
+
+
+def generate(prompt: str, seed: int, size_px: int) -> Path:
+    """The picture as the program makes it."""
+    path = WORK / "pictures" / f"{size_px}-{seed}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    what = ["generate", prompt, "--preset", "demo", "--size", str(size_px), "--seed", str(seed), "-o", str(path)]
+    subprocess.run([sys.executable, "-m", "linfusion_cli", *what, "--overwrite"], check=True)
+    return path
+
+
+def with_crops(picture: Image.Image, corners: list[tuple[int, int]]) -> Image.Image:
+    """The whole, reduced, and beside it what lies at `corners` (x, y), at 100 %, framed in the whole."""
+    side = CROP_PX * len(corners)
+    whole = np.array(picture.resize((side, side), Image.Resampling.LANCZOS))
+    scale = side / picture.width
+    for x, y in corners:
+        left, top, reach = int(x * scale), int(y * scale), int(CROP_PX * scale)
+        whole[top : top + reach, [left, left + reach]] = 255
+        whole[[top, top + reach], left : left + reach] = 255
+    crops = [np.array(picture.crop((x, y, x + CROP_PX, y + CROP_PX))) for x, y in corners]
+    return Image.fromarray(np.concatenate([whole, np.concatenate(crops)], axis=1))
+
+
+def main() -> None:
+    """Write them all."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.pictures", description=main.__doc__)
+    parser.parse_args()
+    start_log()
+    pipe, _ = load_shipped()
+    grid = WORK / "pictures" / "grid.png"
+    save_grid(grid, paint(pipe, PROMPTS, range(len(PROMPTS)), None))
+    Image.open(grid).save(DOCS / "demo-grid.jpg", quality=88)
+    readme = Image.open(generate(README_PROMPT, README_SEED, 2048))
+    readme.resize((1024, 1024), Image.Resampling.LANCZOS).save(DOCS / "demo.jpg", quality=88)
+    Image.MAX_IMAGE_PIXELS = None
+    large = Image.open(generate(LARGE_PROMPT, LARGE_SEED, LARGE_PX))
+    corners = [(1024, 512), (1536, 1792), (512, 3072)]
+    with_crops(large, corners).save(DOCS / "demo-4096.jpg", quality=85)
+
+
+if __name__ == "__main__":
+    main()
