@@ -3,8 +3,9 @@
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
+from tools.demo_model.mountains import paint_mountains
 from tools.demo_model.noise import blend, field, line, smoothstep
-from tools.demo_model.palette import SNOW, Palette
+from tools.demo_model.palette import Palette
 from tools.demo_model.sky import Frame
 from tools.demo_model.spec import Spec
 
@@ -16,11 +17,11 @@ def paint_ground(rng: np.random.Generator, image: Array, spec: Spec, colours: Pa
     if spec.land == "sea":
         image = paint_water(rng, image, spec, colours, at)
     elif spec.land == "mountains":
-        image = paint_mountains(rng, image, spec, colours, at, at.shape[0] / at.unit + 0.02, 2)
+        image = paint_mountains(rng, image, spec, colours, at, [at.horizon + 0.08, at.shape[0] / at.unit + 0.02])
     elif spec.land == "plain":
         image = _plain(rng, image, spec, colours, at)
     elif spec.land == "lake":
-        image = paint_mountains(rng, image, spec, colours, at, at.horizon + 0.005, 1)
+        image = paint_mountains(rng, image, spec, colours, at, [at.horizon + 0.005])
         image = paint_water(rng, image, spec, colours, at)
     else:
         image = _layers(rng, image, spec, colours, at, at.shape[0] / at.unit * 0.93, int(rng.integers(3, 6)))
@@ -64,56 +65,6 @@ def _slope(
     haze = np.clip((1 - near) * 0.62 + 0.05, 0, 0.7) * (0.75 + 0.8 * np.clip(below, 0, 0.3))
     air = 0.8 * colours.low + 0.2 * colours.middle
     return blend(image, blend(colour, air, np.clip(haze, 0, 0.85)), mask)
-
-
-def paint_mountains(
-    rng: np.random.Generator, image: Array, spec: Spec, colours: Palette, at: Frame, bottom: float, count: int
-) -> Array:
-    """Ranges from far to near, each of single mountains; far ones take the colour of the air."""
-    wide = at.shape[1] / at.unit
-    start = at.horizon + 0.08
-    for i in range(count):
-        near = (i + 1) / count - 0.5 * (count == 1)
-        foot = bottom if i + 1 == count else start
-        places = (np.arange(-0.4, wide + 0.4, 0.42) + rng.uniform(-0.2, 0.2)).tolist()
-        rng.shuffle(places)
-        for place in places:
-            height = rng.uniform(0.2, 0.36)
-            image = _mountain(rng, image, spec, colours, at, (place + rng.uniform(-0.1, 0.1), foot, height), near)
-    return image
-
-
-def _mountain(
-    rng: np.random.Generator,
-    image: Array,
-    spec: Spec,
-    colours: Palette,
-    at: Frame,
-    stand: tuple[float, float, float],
-    near: float,
-) -> Array:
-    """One with a lit and a dark face and snow on its top; `stand`: x, foot and height, in units."""
-    x, foot, height = stand
-    away = at.x[0] - x
-    slope = np.where(away < 0, *rng.uniform(0.85, 1.35, 2))
-    rough = line(rng, at.shape[1], at.unit, 2.8, 6.0) * np.clip(np.abs(away) / 0.05, 0.2, 1)
-    top = (foot - height + slope * np.abs(away) + 0.009 * rough)[None]
-    below = at.y - top
-    # the edge between the faces winds down from the summit
-    depth = np.maximum(at.y - (foot - height), 0)
-    winding = line(rng, at.shape[0], at.unit, 3.0, 5.0)[:, None] * 0.05 * np.minimum(depth / 0.1, 1)
-    across = at.x - x - winding - rng.uniform(-0.35, 0.35) * depth
-    from_left = at.orb[0] < x
-    face = smoothstep(0.008, -0.008, across if from_left else -across)
-    grain = field(rng, at.shape, 3.2, low=6.0)
-    light = np.clip(0.18 + 0.72 * face + 0.05 * grain, 0, 1)
-    cap = smoothstep(0.012, -0.012, depth - height * 0.42 + 0.03 * line(rng, at.shape[1], at.unit, 2.6, 8.0)[None])
-    albedo = blend(np.broadcast_to(colours.albedo, (*at.shape, 3)), np.float32(SNOW), cap * (spec.land != "lake"))
-    colour = albedo * (colours.shade + light[..., None] * (colours.lit - colours.shade))
-    air = 0.8 * colours.low + 0.2 * colours.middle
-    haze = np.clip(0.6 * (1 - near) + 0.9 * depth * (1 - 0.5 * near), 0.03, 0.8)
-    mask = smoothstep(-0.7 / at.unit, 0.7 / at.unit, below)
-    return blend(image, blend(colour, air, np.broadcast_to(haze, at.shape)), mask)
 
 
 def _relief_light(relief: Array, top: Array, at: Frame, spec: Spec) -> Array:
