@@ -14,7 +14,7 @@ from multiprocessing.pool import Pool
 import numpy as np
 import torch
 
-from tools.demo_model.distill import load_linear
+from tools.demo_model.distill import load_linear, result_of
 from tools.demo_model.draw import captions, shards
 from tools.demo_model.errors import closed, noise_errors, zeroed
 from tools.demo_model.obey import VARIETY, Judges, obedience, variety
@@ -48,7 +48,8 @@ def measure_attention(pool: Pool) -> dict[str, dict[str, float]]:
 def _errors(name: str, start: int, count: int, draws: int) -> dict[str, float]:
     pipe, linear = _shipped()
     forms = {"softmax": None, "linear": linear, "zero": zeroed(pipe.unet)}
-    forms["unnormalised"] = load_linear(pipe.unet, "unnormalised")
+    if result_of("unnormalised").exists():  # it is not shipped
+        forms["unnormalised"] = load_linear(pipe.unet, "unnormalised")
     pictures, words = np.concatenate(shards(name)), captions(name)
     return noise_errors(pipe, pictures[start : start + count], words[start : start + count], forms, draws)
 
