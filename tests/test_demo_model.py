@@ -28,10 +28,10 @@ def painter(shipped):
     """Pictures of a prompt, made once."""
 
     @cache
-    def pictures(prompt: str, seeds: tuple[int, ...]) -> np.ndarray:
+    def pictures(prompt: str, seeds: range) -> np.ndarray:
         return paint(shipped[0], [prompt] * len(seeds), seeds, shipped[1])
 
-    return lambda prompts, seeds: pictures(prompts[0], tuple(seeds))
+    return pictures
 
 
 @pytest.fixture(scope="module")
@@ -74,5 +74,11 @@ def test_linear_attention_does_what_softmax_does(shipped):
     forms = {"softmax": None, "linear": linear, "zero": zeroed(pipe.unet)}
     errors = noise_errors(pipe, *scenes(range(FIRST + 20_000, FIRST + 20_016), 256), forms, draws=2)
     assert errors["softmax"] < errors["zero"] and closed(errors) >= 0.75
+
+
+@pytest.mark.xfail(strict=True, reason="asked, and missed by 7 % so far: docs/demo-model.md")
+def test_at_twice_the_size_linear_attention_is_no_worse_than_softmax(shipped):
+    pipe, linear = shipped
+    forms = {"softmax": None, "linear": linear}
     large = noise_errors(pipe, *scenes(range(FIRST + 30_000, FIRST + 30_006), 512), forms, draws=2)
-    assert closed(large) >= 0.75  # asked is that it is no worse than softmax; it is not yet: docs/demo-model.md
+    assert large["linear"] <= 1.01 * large["softmax"]

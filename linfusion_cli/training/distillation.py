@@ -1,4 +1,4 @@
-"""Distillation of LinFusion, arXiv 2409.02097, section 3.4: linear attention learns to do what self-attention does.
+"""Distillation of LinFusion, arXiv 2409.02097: linear attention learns to do what self-attention does.
 
     L = |ε' - ε|² + 0.5 |ε' - ε_teacher|² + 0.5 Σ over layers |A_linear - A_softmax|²
 
@@ -8,7 +8,8 @@ over all elements. Shape letters: B batch, C channels of the latents, H and W th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,53 +37,40 @@ class DistillationLoss:
         return self.noise + TEACHER_WEIGHT * self.teacher + LAYERS_WEIGHT * self.layers
 
 
-class Distillation:
-    """A UNet that teaches and the modules that learn, by the paths they are to be mounted at.
+def distillation_loss(
+    unet: nn.Module,
+    modules: Mapping[str, nn.Module],
+    sample: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+    **conditioning: Any,
+) -> DistillationLoss:
+    """Of the modules that learn, by the paths they are to be mounted at, with the UNet as it is for a teacher.
 
-    Hooks on the modules collect their outputs until `close`.
+    Noised latents [B, C, H, W], their timesteps [B], the noise in them [B, C, H, W]; `conditioning` goes to the UNet.
     """
-
-    def __init__(self, unet: nn.Module, modules: Mapping[str, nn.Module]):
-        self.unet, self.modules = unet, modules
-        originals = {path: unet.get_submodule(path) for path in modules}
-        self._wanted, self._given = _Outputs(originals), _Outputs(modules)
-
-    def loss(self, sample: Tensor, timesteps: Tensor, noise: Tensor, **conditioning: Any) -> DistillationLoss:
-        """Of noised latents [B, C, H, W], their timesteps [B] and the noise in them [B, C, H, W]."""
-        with torch.no_grad():
-            taught = self.unet(sample, timesteps, **conditioning).sample
-        wanted = self._wanted.take()
-        with mounted(self.unet, self.modules):
-            said = self.unet(sample, timesteps, **conditioning).sample
-        given = self._given.take()
-        layers = sum((given[path] - wanted[path]).square().mean() for path in wanted)
-        return DistillationLoss((said - noise).square().mean(), (said - taught).square().mean(), layers)
-
-    def close(self) -> None:
-        """Take the hooks off."""
-        self._wanted.close()
-        self._given.close()
+    originals = {path: unet.get_submodule(path) for path in modules}
+    with torch.no_grad(), _outputs(originals) as wanted:
+        taught = unet(sample, timesteps, **conditioning).sample
+    with mounted(unet, modules), _outputs(modules) as given:
+        said = unet(sample, timesteps, **conditioning).sample
+    layers = sum((given[path] - wanted[path]).square().mean() for path in wanted)
+    return DistillationLoss((said - noise).square().mean(), (said - taught).square().mean(), layers)
 
 
-class _Outputs:
-    """Collects what a set of modules give in one forward pass."""
+@contextmanager
+def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Fills a dict with what each of the modules gives within the context."""
+    seen: dict[str, Tensor] = {}
 
-    def __init__(self, modules: Mapping[str, nn.Module]):
-        self._seen: dict[str, Tensor] = {}
-        self._handles = [module.register_forward_hook(self._keep(path)) for path, module in modules.items()]
+    def keep(path: str):
+        return lambda _module, _inputs, output: seen.__setitem__(path, output)
 
-    def _keep(self, path: str):
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            self._seen[path] = output
-
-        return hook
-
-    def take(self) -> dict[str, Tensor]:
-        seen, self._seen = self._seen, {}
-        return seen
-
-    def close(self) -> None:
-        for handle in self._handles:
+    handles = [module.register_forward_hook(keep(path)) for path, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
             handle.remove()
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
-from linfusion_cli.training.distillation import Distillation, DistillationLoss, start_from_originals
+from linfusion_cli.training.distillation import DistillationLoss, distillation_loss, start_from_originals
 from tests.models_in_small import small_sd_unet
 
 
@@ -51,7 +51,7 @@ def test_the_loss_is_the_paper_s(unet, batch):
     said, given = recorded(unet, linear, sample, timesteps, context)
     mean = lambda a, b: ((a - b) ** 2).sum() / a.numel()  # noqa: E731
     layers = sum(mean(given[path], wanted[path]) for path in linear)
-    loss = Distillation(unet, linear).loss(sample, timesteps, noise, encoder_hidden_states=context)
+    loss = distillation_loss(unet, linear, sample, timesteps, noise, encoder_hidden_states=context)
     torch.testing.assert_close(loss.noise, mean(said, noise))
     torch.testing.assert_close(loss.teacher, mean(said, taught))
     torch.testing.assert_close(loss.layers, layers)
@@ -79,11 +79,11 @@ def test_learning_from_it_lowers_every_part(unet, batch):
     with torch.no_grad():
         noise = unet(sample, timesteps, encoder_hidden_states=context).sample  # a teacher that is right
     linear = start_from_originals(unet)
-    student, distillation = nn.ModuleList(linear.values()), Distillation(unet, linear)
+    student = nn.ModuleList(linear.values())
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     losses: list[DistillationLoss] = []
     for _ in range(60):
-        losses.append(distillation.loss(sample, timesteps, noise, encoder_hidden_states=context))
+        losses.append(distillation_loss(unet, linear, sample, timesteps, noise, encoder_hidden_states=context))
         optimizer.zero_grad()
         losses[-1].total.backward()
         optimizer.step()
@@ -92,11 +92,10 @@ def test_learning_from_it_lowers_every_part(unet, batch):
     assert all(p.grad is None for p in unet.parameters())
 
 
-def test_a_closed_distillation_collects_nothing(unet, batch):
-    sample, timesteps, _, context = batch
-    linear = start_from_originals(unet)
-    Distillation(unet, linear).close()
-    with mounted(unet, linear):
-        unet(sample, timesteps, encoder_hidden_states=context)
-    hooks = [m._forward_hooks for m in (*linear.values(), *self_attentions(unet).values())]
+def test_it_leaves_no_hooks_and_the_unet_as_it_was(unet, batch):
+    sample, timesteps, noise, context = batch
+    originals, linear = self_attentions(unet), start_from_originals(unet)
+    distillation_loss(unet, linear, sample, timesteps, noise, encoder_hidden_states=context)
+    hooks = [m._forward_hooks for m in (*linear.values(), *originals.values())]
+    assert self_attentions(unet) == originals
     assert not any(hooks) and all(isinstance(m, LinearAttention) for m in linear.values())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.training.distillation import Distillation, start_from_originals
+from linfusion_cli.training.distillation import distillation_loss, start_from_originals
 from tools.demo_model import parallel
 from tools.demo_model.latents import Latents
 from tools.demo_model.store import WORK, TrainingState, finished, load_tensors, log, save_tensors
@@ -43,10 +43,9 @@ def result_of(form: str) -> Path:
 
 
 def load_linear(unet: UNet2DConditionModel, form: str = "linear") -> dict[str, LinearAttention]:
-    """The distilled modules, or the starting ones where there are none yet."""
+    """The distilled modules."""
     modules = start_from_originals(unet, FORMS[form])
-    if result_of(form).exists():
-        nn.ModuleList(modules.values()).load_state_dict(load_tensors(result_of(form)))
+    nn.ModuleList(modules.values()).load_state_dict(load_tensors(result_of(form)))
     return modules
 
 
@@ -65,7 +64,7 @@ def _train(rank: int, tokenizer: CLIPTokenizer, minutes: float, form: str) -> No
     unet, text = load_trained(tokenizer)
     unet.to(memory_format=torch.channels_last)
     linear = start_from_originals(unet, FORMS[form])
-    student, distillation = nn.ModuleList(linear.values()), Distillation(unet, linear)
+    student = nn.ModuleList(linear.values())
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     state = TrainingState(f"distill_{form}", {"linear": student}, optimizer, decay=0.995)
     torch.manual_seed(1000 * state.step + rank)
@@ -79,7 +78,7 @@ def _train(rank: int, tokenizer: CLIPTokenizer, minutes: float, form: str) -> No
             told = conditioning(text, batch, drop=0.2)
         noised = Noised(batch, levels)
         sample = noised.sample.contiguous(memory_format=torch.channels_last)
-        loss = distillation.loss(sample, noised.times, noised.noise, **told)
+        loss = distillation_loss(unet, linear, sample, noised.times, noised.noise, **told)
         optimizer.zero_grad()
         loss.total.backward()
         parallel.average_gradients(student.parameters())

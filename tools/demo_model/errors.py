@@ -9,7 +9,6 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from linfusion_cli.attention.mount import mounted, self_attentions
-from tools.demo_model.text import tokenize
 from tools.demo_model.vae import as_input
 
 Modules = Mapping[str, nn.Module]
@@ -66,13 +65,10 @@ def _encoded(pipe: StableDiffusionXLPipeline, picture: np.ndarray) -> Tensor:
 
 
 def _conditioning(pipe: StableDiffusionXLPipeline, words: str, shape: tuple[int, int]) -> dict[str, object]:
-    """As in training: the last layer but one of both encoders, the size as original and target, no crop."""
-    tokens = tokenize(pipe.tokenizer, [words])
-    first = pipe.text_encoder(tokens, output_hidden_states=True)
-    second = pipe.text_encoder_2(tokens, output_hidden_states=True)
-    context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    """The size as original and target, no crop."""
+    context, _, pooled, _ = pipe.encode_prompt(words, do_classifier_free_guidance=False)
     ids = torch.tensor([[*shape, 0, 0, *shape]], dtype=torch.float32)
     return {
         "encoder_hidden_states": context,
-        "added_cond_kwargs": {"text_embeds": second.text_embeds, "time_ids": ids},
+        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids},
     }

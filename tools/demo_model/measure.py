@@ -6,7 +6,7 @@ They go to `.work/demo/figures.json`, and the pictures that were judged to `.wor
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from multiprocessing import get_context
 from multiprocessing.pool import Pool
@@ -17,13 +17,14 @@ import torch
 from tools.demo_model.distill import load_linear, result_of
 from tools.demo_model.draw import captions, shards
 from tools.demo_model.errors import closed, noise_errors, zeroed
-from tools.demo_model.obey import VARIETY, Judges, obedience, variety
+from tools.demo_model.obey import VARIETY, Judges, Paint, obedience, variety
 from tools.demo_model.sample import PRESET, load_shipped, paint, save_grid
 from tools.demo_model.store import WORK, log, save_json, start_log
 from tools.demo_model.vae import measure
 
 FIGURES = WORK / "figures.json"
 BATCH = 16
+STAGES = ("vae", "attention", "prompts")
 # held-out group -> scenes and timesteps of each
 SIZES = {"held_out": (128, 4), "held_out_2": (64, 3), "held_out_4": (32, 3)}
 
@@ -67,16 +68,16 @@ def measure_prompts(pool: Pool, seeds: int, attention: str, guidance: float) -> 
     return found
 
 
-def _painter(pool: Pool, attention: str, guidance: float) -> Callable[[Sequence[str], Sequence[int]], np.ndarray]:
+def _painter(pool: Pool, attention: str, guidance: float) -> Paint:
     @cache
-    def pictures(prompt: str, seeds: tuple[int, ...]) -> np.ndarray:
+    def pictures(prompt: str, seeds: range) -> np.ndarray:
         parts = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
         jobs = [(prompt, part, attention, guidance) for part in parts]
         found = np.concatenate(pool.starmap(_paint, jobs, chunksize=1))
         save_grid(WORK / "judged" / f"{prompt}.png", found[:, ::2, ::2])
         return found
 
-    return lambda prompts, seeds: pictures(prompts[0], tuple(seeds))
+    return pictures
 
 
 def _paint(prompt: str, seeds: Sequence[int], attention: str, guidance: float) -> np.ndarray:
@@ -93,12 +94,14 @@ def _shipped():
 def main() -> None:
     """Measure what was asked for, or everything."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.measure", description=main.__doc__)
-    parser.add_argument("what", nargs="*", default=["vae", "attention", "prompts"])
+    parser.add_argument("what", nargs="*", default=STAGES, help=" ".join(STAGES))
     parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=PRESET["guidance_scale"])
     parser.add_argument("--attention", choices=("original", "linear"), default="original")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
+    if unknown := set(options.what) - set(STAGES):
+        parser.error(f"there is no {min(unknown)} to measure; there are {', '.join(STAGES)}")
     start_log()
     os.environ["OMP_NUM_THREADS"] = "1"
     with get_context("spawn").Pool(options.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -21,7 +21,7 @@ from tools.demo_model.scenes import SEED, draw, scene
 from tools.demo_model.spec import TIMES, Spec, draw_spec
 
 Array = np.ndarray
-Paint = Callable[[Sequence[str], Sequence[int]], Array]
+Paint = Callable[[str, Sequence[int]], Array]  # a prompt and its seeds -> [n, 256, 256, 3] uint8
 # numbers of scenes that nothing was trained on
 FIRST = 500_000
 TIME_PROMPTS = {time: f"a {time} over hills" for time in TIMES}
@@ -101,7 +101,7 @@ def obedience(paint: Paint, judges: Judges, seeds: int) -> dict[str, dict[str, f
     """Share of right pictures for every prompt, by judge."""
 
     def pictures(prompt: str) -> Array:
-        return paint([prompt] * seeds, range(seeds))
+        return paint(prompt, range(seeds))
 
     times = {t: judges.colour.tell(mean_colours(pictures(prompt))) for t, prompt in TIME_PROMPTS.items()}
     lands = {land: judges.land.tell(pictures(prompt)) for land, prompt in LAND_PROMPTS.items()}
@@ -115,7 +115,7 @@ def obedience(paint: Paint, judges: Judges, seeds: int) -> dict[str, dict[str, f
 
 def variety(paint: Paint, prompt: str, seeds: int) -> dict[str, float]:
     """Mean distance between pictures of one prompt, that between drawn scenes of the same caption, and the ratio."""
-    painted = spread(paint([prompt] * seeds, range(seeds)))
+    painted = spread(paint(prompt, range(seeds)))
     rng, shape = np.random.default_rng(SEED), (SIDE_PX, SIDE_PX)
     truth = spread(np.stack([draw(VARIETY[prompt], rng, shape) for _ in range(seeds)]))
     return {"painted": painted, "drawn": truth, "ratio": painted / truth}
