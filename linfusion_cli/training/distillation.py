@@ -58,6 +58,19 @@ def distillation_loss(
     return DistillationLoss((said - noise).square().mean(), (said - taught).square().mean(), layers)
 
 
+def noise_loss(
+    unet: nn.Module,
+    modules: Mapping[str, nn.Module],
+    sample: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+    **conditioning: Any,
+) -> Tensor:
+    """Its first part alone, for modules that are to do better than their teacher where it was hardly trained."""
+    with mounted(unet, modules):
+        return (unet(sample, timesteps, **conditioning).sample - noise).square().mean()
+
+
 @contextmanager
 def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Fills a dict with what each of the modules gives within the context."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
-from linfusion_cli.training.distillation import DistillationLoss, distillation_loss, start_from_originals
+from linfusion_cli.training.distillation import DistillationLoss, distillation_loss, noise_loss, start_from_originals
 from tests.models_in_small import small_sd_unet
 
 
@@ -90,6 +90,18 @@ def test_learning_from_it_lowers_every_part(unet, batch):
     first, last = losses[0], losses[-1]
     assert last.noise < 0.5 * first.noise and last.teacher < 0.5 * first.teacher and last.layers < 0.5 * first.layers
     assert all(p.grad is None for p in unet.parameters())
+
+
+def test_the_noise_alone_is_its_first_part(unet, batch):
+    sample, timesteps, noise, context = batch
+    unet.requires_grad_(False)
+    originals, linear = self_attentions(unet), start_from_originals(unet)
+    loss = noise_loss(unet, linear, sample, timesteps, noise, encoder_hidden_states=context)
+    whole = distillation_loss(unet, linear, sample, timesteps, noise, encoder_hidden_states=context)
+    torch.testing.assert_close(loss, whole.noise)
+    loss.backward()
+    assert all(module.to_v.weight.grad.abs().sum() > 0 for module in linear.values())
+    assert self_attentions(unet) == originals
 
 
 def test_it_leaves_no_hooks_and_the_unet_as_it_was(unet, batch):

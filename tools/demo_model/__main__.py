@@ -3,14 +3,14 @@
 import argparse
 
 from tools.demo_model.adopt import UNET_STATE, adopt_shipped
-from tools.demo_model.distill import FORMS, train_linear
+from tools.demo_model.distill import STAGES, train_linear
 from tools.demo_model.draw import draw_all
 from tools.demo_model.export import export
 from tools.demo_model.latents import encode_all
 from tools.demo_model.sample import sample_grids
 from tools.demo_model.store import WORK, start_log
 from tools.demo_model.tokenizer import make_tokenizer
-from tools.demo_model.unet import train_unet
+from tools.demo_model.unet import MINUTES, train_unet
 from tools.demo_model.vae import train_vae
 
 
@@ -18,8 +18,9 @@ def main() -> None:
     """Train the embedded model and put it in its place."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=main.__doc__)
     parser.add_argument("--minutes-vae", type=float, default=17.0)
-    parser.add_argument("--minutes-unet", type=float, default=60.0)
-    parser.add_argument("--minutes-distill", type=float, default=5.0)
+    parser.add_argument("--minutes-unet", type=float, default=MINUTES)
+    parser.add_argument("--minutes-distill", type=float, default=25.0)
+    parser.add_argument("--minutes-tune", type=float, default=12.0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--from-shipped", action="store_true", help="go on from the weights in the package")
     options = parser.parse_args()
@@ -31,8 +32,9 @@ def main() -> None:
     train_vae(options.minutes_vae, options.processes)
     encode_all(options.processes)
     train_unet(tokenizer, options.minutes_unet, options.processes)
-    for form in FORMS:
-        train_linear(tokenizer, options.minutes_distill, options.processes, form)
+    for stage in STAGES:
+        minutes = options.minutes_tune if stage.startswith("tune") else options.minutes_distill
+        train_linear(tokenizer, minutes, options.processes, stage)
     export()
     sample_grids(WORK / "samples")
 

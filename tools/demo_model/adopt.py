@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tools.demo_model.store import MODEL, WORK, save_tensors
 from tools.demo_model.tokenizer import FOLDER
+from tools.demo_model.unet import MINUTES
 from tools.demo_model.vae import RESULT as VAE
 
 UNET_STATE = WORK / "unet.safetensors"
@@ -16,14 +17,17 @@ TRAINED = {"unet.": "unet", "text.first.": "text_encoder", "text.second.": "text
 
 
 def adopt_shipped() -> None:
-    """Vocabulary and VAE as if their stages had ended, UNet and text encoders as a state to go on from."""
+    """Vocabulary and VAE as if their stages had ended, UNet and text encoders as if their minutes were spent.
+
+    The optimiser's moments are not shipped, so the step count, and with it the learning rate's rise, begins anew.
+    """
     shutil.copytree(MODEL / "tokenizer", FOLDER, dirs_exist_ok=True)
     factor = json.loads((MODEL / "vae" / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
     save_tensors(VAE, _weights("vae") | {"scaling_factor": torch.tensor(factor)})
     weights = {prefix + key: value for prefix, name in TRAINED.items() for key, value in _weights(name).items()}
     state = {f"{kind}.{key}": value for kind in ("now", "average") for key, value in weights.items()}
-    zero = {"step": torch.tensor(0), "seconds": torch.tensor(0.0, dtype=torch.float64)}
-    save_tensors(UNET_STATE, state | zero)
+    spent = {"step": torch.tensor(0), "seconds": torch.tensor(60 * MINUTES, dtype=torch.float64)}
+    save_tensors(UNET_STATE, state | spent)
 
 
 def _weights(part: str) -> dict[str, Tensor]:

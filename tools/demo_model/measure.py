@@ -49,8 +49,9 @@ def measure_attention(pool: Pool) -> dict[str, dict[str, float]]:
 def _errors(name: str, start: int, count: int, draws: int) -> dict[str, float]:
     pipe, linear = _shipped()
     forms = {"softmax": None, "linear": linear, "zero": zeroed(pipe.unet)}
-    if result_of("unnormalised").exists():  # it is not shipped
-        forms["unnormalised"] = load_linear(pipe.unet, "unnormalised")
+    for stage in ("distill_linear", "distill_unnormalised"):  # neither is shipped
+        if result_of(stage).exists():
+            forms[stage] = load_linear(pipe.unet, stage)
     pictures, words = np.concatenate(shards(name)), captions(name)
     return noise_errors(pipe, pictures[start : start + count], words[start : start + count], forms, draws)
 
