@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--minutes-vae", type=float, default=17.0)
     parser.add_argument("--minutes-unet", type=float, default=MINUTES)
     parser.add_argument("--minutes-distill", type=float, default=25.0)
-    parser.add_argument("--minutes-tune", type=float, default=12.0)
+    parser.add_argument("--minutes-tune", type=float, default=35.0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--from-shipped", action="store_true", help="go on from the weights in the package")
     options = parser.parse_args()

@@ -24,7 +24,7 @@ from tools.demo_model.unet import Noised, conditioning, load_trained, signal_lev
 NATIVE_TOKENS = 256
 # linear attention is there for large pictures, so more of them than the UNet was trained on
 KINDS = {"square": 0.35, "aspect": 0.1, "double": 0.35, "quadruple": 0.12, "detail": 0.08}
-LARGE_KINDS = {"square": 0.3, "aspect": 0.05, "double": 0.4, "quadruple": 0.2, "detail": 0.05}
+LARGE_KINDS = {"square": 0.2, "double": 0.6, "quadruple": 0.2}
 
 
 class UnnormalisedAttention(LinearAttention):
@@ -48,10 +48,15 @@ class Stage:
     learning_rate: float
     start: str | None = None
 
+    @property
+    def imitates(self) -> bool:
+        """Whether its loss is the paper's; what goes on from a distilled form has no teacher."""
+        return self.start is None
+
 
 STAGES = {
     "distill_linear": Stage(LinearAttention, KINDS, 6e-4),
-    "tune_linear": Stage(LinearAttention, LARGE_KINDS, 3e-4, start="distill_linear"),
+    "tune_linear": Stage(LinearAttention, LARGE_KINDS, 8e-4, start="distill_linear"),
     "distill_unnormalised": Stage(UnnormalisedAttention, KINDS, 6e-4),
 }
 
@@ -70,7 +75,8 @@ def load_linear(unet: UNet2DConditionModel, stage: str = "tune_linear") -> dict[
 
 def train_linear(tokenizer: CLIPTokenizer, minutes: float, processes: int, stage: str) -> None:
     """Train the linear modules alone for `minutes`, anew where what they start from has changed."""
-    result, origin = result_of(stage), result_of(STAGES[stage].start) if STAGES[stage].start else UNET
+    result = result_of(stage)
+    origin = result_of(STAGES[stage].start) if STAGES[stage].start else UNET
     for path in (result, WORK / f"{stage}.safetensors"):
         if path.exists() and path.stat().st_mtime < origin.stat().st_mtime:
             path.unlink()
@@ -98,7 +104,7 @@ def _train(rank: int, tokenizer: CLIPTokenizer, minutes: float, name: str) -> No
             told = conditioning(text, batch, drop=0.2)
         noised = Noised(batch, levels)
         sample = noised.sample.contiguous(memory_format=torch.channels_last)
-        recent.append(_learn(unet, linear, (sample, noised.times, noised.noise), told, imitates=not stage.start))
+        recent.append(_learn(unet, linear, (sample, noised.times, noised.noise), told, stage.imitates))
         parallel.average_gradients(student.parameters())
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -106,14 +112,16 @@ def _train(rank: int, tokenizer: CLIPTokenizer, minutes: float, name: str) -> No
         state.follow()
         if rank == 0 and state.step % 50 == 0:
             parts = " ".join(f"{part:.5f}" for part in torch.stack(recent).mean(dim=0).tolist())
-            log.info("%s: step %d, noise, teacher, layers: %s", name, state.step, parts)
+            log.info("%s: step %d, parts of the loss %s", name, state.step, parts)
             recent.clear()
     if rank == 0:
         save_tensors(result_of(name), state.averaged("linear"))
 
 
-def _learn(unet: nn.Module, linear: dict[str, LinearAttention], noised: tuple[Tensor, ...], told: dict, imitates: bool):
-    """Leave the gradients of one batch; the parts of the loss, for the log."""
+def _learn(
+    unet: nn.Module, linear: dict[str, LinearAttention], noised: tuple[Tensor, ...], told: dict, imitates: bool
+) -> Tensor:
+    """Leave the gradients of one batch; the loss in its parts, [3] (noise, teacher, layers) or [1]."""
     if imitates:
         loss = distillation_loss(unet, linear, *noised, **told)
         loss.total.backward()
