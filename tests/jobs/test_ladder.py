@@ -15,7 +15,8 @@ from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.text import encode_prompts
-from linfusion_cli.planning import plan
+from linfusion_cli.planning import machine, plan
+from linfusion_cli.planning.speed import Speed
 from linfusion_cli.request import GenerateRequest
 from linfusion_cli.sampling.noise import phase_noise
 from linfusion_cli.strips.dilation import dilated
@@ -139,6 +140,7 @@ def test_without_an_upscaler_there_is_one_phase_at_the_full_size(make):
 
 def test_dilated_passes_are_planned_and_run_as_often_as_their_weight_asks(make, monkeypatch):
     calls, forward = [], plan.Reckoner.forward
+    monkeypatch.setattr(machine, "measured", lambda *_: Speed(1e12, 1e10))  # two probes of a busy machine differ
     monkeypatch.setattr(
         plan.Reckoner, "forward", lambda self, mode, size, r=1: calls.append(r) or forward(self, mode, size, r)
     )
