@@ -53,7 +53,7 @@ def main() -> None:
     readme.resize((1024, 1024), Image.Resampling.LANCZOS).save(DOCS / "demo.jpg", quality=88)
     Image.MAX_IMAGE_PIXELS = None
     large = Image.open(generate(LARGE_PROMPT, LARGE_SEED, LARGE_PX))
-    corners = [(1024, 512), (1536, 1792), (512, 3072)]
+    corners = [(2432, 896), (3072, 1856), (640, 3200)]
     with_crops(large, corners).save(DOCS / "demo-4096.jpg", quality=85)
 
 
