@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--subject", choices=list(PROMPTS), default="sun")
-    parser.add_argument("--corner", type=int, nargs=2, default=(512, 768), metavar=("TOP", "LEFT"))
+    parser.add_argument("--corner", type=int, nargs=2, default=(800, 1024), metavar=("TOP", "LEFT"))
     parser.add_argument("--output", type=Path, default=Path("docs/pictures/ladder.jpg"))
     given = parser.parse_args()
     if given.what == "pictures":

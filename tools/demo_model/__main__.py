@@ -32,9 +32,9 @@ def main() -> None:
     train_vae(options.minutes_vae, options.processes)
     encode_all(options.processes)
     train_unet(tokenizer, options.minutes_unet, options.processes)
-    for stage in STAGES:
-        minutes = options.minutes_tune if stage.startswith("tune") else options.minutes_distill
-        train_linear(tokenizer, minutes, options.processes, stage)
+    for name, stage in STAGES.items():
+        minutes = options.minutes_distill if stage.imitates else options.minutes_tune
+        train_linear(tokenizer, minutes, options.processes, name)
     export()
     sample_grids(WORK / "samples")
 
