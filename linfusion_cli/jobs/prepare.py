@@ -14,6 +14,7 @@ from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.models.families import ModelFacts, read_facts
 from linfusion_cli.models.locate import find_linfusion, find_lora, find_model, find_vae, split_weight
+from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
 from linfusion_cli.units import format_bytes
@@ -31,8 +32,8 @@ class Prepared:
     request: PictureRequest
     format: str
     picture: SourcePicture | None
-    model: Path
-    vae: Path
+    model: Model
+    vae: Part
     linfusion: Path | None
     loras: list[tuple[Path, float]]
     facts: ModelFacts

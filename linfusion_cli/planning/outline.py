@@ -12,6 +12,7 @@ from linfusion_cli.attention import weights
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import self_attentions
 from linfusion_cli.models.load import Vae, outline, vae_kind
+from linfusion_cli.models.parts import Model, Part
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class ModelOutline:
     vae: Vae
 
     @staticmethod
-    def read(model: Path, linfusion: Path | None, vae: Path | None = None) -> ModelOutline:
+    def read(model: Model, linfusion: Path | None, vae: Part | None = None) -> ModelOutline:
         """Raises Unavailable, DataError or InputMissing naming the file."""
-        unet = outline(UNet2DConditionModel, model / "unet")
+        unet = outline(UNet2DConditionModel, model.part("unet"))
         linear = weights.outline(linfusion, unet) if linfusion else {}
-        vae = vae or model / "vae"
+        vae = vae or model.part("vae")
         return ModelOutline(unet, linear, outline(vae_kind(vae), vae))
 
     def numbers(self, attention: str) -> int:
