@@ -67,7 +67,7 @@ def state_in(header: Header, module: nn.Module, on_meta: bool = False) -> dict[s
     prefix, convert = place_in(header, type(module))
     header.check_types(prefix)
     tensors = tensors_of(header, prefix, on_meta)
-    if prefix == "" and module.state_dict().keys() & tensors.keys():
+    if prefix == "" and module.state_dict().keys() <= tensors.keys():
         return tensors  # its names are diffusers' already
     try:
         return convert(module, tensors)
