@@ -27,6 +27,7 @@ SCHEDULERS = (
     "pndm",
 )
 TIMESTEP_SPACINGS = ("auto", "leading", "trailing", "linspace")
+PREDICTION_TYPES = ("auto", "epsilon", "v_prediction")
 VAE_STATISTICS = ("auto", "exact", "sampled")
 VAE_LATENTS = ("mean", "sample")
 BITS = (8, 16)
@@ -56,6 +57,7 @@ class PictureRequest:
     lora: tuple[str, ...] = ()
     negative_prompt: str = ""
     seed: int = 0
+    prediction_type: str = "auto"
     scheduler: str = "euler"
     timestep_spacing: str = "auto"
     steps: tuple[int, ...] = (30,)
@@ -143,6 +145,7 @@ class PictureRequest:
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "dtype": DTYPES,
+    "prediction_type": PREDICTION_TYPES,
     "scheduler": SCHEDULERS,
     "timestep_spacing": TIMESTEP_SPACINGS,
     "upscaler": UPSCALERS,

@@ -45,6 +45,9 @@ Lora = Annotated[
     Option(help="A LoRA: FILE[:WEIGHT], a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). May be given again."),
 ]
 Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
+PredictionType = Annotated[
+    str | None, Option(help="What the model predicts: epsilon, v_prediction, or auto (its config, else a probe).")
+]
 Scheduler = Annotated[str | None, Option(help=f"One of {', '.join(SCHEDULERS)}. [default: euler]")]
 TimestepSpacing = Annotated[
     str | None, Option(help="leading, trailing (few-step models) or linspace; auto is the model's own.")
@@ -137,6 +140,7 @@ def of_a_request(
     lora: Lora = None,
     negative_prompt: NegativePrompt = None,
     seed: Seed = None,
+    prediction_type: PredictionType = None,
     scheduler: Scheduler = None,
     timestep_spacing: TimestepSpacing = None,
     steps: Steps = None,

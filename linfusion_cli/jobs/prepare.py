@@ -63,6 +63,7 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     vae = find_vae(request.vae, model, request.download)
     loras = [(find_lora(name, request.download), weight) for name, weight in map(split_weight, request.lora)]
     facts = read_facts(model, vae)
+    facts = facts if request.prediction_type == "auto" else facts.predicting(request.prediction_type)
     phases = ladder(request, rungs(request, facts, picture))
     linfusion = None
     used = any(phase.attention == "linear" for phase in phases)

@@ -40,6 +40,7 @@ def make_picture(
             run = replace(run, phase_sinks=phase_sinks)
             conditioning = paint.read_prompts(run)  # 3. text encoders come and go before the UNet
             models = paint.load(run, conditioning)
+            run = paint.settled(run, models)
             latents, channels = paint.first(run, models)  # 4. the base, from noise or from the picture
             for phase in prepared.phases[1:]:  # 5. up the ladder
                 enlarged = pixels.enlarge(run, models.vae, latents, phase)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from linfusion_cli.models.header import Header, read_header
 from linfusion_cli.models.parts import Model, Part
 
 KINDS = "Use a text-to-image model of the SDXL, SD 2.1 or SD 1.5 family."
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 # In a single file: what the names of each network begin with, and those that only one family has.
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 IN_SDXL, IN_SDXL_REFINER = "conditioner.embedders.1.", "conditioner.embedders.0.model."
@@ -43,6 +42,10 @@ class ModelFacts:
     def prediction_type(self) -> str | None:
         """What the UNet predicts, `epsilon`, `v_prediction` or `sample`; None where nothing says it."""
         return self.scheduler_config.get("prediction_type")
+
+    def predicting(self, prediction_type: str) -> ModelFacts:
+        """The same of a model that predicts this."""
+        return replace(self, scheduler_config=self.scheduler_config | {"prediction_type": prediction_type})
 
 
 def read_facts(model: Model, vae_part: Part | None = None) -> ModelFacts:
