@@ -12,6 +12,7 @@ from linfusion_cli.errors import DataError, Unavailable
 from linfusion_cli.models.header import Header, read_header
 from linfusion_cli.models.parts import Model, Part
 
+FAMILY_NAMES = {"sdxl": "SDXL", "sd21": "SD 2.1", "sd15": "SD 1.5"}
 KINDS = "Use a text-to-image model of the SDXL, SD 2.1 or SD 1.5 family."
 # In a single file: what the names of each network begin with, and those that only one family has.
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from linfusion_cli.errors import Unavailable, first_line
-from linfusion_cli.models.parts import PARTS
+from linfusion_cli.models.parts import LINFUSION, PARTS
 
 SMALL_FILES = ("*.json", "*.txt", "*.model")
 
@@ -85,6 +85,19 @@ def hub_errors(name: str, kind: str) -> Iterator[None]:
         raise Unavailable(f"{subject} could not be fetched ({first_line(error)}).", "Try again later.") from error
 
 
+def is_fetched_whole(name: str) -> bool:
+    """Whether hub id `name` holds a model, or a part of one with its config, and not files of many kinds.
+
+    Raises Unavailable.
+    """
+    from huggingface_hub import list_repo_files
+
+    repository, revision = split_revision(name)
+    with hub_errors(name, ""):
+        files = list_repo_files(repository, revision=revision)
+    return "model_index.json" in files or "config.json" in files
+
+
 def small_patterns() -> list[str]:
     """Configs and tokenizers."""
     return [*SMALL_FILES, *(f"*/{pattern}" for pattern in SMALL_FILES)]
@@ -97,7 +110,7 @@ def download_patterns(name: str) -> list[str]:
     repository, revision = split_revision(name)
     weights = [file for file in list_repo_files(repository, revision=revision) if file.endswith(".safetensors")]
     wanted = []
-    for folder in {str(Path(file).parent) for file in weights} & {*PARTS, "."}:
+    for folder in {str(Path(file).parent) for file in weights} & {*PARTS, LINFUSION, "."}:
         files = [file for file in weights if str(Path(file).parent) == folder]
         half = [file for file in files if ".fp16" in file]
         wanted += half or [file for file in files if folder != "." or file == "diffusion_pytorch_model.safetensors"]

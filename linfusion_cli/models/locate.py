@@ -8,9 +8,9 @@ from pathlib import Path
 
 from linfusion_cli.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.families import family_of_file, read_config, read_facts
-from linfusion_cli.models.header import read_header
-from linfusion_cli.models.hub import cached, fetch, find_in_hub, hub_errors
-from linfusion_cli.models.parts import PARTS, PICKLES, Model, Part, pickled, weights_files
+from linfusion_cli.models.header import Header, read_header
+from linfusion_cli.models.hub import cached, fetch, find_in_hub, hub_errors, split_revision
+from linfusion_cli.models.parts import LINFUSION, PARTS, PICKLES, Model, Part, pickled, weights_files
 from linfusion_cli.units import is_file, is_folder, user_path
 
 DEMO = "demo"
@@ -75,7 +75,7 @@ def find_linfusion(name: str, model: Model, family: str, download: bool = False)
 
     `auto` means those that lie in the model's own folder `linfusion`, else those published for its family.
     """
-    own = model.folder / "linfusion"
+    own = model.folder / LINFUSION
     if name == "none":
         return None
     if name == "auto" and model.file is None and is_folder(own):
@@ -185,6 +185,11 @@ def find_lora_in_hub(name: str, download: bool) -> Path:
     raise Unavailable(f"--lora {name} is not on this machine.", way_out)
 
 
+def is_lora(header: Header) -> bool:
+    """Whether a file holds a LoRA, of whatever kind."""
+    return any("lora" in name for name in header.shapes)
+
+
 def split_hub_name(name: str) -> tuple[str, str | None]:
     """`owner/repo` or `owner/repo/folder/file.safetensors` -> the repository, and the file in it if one is named."""
     parts = name.split("/")
@@ -198,8 +203,10 @@ def fetch_lora(name: str, repository: str, file: str | None) -> Path:
     """Download one file of a hub repository, by default the LoRA that `pick_lora` finds; raises Unavailable."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
+    repository, revision = split_revision(repository)
     with hub_errors(name, "--lora"):
-        return Path(hf_hub_download(repository, file or pick_lora(name, list_repo_files(repository))))
+        file = file or pick_lora(name, list_repo_files(repository, revision=revision))
+        return Path(hf_hub_download(repository, file, revision=revision))
 
 
 def pick_lora(name: str, files: Iterable[str]) -> str:

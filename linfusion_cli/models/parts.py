@@ -11,6 +11,7 @@ from linfusion_cli.errors import DataError
 from linfusion_cli.units import is_file
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+LINFUSION = "linfusion"  # the folder of a model's own linear attention
 WEIGHTS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers call them
 VARIANTS = ("", ".fp16")  # of a model that is here in both, the plain one is read
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
