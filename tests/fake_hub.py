@@ -30,7 +30,9 @@ class FakeHub:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(request.path).path)
         self.asked.append((request.command, path, request.headers.get("Range")))
-        for name, folder in self.repositories.items() if not (self._refusing and self.refuses_after_cut) else ():
+        if self._refusing and self.refuses_after_cut:
+            return self._refuse(request, 503, {})
+        for name, folder in self.repositories.items():
             if path.startswith(f"/api/models/{name}/tree/"):
                 return self._json(request, self._tree(folder))
             if path.startswith(f"/api/models/{name}"):
@@ -38,9 +40,12 @@ class FakeHub:
                 return self._json(request, {"id": name, "sha": COMMIT, "siblings": files})
             if path.startswith(f"/{name}/resolve/"):
                 return self._file(request, folder / path.split("/", 5)[5])
-        request.send_response(404)
-        request.send_header("X-Error-Code", "RepoNotFound")
-        request.send_header("Content-Length", "0")
+        self._refuse(request, 404, {"X-Error-Code": "RepoNotFound"})
+
+    def _refuse(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str]) -> None:
+        request.send_response(status)
+        for name, value in ({"Content-Length": "0"} | headers).items():
+            request.send_header(name, value)
         request.end_headers()
 
     def _tree(self, folder: Path) -> list[dict]:

@@ -31,13 +31,13 @@ class Entry:
 
 def on_this_machine() -> Iterator[Entry]:
     """The embedded model, and every snapshot of a model's repository in the hub's cache."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     size = sum(file.stat().st_size for file in DEMO_FOLDER.rglob("*") if file.is_file())
     yield Entry(DEMO, f"{described(DEMO_FOLDER)}, embedded", size, "", DEMO_FOLDER)
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return
     for repository in sorted(repositories, key=lambda repository: repository.repo_id):

@@ -41,7 +41,7 @@ def test_list_without_a_cache_tells_the_embedded_model(cli):
 def test_check_says_what_a_model_is(cli, xl_model, sd_model, tmp_path):
     assert "SDXL family, 256 px, predicts epsilon" in cli("models", "check", "demo")[1]
     code, out, _ = cli("models", "check", xl_model)
-    assert code == 0 and "SDXL family, 64 px" in out and "fits, 6 layers" in out
+    assert code == 0 and "SDXL family, 64 px" in out and "fits, 11 layers" in out
     assert [line.split()[0] for line in out.splitlines()[2:6]] == ["unet", "vae", "text_encoder", "text_encoder_2"]
     code, out, _ = cli("models", "check", sd_model)
     assert code == 0 and "SD 1.5 family" in out and "Yuanshi/LinFusion-1-5 is not on this machine" in out
@@ -62,7 +62,7 @@ def test_check_of_a_single_file(cli, sd_model, tmp_path):
 
 def test_check_of_parts_and_loras(cli, xl_model, tmp_path):
     assert "AutoencoderKL" in cli("models", "check", xl_model / "vae")[1]
-    assert "LinFusion's weights for 6 layers" in cli("models", "check", xl_model / "linfusion")[1]
+    assert "LinFusion's weights for 11 layers" in cli("models", "check", xl_model / "linfusion")[1]
     lora = {
         "unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3),
         "unet.conv_in.lora_B.weight": torch.zeros(8, 2, 1, 1),
