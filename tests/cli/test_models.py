@@ -176,7 +176,21 @@ def test_a_pinned_revision_is_asked_for(repositories, tmp_path):
         assert not any("/main" in path for _, path, _ in hub.asked)
 
 
-def test_a_pull_that_was_cut_off_goes_on_where_it_ended(repositories, tmp_path):
+def asked_for_weights(hub):
+    """What part of the large file was asked for, each time."""
+    return [part for method, path, part in hub.asked if method == "GET" and path.endswith(".safetensors")]
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_ended(repositories, tmp_path):
+    with serving(repositories) as hub:
+        hub.cut_after = 12 << 20
+        run = linfusion(hub, tmp_path, "models", "pull", "a/large")
+        assert run.returncode == 0, run.stderr
+        assert asked_for_weights(hub) == [None, f"bytes={10 << 20}-"]
+        assert next((tmp_path / "hub").rglob("snapshots/*/*.safetensors")).stat().st_size == LARGE
+
+
+def test_a_pull_that_failed_fetches_what_is_missing_when_it_is_repeated(repositories, tmp_path):
     with serving(repositories) as hub:
         hub.cut_after, hub.refuses_after_cut = 12 << 20, True
         run = linfusion(hub, tmp_path, "models", "pull", "a/large")
@@ -185,10 +199,7 @@ def test_a_pull_that_was_cut_off_goes_on_where_it_ended(repositories, tmp_path):
         hub.asked.clear()
         run = linfusion(hub, tmp_path, "models", "pull", "a/large")
         assert run.returncode == 0, run.stderr
-        (start,) = {part for method, path, part in hub.asked if method == "GET" and path.endswith(".safetensors")}
-        assert start is not None and int(start.removeprefix("bytes=").split("-")[0]) >= 10 << 20
-        found = next((tmp_path / "hub").rglob("snapshots/*/*.safetensors"))
-        assert found.stat().st_size == LARGE
+        assert asked_for_weights(hub) == [None] and not any("config.json" in path for _, path, _ in hub.asked)
 
 
 def test_what_the_hub_does_not_have_is_one_sentence(repositories, tmp_path):
