@@ -1,0 +1,66 @@
+"""Report and picture say which weights were used: the SHA-256 of every file that was read."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from linfusion_cli.geometry import Size
+from linfusion_cli.images import read_info
+from linfusion_cli.jobs.generate import generate
+from linfusion_cli.models.digest import digested
+from linfusion_cli.models.locate import FAMILY_BASES
+from linfusion_cli.request import GenerateRequest
+from tests.models.test_locate import put_in_hub
+from tests.original_in_small import without_weights, write_original
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def make(tmp_path):
+    def run(model, **changed):
+        values = {"prompt": "a", "size": Size(64, 64), "model": str(model), "steps": (1,), "output": tmp_path / "a.png"}
+        return generate(GenerateRequest(**values | changed), {})
+
+    return run
+
+
+def test_every_file_that_was_read_is_hashed(make, xl_model, tmp_path):
+    factors = {"A": torch.zeros(2, 4, 3, 3), "B": torch.zeros(8, 2, 1, 1)}
+    lora = tmp_path / "style.safetensors"
+    save_file({f"unet.conv_in.lora_{side}.weight": factor for side, factor in factors.items()}, lora)
+    report = make(xl_model, attention=("linear",), lora=(str(lora),), vae="demo", preview=tmp_path / "small.png")
+    uses = {file["use"] for file in report.weights}
+    assert uses == {"unet", "text_encoder", "text_encoder_2", "vae", "linfusion", "lora"}
+    for file in report.weights:
+        assert file["sha256"] == sha256(file["path"]) and file["bytes"] == Path(file["path"]).stat().st_size
+    assert "models/demo/vae" in next(file["path"] for file in report.weights if file["use"] == "vae")
+    for name in ("a.png", "small.png"):
+        said = read_info(tmp_path / name).request["weights"]
+        assert said["lora/style.safetensors"] == sha256(lora) and len(said) == len(report.weights)
+        assert str(tmp_path) not in str(said)  # what is read of a picture does not tell where its maker keeps things
+
+
+def test_what_was_not_read_is_not_named(make, xl_model):
+    report = make(xl_model, attention=("original",))
+    assert "linfusion" not in {file["use"] for file in report.weights}
+
+
+def test_a_single_file_is_known_by_the_hash_that_model_sites_show(make, sd_model, tmp_path):
+    put_in_hub(without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
+    file = write_original(sd_model, tmp_path / "one.safetensors", "sd15", {"modelspec.prediction_type": "epsilon"})
+    report = make(file, linfusion="none")
+    assert [entry["use"] for entry in report.weights] == ["model"]
+    assert f"Model hash: {sha256(file)[:10]}," in Image.open(tmp_path / "a.png").text["parameters"]
+
+
+def test_a_file_of_several_uses_is_hashed_once(tmp_path):
+    (tmp_path / "one").write_bytes(b"1")
+    found = digested([("model", tmp_path / "one"), ("vae", tmp_path / "one")])
+    assert [(file.use, file.sha256) for file in found] == [("model", hashlib.sha256(b"1").hexdigest())]
