@@ -44,6 +44,14 @@ Lora = Annotated[
     list[str] | None,
     Option(help="A LoRA: FILE[:WEIGHT], a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). May be given again."),
 ]
+TextualInversion = Annotated[
+    list[str] | None,
+    Option(help="A textual inversion: FILE[:TOKEN], found as LoRAs are. TOKEN in the prompt stands for it."),
+]
+ClipSkip = Annotated[
+    int | None,
+    Option(help="Which layer of the text encoders to listen to, from the end: 1 the last. [default: 1; SDXL: 2]"),
+]
 Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
 PredictionType = Annotated[
     str | None, Option(help="What the model predicts: epsilon, v_prediction, or auto (its config, else a probe).")
@@ -138,6 +146,8 @@ def of_a_request(
     linfusion: Linfusion = None,
     vae: Vae = None,
     lora: Lora = None,
+    textual_inversion: TextualInversion = None,
+    clip_skip: ClipSkip = None,
     negative_prompt: NegativePrompt = None,
     seed: Seed = None,
     prediction_type: PredictionType = None,

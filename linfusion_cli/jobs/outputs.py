@@ -126,6 +126,7 @@ def picture_info(request: PictureRequest, size: Size) -> images.PictureInfo:
         size_px=size.pair,
         model=request.model,
         version=software,
+        more={} if request.clip_skip is None else {"Clip skip": request.clip_skip},
     )
     info = images.PictureInfo(
         software, request.dpi, request.to_json(), request.prompt, request.negative_prompt, parameters

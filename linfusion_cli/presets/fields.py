@@ -61,6 +61,8 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "linfusion": _text,
     "vae": _text,
     "lora": _several(_text),
+    "textual_inversion": _several(_text),
+    "clip_skip": _whole,
     "prompt": _text,
     "negative_prompt": _text,
     "size": _size,
