@@ -43,6 +43,7 @@ class PictureRequest:
     Sizes are pixels. `steps`, `guidance_scale` and `attention` have a value for each phase, the last for all that
     follow. So has `strength`, the share of the steps that a phase above the base runs; a single one is the first, from
     which the others go down evenly. `clip_skip` is the text encoders' layer that is listened to, counted from the end.
+    `strict_prompt` refuses prompts that other tools would not read literally.
     `cosine` are DemoFusion's exponents, of skip residual, dilated pass and blur; `guidance_interval` are noise levels.
     `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what
     phases begin with: the mean of the encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may
@@ -59,6 +60,7 @@ class PictureRequest:
     textual_inversion: tuple[str, ...] = ()
     clip_skip: int | None = None
     negative_prompt: str = ""
+    strict_prompt: bool = False
     seed: int = 0
     prediction_type: str = "auto"
     scheduler: str = "euler"

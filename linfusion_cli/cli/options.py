@@ -40,6 +40,10 @@ Vae = Annotated[
     str | None, Option(help="Another VAE: a folder, a hub id, or auto (the model's own). A TAESD is quick and rough.")
 ]
 NegativePrompt = Annotated[str | None, Option(help="What not to paint.")]
+StrictPrompt = Annotated[
+    bool | None,
+    Option("--strict-prompt/--no-strict-prompt", help="Refuse weights such as (word:1.3), which are read literally."),
+]
 Lora = Annotated[
     list[str] | None,
     Option(help="A LoRA: FILE[:WEIGHT], a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). May be given again."),
@@ -149,6 +153,7 @@ def of_a_request(
     textual_inversion: TextualInversion = None,
     clip_skip: ClipSkip = None,
     negative_prompt: NegativePrompt = None,
+    strict_prompt: StrictPrompt = None,
     seed: Seed = None,
     prediction_type: PredictionType = None,
     scheduler: Scheduler = None,

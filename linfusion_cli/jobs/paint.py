@@ -20,6 +20,7 @@ from linfusion_cli.device import limit_device_memory
 from linfusion_cli.jobs.pixels import begun_with
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
+from linfusion_cli.jobs.prompts import literal_notice
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
 from linfusion_cli.models.inversion import read_inversions
@@ -75,6 +76,8 @@ def read_prompts(run: Run) -> Conditioning:
     with run.recorder.stage("prompt", "text", None, 1, "prompts"):
         changes = TextChanges(prepared.loras, read_inversions(prepared.inversions), request.clip_skip)
         conditioning = encode_prompts(prepared.model, prepared.facts, *prompts, run.dtype, run.device, changes)
+    if literal := literal_notice(request):
+        run.recorder.notice(literal)
     for prompt, end in conditioning.unheard.items():
         run.recorder.notice(UNHEARD.format(prompt, end))
     for token in conditioning.unused:

@@ -12,6 +12,7 @@ from linfusion_cli.errors import UsageError, WriteFailed
 from linfusion_cli.geometry import Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.jobs.prompts import check_prompts
 from linfusion_cli.models.adapter_files import find_inversion, find_lora, split_token, split_weight
 from linfusion_cli.models.families import ModelFacts, read_facts
 from linfusion_cli.models.locate import find_linfusion, find_model, find_vae
@@ -59,6 +60,7 @@ class Prepared:
 
 def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Prepared:
     """Settle what `request` means here; raises UsageError, Unavailable or DataError where it cannot be done."""
+    check_prompts(request)
     file_format = images.format_for(request.output, request.format)
     if request.download:
         pick_dtype(request.dtype, pick_device(request.device))  # before gigabytes travel to a machine without a card

@@ -75,16 +75,17 @@ def read_inversion(file: Path, token: str | None = None) -> Inversion:
 
 def parts_in(header: Header) -> dict[str, str]:
     """The file's tensors, name -> part of the model that they are for; raises DataError for what they cannot be."""
-    names = list(header.shapes)
-    by_encoder = {name: ENCODER_KEYS[name] for name in names if name in ENCODER_KEYS}
-    if len(names) != 1 and (len(by_encoder) != len(names) or len(set(by_encoder.values())) != len(names)):
+    names = sorted(header.shapes)
+    parts = {name: ENCODER_KEYS.get(name, "text_encoder") for name in names}
+    alone = len(names) == 1
+    if not names or len(set(parts.values())) < len(names) or not (alone or ENCODER_KEYS.keys() >= parts.keys()):
         holds = ", ".join(names[:3]) or "nothing"
         reason = f"{header.file} is no textual inversion: it holds {holds}."
         raise DataError(reason, "Name a textual inversion's safetensors file.")
     for name, shape in header.shapes.items():
         if len(shape) not in (1, 2) or 0 in shape:
             raise broken(header.file, f"{name} has the shape {shape}.")
-    return by_encoder or {names[0]: "text_encoder"}
+    return parts
 
 
 def check_widths(inversion: Inversion, widths: Mapping[str, int]) -> None:
@@ -92,7 +93,7 @@ def check_widths(inversion: Inversion, widths: Mapping[str, int]) -> None:
     found = {part: values.shape[-1] for part, values in inversion.vectors.items()}
     if found != dict(widths):
         has, takes = (" and ".join(f"{width} for {part}" for part, width in sizes.items()) for sizes in (found, widths))
-        reason = f"The textual inversion {inversion.file} does not fit the model: its vectors are {has} wide"
+        reason = f"The textual inversion {inversion.file} does not fit the model: its vectors' widths are {has}"
         raise DataError(f"{reason}, and the model takes {takes}.", "Use one made for this model's family.")
 
 

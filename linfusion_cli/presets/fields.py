@@ -65,6 +65,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "clip_skip": _whole,
     "prompt": _text,
     "negative_prompt": _text,
+    "strict_prompt": _truth,
     "size": _size,
     "seed": _whole,
     "prediction_type": _text,
