@@ -25,7 +25,6 @@ ENCODER_KEYS = {
     "text_encoders_0": "text_encoder",
     "text_encoders_1": "text_encoder_2",
 }
-LEGACY_EOS = 2  # some configs say so; transformers then takes the largest id for the end of the text
 WORD_END = "</w>"
 OTHER_NAME = "Give it another one: FILE:TOKEN."
 
@@ -92,7 +91,9 @@ def check_widths(inversion: Inversion, widths: Mapping[str, int]) -> None:
     """Raise DataError unless there are vectors as wide as each of the model's text encoders, and no others."""
     found = {part: values.shape[-1] for part, values in inversion.vectors.items()}
     if found != dict(widths):
-        has, takes = (" and ".join(f"{width} for {part}" for part, width in sizes.items()) for sizes in (found, widths))
+        has, takes = (
+            " and ".join(f"{width} for {part}" for part, width in sorted(sizes.items())) for sizes in (found, widths)
+        )
         reason = f"The textual inversion {inversion.file} does not fit the model: its vectors' widths are {has}"
         raise DataError(f"{reason}, and the model takes {takes}.", "Use one made for this model's family.")
 
@@ -125,9 +126,12 @@ def add_words(
 
 
 def mark_the_end(encoder: PreTrainedModel, eos_token_id: int) -> None:
-    """Let the pooled embedding stand at the end of the text, whose id is not the largest any more."""
+    """Let the pooled embedding stand at the end of the text, also where the config says nonsense of it, as SDXL's does.
+
+    transformers then takes the largest id for the end, which is that of a new word now.
+    """
     for module in encoder.modules():
-        if getattr(module, "eos_token_id", None) == LEGACY_EOS:
+        if hasattr(module, "eos_token_id"):
             module.eos_token_id = eos_token_id
 
 

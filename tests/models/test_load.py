@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def test_the_end_of_a_long_prompt_is_told(xl_model):
     assert conditioning(xl_model).unheard == {}
     long = conditioning(xl_model, prompt="y" * 75 + " Ünd 😀", negative="z" * 80)
     assert long.unheard == {"prompt": "Ünd 😀", "negative prompt": "z" * 5}
+
+
+def test_a_tokenizer_that_fills_up_with_another_token_is_heard_as_in_diffusers(copy):
+    """As SDXL's second one does, with "!"."""
+    config = copy / "tokenizer_2" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "!"}))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(copy)
+    assert pipeline.tokenizer_2.pad_token_id == 0
+    hidden, _, pooled, _ = pipeline.encode_prompt(PROMPT)
+    found = conditioning(copy)
+    torch.testing.assert_close(found.positive.hidden, hidden)
+    torch.testing.assert_close(found.positive.pooled, pooled)
 
 
 def test_parts_are_read_as_they_were_written(xl_model):
