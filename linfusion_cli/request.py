@@ -42,8 +42,10 @@ class PictureRequest:
 
     Sizes are pixels. `steps`, `guidance_scale` and `attention` have a value for each phase, the last for all that
     follow. So has `strength`, the share of the steps that a phase above the base runs; a single one is the first, from
-    which the others go down evenly. `cosine` are DemoFusion's exponents, of skip residual, dilated pass and blur;
-    `guidance_interval` are noise levels. `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what
+    which the others go down evenly. `clip_skip` is the text encoders' layer that is listened to, counted from the end.
+    `strict_prompt` refuses prompts that other tools would not read literally.
+    `cosine` are DemoFusion's exponents, of skip residual, dilated pass and blur; `guidance_interval` are noise levels.
+    `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what
     phases begin with: the mean of the encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may
     be used.
     """
@@ -55,7 +57,10 @@ class PictureRequest:
     linfusion: str = "auto"
     vae: str = "auto"
     lora: tuple[str, ...] = ()
+    textual_inversion: tuple[str, ...] = ()
+    clip_skip: int | None = None
     negative_prompt: str = ""
+    strict_prompt: bool = False
     seed: int = 0
     prediction_type: str = "auto"
     scheduler: str = "euler"
@@ -107,11 +112,13 @@ class PictureRequest:
             _check(_is_text(text), setting, text, "It is not valid UTF-8.")
         _check(bool(self.model.strip()), "model", self.model, "Name a folder, a hub id, or demo.")
         _check(bool(self.vae.strip()), "vae", self.vae, "Name a folder, a hub id, or auto.")
-        for name in self.lora:
-            _check(bool(name.strip()), "lora", name, "Name a file, a folder, or a hub id.")
+        for setting in ("lora", "textual_inversion"):
+            for name in getattr(self, setting):
+                _check(bool(name.strip()), setting, name, "Name a file, a folder, or a hub id.")
 
     def _check_numbers(self) -> None:
         _in_range("seed", self.seed, 0, LARGEST_SEED)
+        _in_range("clip_skip", 1 if self.clip_skip is None else self.clip_skip, 1, 100)
         _in_range("guidance_rescale", self.guidance_rescale, 0, 1)
         _in_range("dpi", self.dpi, 1, 100_000)
         for setting, low, high in (("steps", 1, 1000), ("guidance_scale", 0, 100), ("strength", 0, 1)):

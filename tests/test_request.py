@@ -30,6 +30,8 @@ def request(**changed) -> GenerateRequest:
         ("model", " "),
         ("negative_prompt", "\udcff"),
         ("lora", (" ",)),
+        ("textual_inversion", ("a", "")),
+        ("clip_skip", 0),
         ("attention", ("auto", "none")),
         ("scheduler", "heun"),
         ("timestep_spacing", "even"),

@@ -40,9 +40,21 @@ Vae = Annotated[
     str | None, Option(help="Another VAE: a folder, a hub id, or auto (the model's own). A TAESD is quick and rough.")
 ]
 NegativePrompt = Annotated[str | None, Option(help="What not to paint.")]
+StrictPrompt = Annotated[
+    bool | None,
+    Option("--strict-prompt/--no-strict-prompt", help="Refuse weights such as (word:1.3), which are read literally."),
+]
 Lora = Annotated[
     list[str] | None,
     Option(help="A LoRA: FILE[:WEIGHT], a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). May be given again."),
+]
+TextualInversion = Annotated[
+    list[str] | None,
+    Option(help="A textual inversion: FILE[:TOKEN], found as LoRAs are. TOKEN in the prompt stands for it."),
+]
+ClipSkip = Annotated[
+    int | None,
+    Option(help="Which layer of the text encoders to listen to, from the end: 1 the last. [default: 1; SDXL: 2]"),
 ]
 Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
 PredictionType = Annotated[
@@ -138,7 +150,10 @@ def of_a_request(
     linfusion: Linfusion = None,
     vae: Vae = None,
     lora: Lora = None,
+    textual_inversion: TextualInversion = None,
+    clip_skip: ClipSkip = None,
     negative_prompt: NegativePrompt = None,
+    strict_prompt: StrictPrompt = None,
     seed: Seed = None,
     prediction_type: PredictionType = None,
     scheduler: Scheduler = None,

@@ -20,11 +20,13 @@ from linfusion_cli.device import limit_device_memory
 from linfusion_cli.jobs.pixels import begun_with
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
+from linfusion_cli.jobs.prompts import literal_notice
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
+from linfusion_cli.models.inversion import read_inversions
 from linfusion_cli.models.load import Vae, load_unet, load_vae
 from linfusion_cli.models.lora import merge_lora
-from linfusion_cli.models.text import Conditioning, SizeConditioning, encode_prompts
+from linfusion_cli.models.text import Conditioning, SizeConditioning, TextChanges, encode_prompts
 from linfusion_cli.planning.needs import Mode
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.demofusion import Channels, demofusion
@@ -40,7 +42,8 @@ from linfusion_cli.strips.ops import Strips
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet.predict import InStrips, Whole
 
-UNHEARD = "The prompt is too long for the model's text encoder, which did not hear its end: {!r}."
+UNHEARD = "The {} is too long for the model's text encoder, which did not hear its end: {!r}."
+UNUSED = "Neither prompt has the token {!r} of a textual inversion, which does nothing."
 SMALLER = "Memory ran out: the step is repeated, and the phase goes on, in strips of {} rows and {} tokens, {}."
 PROBED = "The model's config does not say what it predicts: by a probe, {} (its correlation with noise is {:.2f})."
 MAPS = {"device": "maps on the device", "skips": "skip connections on the host", "host": "maps on the host"}
@@ -69,12 +72,16 @@ def begin(prepared: Prepared, recorder: Recorder) -> Run:
 def read_prompts(run: Run) -> Conditioning:
     """Both prompts as the UNet hears them; the text encoders are freed when this returns."""
     request, prepared = run.prepared.request, run.prepared
+    prompts = request.prompt, request.negative_prompt
     with run.recorder.stage("prompt", "text", None, 1, "prompts"):
-        conditioning = encode_prompts(
-            prepared.model, prepared.facts, request.prompt, request.negative_prompt, run.dtype, run.device
-        )
-    if conditioning.unheard:
-        run.recorder.notice(UNHEARD.format(conditioning.unheard))
+        changes = TextChanges(prepared.loras, read_inversions(prepared.inversions), request.clip_skip)
+        conditioning = encode_prompts(prepared.model, prepared.facts, *prompts, run.dtype, run.device, changes)
+    if literal := literal_notice(request):
+        run.recorder.notice(literal)
+    for prompt, end in conditioning.unheard.items():
+        run.recorder.notice(UNHEARD.format(prompt, end))
+    for token in conditioning.unused:
+        run.recorder.notice(UNUSED.format(token))
     return conditioning
 
 
@@ -86,8 +93,7 @@ def load(run: Run, conditioning: Conditioning) -> Models:
         unet = load_unet(prepared.model, run.dtype)
         linear = load_weights(prepared.linfusion, unet, run.dtype) if prepared.linfusion else {}
         for file, weight in prepared.loras:
-            if merge_lora(unet, linear, file, weight).has_text:
-                run.recorder.notice(f"Of the LoRA {file} the part for text encoders is not used.")
+            merge_lora(unet, linear, file, weight)
     return Models(unet, linear, vae, conditioning)
 
 

@@ -12,8 +12,10 @@ from linfusion_cli.errors import UsageError, WriteFailed
 from linfusion_cli.geometry import Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.jobs.prompts import check_prompts
+from linfusion_cli.models.adapter_files import find_inversion, find_lora, split_token, split_weight
 from linfusion_cli.models.families import ModelFacts, read_facts
-from linfusion_cli.models.locate import find_linfusion, find_lora, find_model, find_vae, split_weight
+from linfusion_cli.models.locate import find_linfusion, find_model, find_vae
 from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
@@ -27,6 +29,7 @@ class Prepared:
     """A request that nothing speaks against, and what it comes down to on this machine.
 
     `picture` is what grows, None where the base comes from noise. `linfusion` is None where no phase needs it.
+    `loras` are files with their weights, `inversions` with their tokens, None for a file's own.
     """
 
     request: PictureRequest
@@ -36,6 +39,7 @@ class Prepared:
     vae: Part
     linfusion: Path | None
     loras: list[tuple[Path, float]]
+    inversions: list[tuple[Path, str | None]]
     facts: ModelFacts
     phases: list[Phase]
 
@@ -56,12 +60,16 @@ class Prepared:
 
 def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Prepared:
     """Settle what `request` means here; raises UsageError, Unavailable or DataError where it cannot be done."""
+    check_prompts(request)
     file_format = images.format_for(request.output, request.format)
     if request.download:
         pick_dtype(request.dtype, pick_device(request.device))  # before gigabytes travel to a machine without a card
     model = find_model(request.model, request.download)
     vae = find_vae(request.vae, model, request.download)
     loras = [(find_lora(name, request.download), weight) for name, weight in map(split_weight, request.lora)]
+    inversions = [
+        (find_inversion(name, request.download), token) for name, token in map(split_token, request.textual_inversion)
+    ]
     facts = read_facts(model, vae)
     facts = facts if request.prediction_type == "auto" else facts.predicting(request.prediction_type)
     phases = ladder(request, rungs(request, facts, picture))
@@ -69,7 +77,7 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     used = any(phase.attention == "linear" for phase in phases)
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
-    return Prepared(request, file_format, picture, model, vae, linfusion, loras, facts, phases)
+    return Prepared(request, file_format, picture, model, vae, linfusion, loras, inversions, facts, phases)
 
 
 def rungs(request: PictureRequest, facts: ModelFacts, picture: SourcePicture | None) -> Rungs:

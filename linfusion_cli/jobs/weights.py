@@ -33,6 +33,7 @@ def weights_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
     if prepared.linfusion is not None:
         yield "linfusion", prepared.linfusion / LINFUSION_WEIGHTS
     yield from (("lora", file) for file, _ in prepared.loras)
+    yield from (("textual_inversion", file) for file, _ in prepared.inversions)
 
 
 def main_hash(weights: Sequence[WeightsFile]) -> str:

@@ -14,11 +14,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from linfusion_cli.attention import weights
 from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.models.adapter_files import is_lora
 from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts
 from linfusion_cli.models.header import COUNTERS, Header, read_header
 from linfusion_cli.models.load import AGAIN, checked_headers, fitting_state, outline, vae_kind
-from linfusion_cli.models.locate import LAYOUTS, find_linfusion, find_model, is_lora
-from linfusion_cli.models.lora import read_lora
+from linfusion_cli.models.locate import LAYOUTS, find_linfusion, find_model
+from linfusion_cli.models.lora_file import read_lora
 from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.models.text import load_tokenizer
 from linfusion_cli.units import is_file, is_folder, user_path
@@ -60,8 +61,9 @@ def check(name: str) -> Found:
 
 def check_lora(header: Header) -> Found:
     """A LoRA's file, without a model to fit."""
-    lora = read_lora(header.file)
-    return Found(f"LoRA for {len(lora.layers)} layers of a UNet", [part_found("lora", [header])], [])
+    counts = {part: len(read_lora(header.file, part).layers) for part in ("unet", "text_encoder", "text_encoder_2")}
+    layers = ", ".join(f"{count} layers of the {part}" for part, count in counts.items() if count)
+    return Found(f"LoRA for {layers}", [part_found("lora", [header])], [])
 
 
 def check_alone(folder: Path) -> Found:

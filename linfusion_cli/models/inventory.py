@@ -8,12 +8,15 @@ from pathlib import Path
 
 from linfusion_cli import presets
 from linfusion_cli.errors import LinfusionError, UsageError
+from linfusion_cli.models.adapter_files import Kind, fetch_file, is_lora, split_hub_name
 from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts
 from linfusion_cli.models.header import read_header
 from linfusion_cli.models.hub import fetch, is_fetched_whole
-from linfusion_cli.models.locate import DEMO, DEMO_FOLDER, PUBLISHED_LINFUSION, fetch_lora, is_lora, split_hub_name
-from linfusion_cli.models.parts import LINFUSION, Model
+from linfusion_cli.models.locate import DEMO, DEMO_FOLDER, PUBLISHED_LINFUSION
+from linfusion_cli.models.parts import CONVERT, LINFUSION, Model
 from linfusion_cli.units import is_file, is_folder, user_path
+
+PULLED = Kind("models pull", "model", "pytorch_lora_weights.safetensors", CONVERT)
 
 Notify = Callable[[str], None]
 
@@ -70,10 +73,10 @@ def wanted_by(name: str) -> list[str]:
 
 def fetched(name: str, configs: bool) -> Path:
     """One repository, or one file of it, from the hub."""
-    repository, file = split_hub_name(name)
+    repository, file = split_hub_name(PULLED, name)
     if file is None and (configs or is_fetched_whole(name)):
         return fetch(name, "", configs)
-    return fetch_lora(name, repository, file)
+    return fetch_file(PULLED, name, repository, file)
 
 
 def described(folder: Path) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from pathlib import Path
 
-from linfusion_cli.errors import DataError, Unavailable, UsageError
+from linfusion_cli.errors import DataError, Unavailable
 from linfusion_cli.models.families import family_of_file, read_config, read_facts
-from linfusion_cli.models.header import Header, read_header
-from linfusion_cli.models.hub import cached, fetch, find_in_hub, hub_errors, split_revision
+from linfusion_cli.models.header import read_header
+from linfusion_cli.models.hub import cached, fetch, find_in_hub
 from linfusion_cli.models.parts import LINFUSION, PARTS, PICKLES, Model, Part, pickled, weights_files
 from linfusion_cli.units import is_file, is_folder, user_path
 
@@ -27,8 +25,6 @@ FAMILY_BASES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 LINFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-LARGEST_LORA_WEIGHT = 10.0
 LAYOUTS = "Name a folder in diffusers' layout, a safetensors file, a hub id, or demo."
 
 
@@ -130,101 +126,3 @@ def has_all_parts(folder: Path) -> bool:
 def has_linfusion(folder: Path) -> bool:
     """Whether LinFusion's weights lie in `folder`."""
     return is_file(folder / LINFUSION_WEIGHTS)
-
-
-def split_weight(text: str) -> tuple[str, float]:
-    """The LoRA and its weight that "FILE:0.8" means, a weight of 1 where none is given; raises UsageError."""
-    name, colon, number = text.rpartition(":")
-    try:
-        weight = float(number) if colon else 1.0
-    except ValueError:  # the colon is the path's own
-        colon, weight = "", 1.0
-    name = name if colon else text
-    if not name.strip():
-        raise UsageError(f"--lora {text!r} names no file.", "Write FILE or FILE:0.8.", "lora")
-    if not math.isfinite(weight) or abs(weight) > LARGEST_LORA_WEIGHT:
-        way_out = f"It must lie between {-LARGEST_LORA_WEIGHT:g} and {LARGEST_LORA_WEIGHT:g}: write FILE:0.8."
-        raise UsageError(f"--lora {text!r} has the weight {weight:g}.", way_out, "lora")
-    return name, weight
-
-
-def find_lora(name: str, download: bool = False) -> Path:
-    """The safetensors file of the LoRA `name`: a file, a folder, a hub id, or a file in a hub repository.
-
-    Of a folder or a repository it is `pytorch_lora_weights.safetensors`, else the only safetensors file there. Raises
-    Unavailable when it is not on this machine and not to be fetched, DataError for pickles and for several files.
-    """
-    path = user_path(name)
-    if is_folder(path):
-        return path / pick_lora(name, [file.name for file in path.glob("*")])
-    if path.suffix.lower() in PICKLES:
-        raise pickled(f"--lora {name}")
-    if not is_file(path):
-        return find_lora_in_hub(name, download)
-    if path.suffix.lower() != ".safetensors":
-        raise DataError(f"--lora {name} is no safetensors file.", "Name a LoRA's safetensors file.")
-    return path
-
-
-def find_lora_in_hub(name: str, download: bool) -> Path:
-    """As `find_lora`, for `owner/repo` or `owner/repo/file.safetensors`, whose file may lie in a sub folder."""
-    repository, file = split_hub_name(name)
-    try:
-        snapshot = cached(repository, "--lora")
-    except Unavailable as error:
-        raise no_such_lora(name) from error
-    if snapshot is not None and is_file(snapshot / (file or LORA_WEIGHTS)):
-        return snapshot / (file or LORA_WEIGHTS)
-    if download:
-        return fetch_lora(name, repository, file)
-    # The cache holds what was fetched before, the hub perhaps more: its only file will do where we may not ask.
-    here = [] if snapshot is None else [path for path in snapshot.rglob("*.safetensors") if is_file(path)]
-    if file is None and here:
-        return snapshot / pick_lora(name, [path.relative_to(snapshot).as_posix() for path in here])
-    way_out = "Add --download to fetch it, or name a safetensors file."
-    raise Unavailable(f"--lora {name} is not on this machine.", way_out)
-
-
-def is_lora(header: Header) -> bool:
-    """Whether a file holds a LoRA, of whatever kind."""
-    return any("lora" in name for name in header.shapes)
-
-
-def split_hub_name(name: str) -> tuple[str, str | None]:
-    """`owner/repo` or `owner/repo/folder/file.safetensors` -> the repository, and the file in it if one is named."""
-    parts = name.split("/")
-    names_file = name.endswith(".safetensors")
-    if names_file != (len(parts) > 2):
-        raise no_such_lora(name)
-    return "/".join(parts[:2]), "/".join(parts[2:]) or None
-
-
-def fetch_lora(name: str, repository: str, file: str | None) -> Path:
-    """Download one file of a hub repository, by default the LoRA that `pick_lora` finds; raises Unavailable."""
-    from huggingface_hub import hf_hub_download, list_repo_files
-
-    repository, revision = split_revision(repository)
-    with hub_errors(name, "--lora"):
-        file = file or pick_lora(name, list_repo_files(repository, revision=revision))
-        return Path(hf_hub_download(repository, file, revision=revision))
-
-
-def pick_lora(name: str, files: Iterable[str]) -> str:
-    """Which of the `files` of --lora `name` is meant; raises DataError when that is not clear."""
-    files = sorted(files)
-    safe = [file for file in files if file.endswith(".safetensors")]
-    if LORA_WEIGHTS in safe:
-        return LORA_WEIGHTS
-    if len(safe) > 1:
-        way_out = f"Name one of them, as in --lora {name.rstrip('/')}/{safe[0]}."
-        raise DataError(f"--lora {name} holds several safetensors files: {', '.join(safe)}.", way_out)
-    if safe:
-        return safe[0]
-    if any(Path(file).suffix.lower() in PICKLES for file in files):
-        raise pickled(f"--lora {name}")
-    raise DataError(f"--lora {name} holds no safetensors file.", "Name a LoRA's safetensors file.")
-
-
-def no_such_lora(name: str) -> Unavailable:
-    """The error for what is neither on this machine nor a name on the hub."""
-    return Unavailable(f"--lora {name}: there is no such file or folder, and it is no hub id.", "Check it.")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging as transformers_logging
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size
-from linfusion_cli.models.families import ModelFacts
+from linfusion_cli.models.families import ModelFacts, read_config
+from linfusion_cli.models.inversion import Inversion, add_words, check_widths
 from linfusion_cli.models.load import load_part
+from linfusion_cli.models.lora import merge_text_lora
+from linfusion_cli.models.lora_file import check_parts
 from linfusion_cli.models.parts import Model
+from linfusion_cli.models.tokens import load_tokenizer, tokenize
+
+ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -61,68 +69,110 @@ class SizeConditioning:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Both halves of guidance, and what of the prompt was too long to be heard."""
+    """Both halves of guidance, and what went wrong with their texts.
+
+    `unheard` are the ends for which an encoder had no room, by "prompt" and "negative prompt"; `unused` the tokens of
+    textual inversions that neither has.
+    """
 
     positive: Embedding
     negative: Embedding
-    unheard: str
+    unheard: dict[str, str]
+    unused: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextChanges:
+    """What is done to the text encoders before they listen.
+
+    `loras` are files with their weights. `clip_skip` is the layer that is listened to, counted from the end: 1 is the
+    last; None means the one that the family was trained with.
+    """
+
+    loras: Sequence[tuple[Path, float]] = ()
+    inversions: Sequence[Inversion] = ()
+    clip_skip: int | None = None
+
+    def check(self, model: Model, parts: Sequence[str]) -> None:
+        """Raise DataError for what does not fit a model with these text encoders, as far as its configs tell."""
+        for file, _ in self.loras:
+            check_parts(file, parts)
+        for inversion in self.inversions:
+            check_widths(inversion, {part: read_config(model.part(part).config).get("hidden_size") for part in parts})
+
+
+UNCHANGED = TextChanges()
 
 
 def encode_prompts(
-    model: Model, facts: ModelFacts, prompt: str, negative_prompt: str, dtype: torch.dtype, device: torch.device
+    model: Model,
+    facts: ModelFacts,
+    prompt: str,
+    negative_prompt: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    changes: TextChanges = UNCHANGED,
 ) -> Conditioning:
-    """Both prompts through all text encoders of the model in `folder`; the encoders are gone afterwards."""
+    """Both prompts through all text encoders of `model`, changed like this; the encoders are gone afterwards.
+
+    Raises DataError for changes that do not fit the model, UsageError for tokens and layers that cannot be.
+    """
     texts = [prompt, negative_prompt]
-    first = _encode(model, "", CLIPTextModel, texts, dtype, device, facts.is_xl)
-    hidden, pooled = first.hidden, None
-    if facts.is_xl:
-        second = _encode(model, "_2", CLIPTextModelWithProjection, texts, dtype, device, facts.is_xl)
-        hidden, pooled = torch.cat([first.hidden, second.hidden], dim=-1), second.pooled
+    parts = list(ENCODERS)[: 2 if facts.is_xl else 1]
+    changes.check(model, parts)
+    encoded = [_encode(model, part, texts, dtype, device, changes, facts.is_xl) for part in parts]
+    hidden = torch.cat([by_one.hidden for by_one in encoded], dim=-1)
+    pooled = encoded[-1].pooled
     positive, negative = (
         Embedding(hidden[i : i + 1], None if pooled is None else pooled[i : i + 1]) for i in range(len(texts))
     )
     if facts.zeros_for_empty_prompt and not negative_prompt:
         negative = positive.zeros()
-    return Conditioning(positive, negative, first.unheard)
+    ends = [max(by_all, key=len) for by_all in zip(*(by_one.unheard for by_one in encoded), strict=True)]
+    unheard = {name: end for name, end in zip(("prompt", "negative prompt"), ends, strict=True) if end}
+    return Conditioning(positive, negative, unheard, encoded[0].unused)
 
 
 @dataclass(frozen=True)
 class _Encoded:
+    """`texts` by one encoder: `hidden` [2, T, C], `pooled` [2, C]; the rest as in Conditioning."""
+
     hidden: Tensor
     pooled: Tensor | None
-    unheard: str
+    unheard: tuple[str, ...]
+    unused: tuple[str, ...]
 
 
-def _encode(model: Model, suffix: str, kind: type, texts: list[str], dtype, device, penultimate: bool) -> _Encoded:
-    """`texts` through one encoder; SDXL listens to the last layer but one, the others to the last, normalised."""
-    encoder = load_part(kind, model.part(f"text_encoder{suffix}"), dtype, device)
-    tokenizer = load_tokenizer(model.folder / f"tokenizer{suffix}", encoder.config)
-    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+def _encode(
+    model: Model, part: str, texts: list[str], dtype: torch.dtype, device, changes: TextChanges, is_xl: bool
+) -> _Encoded:
+    """`texts` through the text encoder that is the model's `part`."""
+    encoder = load_part(ENCODERS[part], model.part(part), dtype, device)
+    tokenizer = load_tokenizer(model.folder / part.replace("text_encoder", "tokenizer"), encoder.config)
+    layer = heard_layer(changes.clip_skip, is_xl, part, encoder.config.num_hidden_layers)
+    for file, weight in changes.loras:
+        merge_text_lora(encoder, part, file, weight)
+    words = add_words(encoder, tokenizer, part, changes.inversions)
+    tokens = [tokenize(tokenizer, text, dict(words.values())) for text in texts]
+    unused = tuple(word for word, (number, _) in words.items() if not any(number in text.words for text in tokens))
     with torch.inference_mode():
-        out = encoder(tokens.input_ids.to(device), output_hidden_states=True)
-    hidden = out.hidden_states[-2] if penultimate else out.last_hidden_state
-    return _Encoded(hidden.cpu(), out.text_embeds.cpu() if "text_embeds" in out else None, cut_off(tokenizer, texts[0]))
+        out = encoder(torch.tensor([text.ids for text in tokens], device=device), output_hidden_states=True)
+        hidden = out.hidden_states[-layer] if is_xl else normalised(encoder, out, layer)
+    pooled = out.text_embeds.cpu() if "text_embeds" in out else None
+    return _Encoded(hidden.cpu(), pooled, tuple(text.unheard for text in tokens), unused)
 
 
-def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
-    """The tokenizer in `folder` for an encoder with `config`; raises DataError when it is missing, broken or another's.
-
-    transformers makes a tokenizer without words where the vocabulary is missing, so that is looked for first.
-    """
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise DataError(f"The tokenizer in {folder} has no vocabulary.", "Download the model again.")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"The tokenizer in {folder} could not be read.", "Download the model again.") from error
-    if len(tokenizer) > config.vocab_size:
-        reason = f"The tokenizer in {folder} has {len(tokenizer)} words, and its encoder knows {config.vocab_size}."
-        raise DataError(reason, "Download the model again.")
-    tokenizer.model_max_length = config.max_position_embeddings
-    return tokenizer
+def heard_layer(clip_skip: int | None, is_xl: bool, part: str, layers: int) -> int:
+    """Which layer of an encoder's is listened to, counted from the end; raises UsageError where there is none such."""
+    layer = clip_skip or (2 if is_xl else 1)
+    if layer > layers:
+        reason = f"--clip-skip {layer} is not possible: the model's {part} has {layers} layers."
+        raise UsageError(reason, f"Use 1 to {layers}.", "clip_skip")
+    return layer
 
 
-def cut_off(tokenizer: CLIPTokenizer, text: str) -> str:
-    """The end of `text` that does not fit the tokenizer's window, "" if all of it does."""
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return tokenizer.decode(tokens[tokenizer.model_max_length - 2 :])
+def normalised(encoder: CLIPTextModel, out: ModelOutput, layer: int) -> Tensor:
+    """What SD 1.5 and 2.1 hear: a layer's output, counted from the end, after the encoder's last normalisation."""
+    if layer == 1:
+        return out.last_hidden_state
+    return getattr(encoder, "text_model", encoder).final_layer_norm(out.hidden_states[-layer])

@@ -68,7 +68,7 @@ def test_check_of_parts_and_loras(cli, xl_model, tmp_path):
         "unet.conv_in.lora_B.weight": torch.zeros(8, 2, 1, 1),
     }
     save_file(lora, tmp_path / "lora.safetensors")
-    assert "LoRA for 1 layers" in cli("models", "check", tmp_path / "lora.safetensors")[1]
+    assert "LoRA for 1 layers of the unet" in cli("models", "check", tmp_path / "lora.safetensors")[1]
 
 
 def damaged(folder, part, change):

@@ -107,6 +107,9 @@ def test_values_are_written_with_commas_between(cli, xl_model, options, expected
         (["--scheduler", "pndm"], "--scheduler pndm cannot start in the middle"),
         (["--scheduler", "lcm", "--steps", "60"], "--steps 60 is too many for --scheduler lcm"),
         (["--lora", "a.safetensors:99"], "--lora 'a.safetensors:99' has the weight 99"),
+        (["--textual-inversion", "a.safetensors:"], "--textual-inversion 'a.safetensors:' is not possible"),
+        (["--clip-skip", "0"], "--clip-skip 0 is not possible"),
+        (["--strict-prompt", "--negative-prompt", "(a:2)"], "--negative-prompt has '(a:2)', which would be read lit"),
     ],
 )
 def test_values_that_cannot_be_are_named(cli, xl_model, options, says):
@@ -121,6 +124,15 @@ def test_presets_may_have_lists(cli, xl_model, tmp_path):
     (tmp_path / "mine.toml").write_text("steps = [4, 'two']\n")
     code, _, err = cli("plan", "a", "--preset", "mine.toml", "--size", 128)
     assert code == 78 and "mine.toml:1" in err and "steps" in err
+
+
+def test_options_about_prompts_reach_the_request(cli, xl_model, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    twice = ("--textual-inversion", "a.safetensors", "--textual-inversion", "a.safetensors:<b>")
+    planned = cli("plan", "a", "--model", xl_model, "--size", 64, *twice, "--clip-skip", 2, "--strict-prompt", "--json")
+    request = json.loads(planned[1])["request"]
+    assert request["textual_inversion"] == ["a.safetensors", "a.safetensors:<b>"]
+    assert (request["clip_skip"], request["strict_prompt"]) == (2, True)
 
 
 def test_a_lora_that_is_not_here_is_not_fetched_unasked(cli, xl_model):

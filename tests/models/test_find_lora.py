@@ -1,11 +1,11 @@
-"""Where a LoRA is: a file, a folder, a hub id, or one file of a hub repository; and the weight written behind it."""
+"""Where a LoRA or a textual inversion is: a file, a folder, a hub id, a file there; and what is written behind it."""
 
 from unittest.mock import MagicMock
 
 import pytest
 
 from linfusion_cli.errors import DataError, Unavailable, UsageError
-from linfusion_cli.models.locate import find_lora, split_weight
+from linfusion_cli.models.adapter_files import find_inversion, find_lora, split_token, split_weight
 from tests.models.test_locate import put_in_hub
 
 STANDARD = "pytorch_lora_weights.safetensors"
@@ -25,7 +25,7 @@ def fetched(monkeypatch):
     """What is asked of a hub that has whatever it is asked for."""
     asked = []
 
-    def download(repository, file):
+    def download(repository, file, revision):
         asked.append((repository, file))
         return f"/hub/{repository}/{file}"
 
@@ -55,6 +55,49 @@ def test_weights_that_are_none_are_refused(text):
     with pytest.raises(UsageError) as caught:
         split_weight(text)
     assert caught.value.setting == "lora" and f"--lora {text!r}" in caught.value.message and caught.value.way_out
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "token"),
+    [
+        ("style.safetensors", "style.safetensors", None),
+        ("style.safetensors:<cat-toy>", "style.safetensors", "<cat-toy>"),
+        ("owner/repo:1.5", "owner/repo", "1.5"),
+        ("owner/repo/a.safetensors: two words ", "owner/repo/a.safetensors", "two words"),
+        ("C:/styles/a.safetensors", "C:/styles/a.safetensors", None),
+        ("C:\\a.safetensors", "C:\\a.safetensors", None),
+        ("C:a.safetensors", "C:a.safetensors", None),
+        ("C:/a.safetensors:x", "C:/a.safetensors", "x"),
+    ],
+)
+def test_what_stands_behind_an_inversion_is_its_token(text, name, token):
+    assert split_token(text) == (name, token)
+
+
+def test_a_colon_in_a_files_own_name_is_the_files(tmp_path):
+    folder = folder_of(tmp_path / "odd", "a:b")
+    assert split_token(f"{folder}/a:b") == (f"{folder}/a:b", None)
+    assert split_token(f"{folder}/a:c") == (f"{folder}/a", "c")
+
+
+@pytest.mark.parametrize("text", ["", " ", "a:", "a: ", ":token"])
+def test_tokens_that_are_none_are_refused(text):
+    with pytest.raises(UsageError, match="--textual-inversion") as caught:
+        split_token(text)
+    assert caught.value.setting == "textual_inversion" and "FILE:TOKEN" in caught.value.way_out
+
+
+def test_inversions_are_found_as_loras_are(tmp_path):
+    many = folder_of(tmp_path / "many", "a.safetensors", "learned_embeds.safetensors", STANDARD)
+    assert find_inversion(str(many)) == many / "learned_embeds.safetensors"
+    hub = put_in_hub(folder_of(tmp_path / "cat", "learned_embeds.safetensors", "learned_embeds.bin"), "owner/cat")
+    assert find_inversion("owner/cat") == hub / "learned_embeds.safetensors"
+    for name in ("owner/cat/learned_embeds.bin", str(folder_of(tmp_path / "old", "easy.pt"))):
+        with pytest.raises(DataError, match=f"--textual-inversion {name} is a pickle") as caught:
+            find_inversion(name)
+        assert "safetensors.torch.save_file" in caught.value.way_out
+    with pytest.raises(Unavailable, match="--textual-inversion owner/dog is not on this machine"):
+        find_inversion("owner/dog")
 
 
 def test_a_file_and_a_folder_are_found(tmp_path):
@@ -165,7 +208,7 @@ def hub_error(kind):
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence(monkeypatch, error, named):
-    def refuse(repository, file):
+    def refuse(repository, file, revision):
         raise error()
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)

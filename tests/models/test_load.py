@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from linfusion_cli.geometry import Size
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.load import load_unet, load_vae
 from linfusion_cli.models.parts import Model, Part
-from linfusion_cli.models.text import SizeConditioning, cut_off, encode_prompts, load_tokenizer
+from linfusion_cli.models.text import SizeConditioning, encode_prompts
+from linfusion_cli.models.tokens import load_tokenizer, tokenize
 from tests.models_in_small import small_text_config, write_small_xl
 
 CPU = torch.device("cpu")
@@ -49,9 +51,23 @@ def test_size_conditioning_has_heights_first(xl_model):
 
 def test_the_end_of_a_long_prompt_is_told(xl_model):
     tokenizer = load_tokenizer(xl_model / "tokenizer", small_text_config())
-    assert cut_off(tokenizer, "short") == ""
-    assert cut_off(tokenizer, "x" * 75 + " tail").replace(" ", "") == "tail"
-    assert conditioning(xl_model, prompt="y" * 100).unheard
+    assert tokenize(tokenizer, "x" * 75, {}).unheard == ""
+    assert tokenize(tokenizer, "x" * 75 + " Tail", {}).unheard == "Tail"
+    assert conditioning(xl_model).unheard == {}
+    long = conditioning(xl_model, prompt="y" * 75 + " Ünd 😀", negative="z" * 80)
+    assert long.unheard == {"prompt": "Ünd 😀", "negative prompt": "z" * 5}
+
+
+def test_a_tokenizer_that_fills_up_with_another_token_is_heard_as_in_diffusers(copy):
+    """As SDXL's second one does, with "!"."""
+    config = copy / "tokenizer_2" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "!"}))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(copy)
+    assert pipeline.tokenizer_2.pad_token_id == 0
+    hidden, _, pooled, _ = pipeline.encode_prompt(PROMPT)
+    found = conditioning(copy)
+    torch.testing.assert_close(found.positive.hidden, hidden)
+    torch.testing.assert_close(found.positive.pooled, pooled)
 
 
 def test_parts_are_read_as_they_were_written(xl_model):

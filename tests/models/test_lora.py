@@ -15,7 +15,7 @@ from torch import nn
 from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.errors import DataError
-from linfusion_cli.models.locate import find_lora
+from linfusion_cli.models.adapter_files import find_lora
 from linfusion_cli.models.lora import Merged, layer_paths, merge_lora, spelled
 from tests.attention.test_weights import sdxl_unet_on_meta
 from tests.models_in_small import small_sd_unet, small_xl_unet, write_linfusion
@@ -113,7 +113,7 @@ def test_every_layer_hears_a_lora_as_in_diffusers(unet, tmp_path, layout):
     before, wanted = predict(unet), predict(with_diffusers(unet, tensors, 0.7))
     merged = merge_lora(unet, {}, write(tmp_path, tensors), 0.7)
     assert_same(predict(unet), wanted, before)
-    assert merged == Merged(len(layers_in(unet)) - 2, 0, has_text=False)
+    assert merged == Merged(len(layers_in(unet)) - 2, 0)
 
 
 def test_the_original_names_of_sdxl_are_read_as_in_diffusers(unet, tmp_path):
@@ -293,18 +293,6 @@ def test_a_convolution_of_one_pixel_fits_a_linear_layer_and_back(unet, tmp_path)
 
 def turn(tensor):
     return tensor.flatten(1) if tensor.dim() == 4 else tensor[..., None, None]
-
-
-@pytest.mark.parametrize("prefix", ["lora_te1_text_model_encoder_x", "lora_te_x", "text_encoder_2.text_model.x"])
-def test_the_text_encoders_part_is_told_of_and_left_out(unet, tmp_path, prefix):
-    tensors = in_kohya_layout(factors_for(layers_in(unet, "attn2")))
-    alone = copy.deepcopy(unet)
-    merge_lora(alone, {}, write(tmp_path, tensors), 1.0)
-    text = {f"{prefix}.lora_down.weight": torch.ones(2, 4), f"{prefix}.dora_scale": torch.ones(2)}
-    assert merge_lora(unet, {}, write(tmp_path, tensors | text), 1.0).has_text
-    assert torch.equal(predict(unet), predict(alone))
-    with pytest.raises(DataError, match="text encoders alone"):
-        merge_lora(unet, {}, write(tmp_path, text), 1.0)
 
 
 LAYER = "unet.mid_block.attentions.0.proj_in"

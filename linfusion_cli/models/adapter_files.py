@@ -1,0 +1,167 @@
+"""Where a LoRA or a textual inversion is: one safetensors file, of a folder or of a hub repository. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from linfusion_cli.errors import DataError, Unavailable, UsageError
+from linfusion_cli.models.header import Header
+from linfusion_cli.models.hub import cached, hub_errors, split_revision
+from linfusion_cli.models.parts import CONVERT, PICKLES
+from linfusion_cli.units import is_file, is_folder, user_path
+
+LARGEST_LORA_WEIGHT = 10.0
+SAFE = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is looked for: the option that names it, what it is called, the name that its file usually has.
+
+    `convert` is what to do with a pickle.
+    """
+
+    flag: str
+    noun: str
+    standard: str
+    convert: str
+
+
+LORA = Kind("--lora", "LoRA", "pytorch_lora_weights.safetensors", CONVERT)
+INVERSION = Kind(
+    "--textual-inversion",
+    "textual inversion",
+    "learned_embeds.safetensors",
+    'Convert it: torch.load(FILE, weights_only=True), then safetensors.torch.save_file({"emb_params": VECTORS}, NEW).',
+)
+
+
+def is_lora(header: Header) -> bool:
+    """Whether a file holds a LoRA, of whatever kind."""
+    return any("lora" in name for name in header.shapes)
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """The LoRA and its weight that "FILE:0.8" means, a weight of 1 where none is given; raises UsageError."""
+    name, colon, number = text.rpartition(":")
+    try:
+        weight = float(number) if colon else 1.0
+    except ValueError:  # the colon is the path's own
+        colon, weight = "", 1.0
+    name = name if colon else text
+    if not name.strip():
+        raise UsageError(f"--lora {text!r} names no file.", "Write FILE or FILE:0.8.", "lora")
+    if not math.isfinite(weight) or abs(weight) > LARGEST_LORA_WEIGHT:
+        way_out = f"It must lie between {-LARGEST_LORA_WEIGHT:g} and {LARGEST_LORA_WEIGHT:g}: write FILE:0.8."
+        raise UsageError(f"--lora {text!r} has the weight {weight:g}.", way_out, "lora")
+    return name, weight
+
+
+def split_token(text: str) -> tuple[str, str | None]:
+    """The textual inversion and its token that "FILE:TOKEN" means, None where none is given; raises UsageError.
+
+    The colon may be the path's own: behind it is no token where that looks like a path, or where the whole is a file.
+    """
+    name, colon, token = text.rpartition(":")
+    if not colon or is_file(user_path(text)) or token.endswith(SAFE) or set(token) & {"/", "\\"}:
+        name, token = text, None
+    if not name.strip() or (token is not None and not token.strip()):
+        raise UsageError(
+            f"--textual-inversion {text!r} is not possible.", "Write FILE or FILE:TOKEN.", "textual_inversion"
+        )
+    return name, token and token.strip()
+
+
+def find_lora(name: str, download: bool = False) -> Path:
+    """The safetensors file of the LoRA `name`, as `find_adapter`."""
+    return find_adapter(LORA, name, download)
+
+
+def find_inversion(name: str, download: bool = False) -> Path:
+    """The safetensors file of the textual inversion `name`, as `find_adapter`."""
+    return find_adapter(INVERSION, name, download)
+
+
+def find_adapter(kind: Kind, name: str, download: bool) -> Path:
+    """The safetensors file `name` means: a file, a folder, a hub id, or a file in a hub repository.
+
+    Of a folder or a repository it is the one with the usual name, else the only safetensors file there. Raises
+    Unavailable when it is not on this machine and not to be fetched, DataError for pickles and for several files.
+    """
+    path = user_path(name)
+    if is_folder(path):
+        return path / pick_file(kind, name, [file.name for file in path.glob("*")])
+    if path.suffix.lower() in PICKLES:
+        raise pickled(kind, name)
+    if not is_file(path):
+        return find_in_repository(kind, name, download)
+    if path.suffix.lower() != SAFE:
+        raise DataError(f"{kind.flag} {name} is no safetensors file.", f"Name a {kind.noun}'s safetensors file.")
+    return path
+
+
+def find_in_repository(kind: Kind, name: str, download: bool) -> Path:
+    """As `find_adapter`, for `owner/repo` or `owner/repo/file.safetensors`, whose file may lie in a sub folder."""
+    repository, file = split_hub_name(kind, name)
+    try:
+        snapshot = cached(repository, kind.flag)
+    except Unavailable as error:
+        raise no_such_file(kind, name) from error
+    if snapshot is not None and is_file(snapshot / (file or kind.standard)):
+        return snapshot / (file or kind.standard)
+    if download:
+        return fetch_file(kind, name, repository, file)
+    # The cache holds what was fetched before, the hub perhaps more: its only file will do where we may not ask.
+    here = [] if snapshot is None else [path for path in snapshot.rglob("*.safetensors") if is_file(path)]
+    if file is None and here:
+        return snapshot / pick_file(kind, name, [path.relative_to(snapshot).as_posix() for path in here])
+    way_out = "Add --download to fetch it, or name a safetensors file."
+    raise Unavailable(f"{kind.flag} {name} is not on this machine.", way_out)
+
+
+def split_hub_name(kind: Kind, name: str) -> tuple[str, str | None]:
+    """`owner/repo` or `owner/repo/folder/file.safetensors` -> the repository, and the file in it if one is named."""
+    parts = name.split("/")
+    names_file = name.endswith(SAFE)
+    if names_file != (len(parts) > 2):
+        raise no_such_file(kind, name)
+    return "/".join(parts[:2]), "/".join(parts[2:]) or None
+
+
+def fetch_file(kind: Kind, name: str, repository: str, file: str | None) -> Path:
+    """Download one file of a hub repository, by default the one that `pick_file` finds; raises Unavailable."""
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    repository, revision = split_revision(repository)
+    with hub_errors(name, kind.flag):
+        file = file or pick_file(kind, name, list_repo_files(repository, revision=revision))
+        return Path(hf_hub_download(repository, file, revision=revision))
+
+
+def pick_file(kind: Kind, name: str, files: Iterable[str]) -> str:
+    """Which of the `files` of `name` is meant; raises DataError when that is not clear."""
+    files = sorted(files)
+    safe = [file for file in files if file.endswith(SAFE)]
+    if kind.standard in safe:
+        return kind.standard
+    if len(safe) > 1:
+        way_out = f"Name one of them, as in {kind.flag} {name.rstrip('/')}/{safe[0]}."
+        raise DataError(f"{kind.flag} {name} holds several safetensors files: {', '.join(safe)}.", way_out)
+    if safe:
+        return safe[0]
+    if any(Path(file).suffix.lower() in PICKLES for file in files):
+        raise pickled(kind, name)
+    raise DataError(f"{kind.flag} {name} holds no safetensors file.", f"Name a {kind.noun}'s safetensors file.")
+
+
+def no_such_file(kind: Kind, name: str) -> Unavailable:
+    """The error for what is neither on this machine nor a name on the hub."""
+    return Unavailable(f"{kind.flag} {name}: there is no such file or folder, and it is no hub id.", "Check it.")
+
+
+def pickled(kind: Kind, name: str) -> DataError:
+    """The error for a pickle, or where there are only pickles."""
+    return DataError(f"{kind.flag} {name} is a pickle, which can run code when it is opened.", kind.convert)

@@ -1,0 +1,83 @@
+"""Weights and other commands that some tools read in prompts, and that are plain text here. Needs no torch.
+
+A1111 weighs words by brackets, `(word:1.3)`, `((word))`, `[word]`, mixes and splits prompts by the words AND and BREAK,
+and loads LoRAs by `<lora:name:0.8>`; compel weighs them by signs and numbers, `word++`, `(two words)1.2`. In both a
+backslash makes a bracket plain.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+WEIGHT = re.compile(rf":\s*{NUMBER}\s*$")
+RATIO = re.compile(r"\d:\d+\s*$")  # 16:9, 10:30
+BEHIND = re.compile(rf"{NUMBER}(?!\w)|\++|-+(?![\w-])")
+NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
+SIGNS = re.compile(r"\w{2,}(?:\+{2,}|-{2,}(?=[\s,.;:)]|$))")  # C++ is a language
+SPLITS = re.compile(r"\b(?:BREAK|AND)\b")
+CLOSING = {"(": ")", "[": "]"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Part of a prompt: prompt[start:end], a pair of brackets and what they hold, say."""
+
+    start: int
+    end: int
+
+
+def commands_in(prompt: str) -> list[str]:
+    """What of `prompt` other tools would read as commands, in order; a text in capitals has no AND and no BREAK.
+
+    Single round brackets without a number are left out: they are emphasis for A1111, and far more often prose.
+    """
+    pairs = brackets_in(prompt)
+    spans = [Span(pair.start, pair.end + behind(prompt, pair)) for pair in pairs if weighs(prompt, pair, pairs)]
+    patterns = (NETWORK, SIGNS) if prompt.isupper() else (NETWORK, SIGNS, SPLITS)
+    spans += [Span(*match.span()) for pattern in patterns for match in pattern.finditer(prompt)]
+    return texts(prompt, spans)
+
+
+def plain_brackets_in(prompt: str) -> list[str]:
+    """The round brackets that `commands_in` leaves out."""
+    pairs = brackets_in(prompt)
+    return texts(prompt, [pair for pair in pairs if not weighs(prompt, pair, pairs)])
+
+
+def brackets_in(prompt: str) -> set[Span]:
+    """All pairs of brackets that hold something and have no backslash before them."""
+    found: set[Span] = set()
+    opened: list[int] = []
+    for match in re.finditer(r"\\.|[()\[\]]", prompt, re.DOTALL):
+        if match[0] in CLOSING:
+            opened.append(match.start())
+        elif opened and CLOSING[prompt[opened[-1]]] == match[0]:
+            found.add(Span(opened.pop(), match.end()))
+    return {pair for pair in found if prompt[pair.start + 1 : pair.end - 1].strip()}
+
+
+def weighs(prompt: str, pair: Span, pairs: set[Span]) -> bool:
+    """Whether these brackets are a weight for sure: square, double, or with a number in them or behind."""
+    inside = prompt[pair.start + 1 : pair.end - 1]
+    numbered = WEIGHT.search(inside) is not None and RATIO.search(inside) is None
+    doubled = Span(pair.start + 1, pair.end - 1) in pairs
+    return prompt[pair.start] == "[" or numbered or doubled or behind(prompt, pair) > 0
+
+
+def behind(prompt: str, pair: Span) -> int:
+    """How long the weight is that stands behind these brackets, 0 where there is none."""
+    match = BEHIND.match(prompt, pair.end)
+    return 0 if match is None else len(match[0])
+
+
+def texts(prompt: str, spans: list[Span]) -> list[str]:
+    """The texts at these places, in order, each once, without those that lie within another."""
+    found: list[str] = []
+    end = 0
+    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+        if span.end > end:
+            found.append(prompt[span.start : span.end])
+            end = span.end
+    return list(dict.fromkeys(found))

@@ -1,0 +1,56 @@
+"""Which layer of the text encoders is listened to, counted from the end as model pages count."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from linfusion_cli.errors import UsageError
+from linfusion_cli.models.families import read_facts
+from linfusion_cli.models.parts import Model
+from linfusion_cli.models.text import TextChanges, encode_prompts
+
+CPU = torch.device("cpu")
+PROMPTS = "a hill", "a cat"
+
+
+def hear(folder, clip_skip):
+    changes = TextChanges(clip_skip=clip_skip)
+    return encode_prompts(Model(folder), read_facts(Model(folder)), *PROMPTS, torch.float32, CPU, changes)
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_sd_hears_an_earlier_layer_normalised_as_in_diffusers(sd_model, clip_skip):
+    encoder = (pipeline := StableDiffusionPipeline.from_pretrained(sd_model, safety_checker=None)).text_encoder
+    if not hasattr(encoder, "text_model"):  # diffusers reaches for a level that is gone from newer transformers
+        encoder.__dict__["text_model"] = encoder
+    found, usual = hear(sd_model, clip_skip), hear(sd_model, None)
+    for prompt, half, usual_half in zip(
+        PROMPTS, (found.positive, found.negative), (usual.positive, usual.negative), strict=True
+    ):
+        # As a negative prompt diffusers hears the last layer, whatever clip_skip says; A1111 and we skip in both.
+        wanted, _ = pipeline.encode_prompt(prompt, CPU, 1, False, clip_skip=clip_skip - 1)
+        torch.testing.assert_close(half.hidden, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(half.hidden, usual_half.hidden) == (clip_skip == 1)
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_sdxl_hears_another_layer_of_both_encoders_as_in_diffusers(xl_model, clip_skip):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(xl_model)
+    found, usual = hear(xl_model, clip_skip), hear(xl_model, None)
+    for prompt, half, usual_half in zip(
+        PROMPTS, (found.positive, found.negative), (usual.positive, usual.negative), strict=True
+    ):
+        wanted, _, pooled, _ = pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, clip_skip=clip_skip - 2
+        )
+        torch.testing.assert_close(half.hidden, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(half.pooled, pooled, rtol=1e-5, atol=1e-5)
+        assert torch.equal(half.hidden, usual_half.hidden) == (clip_skip == 2)
+
+
+def test_more_layers_than_there_are_is_an_error(xl_model):
+    with pytest.raises(
+        UsageError, match="--clip-skip 3 is not possible: the model's text_encoder has 2 layers"
+    ) as caught:
+        hear(xl_model, 3)
+    assert caught.value.setting == "clip_skip"

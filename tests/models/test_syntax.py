@@ -1,0 +1,62 @@
+"""What prompts of other tools have in them that is plain text here, and what only looks like it."""
+
+import pytest
+
+from linfusion_cli.models.syntax import commands_in, plain_brackets_in
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("a (word:1.3) b", ["(word:1.3)"]),
+        ("(a, b : .5 ), (c:-1)", ["(a, b : .5 )", "(c:-1)"]),
+        ("(year 2000:1.2)", ["(year 2000:1.2)"]),
+        ("(over two\nlines:1.2)", ["(over two\nlines:1.2)"]),
+        ("((a, b), c:1.2)", ["((a, b), c:1.2)"]),
+        ("a (b (c:1.2) d)", ["(c:1.2)"]),
+        ("((word)) and (((word)))", ["((word))", "(((word)))"]),
+        ("[word], [from:to:0.5] [one|other]", ["[word]", "[from:to:0.5]", "[one|other]"]),
+        ("(a [b] c:1.1)", ["(a [b] c:1.1)"]),
+        ("word++, other-- and (word++)", ["word++", "other--"]),
+        ("(two words)1.2 (b)++ (c)-", ["(two words)1.2", "(b)++", "(c)-"]),
+        ("cats BREAK dogs, BREAK", ["BREAK"]),
+        ("cats AND dogs", ["AND"]),
+        ("a cat <lora:name:0.8> <hypernet:x:1>", ["<lora:name:0.8>", "<hypernet:x:1>"]),
+        (r"\((a:1.2)\)", ["(a:1.2)"]),
+        (r"(a \) b:1.2)", [r"(a \) b:1.2)"]),
+    ],
+)
+def test_commands_are_found(prompt, found):
+    assert commands_in(prompt) == found
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a house (old)",
+        "(masterpiece) and (old)-fashioned, (one) 2 (three)4th",
+        "((one) and (other))",
+        "a screen (16:9) at noon (12:30)",
+        r"artoria \(fate\), \(a:1.2\), \[word\]",
+        "CATS AND DOGS",
+        "SANDY beach, cats and dogs, break",
+        "C++ code, 18+ only, rock-n-roll -- black, e-mail, --ar",
+        ":) :( (-: <3 a <b> [] ()",
+        "(open:1.2",
+        "a) [b",
+        "it is 5:00, (:1 ratio",
+        "\\",
+        "",
+    ],
+)
+def test_prose_has_none(prompt):
+    assert commands_in(prompt) == []
+
+
+def test_plain_brackets_are_known_apart():
+    assert plain_brackets_in(r"a house (old), (16:9), (word:1.3), \(x\), (a (b))") == ["(old)", "(16:9)", "(a (b))"]
+
+
+def test_a_long_line_of_brackets_takes_no_time():
+    assert commands_in("(" * 3_000 + "a" + ")" * 3_000)
+    assert commands_in("[(" * 3_000) == []
