@@ -44,6 +44,18 @@ Lora = Annotated[
     list[str] | None,
     Option(help="A LoRA: FILE[:WEIGHT], a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). May be given again."),
 ]
+IpAdapter = Annotated[
+    list[str] | None,
+    Option(help="An IP-Adapter: a file, a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). May be given again."),
+]
+IpImage = Annotated[list[str] | None, Option(help="The picture that an --ip-adapter listens to: one for each.")]
+IpScale = Annotated[
+    list[float] | None,
+    Option(help="How much it adds; one for each, the last for all that follow. [default: 1]", show_default=False),
+]
+IpImageEncoder = Annotated[
+    str | None, Option(help="The image encoder's folder; auto is the one near the --ip-adapter that fits it.")
+]
 Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
 Scheduler = Annotated[str | None, Option(help=f"One of {', '.join(SCHEDULERS)}. [default: euler]")]
 TimestepSpacing = Annotated[
@@ -135,6 +147,10 @@ def of_a_request(
     linfusion: Linfusion = None,
     vae: Vae = None,
     lora: Lora = None,
+    ip_adapter: IpAdapter = None,
+    ip_image: IpImage = None,
+    ip_scale: IpScale = None,
+    ip_image_encoder: IpImageEncoder = None,
     negative_prompt: NegativePrompt = None,
     seed: Seed = None,
     scheduler: Scheduler = None,

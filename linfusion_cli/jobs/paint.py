@@ -17,11 +17,13 @@ from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.device import limit_device_memory
+from linfusion_cli.jobs.adapter import read_picture
 from linfusion_cli.jobs.pixels import begun_with
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
+from linfusion_cli.models.ip_adapter import encode_pictures, load_adapters
 from linfusion_cli.models.load import Vae, load_unet, load_vae
 from linfusion_cli.models.lora import merge_lora
 from linfusion_cli.models.text import Conditioning, SizeConditioning, encode_prompts
@@ -65,12 +67,15 @@ def begin(prepared: Prepared, recorder: Recorder) -> Run:
 
 
 def read_prompts(run: Run) -> Conditioning:
-    """Both prompts as the UNet hears them; the text encoders are freed when this returns."""
+    """Both prompts, and pictures, as the UNet hears them; their encoders are freed when this returns."""
     request, prepared = run.prepared.request, run.prepared
     with run.recorder.stage("prompt", "text", None, 1, "prompts"):
         conditioning = encode_prompts(
             prepared.model, prepared.facts, request.prompt, request.negative_prompt, run.dtype, run.device
         )
+        if prepared.adapters:
+            pictures = [read_picture(adapter.image, run.recorder.notice) for adapter in prepared.adapters]
+            conditioning = conditioning.with_images(encode_pictures(prepared.adapters, pictures, run.dtype, run.device))
     if conditioning.unheard:
         run.recorder.notice(UNHEARD.format(conditioning.unheard))
     return conditioning
@@ -86,6 +91,7 @@ def load(run: Run, conditioning: Conditioning) -> Models:
         for file, weight in prepared.loras:
             if merge_lora(unet, linear, file, weight).has_text:
                 run.recorder.notice(f"Of the LoRA {file} the part for text encoders is not used.")
+        load_adapters(unet, prepared.adapters)
     return Models(unet, linear, vae, conditioning)
 
 

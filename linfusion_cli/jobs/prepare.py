@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from linfusion_cli import images
@@ -12,8 +12,10 @@ from linfusion_cli.errors import UsageError, WriteFailed
 from linfusion_cli.geometry import Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.jobs.adapter import find_adapters
 from linfusion_cli.models.families import ModelFacts, read_facts
 from linfusion_cli.models.locate import find_linfusion, find_lora, find_model, find_vae, split_weight
+from linfusion_cli.models.locate_adapter import Adapter
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
 from linfusion_cli.units import format_bytes
@@ -37,6 +39,7 @@ class Prepared:
     loras: list[tuple[Path, float]]
     facts: ModelFacts
     phases: list[Phase]
+    adapters: list[Adapter] = field(default_factory=list)
 
     @property
     def is_reduced(self) -> bool:
@@ -62,12 +65,13 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     vae = find_vae(request.vae, model, request.download)
     loras = [(find_lora(name, request.download), weight) for name, weight in map(split_weight, request.lora)]
     facts = read_facts(model, vae)
+    adapters = find_adapters(request, facts.family)
     phases = ladder(request, rungs(request, facts, picture))
     linfusion = None
     used = any(phase.attention == "linear" for phase in phases)
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
-    return Prepared(request, file_format, picture, model, vae, linfusion, loras, facts, phases)
+    return Prepared(request, file_format, picture, model, vae, linfusion, loras, facts, phases, adapters)
 
 
 def rungs(request: PictureRequest, facts: ModelFacts, picture: SourcePicture | None) -> Rungs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,22 +12,27 @@ from torch import nn
 from linfusion_cli.attention import weights
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.models.ip_adapter import load_adapters
 from linfusion_cli.models.load import Vae, outline, vae_kind
+from linfusion_cli.models.locate_adapter import Adapter
 
 
 @dataclass(frozen=True)
 class ModelOutline:
-    """UNet, the linear attention that can be mounted in it, and VAE, all on the meta device."""
+    """UNet with its IP-Adapters, the linear attention that can be mounted in it, and VAE, all on the meta device."""
 
     unet: UNet2DConditionModel
     linear: dict[str, LinearAttention]
     vae: Vae
 
     @staticmethod
-    def read(model: Path, linfusion: Path | None, vae: Path | None = None) -> ModelOutline:
+    def read(
+        model: Path, linfusion: Path | None, vae: Path | None = None, adapters: Sequence[Adapter] = ()
+    ) -> ModelOutline:
         """Raises Unavailable, DataError or InputMissing naming the file."""
         unet = outline(UNet2DConditionModel, model / "unet")
         linear = weights.outline(linfusion, unet) if linfusion else {}
+        load_adapters(unet, adapters)
         vae = vae or model / "vae"
         return ModelOutline(unet, linear, outline(vae_kind(vae), vae))
 
