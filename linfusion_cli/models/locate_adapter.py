@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from linfusion_cli.errors import DataError, Unavailable, UsageError
+from linfusion_cli.errors import DataError, Unavailable
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.models.families import read_config
 from linfusion_cli.models.locate import PICKLES, cached, hub_errors, weights_files
@@ -80,12 +80,13 @@ def find_adapter(name: str, family: str, download: bool = False) -> Location:
     Unavailable when it is not on this machine and not to be fetched, DataError for what is no such file.
     """
     path = user_path(name)
-    if "faceid" in path.name.lower():
-        raise face_id(name)
     if is_folder(path):
-        files = [file.relative_to(path).as_posix() for file in path.rglob("*") if is_file(file)]
-        return Location(name, path / pick(name, files, family))
-    if path.suffix.lower() in PICKLES:
+        published = [file for file in PUBLISHED.values() if is_file(path / file)]
+        return Location(name, path / pick(name, [*published, *(file.name for file in path.glob("*"))], family))
+    is_pickle = path.suffix.lower() in PICKLES
+    if "faceid" in path.name.lower() and (is_pickle or not is_file(path)):  # what a file is, its header says
+        raise face_id(name)
+    if is_pickle:
         raise pickled(name)
     if not is_file(path):
         return find_in_hub(name, family, download)
@@ -196,10 +197,10 @@ def find_encoder(name: str, adapter: AdapterFile, location: Location, download: 
 
 
 def named_encoder(name: str, adapter: AdapterFile) -> Path:
-    """The folder `name` or its `image_encoder`; raises UsageError, Unavailable or DataError."""
+    """The folder `name` or its `image_encoder`; raises Unavailable or DataError."""
     folder = user_path(name)
     if not is_folder(folder):
-        raise UsageError(f"--ip-image-encoder {name} is no folder.", "Name an encoder's folder.", "ip_image_encoder")
+        raise Unavailable(f"--ip-image-encoder {name}: there is no such folder.", "Check it.")
     folder = folder if is_file(folder / "config.json") else folder / "image_encoder"
     if not adapter.fits(read_config(folder / "config.json")):
         width, wanted = INPUTS[adapter.kind], adapter.shapes[f"image_proj.{adapter.kind}"][-1]

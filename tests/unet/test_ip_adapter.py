@@ -48,14 +48,14 @@ def heard(unet, kinds, batch=1):
 def test_strips_of_any_height_equal_the_plain_forward(tmp_path, family, kinds):
     with listening(tmp_path, family, kinds) as unet:
         check_supported(unet)
-        latents, condition = torch.randn(1, 4, 37, 53, dtype=torch.float64), heard(unet, kinds)
+        latents, condition = torch.randn(1, 4, 21, 13, dtype=torch.float64), heard(unet, kinds)
         expected, silent = plain(unet, latents, condition), plain(unet, latents, heard(unet, kinds))
         assert error(silent, expected) > 0.001
-        for size in (StripSize(1, 61), StripSize(3, 64), StripSize(7, 371), WHOLE):
+        for size in (StripSize(1, 17), StripSize(3, 64), WHOLE):
             assert error(in_strips(unet, latents, condition, size), expected) <= 1e-12, size
 
 
-@pytest.mark.parametrize("height_width", [(8, 8), (9, 31), (1, 5)])
+@pytest.mark.parametrize("height_width", [(9, 15), (1, 5)])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_sizes_storage_dilation_and_two_at_once(tmp_path, height_width, place, dilation):
