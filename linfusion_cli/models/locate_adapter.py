@@ -99,9 +99,13 @@ def find_in_hub(name: str, family: str, download: bool) -> Location:
     """As `find_adapter`, for `owner/repo` or `owner/repo/folder/file.safetensors`."""
     parts = name.split("/")
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    nowhere = Unavailable(f"{FLAG} {name}: there is no such file or folder, and it is no hub id.", "Check it.")
     if len(parts) < 2 or bool(inside) != name.endswith(".safetensors"):
-        raise Unavailable(f"{FLAG} {name}: there is no such file or folder, and it is no hub id.", "Check it.")
-    snapshot = cached(repository, FLAG)
+        raise nowhere
+    try:
+        snapshot = cached(repository, FLAG)
+    except Unavailable as error:
+        raise nowhere from error
     here = [] if snapshot is None else [file for file in snapshot.rglob("*") if is_file(file)]
     files = [file.relative_to(snapshot).as_posix() for file in here]
     wanted = inside or PUBLISHED.get(family, "")

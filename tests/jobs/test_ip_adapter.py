@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
+from linfusion_cli.errors import DataError, InputMissing, Unavailable, UsageError
 from linfusion_cli.events import StageStarted
 from linfusion_cli.geometry import Size
 from linfusion_cli.jobs import adapter, paint
