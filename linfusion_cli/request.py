@@ -47,7 +47,8 @@ class PictureRequest:
     `cosine` are DemoFusion's exponents, of skip residual, dilated pass and blur; `guidance_interval` are noise levels.
     `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what
     phases begin with: the mean of the encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may
-    be used.
+    be used. Each `ip_adapter` listens to the `ip_image` of the same place, which `ip_scale` weights; its last number
+    is that of all that follow.
     """
 
     prompt: str
@@ -59,6 +60,10 @@ class PictureRequest:
     lora: tuple[str, ...] = ()
     textual_inversion: tuple[str, ...] = ()
     clip_skip: int | None = None
+    ip_adapter: tuple[str, ...] = ()
+    ip_image: tuple[str, ...] = ()
+    ip_scale: tuple[float, ...] = (1.0,)
+    ip_image_encoder: str = "auto"
     negative_prompt: str = ""
     strict_prompt: bool = False
     seed: int = 0
@@ -101,6 +106,7 @@ class PictureRequest:
         self._check_texts()
         self._check_numbers()
         self._check_growth()
+        self._check_adapters()
         for setting, value in (("vram", self.vram), ("ram", self.ram)):
             _check(value is None or value > 0, setting, value, "Use a size such as 12GiB.")
         for setting, choices in CHOICES.items():
@@ -141,6 +147,20 @@ class PictureRequest:
         _check(
             len(corner) == 2 and all(0 <= side <= MOST_PX for side in corner), "crop_top_left", corner, "Use TOP,LEFT."
         )
+
+    def _check_adapters(self) -> None:
+        counts = {setting: len(getattr(self, setting)) for setting in ("ip_adapter", "ip_image", "ip_scale")}
+        for setting in ("ip_adapter", "ip_image"):
+            for name in getattr(self, setting):
+                _check(bool(name.strip()), setting, name, "Name a file.")
+        if counts["ip_image"] != counts["ip_adapter"]:
+            reason = f"--ip-image is given {counts['ip_image']} times, and --ip-adapter {counts['ip_adapter']} times."
+            raise UsageError(reason, "Give one picture for each adapter, in the same order.", "ip_image")
+        rightly = 1 <= counts["ip_scale"] <= max(1, counts["ip_adapter"])
+        _check(rightly, "ip_scale", self.ip_scale, "Give one number for each adapter, or fewer: the last holds on.")
+        for scale in self.ip_scale:
+            _in_range("ip_scale", scale, -10, 10)
+        _check(bool(self.ip_image_encoder.strip()), "ip_image_encoder", "", "Name a folder, or auto.")
 
     def to_json(self) -> dict[str, Any]:
         """The request as JSON values: what metadata and reports carry."""

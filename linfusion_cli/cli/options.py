@@ -56,6 +56,18 @@ ClipSkip = Annotated[
     int | None,
     Option(help="Which layer of the text encoders to listen to, from the end: 1 the last. [default: 1; SDXL: 2]"),
 ]
+IpAdapter = Annotated[
+    list[str] | None,
+    Option(help="An IP-Adapter: a file, a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). May be given again."),
+]
+IpImage = Annotated[list[str] | None, Option(help="The picture that an --ip-adapter listens to: one for each.")]
+IpScale = Annotated[
+    list[float] | None,
+    Option(help="How much it adds; one for each, the last for all that follow. [default: 1]", show_default=False),
+]
+IpImageEncoder = Annotated[
+    str | None, Option(help="The image encoder's folder; auto is the one near the --ip-adapter that fits it.")
+]
 Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
 PredictionType = Annotated[
     str | None, Option(help="What the model predicts: epsilon, v_prediction, or auto (its config, else a probe).")
@@ -152,6 +164,10 @@ def of_a_request(
     lora: Lora = None,
     textual_inversion: TextualInversion = None,
     clip_skip: ClipSkip = None,
+    ip_adapter: IpAdapter = None,
+    ip_image: IpImage = None,
+    ip_scale: IpScale = None,
+    ip_image_encoder: IpImageEncoder = None,
     negative_prompt: NegativePrompt = None,
     strict_prompt: StrictPrompt = None,
     seed: Seed = None,

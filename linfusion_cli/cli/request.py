@@ -24,6 +24,8 @@ PHASED = ("steps", "guidance_scale", "strength", "attention")
 WRITTEN = (*SIZES, *PHASED, "guidance_interval", "cosine", "crop_top_left", "vram", "ram")  # text, for Typer
 REPEATED = ("lora", "textual_inversion")  # lists, for Typer
 
+REPEATED = ("lora", "ip_adapter", "ip_image", "ip_scale")  # options that may be given again
+
 
 def read_request(
     given: dict[str, Any], observer: Observer, kind: type[R] = GenerateRequest

@@ -17,6 +17,7 @@ from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.device import limit_device_memory
+from linfusion_cli.jobs.adapter import read_picture
 from linfusion_cli.jobs.pixels import begun_with
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
@@ -24,6 +25,7 @@ from linfusion_cli.jobs.prompts import literal_notice
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
 from linfusion_cli.models.inversion import read_inversions
+from linfusion_cli.models.ip_adapter import encode_pictures, load_adapters
 from linfusion_cli.models.load import Vae, load_unet, load_vae
 from linfusion_cli.models.lora import merge_lora
 from linfusion_cli.models.text import Conditioning, SizeConditioning, TextChanges, encode_prompts
@@ -70,12 +72,15 @@ def begin(prepared: Prepared, recorder: Recorder) -> Run:
 
 
 def read_prompts(run: Run) -> Conditioning:
-    """Both prompts as the UNet hears them; the text encoders are freed when this returns."""
+    """Both prompts, and pictures, as the UNet hears them; their encoders are freed when this returns."""
     request, prepared = run.prepared.request, run.prepared
     prompts = request.prompt, request.negative_prompt
     with run.recorder.stage("prompt", "text", None, 1, "prompts"):
         changes = TextChanges(prepared.loras, read_inversions(prepared.inversions), request.clip_skip)
         conditioning = encode_prompts(prepared.model, prepared.facts, *prompts, run.dtype, run.device, changes)
+        if prepared.adapters:
+            pictures = [read_picture(adapter.image, run.recorder.notice) for adapter in prepared.adapters]
+            conditioning = conditioning.with_images(encode_pictures(prepared.adapters, pictures, run.dtype, run.device))
     if literal := literal_notice(request):
         run.recorder.notice(literal)
     for prompt, end in conditioning.unheard.items():
@@ -94,6 +99,7 @@ def load(run: Run, conditioning: Conditioning) -> Models:
         linear = load_weights(prepared.linfusion, unet, run.dtype) if prepared.linfusion else {}
         for file, weight in prepared.loras:
             merge_lora(unet, linear, file, weight)
+        load_adapters(unet, prepared.adapters)
     return Models(unet, linear, vae, conditioning)
 
 

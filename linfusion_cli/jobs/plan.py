@@ -21,7 +21,7 @@ def plan_run(prepared: Prepared) -> Plan:
     passes = [count_passes(request, facts.scheduler_config, phase) for phase in phases]
     held_bytes = prepared.picture.held_bytes if prepared.picture else 0
     wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes)
-    outline = ModelOutline.read(prepared.model, prepared.linfusion, prepared.vae)
+    outline = ModelOutline.read(prepared.model, prepared.linfusion, prepared.vae, prepared.adapters)
     if "linear" in wanted.attentions:
         with mounted(outline.unet, outline.linear):
             check_supported(outline.unet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from linfusion_cli import images
@@ -12,10 +12,12 @@ from linfusion_cli.errors import UsageError, WriteFailed
 from linfusion_cli.geometry import Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.jobs.adapter import find_adapters
 from linfusion_cli.jobs.prompts import check_prompts
 from linfusion_cli.models.adapter_files import find_inversion, find_lora, split_token, split_weight
 from linfusion_cli.models.families import ModelFacts, read_facts
 from linfusion_cli.models.locate import find_linfusion, find_model, find_vae
+from linfusion_cli.models.locate_adapter import Adapter
 from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
@@ -42,6 +44,7 @@ class Prepared:
     inversions: list[tuple[Path, str | None]]
     facts: ModelFacts
     phases: list[Phase]
+    adapters: list[Adapter] = field(default_factory=list)
 
     @property
     def is_reduced(self) -> bool:
@@ -72,12 +75,13 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     ]
     facts = read_facts(model, vae)
     facts = facts if request.prediction_type == "auto" else facts.predicting(request.prediction_type)
+    adapters = find_adapters(request, facts.family)
     phases = ladder(request, rungs(request, facts, picture))
     linfusion = None
     used = any(phase.attention == "linear" for phase in phases)
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
-    return Prepared(request, file_format, picture, model, vae, linfusion, loras, inversions, facts, phases)
+    return Prepared(request, file_format, picture, model, vae, linfusion, loras, inversions, facts, phases, adapters)
 
 
 def rungs(request: PictureRequest, facts: ModelFacts, picture: SourcePicture | None) -> Rungs:

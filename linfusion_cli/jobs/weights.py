@@ -10,7 +10,7 @@ from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.models.digest import WeightsFile, digested
 from linfusion_cli.models.locate import LINFUSION_WEIGHTS
-from linfusion_cli.models.parts import PARTS
+from linfusion_cli.models.parts import PARTS, weights_files
 
 WHOLE = "model"  # the use of a file that holds a whole model
 
@@ -33,6 +33,9 @@ def weights_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
     if prepared.linfusion is not None:
         yield "linfusion", prepared.linfusion / LINFUSION_WEIGHTS
     yield from (("lora", file) for file, _ in prepared.loras)
+    for adapter in prepared.adapters:
+        yield "ip_adapter", adapter.weights.file
+        yield from (("image_encoder", file) for file in weights_files(adapter.encoder))
     yield from (("textual_inversion", file) for file, _ in prepared.inversions)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,10 +30,14 @@ transformers_logging.set_verbosity_error()
 
 @dataclass(frozen=True)
 class Embedding:
-    """What the UNet hears of a prompt: `hidden` [1, T, C], and `pooled` [1, C] where the family has it."""
+    """What the UNet hears of a prompt: `hidden` [1, T, C], and `pooled` [1, C] where the family has it.
+
+    `images` is what it hears beside it, for each IP-Adapter: [1, 1, D], or [1, 1, L, D].
+    """
 
     hidden: Tensor
     pooled: Tensor | None
+    images: tuple[Tensor, ...] = ()
 
     def zeros(self) -> Embedding:
         """The same shapes, silent: what SDXL was trained to hear as "no prompt"."""
@@ -42,14 +46,16 @@ class Embedding:
     def beside(self, other: Embedding) -> Embedding:
         """Both in one batch, this one first."""
         pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])
-        return Embedding(torch.cat([self.hidden, other.hidden]), pooled)
+        images = tuple(torch.cat(pair) for pair in zip(self.images, other.images, strict=True))
+        return Embedding(torch.cat([self.hidden, other.hidden]), pooled, images)
 
-    def added(self, sizes: SizeConditioning) -> dict[str, Tensor] | None:
-        """SDXL's further conditions beside the text, None for families that have none."""
-        if self.pooled is None:
-            return None
-        time_ids = torch.tensor([sizes.numbers], dtype=torch.float32)
-        return {"text_embeds": self.pooled, "time_ids": time_ids.repeat(len(self.pooled), 1)}
+    def added(self, sizes: SizeConditioning) -> dict[str, Tensor | list[Tensor]] | None:
+        """The conditions beside the text: SDXL's, and IP-Adapters'; None where there are none."""
+        added: dict[str, Tensor | list[Tensor]] = {"image_embeds": list(self.images)} if self.images else {}
+        if self.pooled is not None:
+            time_ids = torch.tensor([sizes.numbers], dtype=torch.float32)
+            added |= {"text_embeds": self.pooled, "time_ids": time_ids.repeat(len(self.pooled), 1)}
+        return added or None
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,12 @@ class Conditioning:
     negative: Embedding
     unheard: dict[str, str]
     unused: tuple[str, ...]
+
+    def with_images(self, heard: Sequence[tuple[Tensor, Tensor]]) -> Conditioning:
+        """The same with what each IP-Adapter hears of its picture, and of none, in the two halves."""
+        positive, negative = zip(*heard, strict=True)
+        halves = replace(self.positive, images=positive), replace(self.negative, images=negative)
+        return replace(self, positive=halves[0], negative=halves[1])
 
 
 @dataclass(frozen=True)

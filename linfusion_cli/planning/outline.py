@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,23 +12,28 @@ from torch import nn
 from linfusion_cli.attention import weights
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.models.ip_adapter import load_adapters
 from linfusion_cli.models.load import Vae, outline, vae_kind
+from linfusion_cli.models.locate_adapter import Adapter
 from linfusion_cli.models.parts import Model, Part
 
 
 @dataclass(frozen=True)
 class ModelOutline:
-    """UNet, the linear attention that can be mounted in it, and VAE, all on the meta device."""
+    """UNet with its IP-Adapters, the linear attention that can be mounted in it, and VAE, all on the meta device."""
 
     unet: UNet2DConditionModel
     linear: dict[str, LinearAttention]
     vae: Vae
 
     @staticmethod
-    def read(model: Model, linfusion: Path | None, vae: Part | None = None) -> ModelOutline:
+    def read(
+        model: Model, linfusion: Path | None, vae: Part | None = None, adapters: Sequence[Adapter] = ()
+    ) -> ModelOutline:
         """Raises Unavailable, DataError or InputMissing naming the file."""
         unet = outline(UNet2DConditionModel, model.part("unet"))
         linear = weights.outline(linfusion, unet) if linfusion else {}
+        load_adapters(unet, adapters)
         vae = vae or model.part("vae")
         return ModelOutline(unet, linear, outline(vae_kind(vae), vae))
 

@@ -17,7 +17,7 @@ BLOCKS = {
     "up_blocks": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
 LAYERS = ("ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D")
-PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0")
 WAY_OUT = "Use --attention original, which runs the model whole."
 
 
@@ -39,7 +39,8 @@ def unknown_parts(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
     config = unet.config
     if config.addition_embed_type not in (None, "text_time") or config.center_input_sample:
         yield "its input", "conditioned in an unknown way"
-    if unet.class_embedding is not None or unet.encoder_hid_proj is not None:
+    projects_text = unet.encoder_hid_proj is not None and config.encoder_hid_dim_type != "ip_image_proj"
+    if unet.class_embedding is not None or projects_text:
         yield "its conditioning", "of an unknown kind (class embedding or projected text)"
     for kind, known in BLOCKS.items():
         blocks = getattr(unet, kind)

@@ -17,16 +17,19 @@ from linfusion_cli.unet.resnet import run_resnet
 from linfusion_cli.unet.transformer import run_transformer
 from linfusion_cli.unet.walk import walk
 
+Added = Mapping[str, Tensor | list[Tensor]]
+
 
 @dataclass(frozen=True)
 class Condition:
-    """What a UNet hears beside latents and timestep: `text` [B, T, C], SDXL's `added`, and what few models have.
+    """What a UNet hears beside latents and timestep: `text` [B, T, C], `added`, and what few models have.
 
+    `added` are SDXL's text_embeds and time_ids, and a list of IP-Adapters' image_embeds, [B, 1, D] or [B, 1, L, D].
     `residuals` (one per skip connection, in the order they are made) and `mid_residual` are ControlNet's, [B, C, h, w].
     """
 
     text: Tensor
-    added: Mapping[str, Tensor] | None = None
+    added: Added | None = None
     timestep_cond: Tensor | None = None
     residuals: Sequence[Tensor] = ()
     mid_residual: Tensor | None = None
@@ -51,6 +54,13 @@ def embedded(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, cond
     return embedding if unet.time_embed_act is None else unet.time_embed_act(embedding)
 
 
+def picture_tokens(unet: UNet2DConditionModel, condition: Condition) -> list[Tensor]:
+    """What the UNet's IP-Adapters make of their pictures: [B, T, C] for each."""
+    if unet.encoder_hid_proj is None:
+        return []
+    return [tokens.flatten(1, 2) for tokens in unet.encoder_hid_proj(condition.added["image_embeds"])]
+
+
 class Forward:
     """The Operations of one forward."""
 
@@ -59,6 +69,7 @@ class Forward:
     ):
         self._unet, self._run, self._latents = unet, run, latents
         self._embedding, self._condition = embedding, condition
+        self._pictures = picture_tokens(unet, condition)
         self.prediction: Tensor | None = None
 
     def conv_in(self) -> Map:
@@ -68,7 +79,7 @@ class Forward:
         return run_resnet(self._run, block, parts, self._embedding)
 
     def transformer(self, transformer, x: Map) -> Map:
-        return run_transformer(self._run, transformer, x, self._condition.text)
+        return run_transformer(self._run, transformer, x, self._condition.text, self._pictures)
 
     def downsample(self, downsampler, x: Map) -> Map:
         return resample.run_downsample(self._run, downsampler, x)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,7 +14,7 @@ from linfusion_cli.device import free_memory, is_out_of_memory
 from linfusion_cli.strips.dilation import dilated
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.unet.check import check_supported
-from linfusion_cli.unet.forward import Condition, strip_forward
+from linfusion_cli.unet.forward import Added, Condition, strip_forward
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timestep []) -> prediction [B, C, h, w]
 
@@ -24,8 +25,9 @@ class Whole:
     def __init__(self, unet: UNet2DConditionModel, dilation: int = 1):
         self._unet, self._dilation = unet, dilation
 
-    def predictor(self, text: Tensor, added: Mapping[str, Tensor] | None) -> Predict:
-        """The UNet under `text` [B, T, C] and SDXL's `added` (`text_embeds` [B, C], `time_ids` [B, 6])."""
+    def predictor(self, text: Tensor, added: Added | None) -> Predict:
+        """The UNet under `text` [B, T, C] and `added`: SDXL's `text_embeds` [B, C] and `time_ids` [B, 6], and
+        IP-Adapters' `image_embeds`, a list of [B, 1, D] or [B, 1, L, D]."""
         return _predictor(self._unet, Condition(text, added), self._forward)
 
     def _forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
@@ -44,7 +46,7 @@ class InStrips:
         check_supported(unet)
         self._unet, self._run, self._on_smaller = unet, run, on_smaller
 
-    def predictor(self, text: Tensor, added: Mapping[str, Tensor] | None) -> Predict:
+    def predictor(self, text: Tensor, added: Added | None) -> Predict:
         """As `Whole.predictor`."""
         return _predictor(self._unet, Condition(text, added), self._forward)
 
@@ -67,7 +69,7 @@ def _predictor(
 ) -> Predict:
     """`forward` under `condition`, which moves to the UNet once; latents come and go in their own dtype."""
     where = {"device": unet.device, "dtype": unet.dtype}
-    added = {name: tensor.to(**where) for name, tensor in condition.added.items()} if condition.added else None
+    added = {name: moved(value, where) for name, value in condition.added.items()} if condition.added else None
     condition = replace(condition, text=condition.text.to(**where), added=added)
 
     @torch.inference_mode()
@@ -75,3 +77,8 @@ def _predictor(
         return forward(latents.to(**where), timestep, condition).to(latents)
 
     return predict
+
+
+def moved(value: Tensor | list[Tensor], where: dict[str, Any]) -> Tensor | list[Tensor]:
+    """A tensor, or each of several, to a device and dtype."""
+    return [tensor.to(**where) for tensor in value] if isinstance(value, list) else value.to(**where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,29 +29,45 @@ PIECES_ALIVE = 20  # how many times its channels are alive at once, in the feed-
 
 @dataclass(frozen=True)
 class Text:
-    """Keys and values of the text [B, K, T, D] for one cross-attention, computed once for all strips."""
+    """Keys and values of the text [B, K, T, D] for one cross-attention, computed once for all strips.
+
+    `pictures` are those of the pictures that IP-Adapters listen to, their values already times the adapter's scale.
+    """
 
     keys: Tensor
     values: Tensor
+    pictures: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @staticmethod
-    def of(attention: Attention, hidden: Tensor) -> Text:
-        """What `attention` makes of the text encoders' `hidden` [B, T, C]."""
-        return Text(*(split_heads(project(hidden), attention.heads) for project in (attention.to_k, attention.to_v)))
+    def of(attention: Attention, hidden: Tensor, pictures: Sequence[Tensor] = ()) -> Text:
+        """What `attention` makes of the text encoders' `hidden` and of the tokens of `pictures`, each [B, T, C]."""
+        keys, values = (split_heads(project(hidden), attention.heads) for project in (attention.to_k, attention.to_v))
+        return Text(keys, values, tuple(heard_pictures(attention, pictures)) if pictures else ())
 
 
-def run_transformer(run: Strips, transformer: Transformer2DModel, x: Map, hidden: Tensor) -> Map:
-    """`transformer`, whose self-attention is linear, over `x` and the text's `hidden` [B, T, C]; written over `x`.
+def heard_pictures(attention: Attention, pictures: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and scaled values [B, K, T, D] of the pictures that are heard at all."""
+    ip = attention.processor
+    for tokens, scale, to_k, to_v in zip(pictures, ip.scale, ip.to_k_ip, ip.to_v_ip, strict=True):
+        if scale != 0:
+            yield split_heads(to_k(tokens), attention.heads), scale * split_heads(to_v(tokens), attention.heads)
 
-    The last block's visit ends with the projection out and the residual.
+
+def run_transformer(
+    run: Strips, transformer: Transformer2DModel, x: Map, hidden: Tensor, pictures: Sequence[Tensor] = ()
+) -> Map:
+    """`transformer`, whose self-attention is linear, over `x`; written over `x`.
+
+    It hears the text's `hidden` and the tokens of `pictures`, all [B, T, C]. The last block's visit ends with the
+    projection out and the residual.
     """
     blocks = transformer.transformer_blocks
     pixels = x.flattened()
     tokens = run.storage.new(pixels.shape[0], pixels.height, 1, transformer.inner_dim)
     sums = begin(run, transformer, x, tokens)
     for block, following in zip(blocks, blocks[1:], strict=False):
-        sums = visit(run, block, following, tokens, sums, Text.of(block.attn2, hidden))
-    x.moments = end(run, transformer, pixels, tokens, sums, Text.of(blocks[-1].attn2, hidden)).moments
+        sums = visit(run, block, following, tokens, sums, Text.of(block.attn2, hidden, pictures))
+    x.moments = end(run, transformer, pixels, tokens, sums, Text.of(blocks[-1].attn2, hidden, pictures)).moments
     return x
 
 
@@ -105,9 +121,11 @@ def compiled(function: Callable) -> Callable:
 
 
 def cross_attention(attention: Attention, x: Tensor, text: Text) -> Tensor:
-    """Tokens x [B, n, C] listen to the text -> [B, n, C]."""
+    """Tokens x [B, n, C] listen to the text, and to pictures beside it -> [B, n, C]."""
     queries = split_heads(attention.to_q(x), attention.heads)
     heard = F.scaled_dot_product_attention(queries, text.keys, text.values)
+    for keys, values in text.pictures:
+        heard = heard + F.scaled_dot_product_attention(queries, keys, values)
     return attention.to_out[0](heard.transpose(1, 2).flatten(2))
 
 
@@ -152,6 +170,10 @@ def transformer_cost(
     blocks, tokens, channels = transformer.transformer_blocks, math.prod(shape), transformer.inner_dim
     weights = sum(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, TOKEN_LAYERS))
     weights -= sum(inner(layer).weight.numel() for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v))
+    processor = blocks[0].attn2.processor
+    if hasattr(processor, "to_k_ip"):  # an IP-Adapter's: its layers see the picture's tokens alone
+        weights -= sum(parameter.numel() for block in blocks for parameter in block.attn2.processor.parameters())
+        text_tokens += sum(processor.num_tokens)
     is_linear, heads = isinstance(blocks[0].attn1, LinearAttention), blocks[0].attn1.heads
     seen = channels // heads if is_linear else tokens // shape[0]  # what a query is multiplied with
     attention = len(blocks) * 4 * channels * (seen + text_tokens)

@@ -1,0 +1,102 @@
+"""Random IP-Adapters in the published layout, with the image encoders they take, for the small models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+HIDDEN, PROJECTION, IMAGE_PX, PATCH_PX = 24, 20, 32, 8
+TOKENS = {"plain": 4, "plus": 6, "full": (IMAGE_PX // PATCH_PX) ** 2 + 1}
+DEPTH, HEAD_WIDTH = 4, 64  # of a Plus adapter, as published and as diffusers takes them
+SCALE = 3.0  # of keys and values: large enough that a picture that is not heard is seen
+
+
+def write_encoder(folder: Path, hidden: int = HIDDEN, projection: int = PROJECTION) -> Path:
+    """A small CLIP vision model in `folder`."""
+    torch.manual_seed(7)
+    config = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        projection_dim=projection,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=IMAGE_PX,
+        patch_size=PATCH_PX,
+    )
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder
+
+
+def write_adapter(file: Path, unet: UNet2DConditionModel, kind: str = "plain", seed: int = 1) -> Path:
+    """An IP-Adapter of this kind for `unet`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(adapter_tensors(unet, kind, seed), file, {"format": "pt"})
+    return file
+
+
+def adapter_tensors(unet: UNet2DConditionModel, kind: str, seed: int = 1) -> dict[str, Tensor]:
+    """Name -> tensor of such a file."""
+    generator = torch.Generator().manual_seed(seed)
+    width = unet.config.cross_attention_dim
+    shapes = {f"image_proj.{name}": shape for name, shape in PROJECTIONS[kind](width).items()}
+    names = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
+    for i, name in enumerate(names):
+        channels = unet.get_submodule(name).to_k.out_features
+        shapes |= {f"ip_adapter.{2 * i + 1}.to_{side}_ip.weight": (channels, width) for side in "kv"}
+    return {name: random(shape, generator, name) for name, shape in shapes.items()}
+
+
+def random(shape: tuple[int, ...], generator: torch.Generator, name: str) -> Tensor:
+    """Numbers that keep what passes through them at about its size, and biases that are seen."""
+    size = (SCALE if "_ip" in name else 1.0) / shape[-1] ** 0.5 if len(shape) > 1 else 0.5
+    return torch.randn(shape, generator=generator) * size
+
+
+def plain_projection(width: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "proj.weight": (4 * width, PROJECTION),
+        "proj.bias": (4 * width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+
+
+def full_projection(width: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"proj.0": (HIDDEN, HIDDEN), "proj.2": (width, HIDDEN), "proj.3": (width,)}
+    return {f"{name}.{part}": shape[: 2 if part == "weight" else 1] for name, shape in shapes.items() for part in PARTS}
+
+
+def plus_projection(width: int) -> dict[str, tuple[int, ...]]:
+    inner = 16
+    shapes: dict[str, tuple[int, ...]] = {"latents": (1, TOKENS["plus"], inner)}
+    for name, shape in {"proj_in": (inner, HIDDEN), "proj_out": (width, inner), "norm_out": (width,)}.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for i in range(DEPTH):
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            shapes |= {f"layers.{i}.{norm}.{part}": (inner,) for part in PARTS}
+        shapes |= {
+            f"layers.{i}.0.to_q.weight": (HEAD_WIDTH, inner),
+            f"layers.{i}.0.to_kv.weight": (2 * HEAD_WIDTH, inner),
+            f"layers.{i}.0.to_out.weight": (inner, HEAD_WIDTH),
+            f"layers.{i}.1.1.weight": (4 * inner, inner),
+            f"layers.{i}.1.3.weight": (inner, 4 * inner),
+        }
+    return shapes
+
+
+PARTS = ("weight", "bias")
+PROJECTIONS = {"plain": plain_projection, "plus": plus_projection, "full": full_projection}
+
+
+def write_picture(file: Path, seed: int = 3, width: int = 50, height: int = 41) -> Path:
+    """A picture of coloured noise that changes from place to place."""
+    numbers = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), np.uint8)
+    Image.fromarray(numbers).resize((width, height), Image.Resampling.BICUBIC).save(file)
+    return file

@@ -1,0 +1,190 @@
+"""A picture painted with IP-Adapters is the one that diffusers paints, and in large phases it is heard too."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+
+from linfusion_cli.errors import DataError, InputMissing, Unavailable, UsageError
+from linfusion_cli.events import StageStarted
+from linfusion_cli.geometry import Size
+from linfusion_cli.jobs import adapter, paint
+from linfusion_cli.jobs.generate import generate
+from linfusion_cli.request import GenerateRequest
+from linfusion_cli.unet.predict import Whole
+from tests.fakes import Listener
+from tests.ip_in_small import write_adapter, write_encoder, write_picture
+from tests.models.test_lora import factors_for, in_peft_layout, layers_in, write
+from tests.models_in_small import small_sd_unet, small_xl_unet
+
+UNETS = {"xl": small_xl_unet, "sd": small_sd_unet}
+PIPELINES = {"xl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """A folder with adapters of every kind for both families, their encoder, and two pictures."""
+    folder = tmp_path_factory.mktemp("adapters")
+    write_encoder(folder / "image_encoder")
+    for family, make in UNETS.items():
+        for seed, kind in enumerate(("plain", "plus", "full")):
+            write_adapter(folder / f"{family}-{kind}.safetensors", make(), kind, seed)
+    write_picture(folder / "a.png")
+    write_picture(folder / "b.png", seed=4, width=33, height=70)
+    return folder
+
+
+@pytest.fixture
+def models(xl_model, sd_model):
+    return {"xl": xl_model, "sd": sd_model}
+
+
+@pytest.fixture
+def make(models, adapters, tmp_path):
+    """generate() with the adapters of these kinds, the first of which listens to the first picture; its pixels."""
+
+    def run(*kinds, family="xl", images=("a.png", "b.png"), observer=None, **changed):
+        named = {"ip_adapter": tuple(str(adapters / f"{family}-{kind}.safetensors") for kind in kinds)}
+        named |= {"ip_image": tuple(str(adapters / image) for image in images[: len(kinds)])}
+        values = {"prompt": "a hill", "size": Size(64, 64), "model": str(models[family]), "steps": (3,), **named}
+        values |= {"output": tmp_path / "out.png", "overwrite": True} | changed
+        generate(GenerateRequest(**values), {}, observer or Listener())
+        return np.asarray(Image.open(tmp_path / "out.png")).astype(int)
+
+    return run
+
+
+@pytest.fixture
+def latents(monkeypatch):
+    """The latents of the last phase that was denoised."""
+    seen, plain = [], paint.stepped
+    monkeypatch.setattr(paint, "stepped", lambda *given: seen.append(plain(*given)) or seen[-1])
+    return seen
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+@pytest.mark.parametrize("kinds", [("plain",), ("plus",), ("full",), ("plus", "plain")], ids="+".join)
+@pytest.mark.parametrize("family", ["xl", "sd"])
+def test_the_base_is_what_diffusers_makes(make, models, adapters, latents, family, kinds, guidance):
+    make(*kinds, family=family, linfusion="none", guidance_scale=(guidance,), ip_scale=(0.7, 0.4)[: len(kinds)], seed=5)
+    pipeline = PIPELINES[family].from_pretrained(models[family])
+    names = [f"{family}-{kind}.safetensors" for kind in kinds]
+    pipeline.load_ip_adapter(str(adapters), "", names)
+    pipeline.set_ip_adapter_scale([0.7, 0.4][: len(kinds)])
+    expected = pipeline(
+        "a hill",
+        width=64,
+        height=64,
+        num_inference_steps=3,
+        guidance_scale=guidance,
+        ip_adapter_image=[Image.open(adapters / image) for image in ("a.png", "b.png")[: len(kinds)]],
+        generator=torch.Generator("cpu").manual_seed(5),
+        output_type="latent",
+    ).images
+    assert (latents[-1] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_every_phase_hears_the_picture(make):
+    """The base whole, the large phase in strips with linear attention; nothing but the picture differs."""
+    growing = {"size": Size(128, 128), "strength": (0.7,)}
+    one, other = make("plain", **growing), make("plain", images=("b.png",), **growing)
+    assert one.shape == (128, 128, 3) and np.abs(one - other).mean() > 1
+    assert np.array_equal(one, make("plain", **growing))
+    assert not np.array_equal(one, make("plain", ip_scale=(0.2,), **growing))
+
+
+@pytest.mark.parametrize("kinds", [("plain",), ("plus", "plain")], ids="+".join)
+def test_strips_hear_what_the_plain_forward_hears(make, monkeypatch, kinds):
+    wanted = {"attention": ("linear",), "size": Size(160, 136), "upscaler": "demofusion", "strength": (0.7,)}
+    strips = make(*kinds, **wanted)
+    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, dilation: [Whole(unet), Whole(unet, dilation)])
+    assert np.abs(strips - make(*kinds, **wanted)).max() <= 1
+    assert np.abs(strips - make(**wanted)).mean() > 1
+
+
+def test_both_halves_at_once_are_each_of_them(make, monkeypatch):
+    in_turn = make("plus", "plain", family="sd", linfusion="none")
+    plain = paint.guided_prediction
+    monkeypatch.setattr(paint, "guided_prediction", lambda run, heard, unet, _, how: plain(run, heard, unet, True, how))
+    assert np.abs(in_turn - make("plus", "plain", family="sd", linfusion="none")).max() <= 1
+
+
+def test_the_picture_is_heard_as_it_is_to_be_seen(make, adapters, tmp_path):
+    """Its orientation is applied, and transparent parts are white."""
+    stored, exif = Image.open(adapters / "a.png").transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    stored.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(make("plain"), make("plain", images=(tmp_path / "turned.png",)))
+    clear = Image.open(adapters / "a.png").convert("RGBA")
+    clear.paste((9, 99, 199, 0), (0, 0, 30, 30))
+    clear.save(tmp_path / "clear.png")
+    white = Image.open(adapters / "a.png")
+    white.paste((255, 255, 255), (0, 0, 30, 30))
+    white.save(tmp_path / "white.png")
+    found = [make("plain", images=(tmp_path / name,)) for name in ("clear.png", "white.png")]
+    assert np.array_equal(*found) and not np.array_equal(found[0], make("plain"))
+
+
+def test_a_lora_and_an_adapter_together_are_what_diffusers_makes(make, models, adapters, latents, tmp_path):
+    lora = write(tmp_path, in_peft_layout(factors_for(layers_in(small_sd_unet(), "attn"))))
+    make("plain", family="sd", linfusion="none", lora=(str(lora),))
+    pipeline = StableDiffusionPipeline.from_pretrained(models["sd"])
+    pipeline.load_lora_weights(str(lora))
+    pipeline.load_ip_adapter(str(adapters), "", "sd-plain.safetensors")
+    expected = pipeline(
+        "a hill",
+        width=64,
+        height=64,
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        ip_adapter_image=Image.open(adapters / "a.png"),
+        generator=torch.Generator("cpu").manual_seed(0),
+        output_type="latent",
+    ).images
+    assert (latents[-1] - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_the_encoder_s_own_way_to_take_pictures_counts(make, adapters, tmp_path):
+    folder = shutil.copytree(adapters / "image_encoder", tmp_path / "encoder")
+    plain = make("plain", ip_image_encoder=str(folder))
+    assert np.array_equal(plain, make("plain"))
+    config = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "image_mean": [0.1, 0.2, 0.3]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    assert not np.array_equal(plain, make("plain", ip_image_encoder=str(folder)))
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(DataError, match="preprocessor_config.json could not be read"):
+        make("plain", ip_image_encoder=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "says"),
+    [
+        ({"images": ()}, UsageError, "--ip-image is given 0 times, and --ip-adapter 1 times"),
+        ({"images": ("c.png",)}, InputMissing, "c.png does not exist"),
+        ({"images": ("xl-plain.safetensors",)}, DataError, "is not a PNG"),
+        ({"ip_adapter": ("/nowhere/a.safetensors",)}, Unavailable, "no such file or folder"),
+        ({"ip_image_encoder": "/nowhere"}, Unavailable, "--ip-image-encoder /nowhere"),
+    ],
+)
+def test_wrong_input_ends_it_before_any_work(make, tmp_path, changed, error, says):
+    listener = Listener()
+    with pytest.raises(error, match=says):
+        make("plain", observer=listener, **changed)
+    assert len(listener.of(StageStarted)) <= 1 and not (tmp_path / "out.png").exists()
+
+
+def test_an_adapter_of_another_family_is_refused_before_anything_loads(make, adapters):
+    listener = Listener()
+    with pytest.raises(DataError, match=r"ip_adapter.1.to_k_ip.weight is \(8, 16\) in the file and \(16, 32\)"):
+        make("plain", ip_adapter=(str(adapters / "sd-plain.safetensors"),), observer=listener)
+    assert [event.name for event in listener.of(StageStarted)] == ["start"]
+
+
+def test_a_huge_picture_is_refused(make, adapters, monkeypatch):
+    monkeypatch.setattr(adapter, "MOST_PX", 50 * 41 - 1)
+    with pytest.raises(DataError, match="a.png is 50x41 px"):
+        make("plain")

@@ -1,0 +1,220 @@
+"""An IP-Adapter is found with the encoder that fits it, loaded where it fits the UNet, and else refused."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from linfusion_cli.attention.mount import mounted
+from linfusion_cli.attention.weights import load_weights
+from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.models.ip_adapter import load_adapters
+from linfusion_cli.models.locate_adapter import Adapter, Location, find_adapter, find_encoder, read_adapter
+from linfusion_cli.models.lora import merge_lora
+from linfusion_cli.models.parts import Model
+from linfusion_cli.planning.outline import ModelOutline, count
+from tests.ip_in_small import HIDDEN, PROJECTION, adapter_tensors, write_adapter, write_encoder
+from tests.models.test_locate import put_in_hub
+from tests.models.test_lora import factors_for, in_kohya_layout, layers_in, write
+from tests.models_in_small import small_sd_unet, small_xl_unet, write_linfusion
+
+SDXL = "sdxl_models/ip-adapter_sdxl.safetensors"
+
+
+@pytest.fixture
+def unet():
+    torch.manual_seed(0)
+    return small_xl_unet().eval().requires_grad_(False)
+
+
+def adapter(file, scale=1.0):
+    """What is in `file`, with no picture: none is looked at when it is loaded."""
+    return Adapter(read_adapter(file), file.parent / "image_encoder", None, scale)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A repository in the layout of h94/IP-Adapter: two encoders, and adapters for one or the other."""
+    folder = tmp_path_factory.mktemp("published")
+    write_encoder(folder / "models" / "image_encoder")
+    write_encoder(folder / "sdxl_models" / "image_encoder", hidden=HIDDEN + 8, projection=PROJECTION + 4)
+    write_adapter(folder / "models" / "ip-adapter_sd15.safetensors", small_sd_unet())
+    write_adapter(folder / "sdxl_models" / "ip-adapter-plus_sdxl_vit-h.safetensors", small_xl_unet(), "plus")
+    tensors = adapter_tensors(small_xl_unet(), "plain")
+    tensors["image_proj.proj.weight"] = torch.randn(len(tensors["image_proj.proj.bias"]), PROJECTION + 4)
+    save_file(tensors, folder / SDXL)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "family", "encoder"),
+    [
+        ("", "sd15", "models/image_encoder"),
+        ("", "sdxl", "sdxl_models/image_encoder"),
+        ("sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", "sdxl", "models/image_encoder"),
+    ],
+)
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_the_published_layout(published, place, file, family, encoder):
+    root = put_in_hub(published, "h94/IP-Adapter") if place == "hub" else published
+    name = "h94/IP-Adapter" if place == "hub" else str(published)
+    location = find_adapter(f"{name}/{file}" if file else name, family)
+    assert location.file == root / (file or {"sdxl": SDXL, "sd15": "models/ip-adapter_sd15.safetensors"}[family])
+    assert find_encoder("auto", read_adapter(location.file), location) == root / encoder
+
+
+@pytest.fixture
+def hub(published, monkeypatch, tmp_path):
+    """A hub that has the published repository; which of its files were fetched."""
+    fetched, root = [], tmp_path / "fetched"
+
+    def download(repository, file):
+        assert repository == "h94/IP-Adapter"
+        fetched.append(file)
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copyfile(published / file, root / file))
+
+    files = [path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository: files)
+    return fetched
+
+
+def test_only_what_is_needed_is_fetched(hub):
+    with pytest.raises(Unavailable, match="--ip-adapter h94/IP-Adapter is not on this machine.*--download"):
+        find_adapter("h94/IP-Adapter", "sdxl")
+    assert not hub
+    location = find_adapter("h94/IP-Adapter/sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", "sdxl", download=True)
+    encoder = find_encoder("auto", read_adapter(location.file), location, download=True)
+    assert encoder.parts[-2:] == ("models", "image_encoder") and (encoder / "model.safetensors").is_file()
+    assert hub.count("models/image_encoder/model.safetensors") == 1
+    assert "sdxl_models/image_encoder/model.safetensors" not in hub
+
+
+def test_without_an_encoder_that_fits_the_places_are_named(published, tmp_path):
+    (tmp_path / "one").mkdir()
+    file = Path(shutil.copy(published / SDXL, tmp_path / "one" / "a.safetensors"))
+    write_encoder(tmp_path / "image_encoder")
+    with pytest.raises(Unavailable, match=r"one/image_encoder \(not there\), .*image_encoder") as caught:
+        find_encoder("auto", read_adapter(file), Location("a", file))
+    assert "--ip-image-encoder" in caught.value.way_out
+    named = published / "sdxl_models"
+    assert find_encoder(str(named), read_adapter(file), Location("a", file)) == named / "image_encoder"
+    with pytest.raises(DataError, match=f"does not fit .*projection_dim of {PROJECTION + 4}"):
+        find_encoder(str(tmp_path / "image_encoder"), read_adapter(file), Location("a", file))
+    with pytest.raises(Unavailable, match="--ip-image-encoder nowhere"):
+        find_encoder("nowhere", read_adapter(file), Location("a", file))
+
+
+@pytest.mark.parametrize("name", ["ip-adapter_sd15.bin", "h94/IP-Adapter/models/ip-adapter_sd15.bin"])
+def test_pickles_are_refused(name):
+    with pytest.raises(DataError, match="is a pickle") as caught:
+        find_adapter(name, "sd15", download=True)
+    assert "safetensors" in caught.value.way_out
+
+
+@pytest.mark.parametrize("name", ["h94/IP-Adapter-FaceID", "h94/IP-Adapter-FaceID/ip-adapter-faceid_sd15.bin"])
+def test_face_id_is_refused_by_its_name(name):
+    with pytest.raises(DataError, match="is a FaceID adapter"):
+        find_adapter(name, "sd15")
+
+
+@pytest.mark.parametrize("tensor", ["perceiver_resampler.proj_in.weight", "norm.weight"])
+def test_face_id_is_refused_by_its_header(tmp_path, tensor):
+    names = (f"image_proj.{tensor}", "image_proj.proj.0.weight", "ip_adapter.1.to_k_ip.weight")
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match="is a FaceID adapter, which needs a face recogniser"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["unet.a.lora_A.weight"], "no IP-Adapter: it holds unet.a.lora_A.weight"),
+        (["image_proj.proj.weight"], "no IP-Adapter"),
+        (["image_proj.first.weight", "ip_adapter.1.to_k_ip.weight"], "of an unknown kind: it holds image_proj.first"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, names, says):
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match=says):
+        read_adapter(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-5])
+    with pytest.raises(DataError, match="not a whole safetensors file"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_an_adapter_of_another_family_names_the_first_layer_and_both_shapes(tmp_path, unet):
+    file = write_adapter(tmp_path / "a.safetensors", small_sd_unet())
+    with pytest.raises(
+        DataError, match=r"ip_adapter.1.to_k_ip.weight is \(8, 16\) in the file and \(16, 32\) in the m"
+    ):
+        load_adapters(unet, [adapter(file)])
+    assert unet.encoder_hid_proj is None
+
+
+@pytest.mark.parametrize("kind", ["plain", "plus", "full"])
+def test_what_is_missing_or_too_much_is_named(tmp_path, unet, kind):
+    def altered(change):
+        tensors = adapter_tensors(unet, kind)
+        change(tensors)
+        save_file(tensors, tmp_path / "a.safetensors")
+        load_adapters(copy.deepcopy(unet), [adapter(tmp_path / "a.safetensors")])
+
+    with pytest.raises(DataError, match=r"ip_adapter.3.to_v_ip.weight is no such layer in the file"):
+        altered(lambda tensors: tensors.pop("ip_adapter.3.to_v_ip.weight"))
+    with pytest.raises(DataError, match=r"ip_adapter.99.to_k_ip.weight is \(2,\) in the file and no such layer"):
+        altered(lambda tensors: tensors.update({"ip_adapter.99.to_k_ip.weight": torch.zeros(2)}))
+    bias = {"plain": "norm.bias", "plus": "layers.2.1.0.bias", "full": "proj.2.bias"}[kind]
+    with pytest.raises(DataError, match="cannot be loaded"):
+        altered(lambda tensors: tensors.pop(f"image_proj.{bias}"))
+    with pytest.raises(DataError, match="cannot be loaded"):
+        altered(lambda tensors: tensors.update({f"image_proj.{bias}": torch.zeros(3)}))
+    with pytest.raises(DataError, match="numbers in its image projection"):
+        altered(lambda tensors: tensors.update({"image_proj.zzz": torch.zeros(3)}))
+
+
+def test_half_precision_files_take_the_unet_s_precision(tmp_path, unet):
+    halves = {name: tensor.half() for name, tensor in adapter_tensors(unet, "plus").items()}
+    save_file(halves, tmp_path / "a.safetensors")
+    load_adapters(unet, [adapter(tmp_path / "a.safetensors")])
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["plain", "plus", "full"])
+def test_a_plan_counts_the_adapter_s_weights(tmp_path, xl_model, unet, kind):
+    file = write_adapter(tmp_path / "a.safetensors", unet, kind)
+    outline = ModelOutline.read(Model(xl_model), xl_model / "linfusion", None, [adapter(file), adapter(file)])
+    without = ModelOutline.read(Model(xl_model), xl_model / "linfusion")
+    own = sum(tensor.numel() for tensor in load_file(file).values())
+    assert {parameter.device.type for parameter in outline.unet.parameters()} == {"meta"}
+    assert count(outline.unet) - count(without.unet) == 2 * own
+    assert outline.numbers("linear") - without.numbers("linear") == 2 * own
+
+
+def test_a_lora_changes_the_same_weights_before_and_after(tmp_path, unet):
+    """Merged before it is loaded, or after: the linear attention's twins, and no layer of the adapter's."""
+    folder = write_linfusion(tmp_path / "linfusion", unet)
+    linear = load_weights(folder, unet, torch.float32)
+    lora = write(tmp_path, in_kohya_layout(factors_for(layers_in(unet))))
+    file = write_adapter(tmp_path / "a.safetensors", unet, "plus")
+    other, other_linear = copy.deepcopy(unet), copy.deepcopy(linear)
+    merge_lora(unet, linear, lora, 0.8)
+    load_adapters(unet, [adapter(file)])
+    load_adapters(other, [adapter(file)])
+    merged = merge_lora(other, other_linear, lora, 0.8)
+    assert merged.linear_layers > 0
+    with mounted(unet, linear), mounted(other, other_linear):
+        one, two = unet.state_dict(), other.state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_encoder_s_config_may_be_that_of_a_whole_clip(published, tmp_path):
+    config = json.loads((published / "models" / "image_encoder" / "config.json").read_text())
+    weights = read_adapter(published / "models" / "ip-adapter_sd15.safetensors")
+    assert weights.fits({"vision_config": config, "projection_dim": 1})
+    assert not weights.fits({"vision_config": {**config, "projection_dim": 1}})
