@@ -12,6 +12,7 @@ from PIL import Image
 from linfusion_cli.errors import DataError, InputMissing, Unavailable, UsageError
 from linfusion_cli.events import StageStarted
 from linfusion_cli.geometry import Size
+from linfusion_cli.images.source import inspect_source
 from linfusion_cli.jobs import adapter, paint
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.request import GenerateRequest
@@ -66,9 +67,17 @@ def latents(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("guidance", [4.0, 1.0])
-@pytest.mark.parametrize("kinds", [("plain",), ("plus",), ("full",), ("plus", "plain")], ids="+".join)
-@pytest.mark.parametrize("family", ["xl", "sd"])
+@pytest.mark.parametrize(
+    ("family", "kinds", "guidance"),
+    [
+        ("xl", ("plain",), 4.0),
+        ("xl", ("plus",), 4.0),
+        ("xl", ("full", "plain"), 1.0),
+        ("sd", ("plain",), 1.0),
+        ("sd", ("plus", "plain"), 4.0),
+        ("sd", ("full",), 4.0),
+    ],
+)
 def test_the_base_is_what_diffusers_makes(make, models, adapters, latents, family, kinds, guidance):
     make(*kinds, family=family, linfusion="none", guidance_scale=(guidance,), ip_scale=(0.7, 0.4)[: len(kinds)], seed=5)
     pipeline = PIPELINES[family].from_pretrained(models[family])
@@ -90,20 +99,18 @@ def test_the_base_is_what_diffusers_makes(make, models, adapters, latents, famil
 
 def test_every_phase_hears_the_picture(make):
     """The base whole, the large phase in strips with linear attention; nothing but the picture differs."""
-    growing = {"size": Size(128, 128), "strength": (0.7,)}
+    growing = {"size": Size(96, 96), "strength": (0.7,)}
     one, other = make("plain", **growing), make("plain", images=("b.png",), **growing)
-    assert one.shape == (128, 128, 3) and np.abs(one - other).mean() > 1
-    assert np.array_equal(one, make("plain", **growing))
+    assert one.shape == (96, 96, 3) and np.abs(one - other).mean() > 1
     assert not np.array_equal(one, make("plain", ip_scale=(0.2,), **growing))
 
 
-@pytest.mark.parametrize("kinds", [("plain",), ("plus", "plain")], ids="+".join)
-def test_strips_hear_what_the_plain_forward_hears(make, monkeypatch, kinds):
-    wanted = {"attention": ("linear",), "size": Size(160, 136), "upscaler": "demofusion", "strength": (0.7,)}
+def test_strips_hear_what_the_plain_forward_hears(make, monkeypatch):
+    kinds = ("plus", "plain")
+    wanted = {"attention": ("linear",), "size": Size(120, 104), "upscaler": "demofusion", "strength": (0.7,)}
     strips = make(*kinds, **wanted)
     monkeypatch.setattr(paint, "runners", lambda run, unet, mode, dilation: [Whole(unet), Whole(unet, dilation)])
     assert np.abs(strips - make(*kinds, **wanted)).max() <= 1
-    assert np.abs(strips - make(**wanted)).mean() > 1
 
 
 def test_both_halves_at_once_are_each_of_them(make, monkeypatch):
@@ -113,20 +120,25 @@ def test_both_halves_at_once_are_each_of_them(make, monkeypatch):
     assert np.abs(in_turn - make("plus", "plain", family="sd", linfusion="none")).max() <= 1
 
 
-def test_the_picture_is_heard_as_it_is_to_be_seen(make, adapters, tmp_path):
+def test_the_picture_is_read_as_it_is_to_be_seen(adapters, tmp_path):
     """Its orientation is applied, and transparent parts are white."""
-    stored, exif = Image.open(adapters / "a.png").transpose(Image.Transpose.ROTATE_90), Image.Exif()
+
+    def read(name):
+        return np.asarray(adapter.read_picture(inspect_source(tmp_path / name), notices.append))
+
+    notices, original = [], Image.open(adapters / "a.png")
+    exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
-    stored.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(make("plain"), make("plain", images=(tmp_path / "turned.png",)))
-    clear = Image.open(adapters / "a.png").convert("RGBA")
+    original.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read("turned.png"), original)
+    clear = original.convert("RGBA")
     clear.paste((9, 99, 199, 0), (0, 0, 30, 30))
     clear.save(tmp_path / "clear.png")
-    white = Image.open(adapters / "a.png")
-    white.paste((255, 255, 255), (0, 0, 30, 30))
-    white.save(tmp_path / "white.png")
-    found = [make("plain", images=(tmp_path / name,)) for name in ("clear.png", "white.png")]
-    assert np.array_equal(*found) and not np.array_equal(found[0], make("plain"))
+    original.paste((255, 255, 255), (0, 0, 30, 30))
+    assert np.array_equal(read("clear.png"), original)
+    tall = np.random.default_rng(0).integers(0, 256, (700, 3, 3), np.uint8)  # more rows than are read at a time
+    Image.fromarray(tall).save(tmp_path / "tall.png")
+    assert np.array_equal(read("tall.png"), tall) and not notices
 
 
 def test_a_lora_and_an_adapter_together_are_what_diffusers_makes(make, models, adapters, latents, tmp_path):

@@ -12,12 +12,15 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.attention.mount import mounted
 from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.errors import DataError, Unavailable
-from linfusion_cli.models.ip_adapter import load_adapters
-from linfusion_cli.models.locate_adapter import Adapter, Location, find_adapter, find_encoder, read_adapter
+from linfusion_cli.models.ip_adapter import load_adapters, wanted_shapes
+from linfusion_cli.models.locate_adapter import Adapter, AdapterFile, Location, find_adapter, find_encoder, read_adapter
 from linfusion_cli.models.lora import merge_lora
 from linfusion_cli.models.parts import Model
 from linfusion_cli.planning.outline import ModelOutline, count
-from tests.ip_in_small import HIDDEN, PROJECTION, adapter_tensors, write_adapter, write_encoder
+from linfusion_cli.strips.ops import StripSize
+from linfusion_cli.unet.cost import Setting, reckon
+from tests.attention.test_weights import sdxl_unet_on_meta
+from tests.ip_in_small import HIDDEN, PROJECTION, TOKENS, adapter_tensors, write_adapter, write_encoder
 from tests.models.test_locate import put_in_hub
 from tests.models.test_lora import factors_for, in_kohya_layout, layers_in, write
 from tests.models_in_small import small_sd_unet, small_xl_unet, write_linfusion
@@ -186,7 +189,7 @@ def test_half_precision_files_take_the_unet_s_precision(tmp_path, unet):
 
 
 @pytest.mark.parametrize("kind", ["plain", "plus", "full"])
-def test_a_plan_counts_the_adapter_s_weights(tmp_path, xl_model, unet, kind):
+def test_a_plan_counts_the_adapter_s_weights_and_tokens(tmp_path, xl_model, unet, kind):
     file = write_adapter(tmp_path / "a.safetensors", unet, kind)
     outline = ModelOutline.read(Model(xl_model), xl_model / "linfusion", None, [adapter(file), adapter(file)])
     without = ModelOutline.read(Model(xl_model), xl_model / "linfusion")
@@ -194,6 +197,9 @@ def test_a_plan_counts_the_adapter_s_weights(tmp_path, xl_model, unet, kind):
     assert {parameter.device.type for parameter in outline.unet.parameters()} == {"meta"}
     assert count(outline.unet) - count(without.unet) == 2 * own
     assert outline.numbers("linear") - without.numbers("linear") == 2 * own
+    more = 2 * {**TOKENS, "full": 257}[kind]  # of a full face: one for each patch of the published encoder
+    settings = [Setting(StripSize(), "device", 1, 37, 53, 4, text_tokens=tokens) for tokens in (7, 7 + more)]
+    assert reckon(outline.unet, settings[0]).flops == reckon(without.unet, settings[1]).flops
 
 
 def test_a_lora_changes_the_same_weights_before_and_after(tmp_path, unet):
@@ -218,3 +224,14 @@ def test_an_encoder_s_config_may_be_that_of_a_whole_clip(published, tmp_path):
     weights = read_adapter(published / "models" / "ip-adapter_sd15.safetensors")
     assert weights.fits({"vision_config": config, "projection_dim": 1})
     assert not weights.fits({"vision_config": {**config, "projection_dim": 1}})
+
+
+def test_sdxl_s_own_layers_are_counted_as_published():
+    """The published file for SDXL: 70 cross-attentions at the odd places up to 139, 351 million numbers."""
+    with torch.device("meta"):
+        unet = sdxl_unet_on_meta()
+    plain = AdapterFile(Path("a"), {"image_proj.proj.weight": (4 * 2048, 1280)})
+    shapes = dict(wanted_shapes(plain, unet))
+    places = [int(name.split(".")[1]) for name in shapes if name.endswith("to_k_ip.weight")]
+    assert places == list(range(1, 140, 2))
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 351_272_960
