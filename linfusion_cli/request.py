@@ -12,6 +12,7 @@ from linfusion_cli.geometry import Size
 from linfusion_cli.units import parse_colour
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LINFUSION_MERGES = ("published", "keep", "delta")
 ATTENTIONS = ("auto", "linear", "original")
 UPSCALERS = ("demofusion", "sdedit", "none")
 UPSCALE_SPACES = ("pixel", "latent")
@@ -42,9 +43,10 @@ class PictureRequest:
     Sizes are pixels. `steps`, `guidance_scale` and `attention` have a value for each phase, the last for all that
     follow. So has `strength`, the share of the steps that a phase above the base runs; a single one is the first, from
     which the others go down evenly. `cosine` are DemoFusion's exponents, of skip residual, dilated pass and blur;
-    `guidance_interval` are noise levels. `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what
-    phases begin with: the mean of the encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may
-    be used.
+    `guidance_interval` are noise levels. `linfusion_merge` says what of the model's own self-attention goes into
+    LinFusion's weights, `linfusion_base` the model that those were made for. `vae_statistics` is what the VAE's
+    normalisation goes by, `vae_latents` what phases begin with: the mean of the encoder's distribution, or a draw from
+    it. `vram` and `ram` are bytes that may be used.
     """
 
     prompt: str
@@ -52,6 +54,8 @@ class PictureRequest:
     output: Path
     model: str
     linfusion: str = "auto"
+    linfusion_merge: str = "published"
+    linfusion_base: str = "auto"
     vae: str = "auto"
     lora: tuple[str, ...] = ()
     negative_prompt: str = ""
@@ -105,6 +109,8 @@ class PictureRequest:
             _check(_is_text(text), setting, text, "It is not valid UTF-8.")
         _check(bool(self.model.strip()), "model", self.model, "Name a folder, a hub id, or demo.")
         _check(bool(self.vae.strip()), "vae", self.vae, "Name a folder, a hub id, or auto.")
+        base = self.linfusion_base
+        _check(bool(base.strip()), "linfusion_base", base, "Name a folder, a hub id, or auto.")
         for name in self.lora:
             _check(bool(name.strip()), "lora", name, "Name a file, a folder, or a hub id.")
 
@@ -142,6 +148,7 @@ class PictureRequest:
 
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
+    "linfusion_merge": LINFUSION_MERGES,
     "dtype": DTYPES,
     "scheduler": SCHEDULERS,
     "timestep_spacing": TIMESTEP_SPACINGS,

@@ -12,6 +12,7 @@ from linfusion_cli.errors import UsageError, WriteFailed
 from linfusion_cli.geometry import Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.models.base import find_base
 from linfusion_cli.models.families import ModelFacts, read_facts
 from linfusion_cli.models.locate import find_linfusion, find_lora, find_model, find_vae, split_weight
 from linfusion_cli.request import PictureRequest
@@ -25,7 +26,8 @@ MOST_BEND = 0.1  # of --base-size: its proportions over the picture's; those of 
 class Prepared:
     """A request that nothing speaks against, and what it comes down to on this machine.
 
-    `picture` is what grows, None where the base comes from noise. `linfusion` is None where no phase needs it.
+    `picture` is what grows, None where the base comes from noise. `linfusion` is None where no phase needs it;
+    `base`, the folder of a UNet, where nothing of it goes into LinFusion's weights.
     """
 
     request: PictureRequest
@@ -34,6 +36,7 @@ class Prepared:
     model: Path
     vae: Path
     linfusion: Path | None
+    base: Path | None
     loras: list[tuple[Path, float]]
     facts: ModelFacts
     phases: list[Phase]
@@ -63,11 +66,13 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     loras = [(find_lora(name, request.download), weight) for name, weight in map(split_weight, request.lora)]
     facts = read_facts(model, vae)
     phases = ladder(request, rungs(request, facts, picture))
-    linfusion = None
+    linfusion = base = None
     used = any(phase.attention == "linear" for phase in phases)
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
-    return Prepared(request, file_format, picture, model, vae, linfusion, loras, facts, phases)
+    if used and linfusion is not None and request.linfusion_merge == "delta":
+        base = find_base(request.linfusion_base, model, facts.family, request.download)
+    return Prepared(request, file_format, picture, model, vae, linfusion, base, loras, facts, phases)
 
 
 def rungs(request: PictureRequest, facts: ModelFacts, picture: SourcePicture | None) -> Rungs:
