@@ -71,7 +71,7 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
     if used and linfusion is not None and request.linfusion_merge == "delta":
-        base = find_base(request.linfusion_base, model, facts.family, request.download)
+        base = find_base(request.linfusion_base, model, linfusion, facts.family, request.download)
     return Prepared(request, file_format, picture, model, vae, linfusion, base, loras, facts, phases)
 
 

@@ -32,14 +32,15 @@ KIND = "--linfusion-base"
 OTHER_MERGE = "or use --linfusion-merge published or keep"
 
 
-def find_base(name: str, model: Path, family: str, download: bool = False) -> Path:
+def find_base(name: str, model: Path, linfusion: Path, family: str, download: bool = False) -> Path:
     """The folder of the base's UNet: of `demo`, a diffusers folder, a UNet's own, a hub id, or `auto`.
 
-    `auto` is the base that the LinFusion weights for `family` were made for; of the embedded `model` it is that
-    itself. Raises Unavailable when it is not on this machine and not to be fetched, DataError for what is no model.
+    `auto` is what the weights in `linfusion` were made for: the model in whose folder they lie, as the embedded one's
+    do, else what those published for `family` were. Raises Unavailable when it is not on this machine and not to be
+    fetched, DataError for what is no model.
     """
     if name == "auto":
-        name = DEMO if model == DEMO_FOLDER else BASES[family]
+        name = str(model) if model in (linfusion.parent, DEMO_FOLDER) else BASES[family]
     folder = DEMO_FOLDER if name == DEMO else user_path(name)
     if is_file(folder):
         raise DataError(f"{KIND} {name} is a file.", "Name a folder in diffusers' layout, a hub id, or demo.")

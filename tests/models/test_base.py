@@ -1,6 +1,7 @@
 """The base of a fine-tune: found, or refused with a way out; only what is asked for is read of it."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +10,17 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.attention.merge import PROJECTIONS
 from linfusion_cli.attention.mount import self_attentions
 from linfusion_cli.errors import DataError, Unavailable
-from linfusion_cli.models import base
 from linfusion_cli.models.base import BASES, BaseWeights, find_base
 from linfusion_cli.models.locate import DEMO_FOLDER
 from tests.models.test_locate import put_in_hub
 from tests.models_in_small import small_xl_unet
 
 NAME = "diffusion_pytorch_model"
+OTHERS = Path("/somewhere/linfusion")
+
+
+def find(name, model, **options):
+    return find_base(name, model, OTHERS, "sdxl", **options)
 
 
 @pytest.fixture
@@ -25,37 +30,40 @@ def copy(xl_model, tmp_path):
 
 
 def test_a_folder_of_a_model_and_of_its_unet_are_found(xl_model):
-    assert find_base(str(xl_model), DEMO_FOLDER, "sdxl") == xl_model / "unet"
-    assert find_base(str(xl_model / "unet"), DEMO_FOLDER, "sdxl") == xl_model / "unet"
+    assert find(str(xl_model), DEMO_FOLDER) == xl_model / "unet"
+    assert find(str(xl_model / "unet"), DEMO_FOLDER) == xl_model / "unet"
 
 
-def test_auto_is_the_familys_and_the_embedded_models_itself(xl_model):
-    assert find_base("auto", DEMO_FOLDER, "sdxl") == find_base("demo", xl_model, "sdxl") == DEMO_FOLDER / "unet"
+def test_auto_is_what_the_weights_were_made_for(xl_model):
+    """The embedded model's, or another's, that lie in its own folder, for that model; any other for the family's."""
+    assert find_base("auto", xl_model, xl_model / "linfusion", "sdxl") == xl_model / "unet"
+    assert find_base("auto", DEMO_FOLDER, DEMO_FOLDER / "linfusion", "sdxl") == DEMO_FOLDER / "unet"
+    assert find_base("auto", DEMO_FOLDER, OTHERS, "sdxl") == find("demo", xl_model) == DEMO_FOLDER / "unet"
     for family, name in BASES.items():
         with pytest.raises(Unavailable, match=f"--linfusion-base {name}, is not on this machine") as refused:
-            find_base("auto", xl_model, family)
+            find_base("auto", xl_model, OTHERS, family)
         assert refused.value.exit_code == 69
         assert all(word in refused.value.way_out for word in ("--linfusion-base", "--download", "published", "keep"))
         snapshot = put_in_hub(xl_model, name)
-        assert find_base("auto", xl_model, family) == snapshot / "unet"
+        assert find_base("auto", xl_model, OTHERS, family) == snapshot / "unet"
 
 
 def test_what_is_no_base_is_refused(xl_model, tmp_path):
     with pytest.raises(DataError, match="is a file"):
-        find_base(str(xl_model / "model_index.json"), xl_model, "sdxl")
+        find(str(xl_model / "model_index.json"), xl_model)
     with pytest.raises(DataError, match="has no UNet's weights"):
-        find_base(str(xl_model / "vae" / ".." / "tokenizer"), xl_model, "sdxl")
+        find(str(xl_model / "vae" / ".." / "tokenizer"), xl_model)
     with pytest.raises(Unavailable, match="no hub id"):
-        find_base("no/such/folder", xl_model, "sdxl")
+        find("no/such/folder", xl_model)
     (tmp_path / f"{NAME}.bin").write_bytes(b"x")
     with pytest.raises(DataError, match="is a pickle"):
-        find_base(str(tmp_path), xl_model, "sdxl")
+        find(str(tmp_path), xl_model)
 
 
 def test_a_part_of_a_model_in_the_cache_is_none_yet(xl_model):
     snapshot = put_in_hub(xl_model / "vae", "someone/part")
     with pytest.raises(Unavailable, match="someone/part, is not on this machine"):
-        find_base("someone/part", xl_model, "sdxl")
+        find("someone/part", xl_model)
     assert snapshot.is_dir()
 
 
@@ -74,7 +82,7 @@ def test_of_a_base_the_unet_alone_is_fetched(xl_model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     files = [f"{part}/{NAME}{kind}.safetensors" for part in parts for kind in ("", ".fp16")]
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: files)
-    assert find_base("someone/base", xl_model, "sdxl", download=True) == xl_model / "unet"
+    assert find("someone/base", xl_model, download=True) == xl_model / "unet"
     folders = {pattern.split("/")[0] for pattern in asked[-1] if "/" in pattern}
     assert folders == {"unet"} and f"unet/{NAME}.fp16.safetensors" in asked[-1]
 
@@ -85,7 +93,7 @@ def test_it_is_read_from_one_file_from_several_and_in_half_precision(copy):
     wanted = {f"{path}.{name}": whole[f"{path}.{name}"] for name in PROJECTIONS}
 
     def check(dtype):
-        weights = BaseWeights(base.find_base(str(copy), copy, "sdxl"))
+        weights = BaseWeights(find(str(copy), copy))
         weights.check({name: tuple(tensor.shape) for name, tensor in wanted.items()})
         found = weights.read(path, PROJECTIONS)
         assert list(found) == list(PROJECTIONS)
