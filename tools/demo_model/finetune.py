@@ -92,11 +92,13 @@ def load_finetuned(kind: str) -> StableDiffusionXLPipeline:
 
 
 def folder_of(kind: str) -> Path:
-    """The fine-tune as a model's folder, to be named with --model: the shipped one but for the UNet, in fp32."""
+    """The fine-tune as a model's folder, to be named with --model: the shipped one but for the UNet, in fp32.
+
+    LinFusion's weights are left out: in a model's own folder they would pass for its own, and were made for its base.
+    """
     folder = WORK / f"finetune_{kind}"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(MODEL, folder)
-    shutil.rmtree(folder / "unet")
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("unet", "linfusion"))
     load_finetuned(kind).unet.save_pretrained(folder / "unet")
     return folder
 

@@ -8,24 +8,35 @@ import argparse
 import copy
 import json
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from functools import cache
 from multiprocessing import get_context
 from multiprocessing.pool import Pool
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from linfusion_cli.attention.merge import PROJECTIONS, add_difference, keep_own
 from linfusion_cli.attention.mount import self_attentions
 from tools.demo_model.errors import noised, predicted
-from tools.demo_model.finetune import HELD_OUT, KINDS, finetune, load_finetuned
+from tools.demo_model.finetune import HELD_OUT, KINDS, finetune, folder_of, load_finetuned
 from tools.demo_model.sample import load_shipped
-from tools.demo_model.store import WORK, log, save_json, start_log
+from tools.demo_model.store import MODEL, WORK, log, save_json, start_log
 
 FIGURES = WORK / "merges.json"
 SIZES = {256: (64, 4), 512: (32, 4)}  # pixels of a side -> held-out scenes, and timesteps of each
 MERGES = ("published", "keep", "delta")
+FORMS = ("softmax", *MERGES)
+PROMPTS = {
+    "moon": "a starry night over hills with a bright moon, clouds",
+    "print": "mountains at sunset with the sun and clouds",
+    "mirror": "a sunset over a lake between mountains with the sun, trees",
+}
 PARTS = 4
 Errors = dict[str, np.ndarray]
 
@@ -105,12 +116,34 @@ def _relative(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tenso
     return (change / sum(theirs[name].square().sum().item() for name in names)) ** 0.5
 
 
+def save_sheet(path: Path, kinds: Sequence[str], seed: int) -> None:
+    """A row of 512 px pictures for each fine-tune, by the program itself: softmax, then the ways to mount."""
+    rows = []
+    for kind in kinds:
+        model = folder_of(kind)
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append([_painted(model, kind, seed, form, Path(folder) / f"{form}.png") for form in FORMS])
+    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(path)
+    log.info("sheet: %s", path)
+
+
+def _painted(model: Path, kind: str, seed: int, form: str, output: Path) -> np.ndarray:
+    merge = [] if form == "softmax" else ["--linfusion-merge", form, "--linfusion-base", "demo"]
+    attention = "original" if form == "softmax" else "linear"
+    command = [sys.executable, "-m", "linfusion_cli", "generate", PROMPTS[kind], "--preset", "demo", "--size", "512"]
+    command += ["--model", str(model), "--linfusion", str(MODEL / "linfusion"), "--attention", attention, *merge]
+    subprocess.run([*command, "--seed", str(seed), "-o", str(output), "--quiet"], check=True)
+    return np.asarray(Image.open(output))
+
+
 def main() -> None:
     """Fine-tune and measure what was asked for, or everything."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.merges", description=main.__doc__)
     parser.add_argument("kinds", nargs="*", default=tuple(KINDS), help=" ".join(KINDS))
     parser.add_argument("--minutes", type=float, default=10.0, help="of each fine-tune")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--sheet", type=Path, help="write pictures of each fine-tune here as well, such as sheet.png")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures")
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"there is no {min(unknown)}; there are {', '.join(KINDS)}")
@@ -122,6 +155,8 @@ def main() -> None:
         for kind in options.kinds:
             found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
             save_json(FIGURES, found | {kind: measure(kind, pool)})
+    if options.sheet:
+        save_sheet(options.sheet, options.kinds, options.seed)
 
 
 if __name__ == "__main__":
