@@ -75,7 +75,7 @@ def _errors(kind: str, side_px: int, start: int, count: int, draws: int) -> Erro
     """Per scene, the mean squared error of each form and the mean squared distance from the fine-tune's softmax."""
     base, base_linear, pipe, forms = _models(kind)
     errors: dict[str, list[float]] = {}
-    # as many numbers apart as scenes of a kind may need: those of the sizes are different ones
+    # the scenes of one size are not those of another
     scenes = list(KINDS[kind].scenes(HELD_OUT + 50 * side_px, start + count, side_px))[start:]
     torch.manual_seed(start)
     for picture, words in scenes:
