@@ -12,6 +12,7 @@ from linfusion_cli.geometry import Size
 from linfusion_cli.units import parse_colour
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LINFUSION_MERGES = ("published", "keep", "delta")
 ATTENTIONS = ("auto", "linear", "original")
 UPSCALERS = ("demofusion", "sdedit", "none")
 UPSCALE_SPACES = ("pixel", "latent")
@@ -42,13 +43,13 @@ class PictureRequest:
 
     Sizes are pixels. `steps`, `guidance_scale` and `attention` have a value for each phase, the last for all that
     follow. So has `strength`, the share of the steps that a phase above the base runs; a single one is the first, from
-    which the others go down evenly. `clip_skip` is the text encoders' layer that is listened to, counted from the end.
-    `strict_prompt` refuses prompts that other tools would not read literally.
+    which the others go down evenly. `linfusion_merge` says what of the model's own self-attention goes into LinFusion's
+    weights, `linfusion_base` the model that those were made for. `clip_skip` is the text encoders' layer that is
+    listened to, counted from the end. `strict_prompt` refuses prompts that other tools would not read literally.
     `cosine` are DemoFusion's exponents, of skip residual, dilated pass and blur; `guidance_interval` are noise levels.
-    `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what
-    phases begin with: the mean of the encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may
-    be used. Each `ip_adapter` listens to the `ip_image` of the same place, which `ip_scale` weights; its last number
-    is that of all that follow.
+    `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what phases begin with: the mean of the
+    encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may be used. Each `ip_adapter` listens to
+    the `ip_image` of the same place, which `ip_scale` weights; its last number is that of all that follow.
     """
 
     prompt: str
@@ -56,6 +57,8 @@ class PictureRequest:
     output: Path
     model: str
     linfusion: str = "auto"
+    linfusion_merge: str = "published"
+    linfusion_base: str = "auto"
     vae: str = "auto"
     lora: tuple[str, ...] = ()
     textual_inversion: tuple[str, ...] = ()
@@ -118,6 +121,8 @@ class PictureRequest:
             _check(_is_text(text), setting, text, "It is not valid UTF-8.")
         _check(bool(self.model.strip()), "model", self.model, "Name a folder, a hub id, or demo.")
         _check(bool(self.vae.strip()), "vae", self.vae, "Name a folder, a hub id, or auto.")
+        base = self.linfusion_base
+        _check(bool(base.strip()), "linfusion_base", base, "Name a folder, a hub id, or auto.")
         for setting in ("lora", "textual_inversion"):
             for name in getattr(self, setting):
                 _check(bool(name.strip()), setting, name, "Name a file, a folder, or a hub id.")
@@ -171,6 +176,7 @@ class PictureRequest:
 
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
+    "linfusion_merge": LINFUSION_MERGES,
     "dtype": DTYPES,
     "prediction_type": PREDICTION_TYPES,
     "scheduler": SCHEDULERS,

@@ -68,7 +68,9 @@ def small_vae(
     )
 
 
-def small_xl_unet() -> UNet2DConditionModel:
+def small_xl_unet(
+    transformer_layers: tuple[int, int, int] = (1, 1, 2), heads: tuple[int, int, int] = (1, 2, 2), **more: object
+) -> UNet2DConditionModel:
     """SDXL's three levels, linear projections and text_time conditioning; native size 64 px."""
     return UNet2DConditionModel(
         sample_size=8,
@@ -76,14 +78,15 @@ def small_xl_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(1, 2, 2),
+        transformer_layers_per_block=transformer_layers,
+        attention_head_dim=heads,
         cross_attention_dim=2 * TEXT_WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=PROJECTION + 6 * 8,
         norm_num_groups=4,
+        **more,
     )
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from tools.bench import gpu, unet, vae
-from tools.demo_model.scenes import scene
+from tools.demo_model.finetune import KINDS
+from tools.demo_model.merges import figures
+from tools.demo_model.scenes import numbered, scene
 
 
 def test_a_scene_is_made_again_from_its_number():
@@ -17,6 +19,21 @@ def test_a_scene_is_made_again_from_its_number():
     assert first.shape == (128, 192, 3) and first.dtype == np.uint8
     assert np.array_equal(first, again) and caption == same_caption
     assert not np.array_equal(first, other) and 3 < len(caption) < 200
+
+
+def test_a_fine_tune_sees_one_kind_of_scene():
+    pictures = {kind: next(KINDS[kind].scenes(7, 1, 64)) for kind in KINDS}
+    mirrored, printed = pictures["mirror"][0], pictures["print"][0]
+    assert np.array_equal(mirrored, mirrored[:, ::-1]) and set(np.unique(printed)) <= {0, 85, 170, 255}
+    number = next(number for number in range(7, 99) if numbered(number)[0].orb in ("moon", "crescent"))
+    assert number > 7 and np.array_equal(pictures["moon"][0], scene(number, (64, 64))[0])
+
+
+def test_ways_to_merge_are_compared_scene_by_scene():
+    own, published = np.array([0.1, 0.3]), np.array([0.2, 0.5])
+    found = figures({"softmax": own, "published": published, "distance published": np.array([0.01, 0.03])})
+    assert found["published"] == pytest.approx({"error": 0.35, "above": 0.15, "sem": 0.05, "distance": 0.02})
+    assert found["softmax"] == pytest.approx({"error": 0.2, "above": 0.0, "sem": 0.0})
 
 
 @pytest.mark.parametrize("module", [unet, gpu], ids=["unet", "gpu"])

@@ -7,7 +7,7 @@ the i-th entry of `modules_list`, which names the UNet's module that it replaces
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,21 +57,39 @@ def spec_of(path: str, module: LinearAttention) -> ModuleSpec:
 def load_weights(folder: Path, unet: nn.Module, dtype: torch.dtype) -> dict[str, LinearAttention]:
     """Read the weights in `folder` for `unet` -> UNet path -> module, on the CPU, in `dtype`.
 
-    Raises InputMissing when a file is absent, DataError naming the first module or tensor that does not fit.
+    Weights made for a larger UNet serve one that was cut down from it: what that does not have is not read. Raises
+    InputMissing when a file is absent, DataError naming the first module or tensor that does not fit.
     """
-    modules = outline(folder, unet)
-    tensors = read_tensors(folder / WEIGHTS_NAME, nn.ModuleList(modules.values()).state_dict(), dtype)
-    nn.ModuleList(modules.values()).load_state_dict(tensors, assign=True)
-    return {path: module.eval().requires_grad_(False) for path, module in modules.items()}
+    specs, entries = read_specs(folder / CONFIG_NAME), entries_for(folder, unet)
+    modules = nn.ModuleDict({str(place): empty(spec) for place, spec in entries.items()})
+    left_out = {str(place) for place in range(len(specs))} - modules.keys()
+    tensors = read_tensors(folder / WEIGHTS_NAME, modules.state_dict(), dtype, left_out)
+    modules.load_state_dict(tensors, assign=True)
+    return {spec.module_name: modules[str(place)].eval().requires_grad_(False) for place, spec in entries.items()}
 
 
 def outline(folder: Path, unet: nn.Module) -> dict[str, LinearAttention]:
     """As `load_weights` without the weights: modules on the meta device, from the config alone."""
+    return {spec.module_name: empty(spec) for spec in entries_for(folder, unet).values()}
+
+
+def unused(folder: Path, unet: nn.Module) -> int:
+    """How many of the modules in `folder` the UNet has no place for."""
+    return len(read_specs(folder / CONFIG_NAME)) - len(entries_for(folder, unet))
+
+
+def empty(spec: ModuleSpec) -> LinearAttention:
+    """The module that an entry describes, on the meta device."""
+    with torch.device("meta"):
+        return LinearAttention(spec.dim_n, spec.heads, spec.projection_mid_dim)
+
+
+def entries_for(folder: Path, unet: nn.Module) -> dict[int, ModuleSpec]:
+    """Place in `modules_list`, which its tensors' names begin with -> entry, of those that `unet` has; DataError."""
     specs = read_specs(folder / CONFIG_NAME)
     check_specs(folder, specs, unet)
-    with torch.device("meta"):
-        modules = [LinearAttention(spec.dim_n, spec.heads, spec.projection_mid_dim) for spec in specs]
-    return {spec.module_name: module for spec, module in zip(specs, modules, strict=True)}
+    paths = self_attentions(unet)
+    return {place: spec for place, spec in enumerate(specs) if spec.module_name in paths}
 
 
 def read_specs(path: Path) -> list[ModuleSpec]:
@@ -87,14 +105,14 @@ def read_specs(path: Path) -> list[ModuleSpec]:
 
 
 def check_specs(folder: Path, specs: list[ModuleSpec], unet: nn.Module) -> None:
-    """Raise DataError naming the first self-attention that `specs` and `unet` do not agree on."""
+    """Raise DataError naming the first self-attention of `unet` that `specs` lack or have in another shape."""
     wanted = {path: (module.to_q.in_features, module.heads) for path, module in self_attentions(unet).items()}
     given = {spec.module_name: (spec.dim_n, spec.heads) for spec in specs}
-    for path in [*wanted, *given]:
-        if wanted.get(path) != given.get(path):
+    for path, shape in wanted.items():
+        if given.get(path) != shape:
             raise DataError(
                 f"The LinFusion weights in {folder} do not fit the model: {path} has {_width(given.get(path))} in the "
-                f"weights and {_width(wanted.get(path))} in the model.",
+                f"weights and {_width(shape)} in the model.",
                 WAY_OUT,
             )
 
@@ -103,13 +121,19 @@ def _width(shape: tuple[int, int] | None) -> str:
     return "no such layer" if shape is None else f"{shape[0]} channels in {shape[1]} heads"
 
 
-def read_tensors(path: Path, wanted: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, whose names and shapes must be those of `wanted`, in `dtype`."""
+def read_tensors(
+    path: Path, wanted: Mapping[str, torch.Tensor], dtype: torch.dtype, left_out: Set[str] = frozenset()
+) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in `dtype`; names and shapes must be those of `wanted`.
+
+    Names that begin with one of `left_out` and a dot are left out.
+    """
     if not path.is_file():
         raise InputMissing(f"LinFusion's weights {path} are missing.", "--linfusion takes a folder or a hub id.")
     try:
         with safe_open(path, framework="pt") as file:
-            _check_tensors(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, wanted)
+            names = [name for name in file.keys() if name.partition(".")[0] not in left_out]
+            _check_tensors(path, {name: tuple(file.get_slice(name).get_shape()) for name in names}, wanted)
             # A clone owns its memory: mapped tensors lie at other alignments, and CPU results then differ by 1e-5.
             return {name: _numbers(path, name, file.get_tensor(name)).to(dtype).clone() for name in wanted}
     except SafetensorError as error:

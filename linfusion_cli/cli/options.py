@@ -36,6 +36,16 @@ Linfusion = Annotated[
     str | None,
     Option(help="LinFusion weights: a folder, a hub id, auto (the model's own or its family's), or none."),
 ]
+LinfusionMerge = Annotated[
+    str | None,
+    Option(
+        help="What a fine-tune's own attention brings to them: nothing (published), its difference from its base "
+        "(delta), or its projections in place of theirs (keep). [default: published]"
+    ),
+]
+LinfusionBase = Annotated[
+    str | None, Option(help="For delta, the model the weights were made for: a folder, a hub id, or auto.")
+]
 Vae = Annotated[
     str | None, Option(help="Another VAE: a folder, a hub id, or auto (the model's own). A TAESD is quick and rough.")
 ]
@@ -160,6 +170,8 @@ def of_a_request(
     preset: Preset = None,
     model: Model = None,
     linfusion: Linfusion = None,
+    linfusion_merge: LinfusionMerge = None,
+    linfusion_base: LinfusionBase = None,
     vae: Vae = None,
     lora: Lora = None,
     textual_inversion: TextualInversion = None,

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
-from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.device import limit_device_memory
 from linfusion_cli.jobs.adapter import read_picture
+from linfusion_cli.jobs.attention import load_linear
 from linfusion_cli.jobs.pixels import begun_with
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
@@ -96,7 +96,7 @@ def load(run: Run, conditioning: Conditioning) -> Models:
     with run.recorder.stage("models", "load", None, 1, "models"):
         vae = load_vae(prepared.vae, run.plan.machine.vae_dtype, run.device)
         unet = load_unet(prepared.model, run.dtype)
-        linear = load_weights(prepared.linfusion, unet, run.dtype) if prepared.linfusion else {}
+        linear = load_linear(run, unet)
         for file, weight in prepared.loras:
             merge_lora(unet, linear, file, weight)
         load_adapters(unet, prepared.adapters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linfusion_cli.attention.mount import mounted
+from linfusion_cli.jobs.attention import check_base
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.planning.machine import survey
 from linfusion_cli.planning.outline import ModelOutline
@@ -22,6 +23,8 @@ def plan_run(prepared: Prepared) -> Plan:
     held_bytes = prepared.picture.held_bytes if prepared.picture else 0
     wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes)
     outline = ModelOutline.read(prepared.model, prepared.linfusion, prepared.vae, prepared.adapters)
+    if prepared.base is not None:
+        check_base(prepared.base, outline.unet)
     if "linear" in wanted.attentions:
         with mounted(outline.unet, outline.linear):
             check_supported(outline.unet)

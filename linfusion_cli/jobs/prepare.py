@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from linfusion_cli import images
@@ -15,6 +15,7 @@ from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs.adapter import find_adapters
 from linfusion_cli.jobs.prompts import check_prompts
 from linfusion_cli.models.adapter_files import find_inversion, find_lora, split_token, split_weight
+from linfusion_cli.models.base import find_base
 from linfusion_cli.models.families import ModelFacts, read_facts
 from linfusion_cli.models.locate import find_linfusion, find_model, find_vae
 from linfusion_cli.models.locate_adapter import Adapter
@@ -30,8 +31,9 @@ MOST_BEND = 0.1  # of --base-size: its proportions over the picture's; those of 
 class Prepared:
     """A request that nothing speaks against, and what it comes down to on this machine.
 
-    `picture` is what grows, None where the base comes from noise. `linfusion` is None where no phase needs it.
-    `loras` are files with their weights, `inversions` with their tokens, None for a file's own.
+    `picture` is what grows, None where the base comes from noise. `linfusion` is None where no phase needs it;
+    `base`, the folder of a UNet, where nothing of it goes into LinFusion's weights. `loras` are files with their
+    weights, `inversions` with their tokens, None for a file's own.
     """
 
     request: PictureRequest
@@ -40,11 +42,12 @@ class Prepared:
     model: Model
     vae: Part
     linfusion: Path | None
+    base: Path | None
     loras: list[tuple[Path, float]]
     inversions: list[tuple[Path, str | None]]
+    adapters: list[Adapter]
     facts: ModelFacts
     phases: list[Phase]
-    adapters: list[Adapter] = field(default_factory=list)
 
     @property
     def is_reduced(self) -> bool:
@@ -77,11 +80,26 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     facts = facts if request.prediction_type == "auto" else facts.predicting(request.prediction_type)
     adapters = find_adapters(request, facts.family)
     phases = ladder(request, rungs(request, facts, picture))
-    linfusion = None
+    linfusion = base = None
     used = any(phase.attention == "linear" for phase in phases)
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
-    return Prepared(request, file_format, picture, model, vae, linfusion, loras, inversions, facts, phases, adapters)
+    if used and linfusion is not None and request.linfusion_merge == "delta":
+        base = find_base(request.linfusion_base, model, linfusion, facts.family, request.download)
+    return Prepared(
+        request=request,
+        format=file_format,
+        picture=picture,
+        model=model,
+        vae=vae,
+        linfusion=linfusion,
+        base=base,
+        loras=loras,
+        inversions=inversions,
+        adapters=adapters,
+        facts=facts,
+        phases=phases,
+    )
 
 
 def rungs(request: PictureRequest, facts: ModelFacts, picture: SourcePicture | None) -> Rungs:

@@ -33,6 +33,8 @@ def weights_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
     if prepared.linfusion is not None:
         yield "linfusion", prepared.linfusion / LINFUSION_WEIGHTS
     yield from (("lora", file) for file, _ in prepared.loras)
+    if prepared.base is not None:
+        yield from (("linfusion_base", file) for file in weights_files(prepared.base))
     for adapter in prepared.adapters:
         yield "ip_adapter", adapter.weights.file
         yield from (("image_encoder", file) for file in weights_files(adapter.encoder))

@@ -59,6 +59,8 @@ def _several(one: Callable[[Any], Any]) -> Callable[[Any], tuple]:
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "model": _text,
     "linfusion": _text,
+    "linfusion_merge": _text,
+    "linfusion_base": _text,
     "vae": _text,
     "lora": _several(_text),
     "textual_inversion": _several(_text),

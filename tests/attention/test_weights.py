@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import self_attentions
-from linfusion_cli.attention.weights import CONFIG_NAME, WEIGHTS_NAME, load_weights, save_weights
+from linfusion_cli.attention.weights import CONFIG_NAME, WEIGHTS_NAME, load_weights, outline, save_weights, unused
 from linfusion_cli.errors import DataError, InputMissing
 from tests.models_in_small import small_xl_unet, write_linfusion
 
@@ -86,6 +86,35 @@ def test_round_trip(tmp_path, unet, mid_dim):
     for path, module in modules.items():
         for name, tensor in module.state_dict().items():
             assert torch.equal(again[path].state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("middle", [None, "UNetMidBlock2D"])
+def test_a_unet_that_was_cut_down_takes_what_it_has_a_place_for(weights, unet, middle):
+    """SSD-1B's make: SDXL with fewer transformer blocks, and no self-attention in the middle."""
+    small = small_xl_unet((1, 1, 1), mid_block_type=middle)
+    modules, tensors = load_weights(weights, small, torch.float32), load_file(weights / WEIGHTS_NAME)
+    assert list(modules) == list(outline(weights, small)) == list(self_attentions(small))
+    places = {path: i for i, path in enumerate(self_attentions(unet))}
+    for path, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, tensors[f"{places[path]}.{name}"])
+    assert 0 < len(modules) < len(places) and list(places)[: len(modules)] != list(modules)
+    assert unused(weights, small) == len(places) - len(modules) and unused(weights, unet) == 0
+
+
+def test_weights_that_lack_a_layer_name_it(tmp_path, unet):
+    cut = write_linfusion(tmp_path / "cut", small_xl_unet((1, 1, 1)))
+    first = "down_blocks.2.attentions.0.transformer_blocks.1.attn1"
+    with pytest.raises(DataError, match=f"{first} has no such layer in the weights and 16 channels in 2 heads in the"):
+        load_weights(cut, unet, torch.float32)
+
+
+def test_a_layer_of_another_shape_is_named_with_both(weights):
+    wider = small_xl_unet((1, 1, 1), heads=(1, 4, 4))
+    first = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    shapes = "16 channels in 2 heads in the weights and 16 channels in 4 heads in the model"
+    with pytest.raises(DataError, match=f"{first} has {shapes}"):
+        load_weights(weights, wider, torch.float32)
 
 
 def test_a_missing_tensor_is_named(weights, unet):

@@ -27,6 +27,7 @@ RARE = {
     "fourier_time": {"time_embedding_type": "fourier"},
     "inpainting": {"in_channels": 9},
     "plain_middle": {"mid_block_type": "UNetMidBlock2D"},
+    "no_middle": {"mid_block_type": None},
 }
 
 

@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.training.distillation import distillation_loss, noise_loss, start_from_originals
 from tools.demo_model import parallel
-from tools.demo_model.latents import Latents
+from tools.demo_model.latents import Latents, encoded
 from tools.demo_model.store import WORK, TrainingState, finished, load_tensors, log, save_tensors
 from tools.demo_model.unet import RESULT as UNET
 from tools.demo_model.unet import Noised, conditioning, load_trained, signal_levels
@@ -94,7 +94,7 @@ def _train(rank: int, tokenizer: CLIPTokenizer, minutes: float, name: str) -> No
     optimizer = torch.optim.AdamW(student.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     state = TrainingState(name, {"linear": student}, optimizer, decay=0.998)
     torch.manual_seed(1000 * state.step + rank)
-    data, levels = Latents(tokenizer, 1000 + state.step, rank), signal_levels()
+    data, levels = Latents(encoded(tokenizer), 1000 + state.step, rank), signal_levels()
     recent: list[Tensor] = []
     for progress in state.ticks(minutes, parallel.mean_over_ranks, rank == 0):
         rate = min(1.0, (state.step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,6 +1,6 @@
 """How well the noise is predicted on held-out scenes, with softmax, linear, unnormalised and zeroed self-attention."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -42,17 +42,28 @@ def noise_errors(
     torch.manual_seed(5)
     totals = dict.fromkeys(forms, 0.0)
     for picture, words in zip(pictures, captions, strict=True):
-        told, latents = _conditioning(pipe, words, picture.shape[:2]), _encoded(pipe, picture)
-        times = ((torch.arange(draws) + torch.rand(draws)) / draws * len(pipe.scheduler.alphas_cumprod)).long()
-        for time in times:
-            noise = torch.randn_like(latents)
-            level = pipe.scheduler.alphas_cumprod[time]
-            sample = level.sqrt() * latents + (1 - level).sqrt() * noise
+        for noise, seen in noised(pipe, picture, words, draws):
             for form, modules in forms.items():
-                with mounted(pipe.unet, modules) if modules else nullcontext():
-                    said = pipe.unet(sample, time, **told).sample
-                totals[form] += (said - noise).square().mean().item()
+                totals[form] += (predicted(pipe.unet, modules, seen) - noise).square().mean().item()
     return {form: total / (len(pictures) * draws) for form, total in totals.items()}
+
+
+def noised(
+    pipe: StableDiffusionXLPipeline, picture: np.ndarray, words: str, draws: int
+) -> Iterator[tuple[Tensor, dict[str, object]]]:
+    """Noise on a picture [H, W, 3] at `draws` timesteps spread over the schedule, and what the UNet is then given."""
+    told, latents = _conditioning(pipe, words, picture.shape[:2]), encode(pipe, picture)
+    times = ((torch.arange(draws) + torch.rand(draws)) / draws * len(pipe.scheduler.alphas_cumprod)).long()
+    for time in times:
+        noise = torch.randn_like(latents)
+        level = pipe.scheduler.alphas_cumprod[time]
+        yield noise, {"sample": level.sqrt() * latents + (1 - level).sqrt() * noise, "timestep": time, **told}
+
+
+def predicted(unet: nn.Module, modules: Modules | None, seen: dict[str, object]) -> Tensor:
+    """The noise that the UNet sees with these modules mounted, or (None) with its own attention."""
+    with mounted(unet, modules) if modules else nullcontext():
+        return unet(**seen).sample
 
 
 def closed(errors: Mapping[str, float]) -> float:
@@ -60,7 +71,8 @@ def closed(errors: Mapping[str, float]) -> float:
     return (errors["zero"] - errors["linear"]) / (errors["zero"] - errors["softmax"])
 
 
-def _encoded(pipe: StableDiffusionXLPipeline, picture: np.ndarray) -> Tensor:
+def encode(pipe: StableDiffusionXLPipeline, picture: np.ndarray) -> Tensor:
+    """[H, W, 3] uint8 -> latents [1, 4, h, w], unit deviation."""
     return pipe.vae.encode(as_input(picture[None])).latent_dist.mean * pipe.vae.config.scaling_factor
 
 

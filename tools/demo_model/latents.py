@@ -73,15 +73,20 @@ class Batch:
     time_ids: Tensor
 
 
-class Latents:
-    """Random batches of one shape each."""
+def encoded(tokenizer: CLIPTokenizer) -> dict[str, tuple[Tensor, Tensor]]:
+    """Group -> latents [n, 4, h, w] and tokens [n, T] of all that was encoded."""
+    tokens = {name: tokenize(tokenizer, captions(name)) for name in ENCODED if name != "half"}
+    tokens["half"] = tokens["square"]
+    return {name: (load_tensors(_path(name))["latents"], tokens[name]) for name in ENCODED}
 
-    def __init__(self, tokenizer: CLIPTokenizer, seed: int, rank: int):
+
+class Latents:
+    """Random batches of one shape each, of `groups` as `encoded` gives them."""
+
+    def __init__(self, groups: dict[str, tuple[Tensor, Tensor]], seed: int, rank: int):
         self.rng = np.random.default_rng((seed, rank))
         self.kinds = np.random.default_rng(seed)  # the same in every process: none waits for a costlier batch
-        self.latents = {name: load_tensors(_path(name))["latents"] for name in ENCODED}
-        self.tokens = {name: tokenize(tokenizer, captions(name)) for name in ENCODED if name != "half"}
-        self.tokens["half"] = self.tokens["square"]
+        self.groups = groups
 
     def next(self, shares: dict[str, float]) -> Batch:
         """A batch of a kind drawn by its share."""
@@ -93,8 +98,9 @@ class Latents:
         return Batch(latents, tokens, _coarse(latents) if kind == "half" else self._whole_view(latents))
 
     def _pick(self, name: str, count: int) -> tuple[Tensor, Tensor]:
-        pick = torch.from_numpy(self.rng.integers(0, len(self.latents[name]), count))
-        return self.latents[name][pick].float(), self.tokens[name][pick]
+        latents, tokens = self.groups[name]
+        pick = torch.from_numpy(self.rng.integers(0, len(latents), count))
+        return latents[pick].float(), tokens[pick]
 
     def _whole_view(self, latents: Tensor) -> Tensor:
         """The size is that of the finished picture, which may be far larger than this one; nothing is cropped."""

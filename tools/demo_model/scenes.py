@@ -1,5 +1,8 @@
 """A scene from its number: the same number gives the same picture and the same caption."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from tools.demo_model.captions import caption
@@ -13,10 +16,16 @@ SEED = 20240902
 
 def scene(number: int, shape: tuple[int, int]) -> tuple[np.ndarray, str]:
     """Picture [H, W, 3] uint8 and its caption."""
+    _, words, drawn = numbered(number)
+    return drawn(shape), words
+
+
+def numbered(number: int) -> tuple[Spec, str, Callable[[tuple[int, int]], np.ndarray]]:
+    """What the scene shows, its caption, and what draws it at a size; before a picture costs anything."""
     rng = np.random.default_rng((SEED, number))
     spec = draw_spec(rng)
     words = caption(spec, rng)
-    return draw(spec, rng, shape), words
+    return spec, words, partial(draw, spec, rng)
 
 
 def draw(spec: Spec, rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from tools.demo_model import parallel
-from tools.demo_model.latents import Batch, Latents
+from tools.demo_model.latents import Batch, Latents, encoded
 from tools.demo_model.store import WORK, TrainingState, finished, load_tensors, log, save_tensors
 from tools.demo_model.text import WIDTH, TextEncoders
 
@@ -103,10 +103,10 @@ def _train(rank: int, tokenizer: CLIPTokenizer, minutes: float) -> None:
     optimizer = torch.optim.AdamW(models.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     state = TrainingState("unet", dict(models.items()), optimizer, decay=0.999)
     torch.manual_seed(1000 * state.step + rank)
-    data, levels, recent = Latents(tokenizer, state.step, rank), signal_levels(), []
+    data, levels, recent = Latents(encoded(tokenizer), state.step, rank), signal_levels(), []
     for progress in state.ticks(minutes, parallel.mean_over_ranks, rank == 0):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * _schedule(state.step, progress)
-        recent.append(_step(models, data.next(COARSE_KINDS if progress < COARSE_UNTIL else KINDS), levels))
+        recent.append(train_step(models, data.next(COARSE_KINDS if progress < COARSE_UNTIL else KINDS), levels))
         parallel.average_gradients(models.parameters())
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()
@@ -123,7 +123,8 @@ def _schedule(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / 150) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _step(models: nn.ModuleDict, batch: Batch, levels: Tensor) -> float:
+def train_step(models: nn.ModuleDict, batch: Batch, levels: Tensor) -> float:
+    """Leave the gradients of one batch in `models` (`unet` and `text`), and tell its loss."""
     noised = Noised(batch, levels)
     told = conditioning(models["text"], batch, UNCONDITIONAL)
     sample = noised.sample.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,94 @@
+"""The base of a fine-tune: where it is, and its UNet's self-attention, which is all that is read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+
+from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.models.header import read_header
+from linfusion_cli.models.hub import SMALL_FILES, cached, download_patterns, hub_errors, split_revision
+from linfusion_cli.models.locate import DEMO, DEMO_FOLDER, FAMILY_BASES
+from linfusion_cli.models.parts import Model, weights_files
+from linfusion_cli.units import is_file, is_folder, user_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KIND = "--linfusion-base"
+OTHER_MERGE = "or use --linfusion-merge published or keep"
+
+
+def find_base(name: str, model: Model, linfusion: Path, family: str, download: bool = False) -> Path:
+    """The folder of the base's UNet: of `demo`, a diffusers folder, a UNet's own, a hub id, or `auto`.
+
+    `auto` is what the weights in `linfusion` were made for: the model in whose folder they lie, as the embedded one's
+    do, else what those published for `family` were. Raises Unavailable when it is not on this machine and not to be
+    fetched, DataError for what is no model.
+    """
+    if name == "auto":
+        name = str(model.folder) if model.folder in (linfusion.parent, DEMO_FOLDER) else FAMILY_BASES[family]
+    folder = DEMO_FOLDER if name == DEMO else user_path(name)
+    if is_file(folder):
+        raise DataError(f"{KIND} {name} is a file.", "Name a folder in diffusers' layout, a hub id, or demo.")
+    if not is_folder(folder):
+        folder = find_base_in_hub(name, download)
+    unet = folder / "unet" if is_folder(folder / "unet") else folder
+    if not weights_files(unet):
+        raise DataError(f"{KIND} {name} has no UNet's weights.", f"Name another base, {OTHER_MERGE}.")
+    return unet
+
+
+def find_base_in_hub(name: str, download: bool) -> Path:
+    """The snapshot of hub id `name` in the local cache that has a UNet, fetched if `download`; raises Unavailable."""
+    found = cached(name, KIND)
+    if found is not None and weights_files(found / "unet"):
+        return found
+    if download:
+        return fetch_base(name)
+    reason = f"The model's base, {KIND} {name}, is not on this machine."
+    raise Unavailable(reason, f"Name its folder with {KIND}, add --download to fetch it, {OTHER_MERGE}.")
+
+
+def fetch_base(name: str) -> Path:
+    """Download the UNet alone of hub id `name` into the local cache -> its snapshot; raises Unavailable."""
+    from huggingface_hub import snapshot_download
+
+    repository, revision = split_revision(name)
+    with hub_errors(name, KIND):
+        weights = [pattern for pattern in download_patterns(name) if pattern.startswith("unet/")]
+        patterns = [*SMALL_FILES, "unet/*.json", *weights]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+
+class BaseWeights:
+    """Some of the tensors in the safetensors files of a part of a model, read when they are asked for."""
+
+    def __init__(self, part: Path):
+        """Look into the headers alone; raises DataError for a file that is not whole."""
+        self.part = part
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in weights_files(part):
+            shapes = read_header(path).shapes
+            self.shapes |= shapes
+            self.files |= dict.fromkeys(shapes, path)
+
+    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise DataError naming the first tensor of `wanted`, name -> shape, that is not there in this shape."""
+        for name, shape in wanted.items():
+            if self.shapes.get(name) != shape:
+                given = self.shapes.get(name, "no such tensor")
+                reason = f"{name} is {given} in the base {self.part} and {shape} in the model."
+                raise DataError(reason, f"Name the model's own base with {KIND}, {OTHER_MERGE}.")
+
+    def read(self, layer: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors `names` of a layer, by these names, in the dtype of the file."""
+        found = {}
+        for name in names:
+            with safe_open(self.files[f"{layer}.{name}"], framework="pt") as file:
+                found[name] = file.get_tensor(f"{layer}.{name}")
+        return found

@@ -1,0 +1,164 @@
+"""`python -m tools.demo_model.merges [moon] [print] [mirror]`: which way to mount LinFusion's weights on a fine-tune.
+
+Fine-tunes the shipped model on each kind of scene, then compares the noise errors on held-out scenes of that kind.
+They go to `.work/demo/merges.json`.
+"""
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from linfusion_cli.attention.merge import PROJECTIONS, add_difference, keep_own
+from linfusion_cli.attention.mount import self_attentions
+from tools.demo_model.errors import noised, predicted
+from tools.demo_model.finetune import HELD_OUT, KINDS, finetune, folder_of, load_finetuned
+from tools.demo_model.sample import load_shipped
+from tools.demo_model.store import MODEL, WORK, log, save_json, start_log
+
+FIGURES = WORK / "merges.json"
+SIZES = {256: (64, 4), 512: (32, 4)}  # pixels of a side -> held-out scenes, and timesteps of each
+MERGES = ("published", "keep", "delta")
+FORMS = ("softmax", *MERGES)
+PROMPTS = {
+    "moon": "a starry night over hills with a bright moon, clouds",
+    "print": "mountains at sunset with the sun and clouds",
+    "mirror": "a sunset over a lake between mountains with the sun, trees",
+}
+PARTS = 4
+Errors = dict[str, np.ndarray]
+
+
+def measure(kind: str, pool: Pool) -> dict[str, object]:
+    """Figures of one fine-tune, by the side of the scenes in pixels, and how far it moved."""
+    found: dict[str, object] = {"moved": moved(kind)}
+    log.info("%s: relative change of %s", kind, found["moved"])
+    for side_px, (count, draws) in SIZES.items():
+        share = count // PARTS
+        parts = pool.starmap(_errors, [(kind, side_px, start, share, draws) for start in range(0, count, share)])
+        found[str(side_px)] = figures({form: np.concatenate([part[form] for part in parts]) for form in parts[0]})
+        for form, row in found[str(side_px)].items():
+            log.info("%s, %d px, %-14s %s", kind, side_px, form, {name: f"{value:.5f}" for name, value in row.items()})
+    return found
+
+
+def figures(errors: Errors) -> dict[str, dict[str, float]]:
+    """Of each form the mean error, and how far that lies above the fine-tune's softmax and above `published`; distance.
+
+    The standard errors are those of the scenes' differences: all forms saw the same noise.
+    """
+    found = {}
+    for form in (name for name in errors if not name.startswith("distance ")):
+        row = {"error": errors[form].mean()}
+        for name, other in (("above", "softmax"), ("above published", "published")):
+            above = errors[form] - errors[other]
+            row |= {name: above.mean(), f"{name}, sem": above.std(ddof=1) / len(above) ** 0.5}
+        if f"distance {form}" in errors:
+            row["distance"] = errors[f"distance {form}"].mean()
+        found[form] = {name: float(value) for name, value in row.items()}
+    return found
+
+
+@torch.no_grad()
+def _errors(kind: str, side_px: int, start: int, count: int, draws: int) -> Errors:
+    """Per scene, the mean squared error of each form and the mean squared distance from the fine-tune's softmax."""
+    base, base_linear, pipe, forms = _models(kind)
+    errors: dict[str, list[float]] = {}
+    # the scenes of one size are not those of another
+    scenes = list(KINDS[kind].scenes(HELD_OUT + 50 * side_px, start + count, side_px))[start:]
+    torch.manual_seed(start)
+    for picture, words in scenes:
+        found: dict[str, list[float]] = {}
+        for noise, seen in noised(pipe, picture, words, draws):
+            said = {form: predicted(pipe.unet, modules, seen) for form, modules in forms.items()}
+            said |= {"base": predicted(base, None, seen), "base, linear": predicted(base, base_linear, seen)}
+            far = {f"distance {form}": (said[form] - said["softmax"]).square().mean() for form in MERGES}
+            for form, value in ({form: (out - noise).square().mean() for form, out in said.items()} | far).items():
+                found.setdefault(form, []).append(value.item())
+        for form, values in found.items():
+            errors.setdefault(form, []).append(float(np.mean(values)))
+    return {form: np.array(values) for form, values in errors.items()}
+
+
+@cache
+def _models(kind: str):
+    shipped, linear = load_shipped()
+    pipe = load_finetuned(kind)
+    own, base = self_attentions(pipe.unet), self_attentions(shipped.unet)
+    forms = {"softmax": None} | {way: copy.deepcopy(linear) for way in MERGES}
+    keep_own(forms["keep"], own)
+    add_difference(forms["delta"], own, lambda path: dict(base[path].named_parameters()))
+    return shipped.unet, linear, pipe, forms
+
+
+def moved(kind: str) -> dict[str, float]:
+    """The relative change, |W − W_base| / |W_base|, of each of the self-attentions' projections, and of all weights."""
+    base, _, pipe, _ = _models(kind)
+    ours, theirs = pipe.unet.state_dict(), base.state_dict()
+    paths = self_attentions(base)
+    found = {name: [f"{path}.{name}" for path in paths] for name in PROJECTIONS} | {"all": list(theirs)}
+    return {name: _relative(ours, theirs, names) for name, names in found.items()}
+
+
+def _relative(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], names: list[str]) -> float:
+    change = sum((ours[name] - theirs[name]).square().sum().item() for name in names)
+    return (change / sum(theirs[name].square().sum().item() for name in names)) ** 0.5
+
+
+def save_sheet(path: Path, kinds: Sequence[str], seed: int) -> None:
+    """A row of 512 px pictures for each fine-tune, by the program itself: softmax, then the ways to mount."""
+    rows = []
+    for kind in kinds:
+        model = folder_of(kind)
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append([_painted(model, kind, seed, form, Path(folder) / f"{form}.png") for form in FORMS])
+    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(path)
+    log.info("sheet: %s", path)
+
+
+def _painted(model: Path, kind: str, seed: int, form: str, output: Path) -> np.ndarray:
+    merge = [] if form == "softmax" else ["--linfusion-merge", form, "--linfusion-base", "demo"]
+    attention = "original" if form == "softmax" else "linear"
+    command = [sys.executable, "-m", "linfusion_cli", "generate", PROMPTS[kind], "--preset", "demo", "--size", "512"]
+    command += ["--model", str(model), "--linfusion", str(MODEL / "linfusion"), "--attention", attention, *merge]
+    subprocess.run([*command, "--seed", str(seed), "-o", str(output), "--quiet"], check=True)
+    return np.asarray(Image.open(output))
+
+
+def main() -> None:
+    """Fine-tune and measure what was asked for, or everything."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.merges", description=main.__doc__)
+    parser.add_argument("kinds", nargs="*", default=tuple(KINDS), help=" ".join(KINDS))
+    parser.add_argument("--minutes", type=float, default=10.0, help="of each fine-tune")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--sheet", type=Path, help="write pictures of each fine-tune here as well, such as sheet.png")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures")
+    options = parser.parse_args()
+    if unknown := set(options.kinds) - set(KINDS):
+        parser.error(f"there is no {min(unknown)}; there are {', '.join(KINDS)}")
+    start_log()
+    for kind in options.kinds:
+        finetune(kind, options.minutes, options.processes)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with get_context("spawn").Pool(options.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for kind in options.kinds:
+            found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+            save_json(FIGURES, found | {kind: measure(kind, pool)})
+    if options.sheet:
+        save_sheet(options.sheet, options.kinds, options.seed)
+
+
+if __name__ == "__main__":
+    main()
