@@ -50,4 +50,4 @@ def read_picture(picture: SourcePicture, notify: Callable[[str], None]) -> Image
     rows = [np.rint(band * 255).astype(np.uint8) for band in source_rows(picture, WHITE, notify)]
     stored = np.concatenate(rows)
     read = oriented(lambda top, bottom, left, right: stored[top:bottom, left:right], picture)
-    return Image.fromarray(read(0, picture.height_px, 0, picture.width_px), "RGB")
+    return Image.fromarray(read(0, picture.height_px, 0, picture.width_px))

@@ -40,6 +40,7 @@ def unknown_parts(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
     if config.addition_embed_type not in (None, "text_time") or config.center_input_sample:
         yield "its input", "conditioned in an unknown way"
     projects_text = unet.encoder_hid_proj is not None and config.encoder_hid_dim_type != "ip_image_proj"
+    projects_text |= getattr(unet, "text_encoder_hid_proj", None) is not None  # where an IP-Adapter took its place
     if unet.class_embedding is not None or projects_text:
         yield "its conditioning", "of an unknown kind (class embedding or projected text)"
     for kind, known in BLOCKS.items():

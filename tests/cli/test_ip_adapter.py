@@ -1,6 +1,7 @@
 """IP-Adapter's options on the command line."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,13 +9,23 @@ from tests.ip_in_small import write_adapter, write_encoder, write_picture
 from tests.models_in_small import small_xl_unet
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two adapters, their encoder and a picture."""
+    folder = tmp_path_factory.mktemp("adapters")
+    write_encoder(folder / "image_encoder")
+    for kind in ("plain", "plus"):
+        write_adapter(folder / f"{kind}.safetensors", small_xl_unet(), kind)
+    write_picture(folder / "p.png")
+    return folder
+
+
 @pytest.fixture
-def given(tmp_path, xl_model):
-    """Options of a generate of a second, with two adapters and their pictures."""
-    write_encoder(tmp_path / "image_encoder")
-    files = [write_adapter(tmp_path / f"{kind}.safetensors", small_xl_unet(), kind) for kind in ("plain", "plus")]
-    picture = write_picture(tmp_path / "p.png")
-    options = [option for file in files for option in ("--ip-adapter", file, "--ip-image", picture)]
+def given(files, tmp_path, xl_model):
+    """Options of a generate of a second, with two adapters and their pictures in the current folder."""
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    pairs = (f"--ip-adapter {kind}.safetensors --ip-image p.png" for kind in ("plain", "plus"))
+    options = [text for pair in pairs for text in pair.split()]
     return ["generate", "a hill", "--model", xl_model, "--size", 64, "--steps", 1, "-o", "a.png", *options]
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from linfusion_cli.errors import DataError
 from linfusion_cli.images.source import inspect_source
 from linfusion_cli.models.ip_adapter import load_adapters
 from linfusion_cli.models.locate_adapter import Adapter, read_adapter
@@ -65,6 +66,13 @@ def test_sizes_storage_dilation_and_two_at_once(tmp_path, height_width, place, d
         expected = plain(unet, latents, condition, dilation)
         found = in_strips(unet, latents, condition, StripSize(2, 9), place, dilation)
         assert error(found, expected) <= 1e-12
+
+
+def test_projected_text_beside_an_adapter_is_refused(tmp_path):
+    with listening(tmp_path, "xl", ("plain",)) as unet:
+        unet.text_encoder_hid_proj = torch.nn.Linear(4, 32)
+        with pytest.raises(DataError, match="projected text"):
+            check_supported(unet)
 
 
 def test_a_scale_of_zero_is_not_heard(tmp_path):
