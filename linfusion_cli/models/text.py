@@ -156,7 +156,13 @@ class _Encoded:
 
 
 def _encode(
-    model: Model, part: str, texts: list[str], dtype: torch.dtype, device, changes: TextChanges, is_xl: bool
+    model: Model,
+    part: str,
+    texts: list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    changes: TextChanges,
+    is_xl: bool,
 ) -> _Encoded:
     """`texts` through the text encoder that is the model's `part`."""
     encoder = load_part(ENCODERS[part], model.part(part), dtype, device)
@@ -175,12 +181,13 @@ def _encode(
 
 
 def heard_layer(clip_skip: int | None, is_xl: bool, part: str, layers: int) -> int:
-    """Which layer of an encoder's is listened to, counted from the end; raises UsageError where there is none such."""
-    layer = clip_skip or (2 if is_xl else 1)
-    if layer > layers:
-        reason = f"--clip-skip {layer} is not possible: the model's {part} has {layers} layers."
+    """Which layer of an encoder is listened to, counted from the end; raises UsageError for one that it lacks."""
+    if clip_skip is None:
+        return 2 if is_xl else 1
+    if clip_skip > layers:
+        reason = f"--clip-skip {clip_skip} is not possible: the model's {part} has {layers} layers."
         raise UsageError(reason, f"Use 1 to {layers}.", "clip_skip")
-    return layer
+    return clip_skip
 
 
 def normalised(encoder: CLIPTextModel, out: ModelOutput, layer: int) -> Tensor:

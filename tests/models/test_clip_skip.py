@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from linfusion_cli.errors import UsageError
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.parts import Model
-from linfusion_cli.models.text import TextChanges, encode_prompts
+from linfusion_cli.models.text import TextChanges, encode_prompts, heard_layer
 
 CPU = torch.device("cpu")
 PROMPTS = "a hill", "a cat"
@@ -54,3 +54,7 @@ def test_more_layers_than_there_are_is_an_error(xl_model):
     ) as caught:
         hear(xl_model, 3)
     assert caught.value.setting == "clip_skip"
+
+
+def test_the_usual_layer_of_a_small_encoder_may_be_its_embedding():
+    assert heard_layer(None, True, "text_encoder", 1) == 2
