@@ -33,6 +33,7 @@ BITS = (8, 16)
 COMPRESSIONS = ("deflate", "zstd", "lzw", "jpeg", "none")
 LARGEST_SEED = 2**63 - 1
 MOST_PX = 1_000_000
+CONTROL_PHASES = ("base", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,9 @@ class PictureRequest:
     follow. So has `strength`, the share of the steps that a phase above the base runs; a single one is the first, from
     which the others go down evenly. `cosine` are DemoFusion's exponents, of skip residual, dilated pass and blur;
     `guidance_interval` are noise levels. `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what
-    phases begin with: the mean of the encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may
+    phases begin with: the mean of the encoder's distribution, or a draw from it. Each `controlnet` has a
+    `control_image`, and a `control_scale`, of which the last holds for all that follow; `control_type` is one for each
+    union model, and `control_phases` say where they act. `vram` and `ram` are bytes that may
     be used.
     """
 
@@ -54,6 +57,11 @@ class PictureRequest:
     linfusion: str = "auto"
     vae: str = "auto"
     lora: tuple[str, ...] = ()
+    controlnet: tuple[str, ...] = ()
+    control_image: tuple[str, ...] = ()
+    control_scale: tuple[float, ...] = (1.0,)
+    control_type: tuple[str, ...] = ()
+    control_phases: tuple[str, ...] = ("base",)
     negative_prompt: str = ""
     seed: int = 0
     scheduler: str = "euler"
@@ -94,6 +102,7 @@ class PictureRequest:
         self._check_texts()
         self._check_numbers()
         self._check_growth()
+        self._check_control()
         for setting, value in (("vram", self.vram), ("ram", self.ram)):
             _check(value is None or value > 0, setting, value, "Use a size such as 12GiB.")
         for setting, choices in CHOICES.items():
@@ -132,6 +141,25 @@ class PictureRequest:
         _check(
             len(corner) == 2 and all(0 <= side <= MOST_PX for side in corner), "crop_top_left", corner, "Use TOP,LEFT."
         )
+
+    def _check_control(self) -> None:
+        for name in self.controlnet:
+            _check(bool(name.strip()), "controlnet", name, "Name a folder or a hub id.")
+        matching = len(self.control_image) == len(self.controlnet)
+        _check(
+            matching, "control_image", self.control_image, f"Give one for each of {len(self.controlnet)} ControlNets."
+        )
+        _check(len(self.control_scale) > 0, "control_scale", "", "Give at least one value.")
+        for scale in self.control_scale:
+            _in_range("control_scale", scale, 0, 10)
+        for phase in self.control_phases or ("",):
+            known = phase in CONTROL_PHASES or phase.isdecimal()
+            _check(
+                known,
+                "control_phases",
+                phase,
+                f"Use {', '.join(CONTROL_PHASES)}, or numbers of phases: 0 is the first.",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The request as JSON values: what metadata and reports carry."""

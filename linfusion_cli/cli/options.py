@@ -44,6 +44,23 @@ Lora = Annotated[
     list[str] | None,
     Option(help="A LoRA: FILE[:WEIGHT], a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). May be given again."),
 ]
+Controlnet = Annotated[
+    list[str] | None,
+    Option(help="A ControlNet: a folder in diffusers' layout, or a hub id; union models too. May be given again."),
+]
+ControlImage = Annotated[
+    list[str] | None, Option(help="The picture it follows (edges, depth, a pose …), one for each --controlnet.")
+]
+ControlScale = Annotated[
+    list[float] | None, Option(help="How strongly, from 0; the last holds for all that follow. [default: 1]")
+]
+ControlType = Annotated[
+    list[str] | None,
+    Option(help="What the picture of a union model shows: canny, depth, openpose, tile …; or its number."),
+]
+ControlPhases = Annotated[
+    str | None, Option(help="Where they act: base, all, or numbers of phases, such as 0,1. [default: base]")
+]
 Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
 Scheduler = Annotated[str | None, Option(help=f"One of {', '.join(SCHEDULERS)}. [default: euler]")]
 TimestepSpacing = Annotated[
@@ -135,6 +152,11 @@ def of_a_request(
     linfusion: Linfusion = None,
     vae: Vae = None,
     lora: Lora = None,
+    controlnet: Controlnet = None,
+    control_image: ControlImage = None,
+    control_scale: ControlScale = None,
+    control_type: ControlType = None,
+    control_phases: ControlPhases = None,
     negative_prompt: NegativePrompt = None,
     seed: Seed = None,
     scheduler: Scheduler = None,

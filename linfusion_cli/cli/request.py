@@ -21,7 +21,18 @@ R = TypeVar("R", bound=PictureRequest)
 
 SIZES = ("size", "base_size", "original_size", "target_size")
 PHASED = ("steps", "guidance_scale", "strength", "attention")
-WRITTEN = (*SIZES, *PHASED, "guidance_interval", "cosine", "crop_top_left", "vram", "ram")  # text, for Typer
+WRITTEN = (
+    *SIZES,
+    *PHASED,
+    "guidance_interval",
+    "cosine",
+    "crop_top_left",
+    "vram",
+    "ram",
+    "control_phases",
+)  # text, for Typer
+
+REPEATED = ("lora", "controlnet", "control_image", "control_scale", "control_type")  # lists, for Typer
 
 
 def read_request(
@@ -35,7 +46,7 @@ def read_request(
     preset = given.pop("preset")
     given["prompt"] = read_prompt(given["prompt"])
     given |= {name: read_text(name, given[name]) for name in WRITTEN if given.get(name) is not None}
-    given["lora"] = tuple(given["lora"]) if given["lora"] else None
+    given |= {name: tuple(given[name]) if given[name] else None for name in REPEATED}
     settings = resolve(given, preset, os.environ, observer, kind)
     return settings.origins(kind), presets.build_request(settings, kind)
 

@@ -17,12 +17,14 @@ from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.device import limit_device_memory
+from linfusion_cli.jobs.control import ActingControl, acting, load_controls
 from linfusion_cli.jobs.pixels import begun_with
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
 from linfusion_cli.models.load import Vae, load_unet, load_vae
+from linfusion_cli.models.load_controlnet import LoadedControl
 from linfusion_cli.models.lora import merge_lora
 from linfusion_cli.models.text import Conditioning, SizeConditioning, encode_prompts
 from linfusion_cli.planning.needs import Mode
@@ -52,6 +54,7 @@ class Models:
     linear: dict[str, LinearAttention]
     vae: Vae
     conditioning: Conditioning
+    controls: list[LoadedControl]
 
 
 def begin(prepared: Prepared, recorder: Recorder) -> Run:
@@ -86,7 +89,8 @@ def load(run: Run, conditioning: Conditioning) -> Models:
         for file, weight in prepared.loras:
             if merge_lora(unet, linear, file, weight).has_text:
                 run.recorder.notice(f"Of the LoRA {file} the part for text encoders is not used.")
-    return Models(unet, linear, vae, conditioning)
+        controls = load_controls(run, linear)
+    return Models(unet, linear, vae, conditioning, controls)
 
 
 def first(run: Run, models: Models) -> tuple[Tensor, Channels]:
@@ -144,7 +148,7 @@ def prediction(run: Run, models: Models, phase: Phase, schedule: Schedule) -> It
     unet, mode = models.unet, run.plan.stage("denoise", phase.index).mode
     linear = models.linear if mode.attention == "linear" else {}
     originals = {path: module for path, module in self_attentions(unet).items() if path in linear}
-    with mounted(unet, linear):
+    with mounted(unet, linear), acting(run, models.controls, phase, mode.attention) as controls:
         for module in (originals if linear else models.linear).values():
             module.to("cpu")
         unet.to(run.device)
@@ -152,21 +156,25 @@ def prediction(run: Run, models: Models, phase: Phase, schedule: Schedule) -> It
         how = {"scale": phase.guidance_scale, "rescale": run.prepared.request.guidance_rescale, "applies": applies}
         yield tuple(
             guided_prediction(run, models.conditioning, how_to_run, mode.together, how)
-            for how_to_run in runners(run, unet, mode, phase.dilation)
+            for how_to_run in runners(run, unet, mode, phase.dilation, controls)
         )
 
 
-def runners(run: Run, unet: UNet2DConditionModel, mode: Mode, dilation: int) -> list[Whole] | list[InStrips]:
-    """What runs `unet`, with its attention mounted, in this mode: as it is, and dilated."""
+def runners(
+    run: Run, unet: UNet2DConditionModel, mode: Mode, dilation: int, controls: list[ActingControl]
+) -> list[Whole] | list[InStrips]:
+    """What runs `unet`, with its attention mounted, in this mode under `controls`: as it is, and dilated."""
     if mode.strips is None:
-        return [Whole(unet), Whole(unet, dilation)]
+        whole = [control.whole() for control in controls]
+        return [Whole(unet, times, whole) for times in (1, dilation)]
     strips = Strips(mode.strips, Storage(mode.place, run.device, run.dtype), Alone())
 
     def on_smaller(strips: Strips) -> None:
         size, place = strips.size, strips.storage.place
         run.recorder.notice(SMALLER.format(size.rows, size.tokens, MAPS[place]))
 
-    return [InStrips(unet, replace(strips, dilation=times), on_smaller) for times in (1, dilation)]
+    in_strips = [control.in_strips(strips.storage) for control in controls]
+    return [InStrips(unet, replace(strips, dilation=times), on_smaller, in_strips) for times in (1, dilation)]
 
 
 def guided_prediction(

@@ -12,6 +12,7 @@ from linfusion_cli.errors import UsageError, WriteFailed
 from linfusion_cli.geometry import Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.jobs.find_controls import Controls, find_controls
 from linfusion_cli.models.families import ModelFacts, read_facts
 from linfusion_cli.models.locate import find_linfusion, find_lora, find_model, find_vae, split_weight
 from linfusion_cli.request import PictureRequest
@@ -37,11 +38,16 @@ class Prepared:
     loras: list[tuple[Path, float]]
     facts: ModelFacts
     phases: list[Phase]
+    controls: Controls
 
     @property
     def is_reduced(self) -> bool:
         """Whether the last phase is resized to the size asked for, which lies below the base, and not cropped to it."""
         return self.phases[-1].size != self.request.size.rounded_up(self.facts.multiple_px)
+
+    def shown(self, phase: Phase) -> Size:
+        """What of `phase` will be seen: all of it, or of the last what is left when it is cropped."""
+        return self.request.size if phase is self.phases[-1] and not self.is_reduced else phase.size
 
     @property
     def picture_size(self) -> Size | None:
@@ -63,11 +69,12 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     loras = [(find_lora(name, request.download), weight) for name, weight in map(split_weight, request.lora)]
     facts = read_facts(model, vae)
     phases = ladder(request, rungs(request, facts, picture))
+    controls = find_controls(request, model, len(phases))
     linfusion = None
     used = any(phase.attention == "linear" for phase in phases)
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
-    return Prepared(request, file_format, picture, model, vae, linfusion, loras, facts, phases)
+    return Prepared(request, file_format, picture, model, vae, linfusion, loras, facts, phases, controls)
 
 
 def rungs(request: PictureRequest, facts: ModelFacts, picture: SourcePicture | None) -> Rungs:
@@ -122,8 +129,9 @@ def saved_sizes(prepared: Prepared) -> list[Size]:
 
 
 def scratch_bytes(prepared: Prepared) -> int:
-    """The largest picture that waits on disk: between phases, before the first, or a base that is to be reduced."""
+    """The largest picture that waits on disk: between phases, before the first, of a control, or to be reduced."""
     waiting = [size.area for size in saved_sizes(prepared)]
     if prepared.picture_size is not None:
         waiting.append(prepared.picture_size.area)
-    return max(waiting, default=0) * BYTES_PER_PX
+    waiting.append(prepared.controls.largest_px)
+    return max(waiting) * BYTES_PER_PX

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,25 +12,30 @@ from torch import nn
 
 from linfusion_cli.attention import weights
 from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.models.load import Vae, outline, vae_kind
+from linfusion_cli.models.load_controlnet import LoadedControl
 
 
 @dataclass(frozen=True)
 class ModelOutline:
-    """UNet, the linear attention that can be mounted in it, and VAE, all on the meta device."""
+    """UNet, the linear attention that can be mounted in it, VAE, and ControlNets, all on the meta device."""
 
     unet: UNet2DConditionModel
     linear: dict[str, LinearAttention]
     vae: Vae
+    controls: tuple[LoadedControl, ...] = ()
 
     @staticmethod
-    def read(model: Path, linfusion: Path | None, vae: Path | None = None) -> ModelOutline:
+    def read(
+        model: Path, linfusion: Path | None, vae: Path | None = None, controls: Sequence[Path] = ()
+    ) -> ModelOutline:
         """Raises Unavailable, DataError or InputMissing naming the file."""
         unet = outline(UNet2DConditionModel, model / "unet")
         linear = weights.outline(linfusion, unet) if linfusion else {}
         vae = vae or model / "vae"
-        return ModelOutline(unet, linear, outline(vae_kind(vae), vae))
+        nets = {folder: LoadedControl.outline(folder, linear) for folder in controls}  # each is loaded once
+        return ModelOutline(unet, linear, outline(vae_kind(vae), vae), tuple(nets[folder] for folder in controls))
 
     def numbers(self, attention: str) -> int:
         """How many weights the UNet has with this attention."""
@@ -37,6 +44,20 @@ class ModelOutline:
             return whole
         replaced = sum(count(module) for module in self_attentions(self.unet).values())
         return whole - replaced + sum(count(module) for module in self.linear.values())
+
+    @property
+    def control_numbers(self) -> int:
+        """How many weights the ControlNets have; their linear attention adds none."""
+        return sum(count(net) for net in {control.net for control in self.controls})
+
+    @contextmanager
+    def with_attention(self, attention: str) -> Iterator[None]:
+        """Within the context UNet and ControlNets have this attention."""
+        with ExitStack() as stack:
+            if attention == "linear":
+                for network, linear in ((self.unet, self.linear), *((of.net, of.linear) for of in self.controls)):
+                    stack.enter_context(mounted(network, linear))
+            yield
 
     @property
     def all_numbers(self) -> int:
