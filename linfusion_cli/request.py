@@ -149,7 +149,8 @@ class PictureRequest:
         _check(
             matching, "control_image", self.control_image, f"Give one for each of {len(self.controlnet)} ControlNets."
         )
-        _check(len(self.control_scale) > 0, "control_scale", "", "Give at least one value.")
+        fits = 0 < len(self.control_scale) <= max(1, len(self.controlnet))
+        _check(fits, "control_scale", self.control_scale, "Give one for each ControlNet, or fewer.")
         for scale in self.control_scale:
             _in_range("control_scale", scale, 0, 10)
         for phase in self.control_phases or ("",):

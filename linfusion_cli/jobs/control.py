@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted
+from linfusion_cli.geometry import bands
 from linfusion_cli.images.scratch import ScratchPicture
 from linfusion_cli.images.source import oriented, source_rows
 from linfusion_cli.jobs.find_controls import FoundControl
@@ -19,7 +20,7 @@ from linfusion_cli.jobs.run import Run
 from linfusion_cli.models.load_controlnet import LoadedControl
 from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.unet.control import StripControl, WholeControl, embedded_picture
+from linfusion_cli.unet.control import PICTURE_ROWS, StripControl, WholeControl, embedded_picture
 
 BEHIND = (0, 0, 0)  # transparent parts of a control picture: black is "nothing here" in edges, poses and depths
 
@@ -36,15 +37,15 @@ class ActingControl:
     def whole(self) -> WholeControl:
         """To run in one piece."""
         with self._picture() as read:
-            picture = read(0, self.phase.size.height).permute(0, 3, 1, 2)
-        return WholeControl(self.loaded.net, self.found.scale, self.found.kind, picture)
+            picture = torch.cat([read(*band) for band in bands(self.phase.size.height, PICTURE_ROWS)], dim=1)
+        return WholeControl(self.loaded.net, self.found.scale, self.found.kind, picture.permute(0, 3, 1, 2))
 
     def in_strips(self, storage: Storage) -> StripControl:
         """To run in strips, with maps in `storage`."""
         net, size = self.loaded.net, self.phase.size
         with self._picture() as read:
-            embedding = embedded_picture(net, read, size.height, size.width, storage)
-        return StripControl(net, self.found.scale, self.found.kind, embedding)
+            picture = embedded_picture(net, read, size.height, size.width, storage)
+        return StripControl(net, self.found.scale, self.found.kind, picture)
 
     @contextmanager
     def _picture(self) -> Iterator[Callable[[int, int], Tensor]]:

@@ -10,7 +10,6 @@ from linfusion_cli.geometry import Size, bend
 from linfusion_cli.images.source import SourcePicture, inspect_source
 from linfusion_cli.models.controlnet import check_fits, find_controlnet, is_union, kind_number
 from linfusion_cli.request import PictureRequest
-from linfusion_cli.sampling.ladder import spread
 from linfusion_cli.units import user_path
 
 MOST_BEND = 0.1  # of a control picture's proportions over those of the picture that is made
@@ -60,7 +59,7 @@ def find_controls(request: PictureRequest, model: Path, phases: int) -> Controls
     for folder in folders:
         check_fits(folder, model)
     kinds = picture_kinds(request, folders)
-    scales = spread(request.control_scale, len(folders), "control_scale")
+    scales = [request.control_scale[min(i, len(request.control_scale) - 1)] for i in range(len(folders))]
     pictures = [checked_picture(name, request.size) for name in request.control_image]
     return Controls(tuple(map(FoundControl, folders, pictures, scales, kinds)), acting)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linfusion_cli.strips.dilation import dilated, inner
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows
-from linfusion_cli.strips.storage import Map, Storage
+from linfusion_cli.strips.storage import HostMap, Map, Storage
 from linfusion_cli.strips.stream import Convolution, Pointwise, Stage, streamed
 from linfusion_cli.unet.forward import Condition, Encoder, Residuals, embedded
 from linfusion_cli.unet.resample import Computed, computed_conv_in, fill
@@ -61,11 +61,28 @@ class WholeControl(Control):
             return self.net(latents, timestep, condition.text, **more)
 
 
+class EmbeddedPicture:
+    """The embedding [1, h, w, C] of a control picture, over which nobody writes; all forwards of a phase share it."""
+
+    def __init__(self, embedding: Map):
+        self._map = embedding
+        embedding.kept = True
+
+    def wherever(self, storage: Storage) -> Map:
+        """The map. Where it was on the device, and maps now wait on the host since memory ran out, it moves there."""
+        if storage.place != "device" and not isinstance(self._map, HostMap):
+            moved, old = storage.new_waiting(*self._map.shape), self._map
+            moved.write(0, old.read(0, old.height))
+            moved.moments, moved.kept = old.moments, True
+            self._map = moved
+        return self._map
+
+
 @dataclass(frozen=True)
 class StripControl(Control):
-    """As `Control`, its attention linear, run in strips after the `embedding` [1, h, w, C] of its picture."""
+    """As `Control`, its attention linear, run in strips after its picture."""
 
-    embedding: Map
+    picture: EmbeddedPicture
 
     @property
     def encoder(self) -> nn.Module:
@@ -98,9 +115,9 @@ class ControlEncoder(Encoder):
 
     def conv_in(self) -> Map:
         """The latents' first map and the picture's embedding, never stored."""
-        net, hint = self._network, self._control.embedding
+        net, hint = self._network, self._control.picture.wherever(self._run.storage)
         first = computed_conv_in(self._run, net.conv_in, self._latents)
-        shift = 0 if self._control.kind is None else union_shift(self._control, first.measured(self._run))
+        shift = 0 if self._control.kind is None else union_shift(self._control, hint, first.measured(self._run))
 
         def rows(top: int, bottom: int) -> Tensor:
             return first.read(top, bottom) + (hint.read(top, bottom) + shift)
@@ -127,11 +144,10 @@ class ControlEncoder(Encoder):
         return target
 
 
-def union_shift(control: StripControl, first: Map) -> Tensor:
+def union_shift(control: Control, hint: Map, first: Map) -> Tensor:
     """What a union model adds to every pixel [B, 1, 1, C], after the means of its picture's map and of the `first`."""
     net = control.net
-    dtype, means = net.task_embedding.dtype, (control.embedding.moments.mean, first.moments.mean)
-    picture, latents = (mean.to(dtype) for mean in means)
+    picture, latents = (of.moments.mean.to(net.task_embedding.dtype) for of in (hint, first))
     picture = (picture + net.task_embedding[control.kind]).expand(len(latents), -1)
     x = torch.stack([picture, latents], dim=1)
     for layer in net.transformer_layes:
@@ -145,8 +161,8 @@ def encoder_of(net: ControlNet) -> nn.ModuleList:
 
 
 @torch.inference_mode()
-def embedded_picture(net: ControlNet, read: ReadRows, height: int, width: int, storage: Storage) -> Map:
-    """The picture of `height` x `width` that `read` reads -> its embedding [1, h, w, C], over which nobody writes.
+def embedded_picture(net: ControlNet, read: ReadRows, height: int, width: int, storage: Storage) -> EmbeddedPicture:
+    """The picture of `height` x `width` that `read` reads as a ControlNet sees it, in `storage`.
 
     It is streamed: the convolutions see few rows of the picture at a time. Neither a dilation nor strips change it.
     """
@@ -158,8 +174,7 @@ def embedded_picture(net: ControlNet, read: ReadRows, height: int, width: int, s
     for rows in streamed(stages, ordered(net, read), height, PICTURE_ROWS):
         result.write(top, rows)
         top += rows.shape[1]
-    embedding.kept = True
-    return result.close(Alone())
+    return EmbeddedPicture(result.close(Alone()))
 
 
 def embedding_stages(net: ControlNet) -> list[Stage]:

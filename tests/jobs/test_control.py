@@ -12,6 +12,7 @@ from diffusers import (
 )
 from PIL import Image
 
+from linfusion_cli.errors import DataError, InputMissing, Unavailable, UsageError
 from linfusion_cli.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.request import GenerateRequest
@@ -118,3 +119,58 @@ def test_higher_phases_are_controlled_where_they_are_named(make, nets, pictures)
         assert np.abs(one - other).mean() > 0.003
     other = make(control_image=(pictures["b"],), control_phases=("1",), **how)
     assert np.abs(other - above).mean() > 0.003
+
+
+def test_pictures_of_other_sizes_and_with_alpha_are_fitted(make, tmp_path, nets, pictures):
+    """A large picture is reduced; what is transparent is black."""
+    control = {"linfusion": "none", "controlnet": (nets["xl"],)}
+    colours = np.asarray(Image.open(pictures["a"]))
+    opaque = np.arange(64)[:, None] < 20 + np.zeros((1, 64), int)
+    Image.fromarray(np.dstack([colours, np.uint8(255 * opaque)])).save(tmp_path / "alpha.png")
+    Image.fromarray(colours * opaque[..., None].astype(np.uint8)).save(tmp_path / "black.png")
+    one, other = (make(control_image=(str(tmp_path / name),), **control) for name in ("alpha.png", "black.png"))
+    assert np.array_equal(one, other)
+    Image.fromarray(colours.repeat(3, axis=0).repeat(3, axis=1)).save(tmp_path / "large.tif")
+    reduced, first = (make(control_image=(name,), **control) for name in (str(tmp_path / "large.tif"), pictures["a"]))
+    assert np.abs(reduced - first).mean() < np.abs(one - first).mean()
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "says"),
+    [
+        ({"control_image": ()}, UsageError, "--control-image"),
+        ({"control_image": ("{a}", "{b}")}, UsageError, "--control-image"),
+        ({"control_image": ("nowhere.png",)}, InputMissing, "nowhere.png does not exist"),
+        ({"control_image": ("{sd}/config.json",)}, DataError, "is not a PNG"),
+        ({"control_image": ("{wide}",)}, UsageError, "has not the proportions of 64x64"),
+        ({"controlnet": ("nobody/nothing",)}, Unavailable, "--controlnet nobody/nothing"),
+        ({"controlnet": ("{sd}",)}, DataError, "does not fit the model: block_out_channels"),
+        ({"controlnet": ("{union}",)}, UsageError, "--control-type of none does not match 1 union models"),
+        ({"control_type": ("canny",)}, UsageError, "--control-type canny does not match 0 union models"),
+        ({"controlnet": ("{union}",), "control_type": ("tile",)}, UsageError, "--control-type 'tile'"),
+        ({"control_phases": ("1",)}, UsageError, "--control-phases 1 is no phase: there are 1"),
+        ({"control_phases": ("top",)}, UsageError, "--control-phases 'top'"),
+        ({"control_scale": (1.0, 1.0)}, UsageError, "--control-scale"),
+        ({"control_scale": (-1.0,)}, UsageError, "--control-scale"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(make, tmp_path, nets, pictures, changed, kind, says):
+    names = nets | pictures
+    given = {"controlnet": ("{xl}",), "control_image": ("{a}",)} | changed
+    filled = {
+        name: tuple(value.format(**names) if isinstance(value, str) else value for value in values)
+        for name, values in given.items()
+    }
+    with pytest.raises(kind, match=says):
+        make(**filled)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_controlnet_without_linfusion_s_paths_is_refused_where_it_would_run_in_strips(make, tmp_path, nets, pictures):
+    """One with a deeper transformer than the UNet's runs at the base, whole."""
+    deeper = dict(small_xl_unet().config) | {"transformer_layers_per_block": (1, 2, 2)}
+    net = small_control(type(small_xl_unet()).from_config(deeper))
+    how = {"controlnet": (str(write_control(tmp_path / "net", net)),), "control_image": (pictures["a"],)}
+    with pytest.raises(DataError, match=r"down_blocks.1.*transformer_blocks.1.attn1 is a Attention"):
+        make(size=Size(128, 128), control_phases=("all",), **how)
+    make(size=Size(64, 64), **how)
