@@ -14,6 +14,7 @@ from PIL import Image
 
 from linfusion_cli.errors import DataError, InputMissing, Unavailable, UsageError
 from linfusion_cli.geometry import Size
+from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.request import GenerateRequest
 from tests.control_in_small import small_control, small_union, write_control
@@ -48,67 +49,86 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def make(xl_model, tmp_path):
-    """generate() with small settings -> the picture it writes, as numbers between 0 and 1."""
+def make(xl_model, tmp_path, monkeypatch):
+    """generate() with small settings -> the picture it writes, as numbers between 0 and 1; or its base's latents."""
+    reached = []
+    base = paint.base
+    monkeypatch.setattr(paint, "base", lambda *run: reached.append(base(*run)) or reached[-1])
 
-    def run(**changed):
+    def run(wants_latents=False, **changed):
         values = {"prompt": "a hill", "size": Size(64, 64), "model": str(xl_model), "steps": (STEPS,)}
         values |= {"guidance_scale": (3.0,), "output": tmp_path / "out.png", "overwrite": True, "strength": (0.7,)}
         generate(GenerateRequest(**values | changed), {}, Listener())
-        return np.asarray(Image.open(tmp_path / "out.png")) / 255
+        return reached[-1] if wants_latents else np.asarray(Image.open(tmp_path / "out.png")) / 255
 
     return run
 
 
-def by_diffusers(pipeline, **more) -> np.ndarray:
+def by_diffusers(pipeline, **more) -> torch.Tensor:
+    """The latents that diffusers' `pipeline` ends with."""
     pipeline.set_progress_bar_config(disable=True)
-    how = {"width": 64, "height": 64, "num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np"}
-    return pipeline("a hill", generator=torch.Generator("cpu").manual_seed(0), **how, **more).images[0]
+    how = {"width": 64, "height": 64, "num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+    return pipeline("a hill", generator=torch.Generator("cpu").manual_seed(0), **how, **more).images
 
 
 def opened(*paths: str) -> list[Image.Image]:
     return [Image.open(path) for path in paths]
 
 
-def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found, expected, atol=0.6 / 255)
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("name", ["xl", "bgr"])
 def test_the_base_is_the_picture_that_diffusers_makes(make, xl_model, nets, pictures, name):
-    found = make(linfusion="none", controlnet=(nets[name],), control_image=(pictures["a"],), control_scale=(0.7,))
+    how = {"controlnet": (nets[name],), "control_image": (pictures["a"],), "control_scale": (0.7,)}
+    found = make(True, linfusion="none", **how)
     net = ControlNetModel.from_pretrained(nets[name])
     pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(xl_model, controlnet=net)
     (image,) = opened(pictures["a"])
     expected = by_diffusers(pipeline, image=image, controlnet_conditioning_scale=0.7)
-    assert_same(found, expected)
-    assert np.abs(expected - make(linfusion="none")).mean() > 0.01
+    assert error(found, expected) <= 1e-5
+    assert error(make(True, linfusion="none"), expected) > 0.01
+    assert error(make(True, linfusion="none", **how | {"control_image": (pictures["b"],)}), expected) > 0.001
 
 
 def test_sd15_takes_the_same_road(make, sd_model, nets, pictures):
-    found = make(model=str(sd_model), linfusion="none", controlnet=(nets["sd"],), control_image=(pictures["b"],))
+    found = make(True, model=str(sd_model), linfusion="none", controlnet=(nets["sd"],), control_image=(pictures["b"],))
     net = ControlNetModel.from_pretrained(nets["sd"])
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(sd_model, controlnet=net)
-    assert_same(found, by_diffusers(pipeline, image=opened(pictures["b"])[0]))
+    assert error(found, by_diffusers(pipeline, image=opened(pictures["b"])[0])) <= 1e-5
 
 
 def test_several_are_diffusers_several(make, xl_model, nets, pictures):
     both, names = (nets["xl"], nets["bgr"]), (pictures["a"], pictures["b"])
-    found = make(linfusion="none", controlnet=both, control_image=names, control_scale=(0.5, 0.9))
+    found = make(True, linfusion="none", controlnet=both, control_image=names, control_scale=(0.5, 0.9))
     several = [ControlNetModel.from_pretrained(net) for net in both]
     pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(xl_model, controlnet=several)
-    assert_same(found, by_diffusers(pipeline, image=opened(*names), controlnet_conditioning_scale=[0.5, 0.9]))
+    expected = by_diffusers(pipeline, image=opened(*names), controlnet_conditioning_scale=[0.5, 0.9])
+    assert error(found, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("written", ["canny", "lineart", "3"])
 def test_a_union_model_is_told_what_its_picture_shows(make, xl_model, nets, pictures, written):
-    found = make(linfusion="none", controlnet=(nets["union"],), control_image=(pictures["a"],), control_type=(written,))
+    how = {"controlnet": (nets["union"],), "control_image": (pictures["a"],), "control_type": (written,)}
+    found = make(True, linfusion="none", **how)
     net = ControlNetUnionModel.from_pretrained(nets["union"])
     pipeline = StableDiffusionXLControlNetUnionPipeline.from_pretrained(xl_model, controlnet=net)
-    assert_same(found, by_diffusers(pipeline, control_image=opened(pictures["a"]), control_mode=[3]))
+    assert error(found, by_diffusers(pipeline, control_image=opened(pictures["a"]), control_mode=[3])) <= 1e-5
     if written == "3":
         other = by_diffusers(pipeline, control_image=opened(pictures["a"]), control_mode=[1])
-        assert np.abs(found - other).mean() > 0.003
+        assert error(found, other) > 0.001
+
+
+def test_several_union_models_are_diffusers_several(make, xl_model, nets, pictures):
+    """The same one twice, told of two kinds of pictures."""
+    names = (pictures["a"], pictures["b"])
+    how = {"controlnet": (nets["union"],) * 2, "control_image": names, "control_scale": (0.6, 1.3)}
+    found = make(True, linfusion="none", control_type=("canny", "depth"), **how)
+    several = [ControlNetUnionModel.from_pretrained(nets["union"]) for _ in names]
+    pipeline = StableDiffusionXLControlNetUnionPipeline.from_pretrained(xl_model, controlnet=several)
+    more = {"control_mode": [3, 1], "controlnet_conditioning_scale": [0.6, 1.3]}
+    assert error(found, by_diffusers(pipeline, control_image=opened(*names), **more)) <= 1e-5
 
 
 def test_higher_phases_are_controlled_where_they_are_named(make, nets, pictures):
