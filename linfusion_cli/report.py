@@ -19,7 +19,7 @@ class StageReport:
     """
 
     name: str
-    kind: str  # text, load, denoise, decode, encode, write
+    kind: str  # hash, text, load, denoise, decode, encode, write
     size: Size | None
     seconds: float
     steps: int | None = None
@@ -47,6 +47,7 @@ class RunReport:
     machine: dict[str, Any]
     versions: dict[str, str]
     plan: dict[str, Any] = field(default_factory=dict)
+    weights: list[dict[str, Any]] = field(default_factory=list)  # of every file: use, path, bytes, sha256
     stages: list[StageReport] = field(default_factory=list)
     output: str | None = None
     size: Size | None = None

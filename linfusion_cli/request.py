@@ -27,6 +27,7 @@ SCHEDULERS = (
     "pndm",
 )
 TIMESTEP_SPACINGS = ("auto", "leading", "trailing", "linspace")
+PREDICTION_TYPES = ("auto", "epsilon", "v_prediction")
 VAE_STATISTICS = ("auto", "exact", "sampled")
 VAE_LATENTS = ("mean", "sample")
 BITS = (8, 16)
@@ -64,6 +65,7 @@ class PictureRequest:
     control_phases: tuple[str, ...] = ("base",)
     negative_prompt: str = ""
     seed: int = 0
+    prediction_type: str = "auto"
     scheduler: str = "euler"
     timestep_spacing: str = "auto"
     steps: tuple[int, ...] = (30,)
@@ -172,6 +174,7 @@ class PictureRequest:
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "dtype": DTYPES,
+    "prediction_type": PREDICTION_TYPES,
     "scheduler": SCHEDULERS,
     "timestep_spacing": TIMESTEP_SPACINGS,
     "upscaler": UPSCALERS,

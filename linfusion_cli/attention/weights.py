@@ -111,9 +111,16 @@ def read_tensors(path: Path, wanted: Mapping[str, torch.Tensor], dtype: torch.dt
         with safe_open(path, framework="pt") as file:
             _check_tensors(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, wanted)
             # A clone owns its memory: mapped tensors lie at other alignments, and CPU results then differ by 1e-5.
-            return {name: file.get_tensor(name).to(dtype).clone() for name in wanted}
+            return {name: _numbers(path, name, file.get_tensor(name)).to(dtype).clone() for name in wanted}
     except SafetensorError as error:
         raise DataError(f"{path} is not a whole safetensors file ({error}).", "Download it again.") from error
+
+
+def _numbers(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or DataError where it holds no weights, or some that are no numbers."""
+    if not tensor.is_floating_point() or not tensor.sum(dtype=torch.float32).isfinite():
+        raise DataError(f"{path} is damaged: {name} is not all finite numbers.", "Download it again.")
+    return tensor
 
 
 def _check_tensors(path: Path, given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from linfusion_cli import __version__, device
-from linfusion_cli.cli import doctor, generate, info, plan, presets, upscale
+from linfusion_cli.cli import doctor, generate, info, models, plan, presets, upscale
 from linfusion_cli.cli.render import answer, say
 from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped, first_line
 
@@ -31,6 +31,7 @@ app.command("generate")(generate.command)
 app.command("upscale")(upscale.command)
 app.command("plan")(plan.command)
 app.add_typer(presets.app, name="presets")
+app.add_typer(models.app, name="models")
 app.command("info")(info.command)
 app.command("doctor")(doctor.command)
 

@@ -62,6 +62,9 @@ ControlPhases = Annotated[
     str | None, Option(help="Where they act: base, all, or numbers of phases, such as 0,1. [default: base]")
 ]
 Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
+PredictionType = Annotated[
+    str | None, Option(help="What the model predicts: epsilon, v_prediction, or auto (its config, else a probe).")
+]
 Scheduler = Annotated[str | None, Option(help=f"One of {', '.join(SCHEDULERS)}. [default: euler]")]
 TimestepSpacing = Annotated[
     str | None, Option(help="leading, trailing (few-step models) or linspace; auto is the model's own.")
@@ -159,6 +162,7 @@ def of_a_request(
     control_phases: ControlPhases = None,
     negative_prompt: NegativePrompt = None,
     seed: Seed = None,
+    prediction_type: PredictionType = None,
     scheduler: Scheduler = None,
     timestep_spacing: TimestepSpacing = None,
     steps: Steps = None,

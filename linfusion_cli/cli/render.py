@@ -172,10 +172,10 @@ class Lines:
         say(text)
 
 
-def plain(table: Table) -> str:
-    """A table as lines, of whatever width a stream has."""
+def plain(table: Table, columns: int = PLAIN_COLUMNS) -> str:
+    """A table as lines of so many columns at most, whatever width a stream has."""
     text = io.StringIO()
-    Console(file=text, width=PLAIN_COLUMNS, markup=False).print(table)
+    Console(file=text, width=columns, markup=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 

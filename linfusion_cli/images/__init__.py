@@ -1,7 +1,7 @@
 """Pictures of any height, written row by row in bounded memory, and read back without decoding them."""
 
 from linfusion_cli.images.fileinfo import FileInfo
-from linfusion_cli.images.formats import FORMATS, bytes_needed, format_for, open_sink
+from linfusion_cli.images.formats import FORMATS, bytes_needed, format_for, hold, open_sink
 from linfusion_cli.images.metadata import PictureInfo, a1111_parameters, request_json, srgb_profile, without_prompt
 from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.preview import PreviewSink
@@ -19,6 +19,7 @@ __all__ = [
     "a1111_parameters",
     "bytes_needed",
     "format_for",
+    "hold",
     "open_sink",
     "read_info",
     "request_json",

@@ -53,8 +53,23 @@ def bytes_needed(format: str, size_px: tuple[int, int], bits: int, compression: 
     return int(raw * WORST_GROWTH[compression]) + METADATA_BYTES
 
 
-def open_sink(
+def hold(
     path: str | os.PathLike[str],
+    format: str,
+    size_px: tuple[int, int],
+    bits: int,
+    compression: str | None = None,
+    overwrite: bool = False,
+) -> PendingFile:
+    """The file of a picture of `size_px` (width, height), nobody else's from now on, checked as far as can be.
+
+    Raises UsageError for a combination no format has, CannotCreate, TryAgain and WriteFailed as PendingFile does.
+    """
+    return PendingFile(path, overwrite, bytes_needed(format, size_px, bits, compression))
+
+
+def open_sink(
+    target: str | os.PathLike[str] | PendingFile,
     format: str,
     size_px: tuple[int, int],
     bits: int,
@@ -64,15 +79,15 @@ def open_sink(
     overwrite: bool = False,
     threads: int | None = None,
 ) -> RowSink:
-    """A sink for a picture of `size_px` (width, height), checked as far as can be before any work.
+    """A sink for a picture, to a path or to a file that is held already; raises as `hold` does.
 
-    Raises UsageError for a combination no format has, CannotCreate, TryAgain and WriteFailed as PendingFile does.
     `threads` compress; without it, min(8, the CPUs this process may use).
     """
     compression = _checked(format, size_px, bits, compression)
     if not 1 <= jpeg_quality <= 100:
         raise UsageError(f"JPEG quality {jpeg_quality} is out of range.", "Use 1 to 100.")
-    pending = PendingFile(path, overwrite, bytes_needed(format, size_px, bits, compression))
+    held = isinstance(target, PendingFile)
+    pending = target if held else hold(target, format, size_px, bits, compression, overwrite)
     try:
         return _sink(pending, format, size_px, bits, info, compression, jpeg_quality, threads)
     except BaseException:

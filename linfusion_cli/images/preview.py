@@ -6,6 +6,7 @@ import numpy as np
 
 from linfusion_cli.images.formats import format_for, open_sink
 from linfusion_cli.images.metadata import PictureInfo
+from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.stream import check_rows
 
 BAND_ROWS = 64
@@ -22,7 +23,7 @@ class PreviewSink:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        target: str | os.PathLike[str] | PendingFile,
         size_px: tuple[int, int],
         bits: int,
         info: PictureInfo,
@@ -39,7 +40,8 @@ class PreviewSink:
         self._reduced = np.empty((height_px, width_px, 3), np.uint8)
         self._band = np.empty((self._factor * max(1, BAND_ROWS // self._factor), size_px[0], 3), np.uint8)
         self._row = 0
-        self._sink = open_sink(path, format_for(path), self.size_px, 8, info, overwrite=overwrite)
+        format = format_for(target.target if isinstance(target, PendingFile) else target)
+        self._sink = open_sink(target, format, self.size_px, 8, info, overwrite=overwrite)
 
     def write(self, rows: np.ndarray) -> None:
         try:

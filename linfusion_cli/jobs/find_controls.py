@@ -9,6 +9,7 @@ from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size, bend
 from linfusion_cli.images.source import SourcePicture, inspect_source
 from linfusion_cli.models.controlnet import check_fits, find_controlnet, is_union, kind_number
+from linfusion_cli.models.parts import Model
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.units import user_path
 
@@ -47,8 +48,8 @@ class Controls:
         return max((control.picture.held_bytes for control in self.found), default=0)
 
 
-def find_controls(request: PictureRequest, model: Path, phases: int) -> Controls:
-    """What `request` asks for, for the model in `model` and so many phases.
+def find_controls(request: PictureRequest, model: Model, phases: int) -> Controls:
+    """What `request` asks for, for `model` and so many phases.
 
     Raises Unavailable, DataError or InputMissing for what is not there or does not fit, and UsageError.
     """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ from linfusion_cli import __version__, images
 from linfusion_cli.errors import LinfusionError, WriteFailed
 from linfusion_cli.geometry import Size
 from linfusion_cli.jobs.prepare import Prepared, saved_sizes
+from linfusion_cli.jobs.weights import main_hash
+from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.request import PictureRequest
 
+A1111_HASH_DIGITS = 10
 # What the schedulers are called in the A1111 layout.
 SAMPLER_NAMES = {
     "euler": "Euler",
@@ -62,29 +66,54 @@ class Outputs:
             self._preview, self._preview_error = None, error  # a sink that raised has cleaned up after itself
 
 
-@contextmanager
-def opened_outputs(request: PictureRequest) -> Iterator[images.RowSink]:
-    """The output and the preview, held under temporary names; what was not closed by the end is gone."""
-    picture = _open_picture(request, request.output, request.size)
-    try:
-        outputs = Outputs(picture, _open_preview(request) if request.preview else None)
-    except BaseException:
-        picture.abort()
-        raise
-    try:
-        yield outputs
-    finally:
-        outputs.abort()
+@dataclass(frozen=True)
+class Held:
+    """The files of the picture and of its preview, under temporary names: nobody else can begin them."""
+
+    picture: images.PendingFile
+    preview: images.PendingFile | None
 
 
 @contextmanager
-def opened_phases(prepared: Prepared) -> Iterator[dict[int, images.RowSink]]:
+def held_outputs(request: PictureRequest) -> Iterator[Held]:
+    """The output and the preview from before any work; what is not complete at the end is gone."""
+    format = images.format_for(request.output, request.format)
+    picture = images.hold(
+        request.output, format, request.size.pair, request.bits, request.compression, request.overwrite
+    )
+    with picture, _held_preview(request) as preview:
+        yield Held(picture, preview)
+
+
+def _held_preview(request: PictureRequest) -> AbstractContextManager[images.PendingFile | None]:
+    if request.preview is None:
+        return nullcontext()
+    images.format_for(request.preview)
+    return images.PendingFile(request.preview, request.overwrite)
+
+
+@contextmanager
+def opened_outputs(request: PictureRequest, held: Held, weights: Sequence[WeightsFile]) -> Iterator[images.RowSink]:
+    """What takes the picture's rows; the files say which weights it was made with."""
+    info = picture_info(request, request.size, weights)
+    with ExitStack() as on_exit:
+        picture, preview = _open_picture(request, held.picture, request.size, info), None
+        on_exit.callback(picture.abort)
+        if held.preview:
+            preview = images.PreviewSink(held.preview, request.size.pair, request.bits, info)
+            on_exit.callback(preview.abort)
+        yield Outputs(picture, preview)
+
+
+@contextmanager
+def opened_phases(prepared: Prepared, weights: Sequence[WeightsFile]) -> Iterator[dict[int, images.RowSink]]:
     """Of the phases whose pictures are to be kept, their files: held from now on, complete when the phase is."""
     request, sinks = prepared.request, {}
     try:
         if request.save_phases:
             for phase, size in zip(prepared.phases, saved_sizes(prepared), strict=False):
-                sinks[phase.index] = _open_picture(request, phase_path(request.output, size), size)
+                path, info = phase_path(request.output, size), picture_info(request, size, weights)
+                sinks[phase.index] = _open_picture(request, path, size, info)
         yield sinks
     finally:
         for sink in sinks.values():
@@ -96,25 +125,22 @@ def phase_path(output: Path, size: Size) -> Path:
     return output.with_name(f"{output.stem}-{size}{output.suffix}")
 
 
-def _open_picture(request: PictureRequest, path: Path, size: Size) -> images.RowSink:
+def _open_picture(
+    request: PictureRequest, target: Path | images.PendingFile, size: Size, info: images.PictureInfo
+) -> images.RowSink:
     return images.open_sink(
-        path,
-        images.format_for(path, request.format),
+        target,
+        images.format_for(request.output, request.format),
         size.pair,
         request.bits,
-        picture_info(request, size),
+        info,
         compression=request.compression,
         overwrite=request.overwrite,
     )
 
 
-def _open_preview(request: PictureRequest) -> images.RowSink:
-    info = picture_info(request, request.size)
-    return images.PreviewSink(request.preview, request.size.pair, request.bits, info, overwrite=request.overwrite)
-
-
-def picture_info(request: PictureRequest, size: Size) -> images.PictureInfo:
-    """What a file of this size says of itself: the full request, and the same in the layouts that others read."""
+def picture_info(request: PictureRequest, size: Size, weights: Sequence[WeightsFile]) -> images.PictureInfo:
+    """What a file of this size says of itself: the full request and its weights, and the same as others read it."""
     software = f"linfusion {__version__}"
     parameters = images.a1111_parameters(
         request.prompt,
@@ -126,8 +152,8 @@ def picture_info(request: PictureRequest, size: Size) -> images.PictureInfo:
         size_px=size.pair,
         model=request.model,
         version=software,
+        model_hash=main_hash(weights)[:A1111_HASH_DIGITS],
     )
-    info = images.PictureInfo(
-        software, request.dpi, request.to_json(), request.prompt, request.negative_prompt, parameters
-    )
+    made_with = request.to_json() | {"weights": {file.name: file.sha256 for file in weights}}
+    info = images.PictureInfo(software, request.dpi, made_with, request.prompt, request.negative_prompt, parameters)
     return info if request.prompt_metadata else images.without_prompt(info)

@@ -35,6 +35,7 @@ from linfusion_cli.sampling.guidance import Predict, guided, guided_together, wh
 from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.sampling.noise import InTurn, phase_noise, step_noise
 from linfusion_cli.sampling.passes import demofusion_of, phase_schedule
+from linfusion_cli.sampling.probe import noise_correlation, prediction_type
 from linfusion_cli.sampling.schedule import Schedule
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips
@@ -43,6 +44,7 @@ from linfusion_cli.unet.predict import InStrips, Whole
 
 UNHEARD = "The prompt is too long for the model's text encoder, which did not hear its end: {!r}."
 SMALLER = "Memory ran out: the step is repeated, and the phase goes on, in strips of {} rows and {} tokens, {}."
+PROBED = "The model's config does not say what it predicts: by a probe, {} (its correlation with noise is {:.2f})."
 MAPS = {"device": "maps on the device", "skips": "skip connections on the host", "host": "maps on the host"}
 
 
@@ -91,6 +93,21 @@ def load(run: Run, conditioning: Conditioning) -> Models:
                 run.recorder.notice(f"Of the LoRA {file} the part for text encoders is not used.")
         controls = load_controls(run, linear)
     return Models(unet, linear, vae, conditioning, controls)
+
+
+def settled(run: Run, models: Models) -> Run:
+    """The run with what the model predicts: where neither its config nor the request says so, by asking it."""
+    facts, phase = run.prepared.facts, next((phase for phase in run.prepared.phases if phase.count), None)
+    if facts.prediction_type or phase is None:
+        return run
+    side = min(facts.native_px, *phase.size.pair) // facts.vae_factor
+    noise = phase_noise(0, 0, facts.latent_channels, side, side).to(run.device)
+    schedule = phase_schedule(run.prepared.request, facts.scheduler_config, phase)
+    uncontrolled = replace(models, controls=[])  # whose pictures are of another size
+    with prediction(run, uncontrolled, phase, schedule) as (predict, _):
+        correlation = noise_correlation(predict, noise, schedule.training_steps)
+    run.recorder.notice(PROBED.format(prediction_type(correlation), correlation))
+    return run.predicting(prediction_type(correlation))
 
 
 def first(run: Run, models: Models) -> tuple[Tensor, Channels]:

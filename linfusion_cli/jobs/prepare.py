@@ -15,6 +15,7 @@ from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs.find_controls import Controls, find_controls
 from linfusion_cli.models.families import ModelFacts, read_facts
 from linfusion_cli.models.locate import find_linfusion, find_lora, find_model, find_vae, split_weight
+from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
 from linfusion_cli.units import format_bytes
@@ -32,8 +33,8 @@ class Prepared:
     request: PictureRequest
     format: str
     picture: SourcePicture | None
-    model: Path
-    vae: Path
+    model: Model
+    vae: Part
     linfusion: Path | None
     loras: list[tuple[Path, float]]
     facts: ModelFacts
@@ -68,6 +69,7 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     vae = find_vae(request.vae, model, request.download)
     loras = [(find_lora(name, request.download), weight) for name, weight in map(split_weight, request.lora)]
     facts = read_facts(model, vae)
+    facts = facts if request.prediction_type == "auto" else facts.predicting(request.prediction_type)
     phases = ladder(request, rungs(request, facts, picture))
     controls = find_controls(request, model, len(phases))
     linfusion = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from linfusion_cli.errors import DataError
@@ -38,6 +38,11 @@ class Run:
     def dtype(self) -> torch.dtype:
         """The UNet's and the text encoders'; the VAE has its own."""
         return self.plan.machine.dtype
+
+    def predicting(self, prediction_type: str) -> Run:
+        """This run with a model that predicts this."""
+        prepared = replace(self.prepared, facts=self.prepared.facts.predicting(prediction_type))
+        return replace(self, prepared=prepared)
 
     def stage(self, kind: str, phase: int) -> AbstractContextManager[Stage]:
         """Record a planned stage: a denoising counts steps, all else rows of the picture."""

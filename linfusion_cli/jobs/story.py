@@ -10,9 +10,10 @@ from dataclasses import replace
 from linfusion_cli.device import describe, versions
 from linfusion_cli.events import Observer
 from linfusion_cli.images.source import SourcePicture
-from linfusion_cli.jobs.outputs import opened_outputs, opened_phases
+from linfusion_cli.jobs.outputs import held_outputs, opened_outputs, opened_phases
 from linfusion_cli.jobs.prepare import check_disk, prepare
 from linfusion_cli.jobs.record import Recorder
+from linfusion_cli.jobs.weights import hashed_weights, to_json
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import PictureRequest
 
@@ -27,7 +28,7 @@ def make_picture(
     """
     started = time.perf_counter()
     recorder = Recorder(observer)
-    with opened_outputs(request) as sink:  # 1. hold the files, so that nobody else does: refused before any work
+    with held_outputs(request) as held:  # 1. hold the files, so that nobody else does: refused before any work
         with recorder.stage("start", "load", None, 1, "start"):
             prepared = prepare(request, picture)  # 2. find the model, settle the phases, check disk and memory
             check_disk(prepared)
@@ -35,11 +36,15 @@ def make_picture(
 
             run = paint.begin(prepared, recorder)
         machine, plan = describe(run.device), run.plan.to_json()
-        report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, recorder.stages)
-        with opened_phases(prepared) as phase_sinks:
+        weights = hashed_weights(prepared, recorder)
+        report = RunReport(
+            request.to_json(), dict(origins), machine, versions(), plan, to_json(weights), recorder.stages
+        )
+        with opened_outputs(request, held, weights) as sink, opened_phases(prepared, weights) as phase_sinks:
             run = replace(run, phase_sinks=phase_sinks)
             conditioning = paint.read_prompts(run)  # 3. text encoders come and go before the UNet
             models = paint.load(run, conditioning)
+            run = paint.settled(run, models)
             latents, channels = paint.first(run, models)  # 4. the base, from noise or from the picture
             for phase in prepared.phases[1:]:  # 5. up the ladder
                 enlarged = pixels.enlarge(run, models.vae, latents, phase)

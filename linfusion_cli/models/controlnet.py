@@ -7,7 +7,8 @@ from typing import Any
 
 from linfusion_cli.errors import DataError, UsageError
 from linfusion_cli.models.families import factor, read_config
-from linfusion_cli.models.locate import find_in_hub, weights_files
+from linfusion_cli.models.hub import find_in_hub
+from linfusion_cli.models.parts import Model, weights_files
 from linfusion_cli.units import is_file, is_folder, user_path
 
 PLAIN, UNION = "ControlNetModel", "ControlNetUnionModel"
@@ -66,15 +67,15 @@ def is_union(folder: Path) -> bool:
     return name == UNION
 
 
-def check_fits(folder: Path, model: Path) -> None:
+def check_fits(folder: Path, model: Model) -> None:
     """Raise DataError naming the first thing in which the ControlNet in `folder` does not fit the UNet of `model`."""
-    net, unet = (read_config(part / "config.json") for part in (folder, model / "unet"))
+    net, unet = read_config(folder / "config.json"), read_config(model.part("unet").config)
     kind = UNION if is_union(folder) else PLAIN
     for name in SHARED:
         theirs, ours = (config.get(name, DEFAULTS.get(name)) for config in (net, unet))
         if theirs != ours:
             raise misfit(folder, name, theirs, ours)
-    pixels = factor(read_config(model / "vae" / "config.json"))
+    pixels = factor(read_config(model.part("vae").config))
     widths = net.get("conditioning_embedding_out_channels") or DEFAULT_PICTURE_WIDTHS[kind]
     if 2 ** (len(widths) - 1) != pixels:
         raise misfit(folder, "the number of pixels per latent", 2 ** (len(widths) - 1), pixels)

@@ -1,15 +1,24 @@
-"""The facts of a model that its config files tell, without loading weights."""
+"""The facts of a model that its config files, or the header of its one file, tell without loading weights."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.models.header import Header, read_header
+from linfusion_cli.models.parts import Model, Part
 
+FAMILY_NAMES = {"sdxl": "SDXL", "sd21": "SD 2.1", "sd15": "SD 1.5"}
 KINDS = "Use a text-to-image model of the SDXL, SD 2.1 or SD 1.5 family."
+# In a single file: what the names of each network begin with, and those that only one family has.
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+IN_SDXL, IN_SDXL_REFINER = "conditioner.embedders.1.", "conditioner.embedders.0.model."
+POOLED_TEXT = f"{UNET}label_emb.0.0.weight"
+IN_SD21, IN_SD15 = "cond_stage_model.model.", "cond_stage_model.transformer."
 
 
 @dataclass(frozen=True)
@@ -30,21 +39,27 @@ class ModelFacts:
     zeros_for_empty_prompt: bool
     scheduler_config: dict[str, Any]
 
+    @property
+    def prediction_type(self) -> str | None:
+        """What the UNet predicts, `epsilon`, `v_prediction` or `sample`; None where nothing says it."""
+        return self.scheduler_config.get("prediction_type")
 
-def read_facts(folder: Path, vae_folder: Path | None = None) -> ModelFacts:
-    """The facts of the model in the diffusers folder `folder`, with its own VAE or that in `vae_folder`.
+    def predicting(self, prediction_type: str) -> ModelFacts:
+        """The same of a model that predicts this."""
+        return replace(self, scheduler_config=self.scheduler_config | {"prediction_type": prediction_type})
 
-    Raises Unavailable or DataError naming the file.
-    """
-    index = read_config(folder / "model_index.json")
-    unet = read_config(folder / "unet" / "config.json")
-    own_vae = read_config(folder / "vae" / "config.json")
-    vae = own_vae if vae_folder is None else read_config(vae_folder / "config.json")
-    check_kind(folder, unet, vae)
+
+def read_facts(model: Model, vae_part: Part | None = None) -> ModelFacts:
+    """The facts of `model`, with its own VAE or `vae_part`; raises Unavailable or DataError naming the file."""
+    index = read_config(model.index)
+    unet = read_config(model.part("unet").config)
+    own_vae = read_config(model.part("vae").config)
+    vae = own_vae if vae_part is None else read_config(vae_part.config)
+    check_kind(model, index, unet, vae)
     try:
         vae_factor = factor(vae)
         if vae_factor != factor(own_vae):
-            reason = f"The VAE in {vae_folder} has {vae_factor} pixels per latent, unlike the model's own."
+            reason = f"The VAE in {vae_part} has {vae_factor} pixels per latent, unlike the model's own."
             raise DataError(reason, "Name another --vae.")
         return ModelFacts(
             family=family_of(unet),
@@ -55,22 +70,44 @@ def read_facts(folder: Path, vae_folder: Path | None = None) -> ModelFacts:
             latent_channels=unet["in_channels"],
             vae_native_px=vae.get("sample_size", 512),
             zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
-            scheduler_config=read_config(folder / "scheduler" / "scheduler_config.json"),
+            scheduler_config=scheduler_config(model),
         )
     except (KeyError, TypeError) as error:
-        raise DataError(f"The configs in {folder} lack {error}.", KINDS) from error
+        raise DataError(f"The configs in {model.folder} lack {error}.", KINDS) from error
 
 
-def check_kind(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> None:
+def scheduler_config(model: Model) -> dict[str, Any]:
+    """Its noise schedule; of a single file that of its family, but what its header says of it."""
+    config = read_config(model.folder / "scheduler" / "scheduler_config.json")
+    return config if model.file is None else scheduled_by(config, read_header(model.file))
+
+
+def scheduled_by(config: Mapping[str, Any], header: Header) -> dict[str, Any]:
+    """A family's noise schedule as it is for one file; what that predicts its family does not tell.
+
+    `modelspec.prediction_type` is the Model Metadata Standard's; tensors called `v_pred` and `ztsnr` are marks that
+    trainers leave in files which predict v, and whose noise ends without any signal.
+    """
+    kept = {name: value for name, value in config.items() if name != "prediction_type"}
+    said = header.notes.get("modelspec.prediction_type") or ("v" if "v_pred" in header.shapes else "")
+    known = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(said.lower())
+    if "ztsnr" in header.shapes:
+        kept |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return kept | ({"prediction_type": known} if known else {})
+
+
+def check_kind(model: Model, index: dict[str, Any], unet: dict[str, Any], vae: dict[str, Any]) -> None:
     """Raise DataError for models of a kind that would run and paint something wrong, or fail after minutes."""
     channels = (unet.get("in_channels"), vae.get("latent_channels"))
     if channels[0] != channels[1]:
-        raise DataError(f"The UNet in {folder} takes {channels[0]} channels, and its VAE makes {channels[1]}.", KINDS)
+        raise DataError(f"The UNet in {model} takes {channels[0]} channels, and its VAE makes {channels[1]}.", KINDS)
+    if index.get("requires_aesthetics_score"):
+        raise DataError(f"{model} is SDXL's refiner, which paints nothing by itself.", KINDS)
     if not isinstance(unet.get("sample_size"), int):
-        raise DataError(f"The UNet in {folder} has the sample_size {unet.get('sample_size')!r}.", KINDS)
+        raise DataError(f"The UNet in {model} has the sample_size {unet.get('sample_size')!r}.", KINDS)
     for name in ("latents_mean", "latents_std", "shift_factor"):
         if vae.get(name):
-            raise DataError(f"The VAE in {folder} has {name}, which is not supported.", KINDS)
+            raise DataError(f"The VAE of {model} has {name}, which is not supported.", KINDS)
 
 
 def factor(vae_config: dict[str, Any]) -> int:
@@ -85,10 +122,26 @@ def is_xl(unet_config: dict[str, Any]) -> bool:
 
 
 def family_of(unet_config: dict[str, Any]) -> str:
-    """`sdxl`, `sd21` or `sd15`, told by the width of the text the UNet listens to."""
+    """`sdxl`, `sd21` or `sd15`: the last projects into its transformers with convolutions, the others linearly."""
     if is_xl(unet_config):
         return "sdxl"
-    return "sd21" if unet_config.get("cross_attention_dim") == 1024 else "sd15"
+    return "sd21" if unet_config.get("use_linear_projection") else "sd15"
+
+
+def family_of_file(header: Header) -> str:
+    """`sdxl`, `sd21` or `sd15`, by the names and shapes in a single file; raises DataError where it is none of them."""
+    shapes = header.shapes
+    if not any(name.startswith(UNET) for name in shapes):
+        some = min(shapes, default="nothing")
+        raise DataError(f"{header.file} is no whole model: it holds {some}, and nothing called {UNET}*.", KINDS)
+    if any(name.startswith(IN_SDXL_REFINER) for name in shapes):
+        raise DataError(f"{header.file} is SDXL's refiner, which paints nothing by itself.", KINDS)
+    if POOLED_TEXT in shapes:
+        return "sdxl"
+    into = [shape for name, shape in shapes.items() if name.startswith(UNET) and name.endswith(".proj_in.weight")]
+    if not into:
+        raise DataError(f"{header.file} is a model of another kind.", KINDS)
+    return "sd21" if len(into[0]) == 2 else "sd15"
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,91 +1,141 @@
-"""Read the parts of a model in diffusers' folder layout: safetensors only, from this machine only."""
+"""Read the parts of a model: safetensors only, from this machine only."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from linfusion_cli.device import is_out_of_memory
 from linfusion_cli.errors import DataError, Unavailable, first_line
 from linfusion_cli.models.families import read_config
-from linfusion_cli.models.locate import weights_files
+from linfusion_cli.models.header import Header, read_header
+from linfusion_cli.models.original import depths_in, state_in
+from linfusion_cli.models.parts import Model, Part
 
 Vae = AutoencoderKL | AutoencoderTiny
-Part = TypeVar("Part", bound=nn.Module)
+Network = TypeVar("Network", bound=nn.Module)
+
+AGAIN = "Download the model again."
 
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()
 
 
-def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet of the model in `folder`, on the CPU, where its attention can be replaced before it moves."""
-    return load_part(UNet2DConditionModel, folder / "unet", dtype, torch.device("cpu"))
+def load_unet(model: Model, dtype: torch.dtype) -> UNet2DConditionModel:
+    """The UNet of `model`, on the CPU, where its attention can be replaced before it moves."""
+    return load_part(UNet2DConditionModel, model.part("unet"), dtype, torch.device("cpu"))
 
 
-def load_vae(folder: Path, dtype: torch.dtype, device: torch.device) -> Vae:
-    """The VAE in `folder`, ready to run."""
-    return load_part(vae_kind(folder), folder, dtype, device)
+def load_vae(part: Part, dtype: torch.dtype, device: torch.device) -> Vae:
+    """The VAE in `part`, ready to run."""
+    return load_part(vae_kind(part), part, dtype, device)
 
 
-def vae_kind(folder: Path) -> type[Vae]:
-    """The class of the VAE in `folder`, by its config; raises DataError for one that is not known."""
-    name = read_config(folder / "config.json").get("_class_name", AutoencoderKL.__name__)
+def vae_kind(part: Part) -> type[Vae]:
+    """The class of the VAE in `part`, by its config; raises DataError for one that is not known."""
+    name = read_config(part.config).get("_class_name", AutoencoderKL.__name__)
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
     if name not in kinds:
-        raise DataError(f"The VAE in {folder} is of the kind {name}.", f"Use one of the kinds {', '.join(kinds)}.")
+        raise DataError(f"The VAE in {part} is of the kind {name}.", f"Use one of the kinds {', '.join(kinds)}.")
     return kinds[name]
 
 
-def outline(kind: type[Part], part: Path) -> Part:
+def outline(kind: type[Network], part: Part) -> Network:
     """A part of a model without its weights: what its config says, on the meta device."""
-    config = read_config(part / "config.json")
+    config = config_of(kind, part)
     try:
-        with torch.device("meta"):
-            return kind.from_config(config).eval().requires_grad_(False)
+        with init_empty_weights():
+            made = kind(kind.config_class(**config)) if issubclass(kind, PreTrainedModel) else kind.from_config(config)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = f"{part / 'config.json'} makes no {kind.__name__} ({first_line(error)})."
-        raise DataError(reason, "Download the model again.") from error
+        raise DataError(f"{part.config} makes no {kind.__name__} ({first_line(error)}).", AGAIN) from error
+    return made.eval().requires_grad_(False)
 
 
-def load_part(kind: type[Part], part: Path, dtype: torch.dtype, device: torch.device) -> Part:
+def config_of(kind: type, part: Part) -> dict[str, Any]:
+    """What its config.json says; a UNet in a single file may be less deep than its family's."""
+    config = read_config(part.config)
+    if kind is UNet2DConditionModel and part.file is not None:
+        return config | depths_in(read_header(part.file), config)
+    return config
+
+
+def load_part(kind: type[Network], part: Part, dtype: torch.dtype, device: torch.device) -> Network:
     """One part of a model, as `kind`, its convolutions' weights in channels-last, in which they run fastest.
 
     Raises Unavailable when files are missing, DataError when they are broken.
     """
-    files = weights_files(part)
+    headers = checked_headers(part)
+    module = from_folder(kind, part, dtype) if part.file is None else from_file(kind, part, headers[0], dtype)
+    if device.type == "cpu":
+        own_memory(module)
+    check_numbers(part, module)
+    return module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def checked_headers(part: Part) -> list[Header]:
+    """The headers of its weights; raises Unavailable or DataError where these are missing or broken."""
+    files = part.weights
     if not files:
-        raise Unavailable(f"The model is incomplete: {part} has no weights.", "Add --download, or use another --model.")
-    for file in files:
-        check_header(file)
-    options = {"variant": "fp16"} if ".fp16" in files[0].name else {}
+        reason = f"The model is incomplete: {part} has no weights."
+        raise Unavailable(reason, "Add --download, or use another --model.")
+    headers = [read_header(file) for file in files]
+    for header in headers if part.file is None else ():  # a single file may hold more than what is read of it
+        header.check_types()
+    return headers
+
+
+def from_folder(kind: type[Network], part: Part, dtype: torch.dtype) -> Network:
+    """A part as diffusers or transformers read it from its folder."""
+    options = {"variant": "fp16"} if ".fp16" in part.weights[0].name else {}
     options |= {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        module, found = kind.from_pretrained(str(part), **options)
+        module, found = kind.from_pretrained(str(part.folder), **options)
     except (OSError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         reason = f"The weights in {part} do not fit its config.json ({first_line(error)})."
-        raise DataError(reason, "Download the model again.") from error
+        raise DataError(reason, AGAIN) from error
     if found["missing_keys"]:  # the libraries would go on with random numbers in their place
-        raise DataError(f"The weights in {part} lack {min(found['missing_keys'])}.", "Download the model again.")
-    if device.type == "cpu":
-        own_memory(module)
-    return module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        raise DataError(f"The weights in {part} lack {min(found['missing_keys'])}.", AGAIN)
+    return module
 
 
-def check_header(file: Path) -> None:
-    """Raise DataError unless `file` is a safetensors file of the length that its header says."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file} is not a whole safetensors file ({error}).", "Download it again.") from error
+def from_file(kind: type[Network], part: Part, header: Header, dtype: torch.dtype) -> Network:
+    """A part out of a single file."""
+    module = outline(kind, part)
+    state = fitting_state(module, header, on_meta=False)
+    module.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
+    return module
+
+
+def fitting_state(module: nn.Module, header: Header, on_meta: bool) -> dict[str, Tensor]:
+    """The tensors of a single file that are `module`'s; raises DataError naming the first that is not as it should be.
+
+    What else the file holds in its place is left out, such as a text encoder's last layers that nobody listens to.
+    """
+    found = state_in(header, module, on_meta)
+    if not hasattr(module, "text_model"):  # the level is gone from the newer CLIPTextModel, and stays in files
+        found = {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
+    wanted = dict(module.named_parameters())
+    for name, parameter in wanted.items():
+        shape = tuple(found[name].shape) if name in found else "no such tensor"
+        if shape != tuple(parameter.shape):
+            reason = f"{name} is {shape} in the file and {tuple(parameter.shape)} in a model of its family."
+            raise DataError(f"{header.file} is of another make than it seems: {reason}", "Use another file.")
+    return {name: found[name] for name in wanted}
+
+
+def check_numbers(part: Part, module: nn.Module) -> None:
+    """Raise DataError naming the first weights that are not all finite numbers: their pictures would be black."""
+    for name, parameter in module.named_parameters():
+        if not parameter.sum(dtype=torch.float32).isfinite():
+            raise DataError(f"The weights in {part} are damaged: {name} is not all finite numbers.", AGAIN)
 
 
 def own_memory(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import self_attentions
 from linfusion_cli.models.controlnet import is_union
 from linfusion_cli.models.load import load_part, outline
+from linfusion_cli.models.parts import Part
 
 ControlNet = ControlNetModel | ControlNetUnionModel
 
@@ -28,13 +29,13 @@ class LoadedControl:
     @staticmethod
     def load(folder: Path, linear: Mapping[str, LinearAttention], dtype: torch.dtype) -> LoadedControl:
         """The ControlNet in `folder`, on the CPU; `linear` is the UNet's, by path. Errors as in `load_part`."""
-        net = load_part(kind_of(folder), folder, dtype, torch.device("cpu"))
+        net = load_part(kind_of(folder), Part(folder), dtype, torch.device("cpu"))
         return LoadedControl(net, linear_attention(net, linear))
 
     @staticmethod
     def outline(folder: Path, linear: Mapping[str, LinearAttention]) -> LoadedControl:
         """As `load`, without weights: on the meta device, from the config alone."""
-        net = outline(kind_of(folder), folder)
+        net = outline(kind_of(folder), Part(folder))
         return LoadedControl(net, linear_attention(net, linear))
 
 

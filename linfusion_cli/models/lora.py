@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.errors import DataError
-from linfusion_cli.models.load import check_header
+from linfusion_cli.models.header import read_header
 
 FACTOR = re.compile(r"(?P<layer>.+)[._]lora[._](?P<side>A|B|down|up)\.weight")
 SIDES = {"A": "down", "B": "up"}
@@ -192,7 +192,7 @@ def original_layers(first: str, path: str, block: nn.Module) -> Iterator[tuple[s
 
 def read_lora(file: Path) -> Lora:
     """Read a LoRA's part for the UNet; raises DataError for a file that is none, is broken, or is of another kind."""
-    check_header(file)
+    read_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())

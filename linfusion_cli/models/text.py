@@ -14,6 +14,7 @@ from linfusion_cli.errors import DataError
 from linfusion_cli.geometry import Size
 from linfusion_cli.models.families import ModelFacts
 from linfusion_cli.models.load import load_part
+from linfusion_cli.models.parts import Model
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -68,14 +69,14 @@ class Conditioning:
 
 
 def encode_prompts(
-    folder: Path, facts: ModelFacts, prompt: str, negative_prompt: str, dtype: torch.dtype, device: torch.device
+    model: Model, facts: ModelFacts, prompt: str, negative_prompt: str, dtype: torch.dtype, device: torch.device
 ) -> Conditioning:
     """Both prompts through all text encoders of the model in `folder`; the encoders are gone afterwards."""
     texts = [prompt, negative_prompt]
-    first = _encode(folder, "", CLIPTextModel, texts, dtype, device, facts.is_xl)
+    first = _encode(model, "", CLIPTextModel, texts, dtype, device, facts.is_xl)
     hidden, pooled = first.hidden, None
     if facts.is_xl:
-        second = _encode(folder, "_2", CLIPTextModelWithProjection, texts, dtype, device, facts.is_xl)
+        second = _encode(model, "_2", CLIPTextModelWithProjection, texts, dtype, device, facts.is_xl)
         hidden, pooled = torch.cat([first.hidden, second.hidden], dim=-1), second.pooled
     positive, negative = (
         Embedding(hidden[i : i + 1], None if pooled is None else pooled[i : i + 1]) for i in range(len(texts))
@@ -92,10 +93,10 @@ class _Encoded:
     unheard: str
 
 
-def _encode(folder: Path, suffix: str, kind: type, texts: list[str], dtype, device, penultimate: bool) -> _Encoded:
+def _encode(model: Model, suffix: str, kind: type, texts: list[str], dtype, device, penultimate: bool) -> _Encoded:
     """`texts` through one encoder; SDXL listens to the last layer but one, the others to the last, normalised."""
-    encoder = load_part(kind, folder / f"text_encoder{suffix}", dtype, device)
-    tokenizer = load_tokenizer(folder / f"tokenizer{suffix}", encoder.config)
+    encoder = load_part(kind, model.part(f"text_encoder{suffix}"), dtype, device)
+    tokenizer = load_tokenizer(model.folder / f"tokenizer{suffix}", encoder.config)
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     with torch.inference_mode():
         out = encoder(tokens.input_ids.to(device), output_hidden_states=True)

@@ -15,6 +15,7 @@ from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.models.load import Vae, outline, vae_kind
 from linfusion_cli.models.load_controlnet import LoadedControl
+from linfusion_cli.models.parts import Model, Part
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class ModelOutline:
 
     @staticmethod
     def read(
-        model: Path, linfusion: Path | None, vae: Path | None = None, controls: Sequence[Path] = ()
+        model: Model, linfusion: Path | None, vae: Part | None = None, controls: Sequence[Path] = ()
     ) -> ModelOutline:
         """Raises Unavailable, DataError or InputMissing naming the file."""
-        unet = outline(UNet2DConditionModel, model / "unet")
+        unet = outline(UNet2DConditionModel, model.part("unet"))
         linear = weights.outline(linfusion, unet) if linfusion else {}
-        vae = vae or model / "vae"
+        vae = vae or model.part("vae")
         nets = {folder: LoadedControl.outline(folder, linear) for folder in controls}  # each is loaded once
         return ModelOutline(unet, linear, outline(vae_kind(vae), vae), tuple(nets[folder] for folder in controls))
 

@@ -75,6 +75,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "negative_prompt": _text,
     "size": _size,
     "seed": _whole,
+    "prediction_type": _text,
     "scheduler": _text,
     "timestep_spacing": _text,
     "steps": _several(_whole),

@@ -1,5 +1,8 @@
 """ControlNets from request to file: at the base what diffusers' pipelines make, above it in strips."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -194,3 +197,15 @@ def test_a_controlnet_without_linfusion_s_paths_is_refused_where_it_would_run_in
     with pytest.raises(DataError, match=r"down_blocks.1.*transformer_blocks.1.attn1 is a Attention"):
         make(size=Size(128, 128), control_phases=("all",), **how)
     make(size=Size(64, 64), **how)
+
+
+def test_a_model_is_asked_what_it_predicts_without_them(make, tmp_path, sd_model, nets, pictures):
+    """The probe's latents are of another size than the pictures."""
+    model = shutil.copytree(sd_model, tmp_path / "model")
+    schedule = model / "scheduler" / "scheduler_config.json"
+    config = json.loads(schedule.read_text())
+    del config["prediction_type"]
+    schedule.write_text(json.dumps(config))
+    wide = str(tmp_path / "wide.png")
+    Image.open(pictures["a"]).resize((128, 64)).save(wide)
+    make(model=str(model), linfusion="none", size=Size(128, 64), controlnet=(nets["sd"],), control_image=(wide,))

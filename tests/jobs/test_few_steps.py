@@ -12,6 +12,7 @@ from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.load import load_unet
+from linfusion_cli.models.parts import Model
 from linfusion_cli.request import GenerateRequest
 from tests.fakes import Listener
 
@@ -27,7 +28,7 @@ PUBLISHED = {
 def lora(xl_model, tmp_path_factory):
     """Random factors of rank 2 for all projections of attention, in diffusers' layout."""
     torch.manual_seed(3)
-    factors, unet = {}, load_unet(xl_model, torch.float32)
+    factors, unet = {}, load_unet(Model(xl_model), torch.float32)
     for path, module in unet.named_modules():
         if path.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")):
             factors[f"unet.{path}.lora_A.weight"] = 0.3 * torch.randn(2, module.in_features)
@@ -73,7 +74,7 @@ def test_the_ladder_runs_a_few_steps_in_each_phase(make, preset):
 def test_linear_attention_hears_the_lora_too(xl_model, lora):
     from linfusion_cli.models.lora import merge_lora
 
-    unet = load_unet(xl_model, torch.float32)
+    unet = load_unet(Model(xl_model), torch.float32)
     linear = load_weights(xl_model / "linfusion", unet, torch.float32)
     before = {path: module.to_q.weight.clone() for path, module in linear.items()}
     merged = merge_lora(unet, linear, lora, 0.8)

@@ -14,6 +14,7 @@ from linfusion_cli.images import read_info
 from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.families import read_facts
+from linfusion_cli.models.parts import Model
 from linfusion_cli.models.text import encode_prompts
 from linfusion_cli.planning import machine, plan
 from linfusion_cli.planning.speed import Speed
@@ -67,9 +68,9 @@ def names(folder) -> set[str]:
 
 def plain_phase(folder, encoded, channels, index, r, scale=5.0):
     """A phase of DemoFusion with Euler steps in one piece, written down from the paper: guided, dilated, whole."""
-    facts = read_facts(folder)
+    facts = read_facts(Model(folder))
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
-    text = encode_prompts(folder, facts, "a hill", "", torch.float32, torch.device("cpu"))
+    text = encode_prompts(Model(folder), facts, "a hill", "", torch.float32, torch.device("cpu"))
     told = torch.tensor([[256.0, 256, 0, 0, 256, 256]])
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     signal = (1 - betas).cumprod(0)

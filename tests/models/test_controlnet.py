@@ -9,6 +9,7 @@ import torch
 from linfusion_cli.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.controlnet import check_fits, find_controlnet, is_union, kind_number
 from linfusion_cli.models.load_controlnet import LoadedControl
+from linfusion_cli.models.parts import Model
 from tests.control_in_small import small_control, small_union, write_control
 from tests.models_in_small import small_sd_unet, small_xl_unet
 
@@ -44,7 +45,7 @@ def test_a_folder_is_found_and_its_kind_told(plain, union):
 @pytest.mark.parametrize("kind", ["plain", "union"])
 def test_it_is_loaded_as_it_was_written(kind, request, xl_model):
     folder = request.getfixturevalue(kind)
-    check_fits(folder, xl_model)
+    check_fits(folder, Model(xl_model))
     loaded = LoadedControl.load(folder, {}, torch.float32)
     expected = (small_union if kind == "union" else small_control)(small_xl_unet()).state_dict()
     outline = LoadedControl.outline(folder, {})
@@ -72,10 +73,10 @@ def test_a_model_of_another_kind_is_no_controlnet(xl_model):
 def test_one_for_another_family_is_refused(tmp_path, xl_model, sd_model, plain):
     other = write_control(tmp_path, small_control(small_sd_unet()))
     with pytest.raises(DataError, match=r"block_out_channels is \[8, 8, 16, 16\] in it and \[8, 16, 16\]"):
-        check_fits(other, xl_model)
+        check_fits(other, Model(xl_model))
     with pytest.raises(DataError, match="does not fit the model"):
-        check_fits(plain, sd_model)
-    check_fits(other, sd_model)
+        check_fits(plain, Model(sd_model))
+    check_fits(other, Model(sd_model))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_one_for_another_family_is_refused(tmp_path, xl_model, sd_model, plain):
 )
 def test_what_does_not_fit_is_named(changed, xl_model, name, value, says):
     with pytest.raises(DataError, match=says) as refused:
-        check_fits(changed(**{name: value}), xl_model)
+        check_fits(changed(**{name: value}), Model(xl_model))
     assert refused.value.exit_code == 65
 
 

@@ -131,7 +131,7 @@ def test_what_is_not_in_the_cache_says_how_to_get_it(tmp_path, fetched, name):
 
 def test_only_the_file_that_is_meant_is_fetched(tmp_path, fetched, monkeypatch):
     files = ["README.md", "lcm.safetensors", STANDARD]
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: files)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision: files)
     assert str(find_lora("owner/a/sub/8.safetensors", download=True)) == "/hub/owner/a/sub/8.safetensors"
     find_lora("owner/b", download=True)
     files.remove(STANDARD)
@@ -142,7 +142,7 @@ def test_only_the_file_that_is_meant_is_fetched(tmp_path, fetched, monkeypatch):
 def test_what_the_hub_has_counts_when_it_may_be_asked(tmp_path, fetched, monkeypatch):
     """The cache has the one file that was fetched by its name, which is perhaps not the one that is meant now."""
     put_in_hub(folder_of(tmp_path / "hyper", "8.safetensors"), "owner/hyper")
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: ["4.safetensors", "8.safetensors"])
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision: ["4.safetensors", "8.safetensors"])
     with pytest.raises(DataError, match="several safetensors files"):
         find_lora("owner/hyper", download=True)
     assert find_lora("owner/hyper/8.safetensors", download=True).name == "8.safetensors" and not fetched

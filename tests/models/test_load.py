@@ -9,6 +9,7 @@ from linfusion_cli.errors import DataError, Unavailable
 from linfusion_cli.geometry import Size
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.load import load_unet, load_vae
+from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.models.text import SizeConditioning, cut_off, encode_prompts, load_tokenizer
 from tests.models_in_small import small_text_config, write_small_xl
 
@@ -18,7 +19,7 @@ PROMPT, NEGATIVE = "a [cat] with 😀 and ünïcode", "blurry"
 
 
 def conditioning(folder: Path, prompt: str = PROMPT, negative: str = NEGATIVE):
-    return encode_prompts(folder, read_facts(folder), prompt, negative, torch.float32, CPU)
+    return encode_prompts(Model(folder), read_facts(Model(folder)), prompt, negative, torch.float32, CPU)
 
 
 def test_sdxl_hears_what_diffusers_pipeline_hears(xl_model):
@@ -56,7 +57,7 @@ def test_the_end_of_a_long_prompt_is_told(xl_model):
 def test_parts_are_read_as_they_were_written(xl_model):
     from safetensors.torch import load_file
 
-    unet = load_unet(xl_model, torch.float32)
+    unet = load_unet(Model(xl_model), torch.float32)
     for name, tensor in load_file(xl_model / "unet" / "diffusion_pytorch_model.safetensors").items():
         assert torch.equal(unet.state_dict()[name], tensor)
     assert not any(parameter.requires_grad for parameter in unet.parameters()) and not unet.training
@@ -64,14 +65,14 @@ def test_parts_are_read_as_they_were_written(xl_model):
 
 def test_a_half_precision_variant_is_read(tmp_path):
     folder = write_small_xl(tmp_path / "half", variant="fp16")
-    assert load_unet(folder, torch.float32).dtype == torch.float32
-    assert load_vae(folder / "vae", torch.float32, CPU).dtype == torch.float32
+    assert load_unet(Model(folder), torch.float32).dtype == torch.float32
+    assert load_vae(Part(folder / "vae"), torch.float32, CPU).dtype == torch.float32
 
 
 def test_parameters_do_not_lie_in_the_file(xl_model):
     """Overwriting the file under a model that maps it would change its weights."""
     folder = shutil.copytree(xl_model / "unet", xl_model.parent / "mapped" / "unet").parent
-    unet = load_unet(folder, torch.float32)
+    unet = load_unet(Model(folder), torch.float32)
     before = unet.conv_in.weight.clone()
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     with file.open("r+b") as stream:
@@ -90,13 +91,13 @@ def test_a_truncated_file_is_named(copy):
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"unet/diffusion_pytorch_model\.safetensors is not a whole"):
-        load_unet(copy, torch.float32)
+        load_unet(Model(copy), torch.float32)
 
 
 def test_missing_weights_are_named(copy):
     (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(Unavailable, match="vae has no weights"):
-        load_vae(copy / "vae", torch.float32, CPU)
+        load_vae(Part(copy / "vae"), torch.float32, CPU)
 
 
 @pytest.mark.parametrize("lost", [["*"], ["vocab.json", "tokenizer.json"]])
@@ -136,12 +137,12 @@ def test_weights_that_do_not_fit_their_config_are_refused(copy, part):
     file = copy / f"{part}.safetensors"
     tensors = load_file(file)
     name, tensor = tensors.popitem()
-    facts = read_facts(copy)
+    facts = read_facts(Model(copy))
 
     def read_all():
-        load_unet(copy, torch.float32)
-        load_vae(copy / "vae", torch.float32, CPU)
-        encode_prompts(copy, facts, PROMPT, "", torch.float32, CPU)
+        load_unet(Model(copy), torch.float32)
+        load_vae(Part(copy / "vae"), torch.float32, CPU)
+        encode_prompts(Model(copy), facts, PROMPT, "", torch.float32, CPU)
 
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(DataError, match=f"lack {name}"):

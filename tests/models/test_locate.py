@@ -5,15 +5,15 @@ import pytest
 
 from linfusion_cli.errors import DataError, Unavailable
 from linfusion_cli.models.families import read_facts
+from linfusion_cli.models.hub import download_patterns
 from linfusion_cli.models.locate import (
     DEMO_FOLDER,
-    download_patterns,
     find_linfusion,
     find_model,
     find_vae,
     is_here,
-    weights_files,
 )
+from linfusion_cli.models.parts import Model, Part, weights_files
 
 
 @pytest.fixture
@@ -38,31 +38,31 @@ def put_in_hub(folder, name):
 
 
 def test_a_folder_is_found(xl_model):
-    assert find_model(str(xl_model)) == xl_model
+    assert find_model(str(xl_model)) == Model(xl_model)
 
 
 def test_demo_is_embedded():
-    assert find_model("demo") == DEMO_FOLDER
+    assert find_model("demo") == Model(DEMO_FOLDER)
 
 
 def test_a_hub_id_in_the_cache_is_found(xl_model):
     snapshot = put_in_hub(xl_model, "someone/small-xl")
-    assert find_model("someone/small-xl") == snapshot
-    assert find_linfusion("someone/small-xl", xl_model, "sdxl") == snapshot
+    assert find_model("someone/small-xl") == Model(snapshot)
+    assert find_linfusion("someone/small-xl", Model(xl_model), "sdxl") == snapshot
 
 
 def test_a_vae_is_found_in_a_model_on_its_own_and_in_the_hub(xl_model, tmp_path):
-    assert find_vae("auto", xl_model) == find_vae(str(xl_model), DEMO_FOLDER) == xl_model / "vae"
-    assert find_vae(str(xl_model / "vae"), DEMO_FOLDER) == xl_model / "vae"
-    assert find_vae("demo", xl_model) == DEMO_FOLDER / "vae"
+    assert find_vae("auto", Model(xl_model)) == find_vae(str(xl_model), Model(DEMO_FOLDER)) == Part(xl_model / "vae")
+    assert find_vae(str(xl_model / "vae"), Model(DEMO_FOLDER)) == Part(xl_model / "vae")
+    assert find_vae("demo", Model(xl_model)) == Part(DEMO_FOLDER / "vae")
     snapshot = put_in_hub(xl_model / "vae", "someone/vae")
-    assert find_vae("someone/vae", DEMO_FOLDER) == snapshot
+    assert find_vae("someone/vae", Model(DEMO_FOLDER)) == Part(snapshot)
     with pytest.raises(Unavailable, match="--vae someone/other is not on this machine"):
-        find_vae("someone/other", DEMO_FOLDER)
+        find_vae("someone/other", Model(DEMO_FOLDER))
     with pytest.raises(DataError, match="has no config.json"):
-        find_vae(str(tmp_path), DEMO_FOLDER)
-    with pytest.raises(DataError, match="is a file"):
-        find_vae(str(xl_model / "vae" / "config.json"), DEMO_FOLDER)
+        find_vae(str(tmp_path), Model(DEMO_FOLDER))
+    with pytest.raises(DataError, match="is no safetensors file"):
+        find_vae(str(xl_model / "vae" / "config.json"), Model(DEMO_FOLDER))
 
 
 def test_a_hub_id_that_is_not_here_says_how_to_get_it():
@@ -80,23 +80,23 @@ def test_a_path_that_is_not_there_is_said_to_be_none(name):
 
 
 def test_a_file_and_a_folder_of_something_else_are_refused(tmp_path):
-    file = tmp_path / "model.safetensors"
+    file = tmp_path / "model.txt"
     file.write_bytes(b"")
-    with pytest.raises(DataError, match="is a file"):
+    with pytest.raises(DataError, match="is no safetensors file"):
         find_model(str(file))
     with pytest.raises(DataError, match=r"model_index\.json"):
         find_model(str(tmp_path))
 
 
 def test_linfusion_auto_is_the_models_own_else_its_familys(xl_model, sd_model):
-    assert find_linfusion("auto", xl_model, "sdxl") == xl_model / "linfusion"
-    assert find_linfusion("none", xl_model, "sdxl") is None
+    assert find_linfusion("auto", Model(xl_model), "sdxl") == xl_model / "linfusion"
+    assert find_linfusion("none", Model(xl_model), "sdxl") is None
     with pytest.raises(Unavailable, match="--linfusion Yuanshi/LinFusion-1-5"):
-        find_linfusion("auto", sd_model, "sd15")
+        find_linfusion("auto", Model(sd_model), "sd15")
 
 
 def test_facts_come_from_configs_alone(xl_model, sd_model):
-    xl, sd = read_facts(xl_model), read_facts(sd_model)
+    xl, sd = read_facts(Model(xl_model)), read_facts(Model(sd_model))
     assert (xl.family, xl.native_px, xl.vae_factor, xl.multiple_px, xl.is_xl) == ("sdxl", 64, 8, 32, True)
     assert (sd.family, sd.native_px, sd.vae_factor, sd.multiple_px, sd.is_xl) == ("sd15", 64, 8, 64, False)
     assert xl.zeros_for_empty_prompt and not sd.zeros_for_empty_prompt
@@ -106,7 +106,7 @@ def test_facts_come_from_configs_alone(xl_model, sd_model):
 def test_a_broken_config_is_named(copy, text):
     (copy / "unet" / "config.json").write_text(text)
     with pytest.raises(DataError, match="(?i)unet"):
-        read_facts(copy)
+        read_facts(Model(copy))
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,13 @@ def test_a_model_of_another_kind_is_refused(copy, part, change, named):
     file = copy / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(DataError, match=named):
-        read_facts(copy)
+        read_facts(Model(copy))
 
 
 def test_a_missing_config_is_named(copy):
     (copy / "vae" / "config.json").unlink()
     with pytest.raises(Unavailable, match=r"vae/config\.json is missing"):
-        read_facts(copy)
+        read_facts(Model(copy))
 
 
 def test_a_model_is_here_only_with_all_its_weights(copy):
@@ -149,12 +149,12 @@ def test_pickles_are_refused_with_a_way_to_convert(copy):
 def test_download_fetches_only_what_is_not_here(xl_model, monkeypatch):
     """With --download a complete model runs without a network, and one that was cut off is fetched."""
     snapshot = put_in_hub(xl_model, "someone/small-xl")
-    monkeypatch.setattr("linfusion_cli.models.locate.fetch", lambda name, kind: f"fetched {name}")
-    assert find_model("someone/small-xl", download=True) == snapshot
+    monkeypatch.setattr("linfusion_cli.models.hub.fetch", lambda name, kind: f"fetched {name}")
+    assert find_model("someone/small-xl", download=True) == Model(snapshot)
     (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    assert find_model("someone/small-xl", download=True) == "fetched someone/small-xl"
-    assert find_linfusion("someone/small-xl", xl_model, "sdxl", download=True) == "fetched someone/small-xl"
-    assert find_model("someone/other", download=True) == "fetched someone/other"
+    assert find_model("someone/small-xl", download=True) == Model("fetched someone/small-xl")
+    assert find_linfusion("someone/small-xl", Model(xl_model), "sdxl", download=True) == "fetched someone/small-xl"
+    assert find_model("someone/other", download=True) == Model("fetched someone/other")
 
 
 def test_what_is_downloaded_is_what_is_needed(monkeypatch):
@@ -166,7 +166,7 @@ def test_what_is_downloaded_is_what_is_needed(monkeypatch):
         "vae/diffusion_pytorch_model.safetensors",
         "vae_1_0/diffusion_pytorch_model.safetensors",
     ]
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: files)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision: files)
     patterns = download_patterns("someone/sdxl")
     weights = [pattern for pattern in patterns if pattern.endswith(".safetensors")]
     assert weights == ["unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors"]
@@ -179,7 +179,7 @@ def test_nothing_is_downloaded_unless_asked_and_a_dead_network_is_one_sentence(m
 
     error = [*HfHubHTTPError.__bases__, OfflineModeIsEnabled][kind]("no route\nto host")
 
-    def refuse(name):
+    def refuse(name, revision):
         raise error
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", refuse)

@@ -11,6 +11,7 @@ from linfusion_cli.attention.mount import mounted
 from linfusion_cli.geometry import Size
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.load_controlnet import linear_attention
+from linfusion_cli.models.parts import Model
 from linfusion_cli.planning.needs import Need
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Wanted, make_plan
@@ -97,8 +98,8 @@ def test_a_controlnet_adds_about_what_a_unet_s_encoder_does(networks):
 def test_a_plan_counts_them_where_they_act(kind, xl_model, tmp_path):
     """On a CPU their weights are there from the first stage to the last; on a card only where they act."""
     net = small_control(small_xl_unet())
-    folder, facts = write_control(tmp_path, net), read_facts(xl_model)
-    outline = ModelOutline.read(xl_model, xl_model / "linfusion", controls=[folder])
+    folder, facts = write_control(tmp_path, net), read_facts(Model(xl_model))
+    outline = ModelOutline.read(Model(xl_model), xl_model / "linfusion", controls=[folder])
     wanted = a_request(SIZES[-1], attention=("original", "linear"), steps=(4,), strength=(0.5,))
     phases = ladder(wanted, Rungs(SIZES, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
     passes = [count_passes(wanted, facts.scheduler_config, phase) for phase in phases]

@@ -11,6 +11,7 @@ from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.locate import DEMO_FOLDER
+from linfusion_cli.models.parts import Model
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import MARGIN_BYTES, STRIP_SIZES, Plan, Wanted, make_plan
@@ -39,7 +40,7 @@ def plan(on: Machine, attentions=("original", "linear"), **request) -> Plan:
     """A plan for the demo model, from 256² to 8192²."""
     wanted = a_request(SIZES[-1], attention=attentions, steps=(4,), strength=(0.5,), **request)
     phases = ladder(wanted, Rungs(SIZES, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
-    facts, outline = read_facts(DEMO_FOLDER), ModelOutline.read(DEMO_FOLDER, DEMO_FOLDER / "linfusion")
+    facts, outline = read_facts(Model(DEMO_FOLDER)), ModelOutline.read(Model(DEMO_FOLDER), DEMO_FOLDER / "linfusion")
     passes = [count_passes(wanted, facts.scheduler_config, phase) for phase in phases]
     return make_plan(Wanted(wanted, facts, phases, passes), outline, on)
 

@@ -14,6 +14,7 @@ from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.models.load import load_unet
 from linfusion_cli.models.locate import DEMO_FOLDER
+from linfusion_cli.models.parts import Model
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
@@ -58,7 +59,7 @@ def deep_unet() -> UNet2DConditionModel:
 
 
 def demo_unet() -> UNet2DConditionModel:
-    return load_unet(DEMO_FOLDER, torch.float32)
+    return load_unet(Model(DEMO_FOLDER), torch.float32)
 
 
 FAMILIES = {"xl": small_xl_unet, "sd15": small_sd_unet, "sd21": small_sd21_unet, "deep": deep_unet, "demo": demo_unet}

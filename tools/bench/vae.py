@@ -31,6 +31,7 @@ from linfusion_cli.images.quantise import quantised
 from linfusion_cli.jobs.writing import Writing
 from linfusion_cli.models.load import load_vae
 from linfusion_cli.models.locate import DEMO_FOLDER
+from linfusion_cli.models.parts import Part
 from linfusion_cli.planning.conversion import STREAM_ROWS, patch_counts
 from linfusion_cli.strips.stream import reach
 from linfusion_cli.vae.decode import decode_rows
@@ -48,7 +49,7 @@ HEIGHT = STREAM_ROWS["cpu"][0]
 
 
 def demo_vae() -> AutoencoderKL:
-    return load_vae(DEMO_FOLDER / "vae", torch.float32, CPU)
+    return load_vae(Part(DEMO_FOLDER / "vae"), torch.float32, CPU)
 
 
 def sampled(latents: Tensor) -> Method:

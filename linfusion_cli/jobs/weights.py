@@ -1,0 +1,47 @@
+"""The weights that a run reads, hashed before it begins: what its report and its picture say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from linfusion_cli.jobs.prepare import Prepared
+from linfusion_cli.jobs.record import Recorder
+from linfusion_cli.models.digest import WeightsFile, digested
+from linfusion_cli.models.locate import LINFUSION_WEIGHTS
+from linfusion_cli.models.parts import PARTS, Part
+
+WHOLE = "model"  # the use of a file that holds a whole model
+
+
+def hashed_weights(prepared: Prepared, recorder: Recorder) -> list[WeightsFile]:
+    """All of them, with the time that it takes recorded: gigabytes are read, which loading then finds in memory."""
+    with recorder.stage("weights", "hash", None, 1, "hashes"):
+        return digested(weights_read(prepared))
+
+
+def weights_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
+    """Use and path of every file; raises DataError where a shard is missing."""
+    model = prepared.model
+    if model.file is not None:
+        yield WHOLE, model.file
+    else:
+        for name in (part for part in PARTS if part != "vae" and (model.folder / part).is_dir()):
+            yield from ((name, file) for file in model.part(name).weights)
+    yield from (("vae", file) for file in prepared.vae.weights)
+    if prepared.linfusion is not None:
+        yield "linfusion", prepared.linfusion / LINFUSION_WEIGHTS
+    yield from (("lora", file) for file, _ in prepared.loras)
+    for control in prepared.controls.found:
+        yield from (("controlnet", file) for file in Part(control.folder).weights)
+
+
+def main_hash(weights: Sequence[WeightsFile]) -> str:
+    """What stands for the checkpoint where there is room for one hash: its file's, or its UNet's first."""
+    return next((file.sha256 for file in weights if file.use in (WHOLE, "unet")), "")
+
+
+def to_json(weights: Sequence[WeightsFile]) -> list[dict[str, Any]]:
+    """As a report has it."""
+    return [{"use": file.use, "path": str(file.path), "bytes": file.bytes, "sha256": file.sha256} for file in weights]

@@ -1,0 +1,146 @@
+"""Whether a model can be used: every header read, every shape compared, every number looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from safetensors import safe_open
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from linfusion_cli.attention import weights
+from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts
+from linfusion_cli.models.header import COUNTERS, Header, read_header
+from linfusion_cli.models.load import AGAIN, checked_headers, fitting_state, outline, vae_kind
+from linfusion_cli.models.locate import LAYOUTS, find_linfusion, find_model, is_lora
+from linfusion_cli.models.lora import read_lora
+from linfusion_cli.models.parts import Model, Part
+from linfusion_cli.models.text import load_tokenizer
+from linfusion_cli.units import is_file, is_folder, user_path
+
+ALONE = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, ControlNetModel, ControlNetUnionModel)}
+LINFUSION = "LinFusion"
+
+
+@dataclass(frozen=True)
+class PartFound:
+    """One part of a model as it was found: its files, and how many tensors of which type are in them."""
+
+    name: str
+    files: list[Path]
+    bytes: int
+    tensors: int
+    types: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What something turned out to be, in words, its parts, and what else a person should know of it."""
+
+    what: str
+    parts: list[PartFound]
+    remarks: list[str]
+
+
+def check(name: str) -> Found:
+    """What --model, --vae, --lora or --controlnet `name` is; raises Unavailable where it is not here, and DataError
+    naming the first thing that is wrong with it."""
+    path = user_path(name)
+    if is_file(path) and path.suffix == ".safetensors" and is_lora(header := read_header(path)):
+        return check_lora(header)
+    if is_folder(path) and not is_file(path / "model_index.json") and is_file(path / "config.json"):
+        return check_alone(path)
+    return check_model(find_model(name))
+
+
+def check_lora(header: Header) -> Found:
+    """A LoRA's file, without a model to fit."""
+    lora = read_lora(header.file)
+    return Found(f"LoRA for {len(lora.layers)} layers of a UNet", [part_found("lora", [header])], [])
+
+
+def check_alone(folder: Path) -> Found:
+    """A folder with one network in it."""
+    name = read_config(folder / "config.json").get("_class_name")
+    if name == LINFUSION:
+        header = read_header(folder / weights.WEIGHTS_NAME)
+        check_numbers_in(header)
+        layers = len(weights.read_specs(folder / weights.CONFIG_NAME))
+        return Found(f"LinFusion's weights for {layers} layers", [part_found("linfusion", [header])], [])
+    if name not in ALONE:
+        raise DataError(f"{folder} holds a {name}, which is nothing that can be used.", LAYOUTS)
+    return Found(name, [check_part(name, ALONE[name], Part(folder))], [])
+
+
+def check_model(model: Model) -> Found:
+    """A whole model, with LinFusion's weights for it where they are here."""
+    facts = read_facts(model)
+    kinds: dict[str, type[nn.Module]] = {"unet": UNet2DConditionModel, "vae": vae_kind(model.part("vae"))}
+    kinds |= {"text_encoder": CLIPTextModel}
+    kinds |= {"text_encoder_2": CLIPTextModelWithProjection} if facts.is_xl else {}
+    parts = [check_part(name, kind, model.part(name)) for name, kind in kinds.items()]
+    for suffix in ("", "_2") if facts.is_xl else ("",):
+        kind = kinds[f"text_encoder{suffix}"]
+        load_tokenizer(model.folder / f"tokenizer{suffix}", outline(kind, model.part(f"text_encoder{suffix}")).config)
+    predicts = facts.prediction_type or "what a probe will tell"
+    what = f"{FAMILY_NAMES[facts.family]} family, {facts.native_px} px, predicts {predicts}"
+    return Found(what, parts, [linfusion_remark(model, facts.family)])
+
+
+def linfusion_remark(model: Model, family: str) -> str:
+    """Whether LinFusion's weights for the model are here, and fit."""
+    try:
+        folder = find_linfusion("auto", model, family)
+    except Unavailable as error:
+        return f"LinFusion: {error}"
+    unet = outline(UNet2DConditionModel, model.part("unet"))
+    modules = weights.load_weights(folder, unet, torch.float32)
+    return f"LinFusion: {folder} fits, {len(modules)} layers"
+
+
+def check_part(name: str, kind: type[nn.Module], part: Part) -> PartFound:
+    """One part: all tensors of its network are there, with its shapes, of floats that are numbers."""
+    headers, module = checked_headers(part), outline(kind, part)
+    if part.file is not None:
+        fitting_state(module, headers[0], on_meta=True)
+    else:
+        compare(part, headers, module)
+    for header in headers:
+        check_numbers_in(header)
+    return part_found(name, headers)
+
+
+def compare(part: Part, headers: list[Header], module: nn.Module) -> None:
+    """Raise DataError naming the first tensor that a part's network has, and its files have not or otherwise."""
+    given = {plain(name): shape for header in headers for name, shape in header.shapes.items()}
+    for name, parameter in module.named_parameters():
+        shape = given.get(plain(name), "no such tensor")
+        if shape != tuple(parameter.shape):
+            reason = f"{name} is {shape} in the files and {tuple(parameter.shape)} by its config"
+            raise DataError(f"The weights in {part} do not fit its config.json: {reason}.", AGAIN)
+
+
+def plain(name: str) -> str:
+    """A tensor's name without the level that some versions of transformers have and others have not."""
+    return name.removeprefix("text_model.")
+
+
+def check_numbers_in(header: Header) -> None:
+    """Raise DataError naming the first tensor of a file that is not all finite numbers."""
+    with safe_open(header.file, framework="pt") as opened:
+        for name in header.shapes:
+            if not name.endswith(COUNTERS) and not opened.get_tensor(name).sum(dtype=torch.float32).isfinite():
+                raise DataError(f"{header.file} is damaged: {name} is not all finite numbers.", AGAIN)
+
+
+def part_found(name: str, headers: list[Header]) -> PartFound:
+    """What the files of a part hold."""
+    types = Counter(kind for header in headers for kind in header.types.values())
+    files = [header.file for header in headers]
+    size = sum(file.stat().st_size for file in files)
+    return PartFound(name, files, size, types.total(), ", ".join(kind for kind, _ in types.most_common()))

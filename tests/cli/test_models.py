@@ -1,0 +1,218 @@
+"""`linfusion models`: what is here, what comes here, what can be used."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from linfusion_cli.models.locate import DEMO_FOLDER, FAMILY_BASES
+from tests.fake_hub import COMMIT, serving
+from tests.models.test_locate import put_in_hub
+from tests.models_in_small import write_linfusion
+from tests.original_in_small import without_weights, write_original, write_small_sd21
+
+LARGE = 24 << 20  # beyond two of the pieces that the hub's library writes at a time
+
+
+def test_list_tells_what_is_here(cli, sd_model, tmp_path):
+    put_in_hub(sd_model, "someone/small-sd")
+    put_in_hub(without_weights(sd_model, tmp_path / "bare"), "someone/configs")
+    put_in_hub(DEMO_FOLDER / "linfusion", "someone/linfusion")
+    code, out, _ = cli("models", "list")
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert "SDXL, embedded" in rows["demo"] and str(DEMO_FOLDER) in rows["demo"]
+    assert " SD 1.5 " in rows["someone/small-sd"] and COMMIT[:12] in rows["someone/small-sd"]
+    assert "weights incomplete" in rows["someone/configs"] and "LinFusion" in rows["someone/linfusion"]
+    entries = json.loads(cli("models", "list", "--json")[1])
+    assert {entry["name"]: entry["bytes"] > 0 for entry in entries} == dict.fromkeys(rows.keys() - {"model"}, True)
+
+
+def test_list_without_a_cache_tells_the_embedded_model(cli):
+    code, out, _ = cli("models", "list")
+    assert code == 0 and out.splitlines()[1].startswith("demo") and len(out.splitlines()) == 2
+
+
+def test_check_says_what_a_model_is(cli, xl_model, sd_model, tmp_path):
+    assert "SDXL family, 256 px, predicts epsilon" in cli("models", "check", "demo")[1]
+    code, out, _ = cli("models", "check", xl_model)
+    assert code == 0 and "SDXL family, 64 px" in out and "fits, 11 layers" in out
+    assert [line.split()[0] for line in out.splitlines()[2:6]] == ["unet", "vae", "text_encoder", "text_encoder_2"]
+    code, out, _ = cli("models", "check", sd_model)
+    assert code == 0 and "SD 1.5 family" in out and "Yuanshi/LinFusion-1-5 is not on this machine" in out
+    out = cli("models", "check", write_small_sd21(tmp_path / "sd21"))[1]
+    assert "SD 2.1 family" in out and "predicts v_prediction" in out
+    found = json.loads(cli("models", "check", "demo", "--json")[1])
+    assert [part["name"] for part in found["parts"]] == ["unet", "vae", "text_encoder", "text_encoder_2"]
+
+
+def test_check_of_a_single_file(cli, sd_model, tmp_path):
+    file = write_original(sd_model, tmp_path / "one.safetensors", "sd15")
+    code, _, err = cli("models", "check", file)
+    assert code == 69 and "linfusion models pull" in err
+    put_in_hub(without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
+    code, out, _ = cli("models", "check", file)
+    assert code == 0 and "SD 1.5 family" in out and "predicts what a probe will tell" in out
+
+
+def test_check_of_parts_and_loras(cli, xl_model, tmp_path):
+    assert "AutoencoderKL" in cli("models", "check", xl_model / "vae")[1]
+    assert "LinFusion's weights for 11 layers" in cli("models", "check", xl_model / "linfusion")[1]
+    lora = {
+        "unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.zeros(8, 2, 1, 1),
+    }
+    save_file(lora, tmp_path / "lora.safetensors")
+    assert "LoRA for 1 layers" in cli("models", "check", tmp_path / "lora.safetensors")[1]
+
+
+def damaged(folder, part, change):
+    (file,) = (folder / part).glob("*.safetensors")
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+CHANGES = {
+    "a tensor less": lambda tensors: dict(list(tensors.items())[1:]),
+    "another shape": lambda tensors: tensors | {min(tensors): torch.zeros(3, 5)},
+    "whole numbers": lambda tensors: tensors | {min(tensors): tensors[min(tensors)].to(torch.int32)},
+    "not a number": lambda tensors: tensors | {min(tensors): tensors[min(tensors)] * float("nan")},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "linfusion"])
+def test_check_fails_with_65_and_names_the_tensor(cli, xl_model, tmp_path, part, change):
+    folder = shutil.copytree(xl_model, tmp_path / "copy")
+    (file,) = (folder / part).glob("*.safetensors")
+    name = min(load_file(file)) if change != "a tensor less" else next(iter(load_file(file)))
+    damaged(folder, part, CHANGES[change])
+    code, out, err = cli("models", "check", folder)
+    assert code == 65 and not out and name.removeprefix("text_model.") in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "lost", ["tokenizer/vocab.json", "model_index.json", "unet/diffusion_pytorch_model.safetensors"]
+)
+def test_check_of_what_is_incomplete(cli, xl_model, tmp_path, lost):
+    folder = shutil.copytree(xl_model, tmp_path / "copy")
+    (folder / lost).unlink()
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    code, _, err = cli("models", "check", folder)
+    assert code == (69 if "unet" in lost else 65) and len(err.splitlines()) == 1
+
+
+def test_linfusion_weights_of_another_model_are_named(cli, xl_model, sd_model, tmp_path):
+    from linfusion_cli.models.load import load_unet
+    from linfusion_cli.models.parts import Model
+
+    folder = shutil.copytree(sd_model, tmp_path / "copy")
+    write_linfusion(folder / "linfusion", load_unet(Model(xl_model), torch.float32))
+    code, _, err = cli("models", "check", folder)
+    assert (
+        code == 65 and "down_blocks.0.attentions.0.transformer_blocks.0.attn1 has no such layer in the weights" in err
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("demo", 2), (".", 2), ("a b", 69), ("no/such/thing/x.bin", 69), ("someone/else", 69)]
+)
+def test_pull_of_what_cannot_be(cli, monkeypatch, name, code):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found, _, err = cli("models", "pull", "-q", name)
+    assert found == code and len(err.splitlines()) == 1
+
+
+def linfusion(hub, home, *arguments, offline=False):
+    """The program in a process of its own, whose hub is `hub`."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environ |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    command = [sys.executable, "-m", "linfusion_cli", *map(str, arguments)]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    """What the hub has: the demo model without its linear attention, that by itself, and a large file."""
+    home = tmp_path_factory.mktemp("repositories")
+    model = shutil.copytree(DEMO_FOLDER, home / "demo", ignore=shutil.ignore_patterns("linfusion"))
+    (home / "large").mkdir()
+    (home / "large" / "config.json").write_text("{}")
+    (home / "large" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(LARGE))
+    return {"a/demo": model, "Yuanshi/LinFusion-XL": DEMO_FOLDER / "linfusion", "a/large": home / "large"}
+
+
+def test_pull_brings_a_model_and_its_linear_attention(repositories, tmp_path):
+    with serving(repositories) as hub:
+        run = linfusion(hub, tmp_path, "models", "pull", "a/demo")
+        assert run.returncode == 0 and run.stderr.splitlines() == ["Fetching a/demo", "Fetching Yuanshi/LinFusion-XL"]
+        assert [f"models--{name}" in run.stdout for name in ("a--demo", "Yuanshi--LinFusion-XL")] == [True, True]
+        hub.asked.clear()
+        checked = linfusion(hub, tmp_path, "models", "check", "a/demo")
+        assert checked.returncode == 0 and "LinFusion-XL" in checked.stdout and "fits" in checked.stdout
+        painted = linfusion(
+            hub, tmp_path, "generate", "a sea", "--model", "a/demo", "--size", "64", "--steps", "1", "-q",
+            "-o", tmp_path / "out.png",
+        )  # fmt: skip
+        assert painted.returncode == 0, painted.stderr
+        assert hub.asked == []  # neither of them asked for anything
+
+
+def test_pull_of_configs_alone(repositories, tmp_path):
+    with serving(repositories) as hub:
+        assert linfusion(hub, tmp_path, "models", "pull", "a/demo", "--configs").returncode == 0
+        assert not any(path.endswith(".safetensors") for _, path, _ in hub.asked)
+
+
+def test_a_pinned_revision_is_asked_for(repositories, tmp_path):
+    with serving(repositories) as hub:
+        assert linfusion(hub, tmp_path, "models", "pull", f"a/large@{COMMIT}", "--configs").returncode == 0
+        assert any(f"/resolve/{COMMIT}/" in path for _, path, _ in hub.asked)
+        assert not any("/main" in path for _, path, _ in hub.asked)
+
+
+def asked_for_weights(hub):
+    """What part of the large file was asked for, each time."""
+    return [part for method, path, part in hub.asked if method == "GET" and path.endswith(".safetensors")]
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_ended(repositories, tmp_path):
+    with serving(repositories) as hub:
+        hub.cut_after = 12 << 20
+        run = linfusion(hub, tmp_path, "models", "pull", "a/large")
+        assert run.returncode == 0, run.stderr
+        assert asked_for_weights(hub) == [None, f"bytes={10 << 20}-"]
+        assert next((tmp_path / "hub").rglob("snapshots/*/*.safetensors")).stat().st_size == LARGE
+
+
+def test_a_pull_that_failed_fetches_what_is_missing_when_it_is_repeated(repositories, tmp_path):
+    with serving(repositories) as hub:
+        hub.cut_after, hub.refuses_after_cut = 12 << 20, True
+        run = linfusion(hub, tmp_path, "models", "pull", "a/large")
+        assert run.returncode == 69 and "could not be fetched" in run.stderr and "Traceback" not in run.stderr
+        hub.refuses_after_cut = False
+        hub.asked.clear()
+        run = linfusion(hub, tmp_path, "models", "pull", "a/large")
+        assert run.returncode == 0, run.stderr
+        assert asked_for_weights(hub) == [None] and not any("config.json" in path for _, path, _ in hub.asked)
+
+
+def test_what_the_hub_does_not_have_is_one_sentence(repositories, tmp_path):
+    with serving(repositories) as hub:
+        run = linfusion(hub, tmp_path, "models", "pull", "a/nothing")
+        assert run.returncode == 69 and run.stderr.splitlines()[-1].startswith("linfusion: a/nothing: the hub has no")
+
+
+def test_generate_with_download_fetches_what_it_needs(repositories, tmp_path):
+    with serving(repositories) as hub:
+        options = ("--size", "288", "--steps", "1", "--attention", "linear", "-o", tmp_path / "out.png")
+        run = linfusion(hub, tmp_path, "generate", "a sea", "--model", "a/demo", *options)
+        assert run.returncode == 69 and "Add --download or run `linfusion models pull a/demo`" in run.stderr
+        assert hub.asked == []
+        run = linfusion(hub, tmp_path, "generate", "a sea", "--model", "a/demo", "--download", *options)
+        assert run.returncode == 0, run.stderr

@@ -1,0 +1,99 @@
+"""Apart from `models pull` and --download no command opens a connection."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tests.fake_hub import COMMIT
+from tests.models_in_small import small_tokenizer
+
+WITHOUT_NETWORK = """
+import socket, sys
+log_path = sys.argv[1]
+def refuse(*given, **_):
+    with open(log_path, "a") as log:
+        print(given[-2:], file=log)
+    raise OSError("this test has no network")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+sys.argv = ["linfusion", *sys.argv[2:]]
+from linfusion_cli.cli.app import main
+main()
+"""
+SMALL = ("--size", "64", "--steps", "1", "--strength", "1", "-q", "--overwrite", "-o", "out.png")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, sd_model):
+    """A folder with a picture in it, and a hub's cache with a model that lacks its linear attention."""
+    folder = tmp_path_factory.mktemp("home")
+    Image.new("RGB", (80, 64), "green").save(folder / "photo.png")
+    repository = folder / "hub" / "models--someone--sd"
+    shutil.copytree(sd_model, repository / "snapshots" / COMMIT)
+    small_tokenizer(repository / "snapshots" / COMMIT / "tokenizer")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return folder
+
+
+@pytest.fixture
+def offline(home, tmp_path):
+    """Run the program as cron would, with no variable that keeps libraries off the network -> exit code, stderr."""
+
+    def run(*arguments):
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LINFUSION_"))}
+        environ |= {"HF_HOME": str(home), "XDG_CONFIG_HOME": str(tmp_path)}
+        log = tmp_path / "connections"
+        command = [sys.executable, "-c", WITHOUT_NETWORK, str(log), *arguments]
+        done = subprocess.run(command, cwd=home, env=environ, capture_output=True, text=True, timeout=300)
+        assert not log.exists(), log.read_text()
+        return done.returncode, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("generate", "a sea", "--preset", "demo", *SMALL), 0),
+        (("generate", "a sea", "--model", "someone/sd", "--linfusion", "none", *SMALL), 0),
+        (
+            (
+                "generate",
+                "a sea",
+                "--model",
+                f"someone/sd@{COMMIT}",
+                "--vae",
+                "someone/sd",
+                "--linfusion",
+                "none",
+                *SMALL,
+            ),
+            0,
+        ),
+        (("generate", "a sea", "--model", "someone/sd@elsewhere", *SMALL), 69),
+        (("generate", "a sea", "--model", "someone/sd", "--attention", "linear", *SMALL), 69),
+        (("generate", "a sea", "--model", "someone/sd", "--lora", "someone/lora", *SMALL), 69),
+        (("generate", "a sea", "--preset", "sdxl", *SMALL), 69),
+        (("upscale", "photo.png", "--preset", "demo", "--size", "96", "--steps", "1", "-q", "-o", "large.png"), 0),
+        (("plan", "a sea", "--model", "someone/sd", "--linfusion", "none", "--size", "128"), 0),
+        (("models", "list"), 0),
+        (("models", "check", "someone/sd"), 0),
+        (("models", "check", "someone/else"), 69),
+        (("doctor",), 0),
+        (("presets", "list"), 0),
+        (("info", "photo.png"), 0),
+    ],
+    ids=lambda value: " ".join(value[:4]) if isinstance(value, tuple) else str(value),
+)
+def test_no_connection_is_opened(offline, arguments, code):
+    found, err = offline(*arguments)
+    assert found == code, err
+
+
+def test_the_test_would_see_one(offline):
+    with pytest.raises(AssertionError, match="huggingface"):
+        offline("models", "pull", "-q", "someone/else")

@@ -1,0 +1,131 @@
+"""A checkpoint of any family and layout paints what diffusers paints with it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+
+from linfusion_cli.events import Notice
+from linfusion_cli.geometry import Size
+from linfusion_cli.jobs import paint
+from linfusion_cli.jobs.generate import generate
+from linfusion_cli.models.locate import DEMO_FOLDER, FAMILY_BASES
+from linfusion_cli.request import GenerateRequest
+from tests.fakes import Listener
+from tests.models.test_locate import put_in_hub
+from tests.models_in_small import write_small_sd, write_small_xl
+from tests.original_in_small import without_weights, write_original, write_small_sd21
+
+WRITERS = {"sdxl": write_small_xl, "sd21": write_small_sd21, "sd15": write_small_sd}
+SIZE, STEPS, SCALE, SEED = 64, 4, 3.0, 5
+
+
+@pytest.fixture
+def painted(tmp_path, monkeypatch):
+    """The latents of a base picture, and what was said meanwhile."""
+
+    def run(model, **changed):
+        latents, first, listener = [], paint.first, Listener()
+        monkeypatch.setattr(paint, "first", lambda *given: latents.append(first(*given)) or latents[-1])
+        values = {"prompt": "a hill", "negative_prompt": "fog", "size": Size(SIZE, SIZE), "steps": (STEPS,)}
+        values |= {
+            "seed": SEED,
+            "guidance_scale": (SCALE,),
+            "linfusion": "none",
+            "model": str(model),
+            "overwrite": True,
+        }
+        generate(GenerateRequest(**values | {"output": tmp_path / "out.png"} | changed), {}, listener)
+        monkeypatch.setattr(paint, "first", first)
+        return latents[-1][0], [event.text for event in listener.of(Notice)]
+
+    return run
+
+
+def by_diffusers(folder, **changed):
+    kind = StableDiffusionXLPipeline if (folder / "text_encoder_2").exists() else StableDiffusionPipeline
+    pipeline = kind.from_pretrained(folder)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **changed)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        "a hill",
+        negative_prompt="fog",
+        width=SIZE,
+        height=SIZE,
+        num_inference_steps=STEPS,
+        guidance_scale=SCALE,
+        generator=torch.Generator("cpu").manual_seed(SEED),
+        output_type="latent",
+    ).images
+
+
+@pytest.mark.parametrize("layout", ["folder", "file", "half", "shards"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_a_base_is_what_diffusers_paints(painted, tmp_path, family, layout):
+    """SD 2.1's predicts v: its config says so, and for a file whose header does not, the request."""
+    folder = WRITERS[family](tmp_path / "folder")
+    wanted, model, more = by_diffusers(folder), folder, {}
+    if layout == "file":
+        put_in_hub(without_weights(folder, tmp_path / "bare"), FAMILY_BASES[family])
+        model = write_original(folder, tmp_path / "one.safetensors", family)
+        more = {"prediction_type": "v_prediction" if family == "sd21" else "epsilon"}
+    elif layout == "half":
+        for file in folder.rglob("*.safetensors"):
+            file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    elif layout == "shards":
+        in_shards(folder / "unet")
+    found, _ = painted(model, **more)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def in_shards(part):
+    """The weights in `part` in three files and an index."""
+    file = part / "diffusion_pytorch_model.safetensors"
+    tensors, places = load_file(file), {}
+    for i in range(3):
+        name = f"diffusion_pytorch_model-0000{i + 1}-of-00003.safetensors"
+        some = dict(list(tensors.items())[i::3])
+        save_file(some, part / name, {"format": "pt"})
+        places |= dict.fromkeys(some, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    file.unlink()
+
+
+def test_the_request_says_what_is_predicted(painted, sd_model):
+    found, notices = painted(sd_model, prediction_type="v_prediction")
+    wanted = by_diffusers(sd_model, prediction_type="v_prediction")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert (found - painted(sd_model)[0]).abs().max() > 0.01 and not any("probe" in text for text in notices)
+
+
+def demo_that_does_not_say(folder):
+    """The demo model without a word about what it predicts."""
+    shutil.copytree(DEMO_FOLDER, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("prediction_type") == "epsilon"
+    file.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("linfusion", ["none", "auto"])
+def test_where_nothing_says_it_a_probe_does(painted, tmp_path, linfusion):
+    size = Size(256, 256) if linfusion == "none" else Size(288, 288)
+    how = {"linfusion": linfusion, "size": size, "steps": (2,), "upscaler": "none"}
+    found, notices = painted(demo_that_does_not_say(tmp_path / "model"), **how)
+    assert torch.equal(found, painted(DEMO_FOLDER, **how)[0])
+    (told,) = [text for text in notices if "probe" in text]
+    assert "epsilon (its correlation with noise is 0.9" in told or "epsilon (its correlation with noise is 1.00" in told
+
+
+def test_what_does_not_repeat_noise_is_taken_to_predict_v(painted, tmp_path):
+    folder = demo_that_does_not_say(tmp_path / "model")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"conv_out.weight": torch.zeros_like(tensors["conv_out.weight"])}, file, {"format": "pt"})
+    _, notices = painted(folder, size=Size(256, 256), steps=(1,))
+    assert any("v_prediction" in text for text in notices)

@@ -1,0 +1,196 @@
+"""Damaged and hostile files: 65, one sentence, no traceback; never random numbers in the place of weights."""
+
+import json
+import random
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from linfusion_cli.errors import DataError, LinfusionError
+from linfusion_cli.models.families import read_facts
+from linfusion_cli.models.header import read_header
+from linfusion_cli.models.load import load_unet, load_vae
+from linfusion_cli.models.locate import FAMILY_BASES, find_model
+from linfusion_cli.models.parts import Model, Part
+from tests.models.test_locate import put_in_hub
+from tests.original_in_small import without_weights, write_original
+
+CPU = torch.device("cpu")
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def parts_of(data):
+    """The header's JSON and the numbers that follow it."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def joined(header, numbers, length=None):
+    text = json.dumps(header).encode() if isinstance(header, dict) else header
+    return struct.pack("<Q", len(text) if length is None else length) + text + numbers
+
+
+def some(header):
+    """A tensor that every layout has."""
+    return next(name for name in header if name.endswith("conv_in.weight"))
+
+
+def with_entry(data, **changed):
+    """One tensor's entry in the header with other values."""
+    header, numbers = parts_of(data)
+    header[some(header)] |= changed
+    return joined(header, numbers)
+
+
+def overlapping(data):
+    header, numbers = parts_of(data)
+    one, two = [name for name in header if name != "__metadata__"][:2]
+    header[two]["data_offsets"] = header[one]["data_offsets"]
+    return joined(header, numbers)
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "short": lambda data: data[:5],
+    "header cut off": lambda data: data[:100],
+    "header longer than the file": lambda data: joined(*parts_of(data), length=1 << 40),
+    "header length of 2^64 - 1": lambda data: joined(*parts_of(data), length=(1 << 64) - 1),
+    "header length of 0": lambda data: joined(*parts_of(data), length=0),
+    "header no JSON": lambda data: joined(b"{" * 64, parts_of(data)[1]),
+    "header a list": lambda data: joined(b"[1, 2]", parts_of(data)[1]),
+    "header no UTF-8": lambda data: joined(b'{"\xff": 1}', parts_of(data)[1]),
+    "numbers cut off": lambda data: data[:-10],
+    "numbers too many": lambda data: data + b"1234",
+    "unknown type": lambda data: with_entry(data, dtype="F99"),
+    "wrong type": lambda data: with_entry(data, dtype="I32"),
+    "type of another size": lambda data: with_entry(data, dtype="F64"),
+    "shape too large": lambda data: with_entry(data, shape=[1 << 62, 1 << 62]),
+    "shape negative": lambda data: with_entry(data, shape=[-1]),
+    "shape of another rank": lambda data: with_entry(data, shape=[2, 2]),
+    "offsets backwards": lambda data: with_entry(data, data_offsets=[32, 0]),
+    "offsets beyond the end": lambda data: with_entry(data, data_offsets=[0, 1 << 40]),
+    "offsets overlap": overlapping,
+    "a pickle of torch": lambda data: b"PK\x03\x04" + data,
+    "a bare pickle": lambda data: b"\x80\x02}q\x00." + data,
+    "a web page": lambda data: b"<!DOCTYPE html><html>404</html>" * 9,
+    "a pointer of git": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+}
+
+
+@pytest.fixture
+def copy(sd_model, tmp_path):
+    return shutil.copytree(sd_model, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_file_is_65_and_one_sentence(copy, kind):
+    file = copy / UNET
+    file.write_bytes(DAMAGE[kind](file.read_bytes()))
+    with pytest.raises(DataError, match="unet") as caught:
+        load_unet(Model(copy), torch.float32)
+    assert caught.value.exit_code == 65 and "\n" not in str(caught.value)
+    assert "pickle" not in kind or "is a pickle" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_single_file_too(sd_model, tmp_path, kind):
+    put_in_hub(without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
+    file = write_original(sd_model, tmp_path / "one.safetensors", "sd15")
+    file.write_bytes(DAMAGE[kind](file.read_bytes()))
+    with pytest.raises(DataError, match=r"one\.safetensors") as caught:
+        model = find_model(str(file))
+        read_facts(model)
+        load_vae(model.part("vae"), torch.float32, CPU)
+        load_unet(model, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def mutated(data, seed):
+    """`data` with a few bytes of its header, or of what stands around it, changed."""
+    rng, data = random.Random(seed), bytearray(data)
+    (length,) = struct.unpack("<Q", data[:8])
+    for _ in range(rng.randint(1, 4)):
+        place = rng.randrange(0, 8 + length) if rng.random() < 0.9 else rng.randrange(0, 8)
+        what = rng.random()
+        if what < 0.5:
+            data[place] = rng.randrange(256)
+        elif what < 0.75:
+            del data[place : place + rng.randint(1, 9)]
+        else:
+            data[place:place] = bytes(rng.choice(b'0123456789[]{},:"F') for _ in range(rng.randint(1, 9)))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("start", range(0, 300, 50))
+def test_300_mutated_headers_are_read_as_they_say_or_refused(copy, start):
+    """Whatever is read has every weight that it should, and no other exception comes through than ours."""
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    whole, refused = file.read_bytes(), 0
+    names = {name for name, _ in load_vae(Part(copy / "vae"), torch.float32, CPU).named_parameters()}
+    for seed in range(start, start + 50):
+        file.write_bytes(mutated(whole, seed))
+        try:
+            found = load_vae(Part(copy / "vae"), torch.float32, CPU)
+        except DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        else:
+            assert {name for name, _ in found.named_parameters()} == names <= set(read_header(file).shapes)
+    assert refused >= 45  # the others change a note, or a space
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_weights_that_are_no_numbers_are_named(copy, part, value):
+    file = copy / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[3]
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(DataError, match=f"{name} is not all finite numbers"):
+        load_unet(Model(copy), torch.float32)
+        load_vae(Part(copy / "vae"), torch.float32, CPU)
+
+
+SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("index", "named"),
+    [
+        (
+            {"weight_map": {"a": SHARD, "b": SHARD.replace("00001", "00002", 1)}},
+            "00002-of-00002.safetensors is missing",
+        ),
+        (
+            {"weight_map": {"a": "../../vae/diffusion_pytorch_model.safetensors"}},
+            "names no safetensors files beside it",
+        ),
+        ({"weight_map": {"a": "model.bin"}}, "names no safetensors files beside it"),
+        ({"weight_map": {}}, "names no safetensors files beside it"),
+        ({"weight_map": {"a": 7}}, "is no index of shards"),
+        ([], "is no index of shards"),
+        ("{", "is no index of shards"),
+    ],
+)
+def test_a_broken_index_of_shards_is_refused(copy, index, named):
+    (copy / UNET).rename(copy / "unet" / SHARD)
+    text = index if isinstance(index, str) else json.dumps(index)
+    (copy / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    with pytest.raises(DataError, match=named):
+        load_unet(Model(copy), torch.float32)
+
+
+def test_the_whole_way_ends_with_65_and_no_picture(copy, tmp_path):
+    from linfusion_cli.geometry import Size
+    from linfusion_cli.jobs.generate import generate
+    from linfusion_cli.request import GenerateRequest
+
+    (copy / UNET).write_bytes((copy / UNET).read_bytes()[:-1])
+    values = {"prompt": "a", "size": Size(64, 64), "model": str(copy), "linfusion": "none", "steps": (1,)}
+    with pytest.raises(LinfusionError) as caught:
+        generate(GenerateRequest(**values, output=tmp_path / "out.png"), {})
+    assert caught.value.exit_code == 65 and not (tmp_path / "out.png").exists()

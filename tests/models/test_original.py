@@ -1,0 +1,195 @@
+"""Single files in the original layout: the same model as in diffusers' folder layout."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.models.families import read_facts
+from linfusion_cli.models.load import load_part, load_unet, load_vae, outline
+from linfusion_cli.models.locate import FAMILY_BASES, find_model, find_vae
+from linfusion_cli.models.parts import Model
+from linfusion_cli.models.text import encode_prompts
+from tests.models.test_locate import put_in_hub
+from tests.models_in_small import small_xl_unet, write_small_sd, write_small_xl
+from tests.original_in_small import (
+    original_unet,
+    original_vae,
+    part_state,
+    unspoiled,
+    without_weights,
+    write_original,
+    write_small_sd21,
+)
+
+CPU = torch.device("cpu")
+WRITERS = {"sdxl": write_small_xl, "sd21": write_small_sd21, "sd15": write_small_sd}
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def family(request, tmp_path_factory):
+    """Family, a model in diffusers' folder layout, and the same as one file."""
+    home = tmp_path_factory.mktemp(request.param)
+    folder = WRITERS[request.param](home / "folder")
+    return request.param, folder, write_original(folder, home / "one.safetensors", request.param)
+
+
+@pytest.fixture
+def found(family, tmp_path):
+    """Family, folder, and what `find_model` makes of the file with the family's configs in the cache."""
+    name, folder, file = family
+    put_in_hub(without_weights(folder, tmp_path / "bare"), FAMILY_BASES[name])
+    return name, folder, find_model(str(file))
+
+
+def assert_same(module, other):
+    for (name, one), (other_name, two) in zip(module.named_parameters(), other.named_parameters(), strict=True):
+        assert name == other_name and torch.equal(one, two), name
+
+
+def test_all_parts_of_a_file_are_those_of_the_folder(found):
+    name, folder, model = found
+    assert read_facts(model).family == name
+    assert_same(load_unet(model, torch.float32), load_unet(Model(folder), torch.float32))
+    assert_same(
+        load_vae(model.part("vae"), torch.float32, CPU), load_vae(Model(folder).part("vae"), torch.float32, CPU)
+    )
+
+
+def test_a_file_hears_what_the_folder_hears(found):
+    name, folder, model = found
+    said = [encode_prompts(one, read_facts(one), "a hill", "fog", torch.float32, CPU) for one in (model, Model(folder))]
+    for one, two in zip((said[0].positive, said[0].negative), (said[1].positive, said[1].negative), strict=True):
+        assert torch.equal(one.hidden, two.hidden)
+        assert name != "sdxl" or torch.equal(one.pooled, two.pooled)
+
+
+def test_diffusers_reads_the_file_alike(found):
+    """The files that the tests write are what diffusers takes for originals."""
+    name, folder, model = found
+    kind = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
+    pipeline = kind.from_single_file(str(model.file), config=str(model.folder), local_files_only=True)
+    assert_same(load_unet(model, torch.float32), pipeline.unet)
+    assert_same(
+        load_part(type(pipeline.text_encoder), model.part("text_encoder"), torch.float32, CPU), pipeline.text_encoder
+    )
+
+
+def test_without_the_familys_configs_one_sentence_says_what_to_pull(family):
+    name, _, file = family
+    with pytest.raises(Unavailable, match="needs the configs and tokenizers") as caught:
+        find_model(str(file))
+    assert f"linfusion models pull {FAMILY_BASES[name]} --configs" in caught.value.way_out
+
+
+def test_with_download_only_configs_are_fetched(family, monkeypatch):
+    asked = []
+    monkeypatch.setattr("linfusion_cli.models.locate.fetch", lambda *given, **options: asked.append((given, options)))
+    find_model(str(family[2]), download=True)
+    assert asked == [((FAMILY_BASES[family[0]], "--model"), {"configs_only": True})]
+
+
+@pytest.mark.parametrize(
+    ("notes", "more", "type_"),
+    [
+        (None, {}, None),
+        ({"modelspec.prediction_type": "epsilon"}, {}, "epsilon"),
+        ({"modelspec.prediction_type": "v"}, {}, "v_prediction"),
+        ({"modelspec.prediction_type": "nonsense"}, {}, None),
+        (None, {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, "v_prediction"),
+    ],
+)
+def test_what_a_file_predicts_its_header_says_or_nobody(sd_model, tmp_path, notes, more, type_):
+    put_in_hub(without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
+    file = write_original(sd_model, tmp_path / "one.safetensors", "sd15")
+    save_file(load_file(file) | more, file, notes)
+    facts = read_facts(find_model(str(file)))
+    assert facts.prediction_type == type_
+    assert facts.scheduler_config.get("rescale_betas_zero_snr", False) == ("ztsnr" in more)
+
+
+def cut_down_xl():
+    """As SSD-1B was cut from SDXL: fewer transformer blocks, and not as many after each layer."""
+    config = unspoiled(dict(small_xl_unet().config)) | {
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [[0, 0], [2, 1], [1, 1]],
+        "reverse_transformer_layers_per_block": [[1, 2, 1], [1, 1, 2], [0, 0, 0]],
+    }
+    return UNet2DConditionModel.from_config(config)
+
+
+def test_a_cut_down_unet_in_a_file_is_built_as_deep_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    folder = write_small_xl(tmp_path / "folder")
+    config = json.loads((folder / "unet" / "config.json").read_text()) | {"layers_per_block": 2}
+    unet = cut_down_xl()
+    file = write_original(folder, tmp_path / "one.safetensors", "sdxl")
+    others = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("model.diffusion_model.")}
+    save_file(others | original_unet(unet, unet.state_dict()), file)
+    (folder / "unet" / "config.json").write_text(json.dumps(config))  # the family's: two layers a level, one block each
+    model = Model(folder, file)
+    assert_same(load_unet(model, torch.float32), unet)
+    assert len(list(outline(UNet2DConditionModel, model.part("unet")).parameters())) == len(list(unet.parameters()))
+
+
+@pytest.mark.parametrize("layout", ["original", "bare", "diffusers"])
+def test_a_vae_of_its_own_file(xl_model, tmp_path, layout):
+    state = part_state(xl_model, "vae")
+    vae = outline(AutoencoderKL, Model(xl_model).part("vae"))
+    prefixes = {"original": "first_stage_model.", "bare": ""}
+    tensors = state if layout == "diffusers" else original_vae(vae, state, prefixes[layout])
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, tmp_path / "vae.safetensors")
+    part = find_vae(str(tmp_path / "vae.safetensors"), Model(xl_model))
+    read = load_vae(part, torch.float32, CPU)
+    assert all(torch.equal(parameter, 2 * state[name]) for name, parameter in read.named_parameters())
+
+
+def without(tensors, prefix):
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors: without(tensors, "first_stage_model."), "holds no AutoencoderKL.*Name a VAE with --vae"),
+        (lambda tensors: without(tensors, "conditioner.embedders.0"), "holds no CLIPTextModel"),
+        (lambda tensors: without(tensors, "model.diffusion_model."), "is no whole model"),
+        (lambda tensors: {"conditioner.embedders.0.model.x": torch.zeros(1)} | tensors, "refiner"),
+        (lambda tensors: without(tensors, "model.diffusion_model.out.2.bias"), "conv_out.bias is no such tensor"),
+        (lambda tensors: without(tensors, "model.diffusion_model.input_blocks.1.0.in"), "input_blocks|norm1"),
+        (
+            lambda tensors: tensors | {"model.diffusion_model.out.2.bias": torch.zeros(5)},
+            r"conv_out.bias is \(5,\) in the file and \(4,\) in a model of its family",
+        ),
+        (
+            lambda tensors: tensors | {"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int64)},
+            "no weights in .*out.2.bias, but numbers of the type I64",
+        ),
+        (
+            lambda tensors: tensors | {"model.diffusion_model.out.2.bias": torch.full((4,), float("nan"))},
+            "conv_out.bias is not all finite",
+        ),
+    ],
+)
+def test_a_file_of_another_make_is_refused_by_name(xl_model, tmp_path, change, named):
+    put_in_hub(without_weights(xl_model, tmp_path / "bare"), FAMILY_BASES["sdxl"])
+    file = write_original(xl_model, tmp_path / "one.safetensors", "sdxl")
+    save_file({name: tensor.clone() for name, tensor in change(load_file(file)).items()}, file)
+    with pytest.raises(DataError, match=named):
+        model = find_model(str(file))
+        load_vae(model.part("vae"), torch.float32, CPU)
+        encode_prompts(model, read_facts(model), "a", "b", torch.float32, CPU)
+        load_unet(model, torch.float32)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin", ".pth"])
+@pytest.mark.parametrize("find", [find_model, lambda name: find_vae(name, Model("nowhere"))])
+def test_pickles_are_refused_by_name_with_the_way_to_convert(tmp_path, suffix, find):
+    file = tmp_path / f"model{suffix}"
+    file.write_bytes(b"PK\x03\x04")
+    with pytest.raises(DataError, match="pickle") as caught:
+        find(str(file))
+    assert "safetensors" in caught.value.way_out

@@ -1,0 +1,188 @@
+"""The three families in their real shapes, on the meta device: single files key by key, and LinFusion's layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.attention.weights import ModuleSpec, check_specs, spec_of
+from linfusion_cli.errors import DataError
+from linfusion_cli.models.families import family_of, family_of_file
+from linfusion_cli.models.header import Header
+from linfusion_cli.models.load import fitting_state
+from linfusion_cli.models.original import depths_in
+from tests.attention.test_weights import sdxl_unet_on_meta
+from tests.original_in_small import original_clip, original_open_clip, original_unet, original_vae
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
+OPEN_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+# What diffusers tells models apart by (loaders/single_file_utils.py), and other keys of the published files.
+KNOWN_KEYS = {
+    "sdxl": {
+        "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight": (640, 2048),
+        "model.diffusion_model.middle_block.1.transformer_blocks.9.norm3.bias": (1280,),
+        "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1280,),
+        "conditioner.embedders.1.model.text_projection": (1280, 1280),
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": (77, 768),
+        "first_stage_model.decoder.up.3.upsample.conv.weight": (512, 512, 3, 3),
+        "first_stage_model.decoder.up.0.upsample.conv.weight": None,
+    },
+    "sd21": {
+        "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight": (320, 320),
+        "cond_stage_model.model.token_embedding.weight": (49408, 1024),
+        "cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight": (3072, 1024),
+        "first_stage_model.encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+    },
+    "sd15": {
+        "model.diffusion_model.output_blocks.11.0.skip_connection.weight": (320, 640, 1, 1),
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight": (320, 320, 1, 1),
+        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": (77, 768),
+        "first_stage_model.decoder.up.0.block.2.conv2.weight": (128, 128, 3, 3),
+        "first_stage_model.quant_conv.bias": (8,),
+    },
+}
+
+
+def sd_unet_on_meta(**fields):
+    """The UNet of SD 1.5, and with the fields in which it differs that of SD 2.1."""
+    with init_empty_weights():
+        return UNet2DConditionModel(sample_size=64, **{"cross_attention_dim": 768} | fields)
+
+
+UNETS = {
+    "sdxl": sdxl_unet_on_meta,
+    "sd21": lambda: sd_unet_on_meta(
+        cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+    ),
+    "sd15": sd_unet_on_meta,
+}
+
+
+def encoder_on_meta(kind, **fields):
+    with init_empty_weights():
+        return kind(CLIPTextConfig(vocab_size=49408, **fields))
+
+
+def vae_on_meta():
+    with init_empty_weights():
+        return AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        )
+
+
+def encoders_of(family):
+    """The text encoders and how the original file names their tensors."""
+    clip, open_clip = "cond_stage_model.transformer.", "cond_stage_model.model."
+    if family == "sd15":
+        return [(encoder_on_meta(CLIPTextModel, **CLIP_L), original_clip, clip)]
+    if family == "sd21":
+        return [(encoder_on_meta(CLIPTextModel, **OPEN_CLIP_H), original_open_clip, open_clip)]
+    second = encoder_on_meta(CLIPTextModelWithProjection, projection_dim=1280, **OPEN_CLIP_G)
+    return [
+        (encoder_on_meta(CLIPTextModel, **CLIP_L), original_clip, "conditioner.embedders.0.transformer."),
+        (second, original_open_clip, "conditioner.embedders.1.model."),
+    ]
+
+
+def parameters(module):
+    return {name: parameter.to("meta") for name, parameter in module.named_parameters()}
+
+
+@pytest.fixture(scope="module", params=UNETS)
+def real(request):
+    """Family, its networks, and the header of its single file."""
+    unet, vae, encoders = UNETS[request.param](), vae_on_meta(), encoders_of(request.param)
+    tensors = original_unet(unet, parameters(unet)) | original_vae(vae, parameters(vae))
+    for encoder, rename, prefix in encoders:
+        tensors |= rename(parameters(encoder), prefix)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    header = Header(Path("real.safetensors"), shapes, dict.fromkeys(shapes, "F16"), {})
+    return request.param, [unet, vae, *(encoder for encoder, _, _ in encoders)], header
+
+
+def test_a_family_is_told_by_names_and_shapes(real):
+    family, (unet, *_), header = real
+    assert family_of(dict(unet.config)) == family_of_file(header) == family
+    assert depths_in(header, unet.config) == {}
+
+
+def test_the_keys_are_those_of_the_published_files(real):
+    family, _, header = real
+    for name, shape in KNOWN_KEYS[family].items():
+        assert header.shapes.get(name) == shape, name
+
+
+def test_every_tensor_of_every_network_is_found_in_the_single_file(real):
+    _, networks, header = real
+    for network in networks:
+        found = fitting_state(network, header, on_meta=True)
+        assert found.keys() == dict(network.named_parameters()).keys()
+
+
+def published_modules(family):
+    """Path, width and heads of the modules in the published `modules_list`, in its order: down, up, middle."""
+    if family == "sdxl":
+        places = [(f"down_blocks.1.attentions.{i}", 2, 640, 10) for i in (0, 1)]
+        places += [(f"down_blocks.2.attentions.{i}", 10, 1280, 20) for i in (0, 1)]
+        places += [(f"up_blocks.0.attentions.{i}", 10, 1280, 20) for i in (0, 1, 2)]
+        places += [(f"up_blocks.1.attentions.{i}", 2, 640, 10) for i in (0, 1, 2)]
+        places += [("mid_block.attentions.0", 10, 1280, 20)]
+    else:
+        heads = dict(zip((320, 640, 1280), (5, 10, 20) if family == "sd21" else (8, 8, 8), strict=True))
+        places = [(f"down_blocks.{b}.attentions.{i}", 1, c, heads[c]) for b, c in enumerate(heads) for i in (0, 1)]
+        up = list(enumerate(reversed(heads), 1))
+        places += [(f"up_blocks.{b}.attentions.{i}", 1, c, heads[c]) for b, c in up for i in (0, 1, 2)]
+        places += [("mid_block.attentions.0", 1, 1280, heads[1280])]
+    return [
+        ModuleSpec(f"{path}.transformer_blocks.{block}.attn1", width, heads)
+        for path, blocks, width, heads in places
+        for block in range(blocks)
+    ]
+
+
+COUNTS = {"sdxl": 70, "sd21": 16, "sd15": 16}
+
+
+def test_linear_attention_fits_key_by_key(real):
+    """`{i}.to_q.weight` and so on, as design and published files have them."""
+    family, (unet, *_), _ = real
+    specs = published_modules(family)
+    assert len(specs) == COUNTS[family]
+    check_specs(Path("published"), specs, unet)
+    with torch.device("meta"):
+        modules = [LinearAttention(spec.dim_n, spec.heads, spec.projection_mid_dim) for spec in specs]
+    assert [spec_of(spec.module_name, module) for spec, module in zip(specs, modules, strict=True)] == specs
+    shapes = {name: tuple(tensor.shape) for name, tensor in nn.ModuleList(modules).state_dict().items()}
+    expected = {}
+    for i, spec in enumerate(specs):
+        square, line = (spec.dim_n, spec.dim_n), (spec.dim_n,)
+        expected |= {f"{i}.{name}.weight": square for name in ("to_q", "to_k", "to_v", "to_out.0")}
+        expected |= {f"{i}.{name}_.{j}.weight": square for name in ("to_q", "to_k") for j in (0, 3)}
+        expected |= {f"{i}.{name}_.1.weight": line for name in ("to_q", "to_k")}
+        expected |= {f"{i}.{name}_.{j}.bias": line for name in ("to_q", "to_k") for j in (0, 1, 3)}
+        expected |= {f"{i}.to_out.0.bias": line}
+    assert shapes == expected
+
+
+@pytest.mark.parametrize("other", UNETS)
+def test_another_familys_linear_attention_is_refused_by_its_first_layer(real, other):
+    family, (unet, *_), _ = real
+    if other == family:
+        return
+    theirs = {spec.module_name: spec for spec in published_modules(other)}
+    first = next(spec for spec in published_modules(family) if theirs.get(spec.module_name) != spec)
+    with pytest.raises(DataError) as caught:
+        check_specs(Path("published"), published_modules(other), unet)
+    assert f": {first.module_name} has " in caught.value.message
+    assert f"{first.dim_n} channels in {first.heads} heads in the model" in caught.value.message

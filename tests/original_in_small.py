@@ -1,0 +1,162 @@
+"""Small models as single files in the layout of the original code: diffusers' names turned back into those."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from linfusion_cli.models.load import outline
+from linfusion_cli.models.lora import original_places
+from linfusion_cli.models.parts import Model
+from tests.models_in_small import small_sd_unet, small_text_config, small_tokenizer, small_vae
+
+UNET_PLACES = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.": "ln_final.",
+    "encoder.layers.": "transformer.resblocks.",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn": "attn",
+}
+
+
+def renamed(name: str, words: dict[str, str]) -> str:
+    for word, other in words.items():
+        name = name.replace(word, other)
+    return name
+
+
+def original_unet(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The UNet's tensors under "model.diffusion_model."."""
+    places = {path: place for place, path in original_places(unet)} | UNET_PLACES
+    found = {}
+    for name, tensor in state.items():
+        path = next(path for path in sorted(places, key=len, reverse=True) if name.startswith(f"{path}."))
+        rest = name.removeprefix(f"{path}.")
+        rest = renamed(rest, RESNET) if "resnets" in path else rest
+        found[f"model.diffusion_model.{places[path]}.{rest}"] = tensor
+    return found
+
+
+def original_vae(vae: AutoencoderKL, state: dict[str, Tensor], prefix: str = "first_stage_model.") -> dict[str, Tensor]:
+    """The VAE's tensors; its attention was made of 1x1 convolutions, and its decoder's blocks counted from the end."""
+    last = len(vae.config.block_out_channels) - 1
+    words = {"conv_norm_out": "norm_out", "mid_block.attentions.0": "mid.attn_1", "conv_shortcut": "nin_shortcut"}
+    words |= {f"mid_block.resnets.{i}": f"mid.block_{i + 1}" for i in (0, 1)}
+    words |= {f"down_blocks.{i}.resnets": f"down.{i}.block" for i in range(last + 1)}
+    words |= {f"down_blocks.{i}.downsamplers.0": f"down.{i}.downsample" for i in range(last + 1)}
+    words |= {f"up_blocks.{i}.resnets": f"up.{last - i}.block" for i in range(last + 1)}
+    words |= {f"up_blocks.{i}.upsamplers.0": f"up.{last - i}.upsample" for i in range(last + 1)}
+    found = {}
+    for name, tensor in state.items():
+        new = renamed(name, words)
+        if "attn_1" in new:
+            new = renamed(new, VAE_ATTENTION)
+            tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
+        found[prefix + new] = tensor
+    return found
+
+
+def original_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """CLIP as transformers named it then, and the whole numbers that real files hold beside its weights."""
+    found = {f"{prefix}text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in state.items()}
+    return found | {f"{prefix}text_model.embeddings.position_ids": torch.arange(77)[None]}
+
+
+def original_open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """OpenCLIP: queries, keys and values in one matrix, and the projection the other way round."""
+    found = {}
+    for name, tensor in state.items():
+        new = renamed(name.removeprefix("text_model."), OPEN_CLIP)
+        if name == "text_projection.weight":
+            found[f"{prefix}text_projection"] = tensor.T
+        elif ".q_proj." in new:
+            parts = [state[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
+            found[prefix + renamed(new, {"q_proj.weight": "in_proj_weight", "q_proj.bias": "in_proj_bias"})] = (
+                torch.cat(parts)
+            )
+        elif ".k_proj." not in new and ".v_proj." not in new:
+            found[prefix + new] = tensor
+    return found
+
+
+def part_state(folder: Path, part: str) -> dict[str, Tensor]:
+    (file,) = (folder / part).glob("*.safetensors")
+    return load_file(file)
+
+
+def write_original(folder: Path, file: Path, family: str, notes: dict[str, str] | None = None) -> Path:
+    """The model in diffusers' `folder` as one original file of its family."""
+    unet = outline(UNet2DConditionModel, Model(folder).part("unet"))
+    vae = outline(AutoencoderKL, Model(folder).part("vae"))
+    tensors = original_unet(unet, part_state(folder, "unet")) | original_vae(vae, part_state(folder, "vae"))
+    first = part_state(folder, "text_encoder")
+    if family == "sdxl":
+        tensors |= original_clip(first, "conditioner.embedders.0.transformer.")
+        second = part_state(folder, "text_encoder_2")
+        tensors |= original_open_clip(second, "conditioner.embedders.1.model.")
+    elif family == "sd21":
+        tensors |= original_open_clip(first, "cond_stage_model.model.")
+    else:
+        tensors |= original_clip(first, "cond_stage_model.transformer.")
+    tensors |= {"model_ema.num_updates": torch.tensor(3)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, notes)
+    return file
+
+
+def write_small_sd21(folder: Path, **scheduler_options: object) -> Path:
+    """A random model of SD 2.1's make: linear projections, its own encoder's activation, v-prediction."""
+    torch.manual_seed(0)
+    config = small_text_config()
+    config.hidden_act = "gelu"
+    unet = UNet2DConditionModel.from_config(
+        {**unspoiled(small_sd_unet().config), "use_linear_projection": True, "attention_head_dim": (1, 1, 2, 2)}
+    )
+    StableDiffusionPipeline(
+        vae=small_vae(),
+        text_encoder=CLIPTextModel(config),
+        tokenizer=small_tokenizer(folder / "tokenizer"),
+        unet=unet,
+        scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False, **scheduler_options),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def unspoiled(config: dict) -> dict:
+    """A config in which no field is marked as keeping its default."""
+    return {name: value for name, value in config.items() if name != "_use_default_values"}
+
+
+def without_weights(folder: Path, target: Path) -> Path:
+    """The configs and tokenizers of a model, as `linfusion models pull --configs` brings them."""
+    return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", "linfusion")))
