@@ -12,6 +12,7 @@ from linfusion_cli.models.parts import Model, weights_files
 from linfusion_cli.units import is_file, is_folder, user_path
 
 PLAIN, UNION = "ControlNetModel", "ControlNetUnionModel"
+UNION_NAMES = (UNION, "ControlNetModel_Union")  # the second by those who made them
 WAY_OUT = "Use a ControlNet made for this model's family."
 # What decides whether the maps of both networks have one shape, and whether both hear the same text and sizes.
 SHARED = (
@@ -62,9 +63,9 @@ def has_controlnet(folder: Path) -> bool:
 def is_union(folder: Path) -> bool:
     """Whether the ControlNet in `folder` takes pictures of several kinds; raises DataError for what is none."""
     name = read_config(folder / "config.json").get("_class_name")
-    if name not in (PLAIN, UNION):
+    if name not in (PLAIN, *UNION_NAMES):
         raise DataError(f"{folder} is of the kind {name}, and no ControlNet.", f"Use a {PLAIN} or a {UNION}.")
-    return name == UNION
+    return name in UNION_NAMES
 
 
 def check_fits(folder: Path, model: Model) -> None:

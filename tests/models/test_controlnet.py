@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import ControlNetUnionModel
 
 from linfusion_cli.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.controlnet import check_fits, find_controlnet, is_union, kind_number
@@ -53,6 +54,14 @@ def test_it_is_loaded_as_it_was_written(kind, request, xl_model):
         name: part.shape for name, part in expected.items()
     }
     assert type(loaded.net) is type(outline.net) and not loaded.net.training
+
+
+def test_a_union_model_under_the_name_that_its_makers_gave_it(union, tmp_path, xl_model):
+    folder = shutil.copytree(union, tmp_path / "union")
+    config = json.loads((folder / "config.json").read_text()) | {"_class_name": "ControlNetModel_Union"}
+    (folder / "config.json").write_text(json.dumps(config))
+    check_fits(folder, Model(xl_model))
+    assert is_union(folder) and type(LoadedControl.load(folder, {}, torch.float32).net) is ControlNetUnionModel
 
 
 def test_what_is_not_there_is_unavailable(tmp_path):
