@@ -20,6 +20,7 @@ from linfusion_cli.geometry import Size
 from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.request import GenerateRequest
+from linfusion_cli.unet.predict import Whole
 from tests.control_in_small import small_control, small_union, write_control
 from tests.fakes import Listener
 from tests.models_in_small import small_sd_unet, small_xl_unet
@@ -91,8 +92,9 @@ def test_the_base_is_the_picture_that_diffusers_makes(make, xl_model, nets, pict
     (image,) = opened(pictures["a"])
     expected = by_diffusers(pipeline, image=image, controlnet_conditioning_scale=0.7)
     assert error(found, expected) <= 1e-5
-    assert error(make(True, linfusion="none"), expected) > 0.01
-    assert error(make(True, linfusion="none", **how | {"control_image": (pictures["b"],)}), expected) > 0.001
+    if name == "xl":
+        assert error(make(True, linfusion="none"), expected) > 0.01
+        assert error(make(True, linfusion="none", **how | {"control_image": (pictures["b"],)}), expected) > 0.001
 
 
 def test_sd15_takes_the_same_road(make, sd_model, nets, pictures):
@@ -111,16 +113,14 @@ def test_several_are_diffusers_several(make, xl_model, nets, pictures):
     assert error(found, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("written", ["canny", "lineart", "3"])
-def test_a_union_model_is_told_what_its_picture_shows(make, xl_model, nets, pictures, written):
-    how = {"controlnet": (nets["union"],), "control_image": (pictures["a"],), "control_type": (written,)}
+def test_a_union_model_is_told_what_its_picture_shows(make, xl_model, nets, pictures):
+    how = {"controlnet": (nets["union"],), "control_image": (pictures["a"],), "control_type": ("lineart",)}
     found = make(True, linfusion="none", **how)
     net = ControlNetUnionModel.from_pretrained(nets["union"])
     pipeline = StableDiffusionXLControlNetUnionPipeline.from_pretrained(xl_model, controlnet=net)
     assert error(found, by_diffusers(pipeline, control_image=opened(pictures["a"]), control_mode=[3])) <= 1e-5
-    if written == "3":
-        other = by_diffusers(pipeline, control_image=opened(pictures["a"]), control_mode=[1])
-        assert error(found, other) > 0.001
+    other = by_diffusers(pipeline, control_image=opened(pictures["a"]), control_mode=[1])
+    assert error(found, other) > 0.001
 
 
 def test_several_union_models_are_diffusers_several(make, xl_model, nets, pictures):
@@ -146,7 +146,7 @@ def test_higher_phases_are_controlled_where_they_are_named(make, nets, pictures)
 
 def test_pictures_of_other_sizes_and_with_alpha_are_fitted(make, tmp_path, nets, pictures):
     """A large picture is reduced; what is transparent is black."""
-    control = {"linfusion": "none", "controlnet": (nets["xl"],)}
+    control = {"linfusion": "none", "controlnet": (nets["xl"],), "steps": (1,), "guidance_scale": (1.0,)}
     colours = np.asarray(Image.open(pictures["a"]))
     opaque = np.arange(64)[:, None] < 20 + np.zeros((1, 64), int)
     Image.fromarray(np.dstack([colours, np.uint8(255 * opaque)])).save(tmp_path / "alpha.png")
@@ -209,3 +209,17 @@ def test_a_model_is_asked_what_it_predicts_without_them(make, tmp_path, sd_model
     wide = str(tmp_path / "wide.png")
     Image.open(pictures["a"]).resize((128, 64)).save(wide)
     make(model=str(model), linfusion="none", size=Size(128, 64), controlnet=(nets["sd"],), control_image=(wide,))
+
+
+def test_a_controlled_phase_in_strips_is_the_plain_forwards_with_the_same_attention(make, nets, pictures, monkeypatch):
+    """With the sides of a picture that is cropped, and another picture for each of two ControlNets."""
+
+    def whole(run, unet, mode, dilation, controls):
+        return [Whole(unet, times, [control.whole() for control in controls]) for times in (1, dilation)]
+
+    how = {"size": Size(124, 116), "controlnet": (nets["xl"], nets["union"]), "control_type": ("depth",)}
+    how |= {"control_image": (pictures["large"], pictures["b"]), "control_phases": ("1",), "steps": (2,)}
+    found = make(guidance_scale=(1.0,), upscaler="demofusion", **how)
+    monkeypatch.setattr(paint, "runners", whole)
+    expected = make(guidance_scale=(1.0,), upscaler="demofusion", **how)
+    assert np.abs(found - expected).max() <= 1.1 / 255
