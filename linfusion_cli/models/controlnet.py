@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from linfusion_cli.errors import DataError, UsageError
+from linfusion_cli.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.families import factor, read_config
 from linfusion_cli.models.hub import find_in_hub
 from linfusion_cli.models.parts import Model, weights_files
@@ -52,6 +52,8 @@ def find_controlnet(name: str, download: bool = False) -> Path:
         folder = find_in_hub(name, download, "--controlnet", has_controlnet)
     if not is_file(folder / "config.json"):
         raise DataError(f"--controlnet {name} has no config.json.", "Name a folder in diffusers' layout.")
+    if not weights_files(folder):
+        raise Unavailable(f"--controlnet {name} is incomplete: {folder} has no weights.", "Add --download.")
     return folder
 
 

@@ -69,6 +69,12 @@ def test_what_is_not_there_is_unavailable(tmp_path):
         find_controlnet("lllyasviel/nothing")
     with pytest.raises(DataError, match="no config.json"):
         find_controlnet(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Unavailable, match="is incomplete: .* has no weights"):
+        find_controlnet(str(tmp_path))
+    (tmp_path / "diffusion_pytorch_model.bin").touch()
+    with pytest.raises(DataError, match="is a pickle"):
+        find_controlnet(str(tmp_path))
     (tmp_path / "net.safetensors").touch()
     with pytest.raises(DataError, match="is a file"):
         find_controlnet(str(tmp_path / "net.safetensors"))
