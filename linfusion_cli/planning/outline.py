@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
@@ -46,7 +47,7 @@ class ModelOutline:
         replaced = sum(count(module) for module in self_attentions(self.unet).values())
         return whole - replaced + sum(count(module) for module in self.linear.values())
 
-    @property
+    @cached_property
     def control_numbers(self) -> int:
         """How many weights the ControlNets have; their linear attention adds none."""
         return sum(count(net) for net in {control.net for control in self.controls})
