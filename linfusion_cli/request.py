@@ -35,6 +35,7 @@ BITS = (8, 16)
 COMPRESSIONS = ("deflate", "zstd", "lzw", "jpeg", "none")
 LARGEST_SEED = 2**63 - 1
 MOST_PX = 1_000_000
+CONTROL_PHASES = ("base", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,9 @@ class PictureRequest:
     `cosine` are DemoFusion's exponents, of skip residual, dilated pass and blur; `guidance_interval` are noise levels.
     `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what phases begin with: the mean of the
     encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may be used. Each `ip_adapter` listens to
-    the `ip_image` of the same place, which `ip_scale` weights; its last number is that of all that follow.
+    the `ip_image` of the same place, which `ip_scale` weights, and each `controlnet` follows its `control_image` by
+    its `control_scale`; the last scale is that of all that follow. `control_type` is one for each union model, and
+    `control_phases` say where they act.
     """
 
     prompt: str
@@ -67,6 +70,11 @@ class PictureRequest:
     ip_image: tuple[str, ...] = ()
     ip_scale: tuple[float, ...] = (1.0,)
     ip_image_encoder: str = "auto"
+    controlnet: tuple[str, ...] = ()
+    control_image: tuple[str, ...] = ()
+    control_scale: tuple[float, ...] = (1.0,)
+    control_type: tuple[str, ...] = ()
+    control_phases: tuple[str, ...] = ("base",)
     negative_prompt: str = ""
     strict_prompt: bool = False
     seed: int = 0
@@ -110,6 +118,7 @@ class PictureRequest:
         self._check_numbers()
         self._check_growth()
         self._check_adapters()
+        self._check_control()
         for setting, value in (("vram", self.vram), ("ram", self.ram)):
             _check(value is None or value > 0, setting, value, "Use a size such as 12GiB.")
         for setting, choices in CHOICES.items():
@@ -166,6 +175,26 @@ class PictureRequest:
         for scale in self.ip_scale:
             _in_range("ip_scale", scale, -10, 10)
         _check(bool(self.ip_image_encoder.strip()), "ip_image_encoder", "", "Name a folder, or auto.")
+
+    def _check_control(self) -> None:
+        for name in self.controlnet:
+            _check(bool(name.strip()), "controlnet", name, "Name a folder or a hub id.")
+        matching = len(self.control_image) == len(self.controlnet)
+        _check(
+            matching, "control_image", self.control_image, f"Give one for each of {len(self.controlnet)} ControlNets."
+        )
+        fits = 0 < len(self.control_scale) <= max(1, len(self.controlnet))
+        _check(fits, "control_scale", self.control_scale, "Give one for each ControlNet, or fewer.")
+        for scale in self.control_scale:
+            _in_range("control_scale", scale, 0, 10)
+        for phase in self.control_phases or ("",):
+            known = phase in CONTROL_PHASES or phase.isdecimal()
+            _check(
+                known,
+                "control_phases",
+                phase,
+                f"Use {', '.join(CONTROL_PHASES)}, or numbers of phases: 0 is the first.",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The request as JSON values: what metadata and reports carry."""

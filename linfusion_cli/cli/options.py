@@ -78,6 +78,23 @@ IpScale = Annotated[
 IpImageEncoder = Annotated[
     str | None, Option(help="The image encoder's folder; auto is the one near the --ip-adapter that fits it.")
 ]
+Controlnet = Annotated[
+    list[str] | None,
+    Option(help="A ControlNet: a folder in diffusers' layout, or a hub id; union models too. May be given again."),
+]
+ControlImage = Annotated[
+    list[str] | None, Option(help="The picture it follows (edges, depth, a pose …), one for each --controlnet.")
+]
+ControlScale = Annotated[
+    list[float] | None, Option(help="How strongly, from 0; the last holds for all that follow. [default: 1]")
+]
+ControlType = Annotated[
+    list[str] | None,
+    Option(help="What the picture of a union model shows: canny, depth, openpose, tile …; or its number."),
+]
+ControlPhases = Annotated[
+    str | None, Option(help="Where they act: base, all, or numbers of phases, such as 0,1. [default: base]")
+]
 Seed = Annotated[int | None, Option(help="Same seed and request, same picture. [default: 0]")]
 PredictionType = Annotated[
     str | None, Option(help="What the model predicts: epsilon, v_prediction, or auto (its config, else a probe).")
@@ -180,6 +197,11 @@ def of_a_request(
     ip_image: IpImage = None,
     ip_scale: IpScale = None,
     ip_image_encoder: IpImageEncoder = None,
+    controlnet: Controlnet = None,
+    control_image: ControlImage = None,
+    control_scale: ControlScale = None,
+    control_type: ControlType = None,
+    control_phases: ControlPhases = None,
     negative_prompt: NegativePrompt = None,
     strict_prompt: StrictPrompt = None,
     seed: Seed = None,

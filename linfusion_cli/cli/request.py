@@ -21,10 +21,28 @@ R = TypeVar("R", bound=PictureRequest)
 
 SIZES = ("size", "base_size", "original_size", "target_size")
 PHASED = ("steps", "guidance_scale", "strength", "attention")
-WRITTEN = (*SIZES, *PHASED, "guidance_interval", "cosine", "crop_top_left", "vram", "ram")  # text, for Typer
-REPEATED = ("lora", "textual_inversion")  # lists, for Typer
+WRITTEN = (  # text, for Typer
+    *SIZES,
+    *PHASED,
+    "guidance_interval",
+    "cosine",
+    "crop_top_left",
+    "vram",
+    "ram",
+    "control_phases",
+)
 
-REPEATED = ("lora", "ip_adapter", "ip_image", "ip_scale")  # options that may be given again
+REPEATED = (  # lists, for Typer
+    "lora",
+    "textual_inversion",
+    "ip_adapter",
+    "ip_image",
+    "ip_scale",
+    "controlnet",
+    "control_image",
+    "control_scale",
+    "control_type",
+)
 
 
 def read_request(

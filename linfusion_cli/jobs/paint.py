@@ -18,6 +18,7 @@ from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.device import limit_device_memory
 from linfusion_cli.jobs.adapter import read_picture
 from linfusion_cli.jobs.attention import load_linear
+from linfusion_cli.jobs.control import ActingControl, acting, load_controls
 from linfusion_cli.jobs.pixels import begun_with
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
@@ -27,6 +28,7 @@ from linfusion_cli.jobs.run import Run, checked
 from linfusion_cli.models.inversion import read_inversions
 from linfusion_cli.models.ip_adapter import encode_pictures, load_adapters
 from linfusion_cli.models.load import Vae, load_unet, load_vae
+from linfusion_cli.models.load_controlnet import LoadedControl
 from linfusion_cli.models.lora import merge_lora
 from linfusion_cli.models.text import Conditioning, SizeConditioning, TextChanges, encode_prompts
 from linfusion_cli.planning.needs import Mode
@@ -59,6 +61,7 @@ class Models:
     linear: dict[str, LinearAttention]
     vae: Vae
     conditioning: Conditioning
+    controls: list[LoadedControl]
 
 
 def begin(prepared: Prepared, recorder: Recorder) -> Run:
@@ -100,7 +103,8 @@ def load(run: Run, conditioning: Conditioning) -> Models:
         for file, weight in prepared.loras:
             merge_lora(unet, linear, file, weight)
         load_adapters(unet, prepared.adapters)
-    return Models(unet, linear, vae, conditioning)
+        controls = load_controls(run, linear)
+    return Models(unet, linear, vae, conditioning, controls)
 
 
 def settled(run: Run, models: Models) -> Run:
@@ -111,7 +115,8 @@ def settled(run: Run, models: Models) -> Run:
     side = min(facts.native_px, *phase.size.pair) // facts.vae_factor
     noise = phase_noise(0, 0, facts.latent_channels, side, side).to(run.device)
     schedule = phase_schedule(run.prepared.request, facts.scheduler_config, phase)
-    with prediction(run, models, phase, schedule) as (predict, _):
+    uncontrolled = replace(models, controls=[])  # whose pictures are of another size
+    with prediction(run, uncontrolled, phase, schedule) as (predict, _):
         correlation = noise_correlation(predict, noise, schedule.training_steps)
     run.recorder.notice(PROBED.format(prediction_type(correlation), correlation))
     return run.predicting(prediction_type(correlation))
@@ -172,7 +177,7 @@ def prediction(run: Run, models: Models, phase: Phase, schedule: Schedule) -> It
     unet, mode = models.unet, run.plan.stage("denoise", phase.index).mode
     linear = models.linear if mode.attention == "linear" else {}
     originals = {path: module for path, module in self_attentions(unet).items() if path in linear}
-    with mounted(unet, linear):
+    with mounted(unet, linear), acting(run, models.controls, phase, mode.attention) as controls:
         for module in (originals if linear else models.linear).values():
             module.to("cpu")
         unet.to(run.device)
@@ -180,21 +185,25 @@ def prediction(run: Run, models: Models, phase: Phase, schedule: Schedule) -> It
         how = {"scale": phase.guidance_scale, "rescale": run.prepared.request.guidance_rescale, "applies": applies}
         yield tuple(
             guided_prediction(run, models.conditioning, how_to_run, mode.together, how)
-            for how_to_run in runners(run, unet, mode, phase.dilation)
+            for how_to_run in runners(run, unet, mode, phase.dilation, controls)
         )
 
 
-def runners(run: Run, unet: UNet2DConditionModel, mode: Mode, dilation: int) -> list[Whole] | list[InStrips]:
-    """What runs `unet`, with its attention mounted, in this mode: as it is, and dilated."""
+def runners(
+    run: Run, unet: UNet2DConditionModel, mode: Mode, dilation: int, controls: list[ActingControl]
+) -> list[Whole] | list[InStrips]:
+    """What runs `unet`, with its attention mounted, in this mode under `controls`: as it is, and dilated."""
     if mode.strips is None:
-        return [Whole(unet), Whole(unet, dilation)]
+        whole = [control.whole() for control in controls]
+        return [Whole(unet, times, whole) for times in (1, dilation)]
     strips = Strips(mode.strips, Storage(mode.place, run.device, run.dtype), Alone())
 
     def on_smaller(strips: Strips) -> None:
         size, place = strips.size, strips.storage.place
         run.recorder.notice(SMALLER.format(size.rows, size.tokens, MAPS[place]))
 
-    return [InStrips(unet, replace(strips, dilation=times), on_smaller) for times in (1, dilation)]
+    in_strips = [control.in_strips(strips.storage) for control in controls]
+    return [InStrips(unet, replace(strips, dilation=times), on_smaller, in_strips) for times in (1, dilation)]
 
 
 def guided_prediction(

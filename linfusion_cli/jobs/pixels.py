@@ -95,8 +95,7 @@ def encoded(run: Run, vae: Vae, read: ReadRegion, size: Size, phase: Phase) -> T
     facts, done = run.prepared.facts, 0
     size_lat, method = phase.size.divided(facts.vae_factor), run.plan.stage("encode", phase.index).mode
     latents = torch.empty(1, facts.latent_channels, size_lat.height, size_lat.width)
-    is_last = phase is run.prepared.phases[-1] and not run.prepared.is_reduced
-    resized = resized_reader(read, size, run.prepared.request.size if is_last else phase.size)
+    resized = resized_reader(read, size, run.prepared.shown(phase))
 
     def read_tensor(*region: int) -> Tensor:
         return torch.from_numpy(resized(*region))

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from linfusion_cli.attention.mount import mounted
 from linfusion_cli.jobs.attention import check_base
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.planning.machine import survey
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Plan, Wanted, make_plan
 from linfusion_cli.sampling.passes import count_passes
-from linfusion_cli.unet.check import check_supported
+from linfusion_cli.unet.check import check_control, check_supported
 
 
 def plan_run(prepared: Prepared) -> Plan:
     """The plan for a request, from the model's config files.
 
-    Raises DoesNotFit, UsageError for steps that the scheduler cannot take, DataError for a UNet that cannot run in
-    strips and should, or what those files are guilty of.
+    Raises DoesNotFit, UsageError for steps that the scheduler cannot take, DataError for a UNet or
+    ControlNet that cannot run in strips and should, or what those files are guilty of.
     """
     request, facts, phases = prepared.request, prepared.facts, prepared.phases
     passes = [count_passes(request, facts.scheduler_config, phase) for phase in phases]
     held_bytes = prepared.picture.held_bytes if prepared.picture else 0
-    wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes)
-    outline = ModelOutline.read(prepared.model, prepared.linfusion, prepared.vae, prepared.adapters)
+    controls = prepared.controls
+    controlled = (controls.phases, controls.held_bytes)
+    wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes, *controlled)
+    folders = [control.folder for control in controls.found]
+    outline = ModelOutline.read(prepared.model, prepared.linfusion, prepared.vae, prepared.adapters, folders)
     if prepared.base is not None:
         check_base(prepared.base, outline.unet)
     if "linear" in wanted.attentions:
-        with mounted(outline.unet, outline.linear):
+        with outline.with_attention("linear"):
             check_supported(outline.unet)
+            if any(phases[index].attention == "linear" for index in controls.phases):
+                for control in outline.controls:
+                    check_control(control.net)
     return make_plan(wanted, outline, survey(request))

@@ -13,6 +13,7 @@ from linfusion_cli.geometry import Size, base_size, bend, phase_sizes, upscale_s
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs.adapter import find_adapters
+from linfusion_cli.jobs.find_controls import Controls, find_controls
 from linfusion_cli.jobs.prompts import check_prompts
 from linfusion_cli.models.adapter_files import find_inversion, find_lora, split_token, split_weight
 from linfusion_cli.models.base import find_base
@@ -48,11 +49,16 @@ class Prepared:
     adapters: list[Adapter]
     facts: ModelFacts
     phases: list[Phase]
+    controls: Controls
 
     @property
     def is_reduced(self) -> bool:
         """Whether the last phase is resized to the size asked for, which lies below the base, and not cropped to it."""
         return self.phases[-1].size != self.request.size.rounded_up(self.facts.multiple_px)
+
+    def shown(self, phase: Phase) -> Size:
+        """What of `phase` will be seen: all of it, or of the last what is left when it is cropped."""
+        return self.request.size if phase is self.phases[-1] and not self.is_reduced else phase.size
 
     @property
     def picture_size(self) -> Size | None:
@@ -80,6 +86,7 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     facts = facts if request.prediction_type == "auto" else facts.predicting(request.prediction_type)
     adapters = find_adapters(request, facts.family)
     phases = ladder(request, rungs(request, facts, picture))
+    controls = find_controls(request, model, len(phases))
     linfusion = base = None
     used = any(phase.attention == "linear" for phase in phases)
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
@@ -99,6 +106,7 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
         adapters=adapters,
         facts=facts,
         phases=phases,
+        controls=controls,
     )
 
 
@@ -154,8 +162,9 @@ def saved_sizes(prepared: Prepared) -> list[Size]:
 
 
 def scratch_bytes(prepared: Prepared) -> int:
-    """The largest picture that waits on disk: between phases, before the first, or a base that is to be reduced."""
+    """The largest picture that waits on disk: between phases, before the first, of a control, or to be reduced."""
     waiting = [size.area for size in saved_sizes(prepared)]
     if prepared.picture_size is not None:
         waiting.append(prepared.picture_size.area)
-    return max(waiting, default=0) * BYTES_PER_PX
+    waiting.append(prepared.controls.largest_px)
+    return max(waiting) * BYTES_PER_PX

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from linfusion_cli.attention.mount import mounted
 from linfusion_cli.geometry import Size
 from linfusion_cli.models.families import ModelFacts
 from linfusion_cli.planning.machine import Machine
@@ -14,7 +13,7 @@ from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
 from linfusion_cli.strips.stream import Stage
 from linfusion_cli.unet.check import unknown_parts
-from linfusion_cli.unet.cost import Setting, reckon
+from linfusion_cli.unet.cost import Setting, embedding_cost, reckon, whole_bytes
 from linfusion_cli.vae.cost import vae_cost
 from linfusion_cli.vae.stages import decoder_stages, encoder_stages
 from linfusion_cli.vae.statistics import Method
@@ -56,22 +55,31 @@ class Reckoner:
     outline: ModelOutline
     machine: Machine
 
-    def forward(self, mode: Mode, size: Size, dilation: int = 1) -> Need | None:
-        """One prediction, or both halves of guidance, at `size` px; None for a UNet of an unknown kind."""
-        if mode.attention == "original" and any(unknown_parts(self.outline.unet)):
+    def forward(self, mode: Mode, size: Size, dilation: int = 1, controlled: bool = False) -> Need | None:
+        """One prediction, or both halves of guidance, at `size` px; None for networks of an unknown kind."""
+        nets = [control.net for control in self.outline.controls] if controlled else []
+        if mode.attention == "original" and any(any(unknown_parts(network)) for network in (self.outline.unet, *nets)):
             return None
         size_lat = size.divided(self.facts.vae_factor)
         shape = (2 if mode.together else 1, size_lat.height, size_lat.width)
         setting = Setting(mode.strips or WHOLE, mode.place, *shape, self.machine.dtype.itemsize, dilation=dilation)
-        with mounted(self.outline.unet, self.outline.linear if mode.attention == "linear" else {}):
-            ledger = reckon(self.outline.unet, setting)
+        with self.outline.with_attention(mode.attention):
+            ledger = reckon(self.outline.unet, setting, nets)
+            beside = 0 if mode.strips else whole_bytes(nets, setting)
         computing = self.machine.speed.seconds(ledger.flops, ledger.passes)
         copies = LATENT_COPIES if dilation == 1 else DEMOFUSION_COPIES
         latents = copies * 4 * self.facts.latent_channels * size_lat.area
         holes = 0 if mode.strips else min(WHOLE_HEAP_BYTES, ledger.peak["device"])
-        device = ledger.peak["device"] + latents + holes + self._weights(mode.attention)
+        device = ledger.peak["device"] + latents + holes + beside + self._weights(mode.attention, controlled)
         host = ledger.peak["host"] + (latents if self.machine.device.type == "cuda" else 0)  # drawn and added there
         return self._need(host, device, max(computing, ledger.copied_bytes / COPY_BYTES_PER_SEC))
+
+    def embedding_seconds(self, size: Size) -> float:
+        """How long the control pictures take to become what the ControlNets see."""
+        size_lat, itemsize = size.divided(self.facts.vae_factor), self.machine.dtype.itemsize
+        pair = size_lat.height, size_lat.width
+        costs = [embedding_cost(control.net, *pair, itemsize) for control in self.outline.controls]
+        return self.machine.speed.seconds(sum(cost.flops for cost in costs), sum(cost.passes for cost in costs))
 
     def vae(self, size: Size, encode: bool, attention: str, method: Method) -> Need:
         """Decoding or encoding a picture of `size` px, while the UNet waits with this attention."""
@@ -95,17 +103,18 @@ class Reckoner:
         """The stages of the VAE's encoder or decoder."""
         return encoder_stages(self.outline.vae) if encode else decoder_stages(self.outline.vae)
 
-    def _weights(self, attention: str) -> int:
-        """The bytes of the models that are on the device while a phase has this attention."""
+    def _weights(self, attention: str, controlled: bool = False) -> int:
+        """The bytes of the models that are on the device while a phase has this attention, and ControlNets or not."""
         on_card = self.machine.device.type == "cuda"
         numbers = self.outline.numbers(attention) if on_card else self.outline.all_numbers
+        numbers += self.outline.control_numbers if controlled or not on_card else 0
         return numbers * self.machine.dtype.itemsize + count(self.outline.vae) * self.machine.vae_dtype.itemsize
 
     def _need(self, host: int, device: int, seconds: float) -> Need:
-        """On a CPU the device's memory is the host's; with a card, attention that is not mounted waits on the host."""
+        """On a CPU the device's memory is the host's; with a card, what is not used waits on the host."""
         machine = self.machine
         host += machine.resident_bytes + HEAP_BYTES
         if machine.device.type == "cpu":
             return Need(host + device, 0, seconds)
-        unmounted = self.outline.all_numbers - self.outline.numbers("linear")
+        unmounted = self.outline.all_numbers - self.outline.numbers("linear") + self.outline.control_numbers
         return Need(host + unmounted * machine.dtype.itemsize, device, seconds)

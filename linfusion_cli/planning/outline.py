@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
@@ -11,31 +13,38 @@ from torch import nn
 
 from linfusion_cli.attention import weights
 from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.models.ip_adapter import load_adapters
 from linfusion_cli.models.load import Vae, outline, vae_kind
+from linfusion_cli.models.load_controlnet import LoadedControl
 from linfusion_cli.models.locate_adapter import Adapter
 from linfusion_cli.models.parts import Model, Part
 
 
 @dataclass(frozen=True)
 class ModelOutline:
-    """UNet with its IP-Adapters, the linear attention that can be mounted in it, and VAE, all on the meta device."""
+    """UNet with its IP-Adapters, linear attention to mount in it, VAE, and ControlNets, all on the meta device."""
 
     unet: UNet2DConditionModel
     linear: dict[str, LinearAttention]
     vae: Vae
+    controls: tuple[LoadedControl, ...] = ()
 
     @staticmethod
     def read(
-        model: Model, linfusion: Path | None, vae: Part | None = None, adapters: Sequence[Adapter] = ()
+        model: Model,
+        linfusion: Path | None,
+        vae: Part | None = None,
+        adapters: Sequence[Adapter] = (),
+        controls: Sequence[Path] = (),
     ) -> ModelOutline:
         """Raises Unavailable, DataError or InputMissing naming the file."""
         unet = outline(UNet2DConditionModel, model.part("unet"))
         linear = weights.outline(linfusion, unet) if linfusion else {}
         load_adapters(unet, adapters)
         vae = vae or model.part("vae")
-        return ModelOutline(unet, linear, outline(vae_kind(vae), vae))
+        nets = {folder: LoadedControl.outline(folder, linear) for folder in controls}  # each is loaded once
+        return ModelOutline(unet, linear, outline(vae_kind(vae), vae), tuple(nets[folder] for folder in controls))
 
     def numbers(self, attention: str) -> int:
         """How many weights the UNet has with this attention."""
@@ -44,6 +53,20 @@ class ModelOutline:
             return whole
         replaced = sum(count(module) for module in self_attentions(self.unet).values())
         return whole - replaced + sum(count(module) for module in self.linear.values())
+
+    @cached_property
+    def control_numbers(self) -> int:
+        """How many weights the ControlNets have; their linear attention adds none."""
+        return sum(count(net) for net in {control.net for control in self.controls})
+
+    @contextmanager
+    def with_attention(self, attention: str) -> Iterator[None]:
+        """Within the context UNet and ControlNets have this attention."""
+        with ExitStack() as stack:
+            if attention == "linear":
+                for network, linear in ((self.unet, self.linear), *((of.net, of.linear) for of in self.controls)):
+                    stack.enter_context(mounted(network, linear))
+            yield
 
     @property
     def all_numbers(self) -> int:

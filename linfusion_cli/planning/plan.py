@@ -88,7 +88,8 @@ class Plan:
 class Wanted:
     """What is to be planned: phases, how often each runs the UNet, and the size of the picture that grows, if any.
 
-    `held_bytes` is what reading that picture holds at once.
+    `held_bytes` is what reading that picture holds at once. ControlNets act in the phases `controlled`, by index, and
+    reading their pictures holds `control_held_bytes`.
     """
 
     request: PictureRequest
@@ -97,6 +98,8 @@ class Wanted:
     passes: Sequence[Passes]
     picture: Size | None = None
     held_bytes: int = 0
+    controlled: frozenset[int] = frozenset()
+    control_held_bytes: int = 0
 
     @property
     def attentions(self) -> list[str]:
@@ -157,7 +160,7 @@ def ways(wanted: Wanted, reckoner: Reckoner) -> Iterator[list[PlannedStage]]:
             yield conversions(wanted, reckoner, phase, "encode", before.attention)
         if passes.steps:
             modes = modes_for(phase.attention, reckoner.machine, both_halves=passes.guided > 0)
-            yield [denoising(reckoner, phase, passes, mode) for mode in modes]
+            yield [denoising(wanted, reckoner, phase, passes, mode) for mode in modes]
         if wanted.is_decoded(phase):
             yield conversions(wanted, reckoner, phase, "decode", phase.attention)
 
@@ -171,12 +174,17 @@ def conversions(wanted: Wanted, reckoner: Reckoner, phase: Phase, kind: Kind, at
     return [beside(stage, wanted.held_bytes) for stage in stages] if reads else stages
 
 
-def denoising(reckoner: Reckoner, phase: Phase, passes: Passes, mode: Mode) -> PlannedStage:
-    """All steps of a phase in this mode."""
-    need = reckoner.forward(mode, phase.size, phase.dilation if passes.dilated else 1)
+def denoising(wanted: Wanted, reckoner: Reckoner, phase: Phase, passes: Passes, mode: Mode) -> PlannedStage:
+    """All steps of a phase in this mode, under the ControlNets that act in it."""
+    controlled = phase.index in wanted.controlled
+    need = reckoner.forward(mode, phase.size, phase.dilation if passes.dilated else 1, controlled)
     if need is not None:
         of_one_half = need.seconds / (2 if mode.together else 1)
         need = replace(need, seconds=of_one_half * passes.forwards())
+    if need is not None and controlled:
+        embedded = reckoner.embedding_seconds(phase.size) * (1 if mode.strips else passes.forwards())
+        host = need.host_bytes + wanted.control_held_bytes
+        need = replace(need, host_bytes=host, seconds=need.seconds + embedded)
     return PlannedStage(phase.index, "denoise", phase.name, phase.size, passes.steps, mode, need, passes.dilated)
 
 

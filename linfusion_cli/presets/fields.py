@@ -46,6 +46,11 @@ def _size(value: Any) -> Size:
     return parse_size(str(value))
 
 
+def _phase(value: Any) -> str:
+    """`base`, `all`, or the number of a phase, which TOML has as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+
+
 def _several(one: Callable[[Any], Any]) -> Callable[[Any], tuple]:
     """Reads one value, a list of them, or text with commas between."""
 
@@ -69,6 +74,11 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "ip_image": _several(_text),
     "ip_scale": _several(_number),
     "ip_image_encoder": _text,
+    "controlnet": _several(_text),
+    "control_image": _several(_text),
+    "control_scale": _several(_number),
+    "control_type": _several(_text),
+    "control_phases": _several(_phase),
     "prompt": _text,
     "negative_prompt": _text,
     "strict_prompt": _truth,

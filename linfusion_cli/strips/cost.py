@@ -70,6 +70,11 @@ class Outline(Shaped):
             self._bytes = 1 << (self._bytes - 1).bit_length()  # torch pins powers of two
         ledger.add(where, self._bytes)
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether its rows are computed when they are read, and stored nowhere."""
+        return self._where == "nowhere"
+
     def travel(self, times: int = 1) -> None:
         """Its rows are read or written so many times, and pass between host and device if it waits there."""
         if self._where == "host":
@@ -77,7 +82,7 @@ class Outline(Shaped):
 
     def release(self) -> None:
         """The skip connection is about to be read for the last time; what is nowhere cannot be written over."""
-        self.kept = self._where == "nowhere"
+        self.kept = self.is_computed
 
     def __del__(self) -> None:
         self._ledger.add(self._where, -self._bytes)

@@ -184,6 +184,11 @@ class Storage:
         shape = (batch, height, width, channels)
         return self._on_host(shape) if self.place == "host" else self._on_device(shape)
 
+    def new_waiting(self, batch: int, height: int, width: int, channels: int) -> Map:
+        """A map to be written, and to wait where skip connections do."""
+        shape = (batch, height, width, channels)
+        return self._on_device(shape) if self.place == "device" else self._on_host(shape)
+
     def keep(self, source: Map) -> Map:
         """`source` as a skip connection: itself, or its copy on the host."""
         if source.kept:

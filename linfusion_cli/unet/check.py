@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from torch import nn
 
 from linfusion_cli.attention.linear import LinearAttention
@@ -19,6 +19,7 @@ BLOCKS = {
 LAYERS = ("ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D")
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0")
 WAY_OUT = "Use --attention original, which runs the model whole."
+WAY_OUT_OF_CONTROL = "Leave phases with linear attention out of --control-phases, or use another ControlNet."
 
 
 def check_supported(unet: UNet2DConditionModel) -> None:
@@ -27,24 +28,30 @@ def check_supported(unet: UNet2DConditionModel) -> None:
         raise DataError(f"The UNet cannot run in strips: {path} is {what}.", WAY_OUT)
 
 
-def unmounted(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
+def check_control(net: ControlNetModel | ControlNetUnionModel) -> None:
+    """As `check_supported`, for a ControlNet."""
+    for path, what in (*unknown_parts(net), *unmounted(net)):
+        raise DataError(f"The ControlNet cannot run in strips: {path} is {what}.", WAY_OUT_OF_CONTROL)
+
+
+def unmounted(unet: nn.Module) -> Iterator[tuple[str, str]]:
     """(path, what it is) of every self-attention that is not linear."""
     for path, module in self_attentions(unet).items():
         if not isinstance(module, LinearAttention):
             yield path, f"a {type(module).__name__}, which sees all tokens at once"
 
 
-def unknown_parts(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
-    """(path, what it is) of every part that the executor does not know, whatever its self-attention."""
+def unknown_parts(unet: nn.Module) -> Iterator[tuple[str, str]]:
+    """(path, what it is) of every part of a UNet or ControlNet that the executor does not know, but self-attention."""
     config = unet.config
-    if config.addition_embed_type not in (None, "text_time") or config.center_input_sample:
+    if config.addition_embed_type not in (None, "text_time") or config.get("center_input_sample"):
         yield "its input", "conditioned in an unknown way"
     projects_text = unet.encoder_hid_proj is not None and config.encoder_hid_dim_type != "ip_image_proj"
     projects_text |= getattr(unet, "text_encoder_hid_proj", None) is not None  # where an IP-Adapter took its place
     if unet.class_embedding is not None or projects_text:
         yield "its conditioning", "of an unknown kind (class embedding or projected text)"
     for kind, known in BLOCKS.items():
-        blocks = getattr(unet, kind)
+        blocks = getattr(unet, kind, None)  # a ControlNet has none on the way up
         for i, block in enumerate(blocks if isinstance(blocks, nn.ModuleList) else [blocks]):
             path = f"{kind}.{i}" if isinstance(blocks, nn.ModuleList) else kind
             if block is not None and type(block).__name__ not in known:

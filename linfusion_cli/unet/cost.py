@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffusers import UNet2DConditionModel
+from torch import nn
 
-from linfusion_cli.strips.cost import Ledger, Outline, convolution_cost
+from linfusion_cli.strips.cost import WIDE_BYTES, Cost, Ledger, Outline, convolution_cost
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
+from linfusion_cli.unet.control import PICTURE_ROWS, ControlNet
 from linfusion_cli.unet.resnet import resnet_cost, reusable
 from linfusion_cli.unet.transformer import transformer_cost
-from linfusion_cli.unet.walk import walk
+from linfusion_cli.unet.walk import encoded, walk
+
+COMPUTED = 4  # times that all rows of a map are computed which is not stored: for its moments, and when it is read
+ADDED = 6  # times that each number is read or written where one map is added to another, with moments
+EMBEDDED = 6  # the same for a number of a control picture's maps, in and out of a convolution, and activated
+STREAMED = 6  # strips alive at once of the largest of those: windows, results, activations, and holes they leave
 
 
 @dataclass(frozen=True)
@@ -30,25 +39,33 @@ class Setting:
     dilation: int = 1
 
 
-def reckon(unet: UNet2DConditionModel, setting: Setting) -> Ledger:
-    """The cost of one forward of `unet`, whose parameters may be on the meta device, beyond its weights."""
-    reckoning = Reckoning(unet, setting)
-    walk(unet, reckoning)
-    return reckoning.ledger
+def reckon(unet: UNet2DConditionModel, setting: Setting, controls: Sequence[ControlNet] = ()) -> Ledger:
+    """The cost of one forward of `unet` under `controls`, beyond their weights: parameters may be on the meta device.
+
+    With the embeddings of the control pictures, and the memory to make them, but not the work: see `embedding_cost`.
+    """
+    ledger, residuals = Ledger(), None
+    reckonings = [ControlReckoning(net, setting, ledger) for net in controls]
+    for reckoning in reckonings:
+        reckoning.before = residuals
+        kept, middle = encoded(reckoning.network, reckoning)
+        residuals = deque([*kept, middle])
+        del kept, middle
+    walk(unet, Reckoning(unet, setting, ledger, residuals))
+    return ledger
 
 
-class Reckoning:
-    """The Operations of a forward, on outlines of maps."""
+class EncoderReckoning:
+    """The Encoding of a forward, on outlines of maps; what is kept is for those to say who know what for."""
 
-    def __init__(self, unet: UNet2DConditionModel, setting: Setting):
-        self._unet, self._setting = unet, setting
-        self.ledger = Ledger()
+    def __init__(self, network: nn.Module, setting: Setting, ledger: Ledger):
+        self.network, self.ledger, self._setting = network, ledger, setting
 
     def conv_in(self) -> Outline:
         setting = self._setting
         shape = (setting.batch, setting.height, setting.width)
-        self._convolve(self._unet.conv_in, shape, times=4)
-        return Outline(self.ledger, (*shape, inner(self._unet.conv_in).out_channels), setting.itemsize, "nowhere")
+        self._convolve(self.network.conv_in, shape, times=4)
+        return self._computed((*shape, inner(self.network.conv_in).out_channels))
 
     def resnet(self, block, parts: Sequence[Outline]) -> Outline:
         shape, setting = parts[0].shape[:3], self._setting
@@ -77,6 +94,81 @@ class Reckoning:
         smaller.travel()
         return smaller
 
+    def _new(self, *shape: int) -> Outline:
+        return self._outline(shape, "host" if self._setting.place == "host" else "device")
+
+    def _waiting(self, *shape: int) -> Outline:
+        """A map that waits where skip connections do."""
+        return self._outline(shape, "device" if self._setting.place == "device" else "host")
+
+    def _computed(self, shape: tuple[int, ...]) -> Outline:
+        return self._outline(shape, "nowhere")
+
+    def _outline(self, shape: tuple[int, ...], where: str) -> Outline:
+        return Outline(self.ledger, shape, self._setting.itemsize, where)
+
+    def _convolve(self, convolution, shape: tuple[int, int, int], times: int = 1) -> None:
+        setting = self._setting
+        for _ in range(times):
+            self.ledger.spend(convolution_cost(setting.size, convolution, shape, setting.itemsize, setting.dilation))
+
+
+class ControlReckoning(EncoderReckoning):
+    """The Encoding of a ControlNet's forward; `before` is what others add to the UNet's maps already."""
+
+    before: deque[Outline] | None = None
+
+    def __init__(self, net: ControlNet, setting: Setting, ledger: Ledger):
+        super().__init__(net, setting, ledger)
+        self._projections = iter(net.controlnet_down_blocks)
+        self.embedding = self._waiting(1, setting.height, setting.width, inner(net.conv_in).out_channels)
+        making = embedding_cost(net, setting.height, setting.width, setting.itemsize)
+        ledger.spend(replace(making, flops=0, passes=0))
+
+    def conv_in(self) -> Outline:
+        self.embedding.travel(COMPUTED)
+        return super().conv_in()
+
+    def keep(self, x: Outline) -> Outline:
+        return self._residual(next(self._projections), x)
+
+    def keep_middle(self, x: Outline) -> Outline:
+        return self._residual(self.network.controlnet_mid_block, x)
+
+    def _residual(self, projection: nn.Module, x: Outline) -> Outline:
+        before = self.before.popleft() if self.before else None
+        if x.is_computed:  # whenever the UNet's first skip connection is read
+            self.embedding.travel(COMPUTED)
+            self._convolve(self.network.conv_in, x.shape[:3], COMPUTED)
+            self._convolve(projection, x.shape[:3], COMPUTED)
+            return self._computed(x.shape)
+        target = before or self._waiting(*x.shape)
+        self._convolve(projection, x.shape[:3])
+        x.travel()
+        target.travel(2 if before else 1)
+        return target
+
+
+class Reckoning(EncoderReckoning):
+    """The Operations of a UNet's forward, to whose maps `residuals` are added."""
+
+    def __init__(self, unet: UNet2DConditionModel, setting: Setting, ledger: Ledger, residuals: deque[Outline] | None):
+        super().__init__(unet, setting, ledger)
+        self._residuals = residuals
+
+    def keep(self, x: Outline) -> Outline:
+        if self._residuals is not None:
+            return self._added(x, self._residuals.popleft())
+        if not x.kept and self._setting.place == "skips":
+            copy = self._waiting(*x.shape)
+            copy.travel()
+            return copy
+        x.kept = True
+        return x
+
+    def keep_middle(self, x: Outline) -> Outline:
+        return x if self._residuals is None else self._added(x, self._residuals.popleft())
+
     def upsample(self, upsampler, x: Outline, like: Outline, parts: int) -> list[Outline]:
         shape = (x.shape[0], like.height, like.width)
         larger = [self._new(*shape, upsampler.out_channels // parts) for _ in range(parts)]
@@ -85,32 +177,52 @@ class Reckoning:
             outline.travel()
         return larger
 
-    def keep(self, x: Outline) -> Outline:
-        if not x.kept and self._setting.place == "skips":
-            copy = Outline(self.ledger, x.shape, self._setting.itemsize, "host")
-            copy.travel()
-            return copy
-        x.kept = True
-        return x
-
     def take(self, skip: Outline) -> Outline:
         skip.release()
         return skip
 
-    def add_residual(self, skip: Outline, index: int, x: Outline) -> Outline:
-        return skip
-
-    def add_mid_residual(self, x: Outline) -> Outline:
-        return x
-
     def conv_out(self, x: Outline) -> None:
-        self._convolve(self._unet.conv_out, x.shape[:3])
+        self._convolve(self.network.conv_out, x.shape[:3])
 
-    def _new(self, batch: int, height: int, width: int, channels: int) -> Outline:
-        where = "host" if self._setting.place == "host" else "device"
-        return Outline(self.ledger, (batch, height, width, channels), self._setting.itemsize, where)
+    def _added(self, x: Outline, residual: Outline) -> Outline:
+        numbers = math.prod(x.shape)
+        strip = numbers * min(x.height, self._setting.size.rows_of(x.width)) // x.height
+        if x.is_computed:
+            self.ledger.spend(Cost(0, ADDED * COMPUTED * numbers, 0))
+            return self._computed(x.shape)
+        self.ledger.spend(Cost(0, ADDED * numbers, (2 * self._setting.itemsize + WIDE_BYTES) * strip))
+        x.travel()
+        residual.travel(2)
+        return residual
 
-    def _convolve(self, convolution, shape: tuple[int, int, int], times: int = 1) -> None:
-        setting = self._setting
-        for _ in range(times):
-            self.ledger.spend(convolution_cost(setting.size, convolution, shape, setting.itemsize, setting.dilation))
+
+def embedding_cost(net: ControlNet, height: int, width: int, itemsize: int) -> Cost:
+    """`control.embedded_picture` for latents of `height` x `width`, beside the map that it makes."""
+    layers = net.controlnet_cond_embedding
+    convolutions = [inner(layer) for layer in (layers.conv_in, *layers.blocks, layers.conv_out)]
+    scale = math.prod(layer.stride[0] for layer in convolutions)
+    flops, passes, widest, rows = 0, 0, 0, PICTURE_ROWS
+    pixels, across = height * width * scale**2, width * scale
+    for layer in convolutions:
+        stride = layer.stride[0]
+        pixels, across, rows = pixels // stride**2, across // stride, rows // stride
+        flops += 2 * layer.weight.numel() * pixels
+        passes += EMBEDDED * layer.out_channels * pixels
+        widest = max(widest, rows * across * layer.out_channels)
+    return Cost(flops, passes, STREAMED * widest * itemsize)
+
+
+def whole_bytes(nets: Sequence[ControlNet], setting: Setting) -> int:
+    """What `control.WholeControl` takes beyond a forward in one strip: at first a map of the picture's size, twice.
+
+    Later what has been found is there three times: of this ControlNet, of those before, or added to the UNet's maps.
+    """
+    largest = 0
+    for net in nets:
+        kept, middle = encoded(net, ControlReckoning(net, setting, Ledger()))
+        found = sum(math.prod(outline.shape) for outline in (*kept, middle))
+        layers = net.controlnet_cond_embedding
+        scale = math.prod(inner(layer).stride[0] for layer in layers.blocks)
+        area = setting.batch * setting.height * setting.width * scale**2
+        largest = max(largest, 2 * found, 2 * inner(layers.conv_in).out_channels * area)
+    return largest * setting.itemsize

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from linfusion_cli.strips.dilation import rows_supplied
-from linfusion_cli.strips.ops import Strips, Writer
+from linfusion_cli.strips.ops import Strips
 from linfusion_cli.strips.storage import Map
 from linfusion_cli.unet import resample
 from linfusion_cli.unet.resnet import run_resnet
@@ -18,6 +20,21 @@ from linfusion_cli.unet.transformer import run_transformer
 from linfusion_cli.unet.walk import walk
 
 Added = Mapping[str, Tensor | list[Tensor]]
+Residuals = deque[Map]  # of the skip connections, in the order they are made, then of the middle
+
+
+class Control(Protocol):
+    """What a ControlNet is to a forward; its `encoder` has the layers that see the latents."""
+
+    encoder: nn.Module
+
+    def residuals(
+        self, run: Strips, latents: Tensor, timestep: Tensor, condition: Condition, before: Residuals | None
+    ) -> Residuals:
+        """What it adds to each skip connection, in the order they are made, and to the middle.
+
+        It adds that to what others have added `before`, and may write over it.
+        """
 
 
 @dataclass(frozen=True)
@@ -25,14 +42,13 @@ class Condition:
     """What a UNet hears beside latents and timestep: `text` [B, T, C], `added`, and what few models have.
 
     `added` are SDXL's text_embeds and time_ids, and a list of IP-Adapters' image_embeds, [B, 1, D] or [B, 1, L, D].
-    `residuals` (one per skip connection, in the order they are made) and `mid_residual` are ControlNet's, [B, C, h, w].
+    Each of the `controls` hears it too, without `timestep_cond`.
     """
 
     text: Tensor
     added: Added | None = None
     timestep_cond: Tensor | None = None
-    residuals: Sequence[Tensor] = ()
-    mid_residual: Tensor | None = None
+    controls: Sequence[Control] = ()
 
 
 @torch.inference_mode()
@@ -40,18 +56,32 @@ def strip_forward(
     unet: UNet2DConditionModel, run: Strips, latents: Tensor, timestep: Tensor, condition: Condition
 ) -> Tensor:
     """Latents [B, C, h, w] -> the UNet's prediction [B, C, h, w]; `unet` must pass `check_supported`."""
-    operations = Forward(unet, run, latents, embedded(unet, latents, timestep, condition), condition)
-    with rows_supplied(unet, run.dilation):
+    networks = nn.ModuleList([unet, *(control.encoder for control in condition.controls)])  # each once
+    residuals = None
+    with rows_supplied(networks, run.dilation):
+        for control in condition.controls:
+            residuals = control.residuals(run, latents, timestep, condition, residuals)
+        embedding = embedded(unet, latents, timestep, condition, condition.timestep_cond)
+        heard = Heard(embedding, condition.text, picture_tokens(unet, condition))
+        operations = Forward(unet, run, latents, heard, residuals)
         walk(unet, operations)
     return operations.prediction
 
 
-def embedded(unet: UNet2DConditionModel, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-    """The embedding [B, E] that every ResNet block hears: of the timestep and, for SDXL, of pooled text and sizes."""
-    embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timestep), condition.timestep_cond)
-    added = unet.get_aug_embed(emb=embedding, encoder_hidden_states=condition.text, added_cond_kwargs=condition.added)
+def embedded(
+    network: nn.Module, latents: Tensor, timestep: Tensor, condition: Condition, timestep_cond: Tensor | None = None
+) -> Tensor:
+    """The embedding [B, E] that every ResNet block hears: of the timestep and, for SDXL, of pooled text and sizes.
+
+    A ControlNet has the parts that a UNet's methods look for, under the same names.
+    """
+    kind, heard = UNet2DConditionModel, {"encoder_hidden_states": condition.text, "added_cond_kwargs": condition.added}
+    times = kind.get_time_embed(network, sample=latents, timestep=timestep)
+    embedding = network.time_embedding(times, timestep_cond)
+    added = kind.get_aug_embed(network, emb=embedding, **heard)
     embedding = embedding if added is None else embedding + added
-    return embedding if unet.time_embed_act is None else unet.time_embed_act(embedding)
+    activation = getattr(network, "time_embed_act", None)
+    return embedding if activation is None else activation(embedding)
 
 
 def picture_tokens(unet: UNet2DConditionModel, condition: Condition) -> list[Tensor]:
@@ -61,59 +91,59 @@ def picture_tokens(unet: UNet2DConditionModel, condition: Condition) -> list[Ten
     return [tokens.flatten(1, 2) for tokens in unet.encoder_hid_proj(condition.added["image_embeds"])]
 
 
-class Forward:
-    """The Operations of one forward."""
+@dataclass(frozen=True)
+class Heard:
+    """What the layers of one forward hear: the `embedding` [B, E], the `text` [B, T, C], and `pictures`, [B, T, C]."""
 
-    def __init__(
-        self, unet: UNet2DConditionModel, run: Strips, latents: Tensor, embedding: Tensor, condition: Condition
-    ):
-        self._unet, self._run, self._latents = unet, run, latents
-        self._embedding, self._condition = embedding, condition
-        self._pictures = picture_tokens(unet, condition)
-        self.prediction: Tensor | None = None
+    embedding: Tensor
+    text: Tensor
+    pictures: Sequence[Tensor] = ()
+
+
+class Encoder:
+    """The Encoding of one forward; what it keeps is for those to say who know what for."""
+
+    def __init__(self, network: nn.Module, run: Strips, latents: Tensor, heard: Heard):
+        self._network, self._run, self._latents, self._heard = network, run, latents, heard
 
     def conv_in(self) -> Map:
-        return resample.run_conv_in(self._run, self._unet.conv_in, self._latents)
+        return resample.run_conv_in(self._run, self._network.conv_in, self._latents)
 
     def resnet(self, block, parts: Sequence[Map]) -> Map:
-        return run_resnet(self._run, block, parts, self._embedding)
+        return run_resnet(self._run, block, parts, self._heard.embedding)
 
     def transformer(self, transformer, x: Map) -> Map:
-        return run_transformer(self._run, transformer, x, self._condition.text, self._pictures)
+        return run_transformer(self._run, transformer, x, self._heard.text, self._heard.pictures)
 
     def downsample(self, downsampler, x: Map) -> Map:
         return resample.run_downsample(self._run, downsampler, x)
 
-    def upsample(self, upsampler, x: Map, like: Map, parts: int) -> list[Map]:
-        return resample.run_upsample(self._run, upsampler, x, like.height, like.width, parts)
+
+class Forward(Encoder):
+    """The Operations of one forward of a UNet, to whose maps `residuals` are added."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, run: Strips, latents: Tensor, heard: Heard, residuals: Residuals | None
+    ):
+        super().__init__(unet, run, latents, heard)
+        self._residuals = residuals
+        self.prediction: Tensor | None = None
 
     def keep(self, x: Map) -> Map:
-        return self._run.storage.keep(x)
+        if self._residuals is None:
+            return self._run.storage.keep(x)
+        return resample.add_residual(self._run, x, self._residuals.popleft())
+
+    def keep_middle(self, x: Map) -> Map:
+        return x if self._residuals is None else resample.add_residual(self._run, x, self._residuals.popleft())
+
+    def upsample(self, upsampler, x: Map, like: Map, parts: int) -> list[Map]:
+        return resample.run_upsample(self._run, upsampler, x, like.height, like.width, parts)
 
     def take(self, skip: Map) -> Map:
         skip.release()
         return skip
 
-    def add_residual(self, skip: Map, index: int, x: Map) -> Map:
-        if not self._condition.residuals:
-            return skip
-        if skip is not x:
-            skip.release()
-        added = self._added(skip, self._condition.residuals[index])
-        return self.keep(added)
-
-    def add_mid_residual(self, x: Map) -> Map:
-        residual = self._condition.mid_residual
-        return x if residual is None else self._added(x, residual)
-
-    def _added(self, x: Map, residual: Tensor) -> Map:
-        """`x` with `residual` [B, C, h, w], which may wait on another device, added to it: over `x` if that is free."""
-        result = Writer(self._run.like(x, x.channels) if x.kept else x)
-        for top, bottom in self._run.bands(x.height, x.width):
-            rows = residual[:, :, top:bottom].permute(0, 2, 3, 1)
-            result.write(top, x.read(top, bottom) + rows.to(self._run.storage.device))
-        return result.close(self._run.exchange)
-
     def conv_out(self, x: Map) -> None:
-        unet = self._unet
+        unet = self._network
         self.prediction = resample.run_conv_out(self._run, unet.conv_norm_out, unet.conv_act, unet.conv_out, x)

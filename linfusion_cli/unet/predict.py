@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +13,18 @@ from torch import Tensor
 from linfusion_cli.device import free_memory, is_out_of_memory
 from linfusion_cli.strips.dilation import dilated
 from linfusion_cli.strips.ops import Strips
-from linfusion_cli.unet.check import check_supported
+from linfusion_cli.unet.check import check_control, check_supported
+from linfusion_cli.unet.control import StripControl, WholeControl
 from linfusion_cli.unet.forward import Added, Condition, strip_forward
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timestep []) -> prediction [B, C, h, w]
 
 
 class Whole:
-    """Runs a UNet in one piece, its convolutions dilated by `dilation`."""
+    """Runs a UNet in one piece under `controls`, all convolutions that see the latents dilated by `dilation`."""
 
-    def __init__(self, unet: UNet2DConditionModel, dilation: int = 1):
-        self._unet, self._dilation = unet, dilation
+    def __init__(self, unet: UNet2DConditionModel, dilation: int = 1, controls: Sequence[WholeControl] = ()):
+        self._unet, self._dilation, self._controls = unet, dilation, controls
 
     def predictor(self, text: Tensor, added: Added | None) -> Predict:
         """The UNet under `text` [B, T, C] and `added`: SDXL's `text_embeds` [B, C] and `time_ids` [B, 6], and
@@ -31,24 +32,38 @@ class Whole:
         return _predictor(self._unet, Condition(text, added), self._forward)
 
     def _forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        more = {"added_cond_kwargs": condition.added, "return_dict": False}
+        skips: list[Tensor] = []
+        for control in self._controls:
+            found, middle = control.residuals(latents, timestep, condition, self._dilation)
+            skips = [sum(both) for both in zip(skips, found, strict=True)] if skips else found
+            more["down_block_additional_residuals"] = skips
+            more["mid_block_additional_residual"] = more.get("mid_block_additional_residual", 0) + middle
         with dilated(self._unet, self._dilation):
-            made = self._unet(latents, timestep, condition.text, added_cond_kwargs=condition.added, return_dict=False)
-        return made[0]
+            return self._unet(latents, timestep, condition.text, **more)[0]
 
 
 class InStrips:
-    """Runs a UNet with linear attention in strips; where memory runs out, in a smaller way, from then on.
+    """Runs a UNet with linear attention under `controls` in strips; where memory runs out, smaller, from then on.
 
-    `on_smaller` hears of it. Raises DataError for a UNet that has a part which cannot be run so.
+    `on_smaller` hears of it. Raises DataError for a network that has a part which cannot be run so.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, run: Strips, on_smaller: Callable[[Strips], None]):
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        run: Strips,
+        on_smaller: Callable[[Strips], None],
+        controls: Sequence[StripControl] = (),
+    ):
         check_supported(unet)
-        self._unet, self._run, self._on_smaller = unet, run, on_smaller
+        for control in controls:
+            check_control(control.net)
+        self._unet, self._run, self._on_smaller, self._controls = unet, run, on_smaller, controls
 
     def predictor(self, text: Tensor, added: Added | None) -> Predict:
         """As `Whole.predictor`."""
-        return _predictor(self._unet, Condition(text, added), self._forward)
+        return _predictor(self._unet, Condition(text, added, controls=self._controls), self._forward)
 
     def _forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """A forward is repeated when it runs out of memory: it changes nothing but what it returns."""

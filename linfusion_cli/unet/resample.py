@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from operator import add
 
@@ -16,41 +17,73 @@ from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.storage import Map
 from linfusion_cli.strips.windows import Enlarged, Normed, Source
 
+ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]
+
 
 class Computed(Map):
-    """A convolution of a map with so few channels that its rows are computed whenever they are read, and never stored.
+    """A map whose `rows` are computed whenever they are read, and never stored.
 
     For SDXL's first convolution, 4 channels to 320, that is a ten-thousandth of a forward's work, four times, and the
     first skip connection, which waits until the end, a fifth of its maps.
     """
 
-    def __init__(self, run: Strips, convolution: nn.Module, source: Map):
-        super().__init__(source.tensor)
-        self._run, self._convolution = run, convolution
-        self._source = Source([source], run.exchange, run.halo(convolution))
+    def __init__(self, shape: tuple[int, int, int, int], rows: ReadRows):
+        super().__init__(torch.empty(0))
+        self._shape, self._rows = shape, rows
         self.kept = True
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return (*self._source.parts[0].shape[:3], inner(self._convolution).out_channels)
+        return self._shape
 
     def release(self) -> None:
         """Nothing to write over becomes free."""
 
     def read(self, top: int, bottom: int) -> Tensor:
-        halo = self._run.halo(self._convolution)
-        batch, _, width, channels = self._source.parts[0].shape
-        window = self.tensor.new_empty(batch, bottom - top + 2 * halo, width, channels)
-        self._source.put(window, top - halo, bottom + halo)
-        return as_rows(self._convolution(as_picture(window)))
+        return self._rows(top, bottom)
+
+    def measured(self, run: Strips) -> Computed:
+        """This map, which now has its moments."""
+        strips = run.bands(self.height, self.width)
+        self.moments = reduce(add, (Moments.of(self.read(*strip)) for strip in strips)).of_all(run.exchange)
+        return self
 
 
-def run_conv_in(run: Strips, convolution: nn.Module, latents: Tensor) -> Map:
+def run_conv_in(run: Strips, convolution: nn.Module, latents: Tensor) -> Computed:
     """Latents [B, 4, h, w] -> the first map."""
-    result = Computed(run, convolution, Map(as_rows(latents)))
-    strips = run.bands(result.height, result.width)
-    result.moments = reduce(add, (Moments.of(result.read(*strip)) for strip in strips)).of_all(run.exchange)
-    return result
+    return computed_conv_in(run, convolution, latents).measured(run)
+
+
+def computed_conv_in(run: Strips, convolution: nn.Module, latents: Tensor) -> Computed:
+    """As `run_conv_in`, without moments."""
+    halo, source = run.halo(convolution), as_rows(latents)
+    rows = Source([Map(source)], run.exchange, halo)
+
+    def convolved_rows(top: int, bottom: int) -> Tensor:
+        window = source.new_empty(source.shape[0], bottom - top + 2 * halo, *source.shape[2:])
+        rows.put(window, top - halo, bottom + halo)
+        return as_rows(convolution(as_picture(window)))
+
+    return Computed((*source.shape[:3], inner(convolution).out_channels), convolved_rows)
+
+
+def add_residual(run: Strips, x: Map, residual: Map) -> Map:
+    """`x`, which stays as it is, with a ControlNet's `residual` added to it: written over that, or computed as `x`."""
+
+    def rows(top: int, bottom: int) -> Tensor:
+        return x.read(top, bottom) + residual.read(top, bottom)
+
+    if isinstance(x, Computed):
+        return Computed(x.shape, rows).measured(run)
+    result = Writer(residual)
+    fill(run, result, rows, x)
+    return result.close(run.exchange)
+
+
+def fill(run: Strips, target: Map | Writer, rows: ReadRows, like: Map) -> None:
+    """Write `rows` into all of `target`, a map of the size of `like`."""
+    for top, bottom in run.bands(like.height, like.width):
+        target.write(top, rows(top, bottom))
 
 
 def run_downsample(run: Strips, downsampler: Downsample2D, x: Map) -> Map:

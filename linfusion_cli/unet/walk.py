@@ -1,4 +1,4 @@
-"""The order of a UNet's operations, told once: for running it in strips, and for reckoning what that costs."""
+"""The order of a UNet's or a ControlNet's operations, told once: for running in strips, and for reckoning the cost."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import nn
 M = TypeVar("M")  # a map
 
 
-class Operations(Protocol[M]):
-    """What a walk does with maps. Each returns a new map, or one of those given, which it has written over."""
+class Encoding(Protocol[M]):
+    """What a walk through an encoder does with maps. Each returns a new map, or the given one, written over."""
 
     def conv_in(self) -> M: ...
 
@@ -27,20 +27,21 @@ class Operations(Protocol[M]):
 
     def downsample(self, downsampler: Downsample2D, x: M) -> M: ...
 
+    def keep(self, x: M) -> M:
+        """What is to wait of `x`, which goes on into the next operation: as a skip connection nobody writes over it."""
+
+    def keep_middle(self, x: M) -> M:
+        """The same of what comes from the middle; `x` ends here."""
+
+
+class Operations(Encoding[M], Protocol):
+    """What a walk through a whole UNet does."""
+
     def upsample(self, upsampler: Upsample2D, x: M, like: M, parts: int) -> list[M]:
         """`x` at the size of the map `like`, its channels in so many maps side by side."""
 
-    def keep(self, x: M) -> M:
-        """`x` as a skip connection, over which nobody writes."""
-
     def take(self, skip: M) -> M:
         """A skip connection that is about to be read for the last time."""
-
-    def add_residual(self, skip: M, index: int, x: M) -> M:
-        """`skip` with ControlNet's residual for it, if there is one; `x`, which may be `skip`, stays as it is."""
-
-    def add_mid_residual(self, x: M) -> M:
-        """`x`, which comes from the middle, with ControlNet's residual for it, if there is one."""
 
     def conv_out(self, x: M) -> None: ...
 
@@ -50,19 +51,7 @@ def walk(unet: UNet2DConditionModel, do: Operations[M]) -> None:
 
     No name holds a map for longer than an operation may read it: memory depends on it.
     """
-    x = do.conv_in()
-    skips = [do.keep(x)]
-    for block in unet.down_blocks:
-        for resnet, transformer in layers(block):
-            x = attended(do, transformer, do.resnet(resnet, [x]))
-            skips.append(do.keep(x))
-        for downsampler in block.downsamplers or ():
-            x = do.downsample(downsampler, x)
-            skips.append(do.keep(x))
-    skips = [do.add_residual(skip, i, x) for i, skip in enumerate(skips)]
-    x = do.add_mid_residual(middle(unet.mid_block, do, x))
-    hidden = [x]
-    del x
+    skips, *hidden = encoded(unet, do)
     for block, following in zip_longest(unet.up_blocks, unet.up_blocks[1:]):
         for resnet, transformer in layers(block):
             hidden = [attended(do, transformer, do.resnet(resnet, [*hidden, do.take(skips.pop())]))]
@@ -71,7 +60,21 @@ def walk(unet: UNet2DConditionModel, do: Operations[M]) -> None:
     do.conv_out(hidden[0])
 
 
-def middle(block: nn.Module | None, do: Operations[M], x: M) -> M:
+def encoded(network: nn.Module, do: Encoding[M]) -> tuple[list[M], M]:
+    """The first half of a UNet, which is all of a ControlNet: what is kept on the way down, and of the middle."""
+    x = do.conv_in()
+    kept = [do.keep(x)]
+    for block in network.down_blocks:
+        for resnet, transformer in layers(block):
+            x = attended(do, transformer, do.resnet(resnet, [x]))
+            kept.append(do.keep(x))
+        for downsampler in block.downsamplers or ():
+            x = do.downsample(downsampler, x)
+            kept.append(do.keep(x))
+    return kept, do.keep_middle(middle(network.mid_block, do, x))
+
+
+def middle(block: nn.Module | None, do: Encoding[M], x: M) -> M:
     """The middle block: a ResNet block, then pairs of transformer and ResNet block."""
     if block is None:
         return x
@@ -81,7 +84,7 @@ def middle(block: nn.Module | None, do: Operations[M], x: M) -> M:
     return x
 
 
-def attended(do: Operations[M], transformer: Transformer2DModel | None, x: M) -> M:
+def attended(do: Encoding[M], transformer: Transformer2DModel | None, x: M) -> M:
     return x if transformer is None else do.transformer(transformer, x)
 
 

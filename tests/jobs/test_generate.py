@@ -129,7 +129,7 @@ def test_strips_of_any_height_paint_the_same_picture(make, tmp_path, monkeypatch
 
 def test_a_phase_with_linear_attention_is_the_plain_forward_with_the_same_attention(make, tmp_path, monkeypatch):
     make(output="strips.png", attention=("linear",), size=Size(160, 136))
-    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, dilation: [Whole(unet), Whole(unet, dilation)])
+    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, dilation, _: [Whole(unet), Whole(unet, dilation)])
     make(output="whole.png", attention=("linear",), size=Size(160, 136))
     difference = np.abs(pixels(tmp_path / "strips.png").astype(int) - pixels(tmp_path / "whole.png"))
     assert difference.max() <= 1

@@ -20,6 +20,7 @@ from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.check import check_supported
 from linfusion_cli.unet.forward import Condition, strip_forward
+from tests.fakes import GivenControl
 from tests.models_in_small import small_sd_unet, small_xl_unet
 
 CPU, TIMESTEP = torch.device("cpu"), torch.tensor(500)
@@ -102,6 +103,8 @@ def dilated(unet: nn.Module, dilation: int) -> Iterator[None]:
 
 @torch.inference_mode()
 def plain(unet: UNet2DConditionModel, latents: Tensor, condition: Condition, dilation: int = 1) -> Tensor:
+    """Under at most one control, a GivenControl."""
+    *residuals, middle = [tensor for control in condition.controls for tensor in control.tensors] or [None]
     with dilated(unet, dilation):
         return unet(
             latents,
@@ -109,8 +112,8 @@ def plain(unet: UNet2DConditionModel, latents: Tensor, condition: Condition, dil
             condition.text,
             timestep_cond=condition.timestep_cond,
             added_cond_kwargs=condition.added,
-            down_block_additional_residuals=tuple(condition.residuals) or None,
-            mid_block_additional_residual=condition.mid_residual,
+            down_block_additional_residuals=tuple(residuals) or None,
+            mid_block_additional_residual=middle,
         ).sample
 
 
@@ -161,12 +164,13 @@ def test_every_storage_and_dilation(family, place, dilation):
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["xl", "sd15"])
-def test_controlnet_residuals_are_added_to_every_skip_connection(family, place, dilation):
+def test_what_a_control_finds_is_added_to_every_skip_connection(family, place, dilation):
     with with_linear_attention(FAMILIES[family], torch.float64) as unet:
         latents, condition = torch.randn(1, 4, 21, 13, dtype=torch.float64), random_condition(unet)
         shapes = skip_shapes(unet, latents, condition)
         residuals = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-        controlled = Condition(condition.text, condition.added, None, residuals, torch.randn_like(residuals[-1]))
+        control = GivenControl(*residuals, torch.randn_like(residuals[-1]))
+        controlled = Condition(condition.text, condition.added, controls=[control])
         expected = plain(unet, latents, controlled, dilation)
         assert error(expected, plain(unet, latents, condition, dilation)) > 0.01
         found = in_strips(unet, latents, controlled, StripSize(2, 9), place, dilation)

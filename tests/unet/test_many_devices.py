@@ -9,7 +9,7 @@ import torch
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.forward import strip_forward
-from tests.fakes import Rank, on_ranks
+from tests.fakes import GivenControl, Rank, on_ranks
 from tests.unet.test_forward import (
     CPU,
     FAMILIES,
@@ -45,14 +45,14 @@ def test_parts_of_unequal_height_with_maps_anywhere_and_a_controlnet(heights, pl
     with with_linear_attention(FAMILIES["xl"], torch.float64) as unet:
         latents, condition = torch.randn(1, 4, 64, 13, dtype=torch.float64), random_condition(unet)
         shapes = skip_shapes(unet, latents, condition)
-        *residuals, mid = (torch.randn(shape, dtype=torch.float64) for shape in [*shapes, shapes[-1]])
-        expected = plain(unet, latents, replace(condition, residuals=residuals, mid_residual=mid), 2)
+        residuals = [torch.randn(shape, dtype=torch.float64) for shape in [*shapes, shapes[-1]]]
+        expected = plain(unet, latents, replace(condition, controls=[GivenControl(*residuals)]), 2)
 
         def part(rank: Rank) -> torch.Tensor:
-            mine = [rows_of_part(whole, heights, rank.number) for whole in (latents, mid, *residuals)]
-            heard = replace(condition, residuals=mine[2:], mid_residual=mine[1])
+            mine, *found = [rows_of_part(whole, heights, rank.number) for whole in (latents, *residuals)]
+            heard = replace(condition, controls=[GivenControl(*found)])
             run = Strips(StripSize(3, 20), Storage(place, CPU, torch.float64), rank, 2)
-            return strip_forward(copy.deepcopy(unet), run, mine[0], TIMESTEP, heard)
+            return strip_forward(copy.deepcopy(unet), run, mine, TIMESTEP, heard)
 
         found = torch.cat(on_ranks(len(heights), part), dim=2)
     assert error(found, expected) <= 1e-12

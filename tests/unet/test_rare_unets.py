@@ -14,6 +14,7 @@ from linfusion_cli.errors import DataError
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.check import check_supported
+from tests.fakes import GivenControl
 from tests.models_in_small import small_sd_unet, small_xl_unet
 from tests.unet.test_forward import error, in_strips, plain, random_condition, with_linear_attention
 
@@ -97,7 +98,7 @@ def test_everything_at_once(make):
         for hook in hooks:
             hook.remove()
         residuals = [torch.randn_like(skip) for skip in skips]
-        condition = replace(condition, residuals=residuals, mid_residual=torch.randn_like(residuals[-1]))
+        condition = replace(condition, controls=[GivenControl(*residuals, torch.randn_like(residuals[-1]))])
         expected = plain(unet, latents, condition, 2)
         for place in PLACES:
             assert error(in_strips(unet, latents, condition, StripSize(1, 11), place, 2), expected) <= 1e-12

@@ -1,0 +1,89 @@
+"""ControlNets in a run: loaded once, and on the device for as long as a phase hears them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.attention.mount import mounted
+from linfusion_cli.geometry import bands
+from linfusion_cli.images.scratch import ScratchPicture
+from linfusion_cli.images.source import oriented, source_rows
+from linfusion_cli.jobs.find_controls import FoundControl
+from linfusion_cli.jobs.pixels import resized_reader
+from linfusion_cli.jobs.run import Run
+from linfusion_cli.models.load_controlnet import LoadedControl
+from linfusion_cli.sampling.ladder import Phase
+from linfusion_cli.strips.storage import Storage
+from linfusion_cli.unet.control import PICTURE_ROWS, StripControl, WholeControl, embedded_picture
+
+BEHIND = (0, 0, 0)  # transparent parts of a control picture: black is "nothing here" in edges, poses and depths
+
+
+@dataclass(frozen=True)
+class ActingControl:
+    """A ControlNet on the device, ready to run in `phase` after its picture."""
+
+    run: Run
+    phase: Phase
+    found: FoundControl
+    loaded: LoadedControl
+
+    def whole(self) -> WholeControl:
+        """To run in one piece."""
+        with self._picture() as read:
+            picture = torch.cat([read(*band) for band in bands(self.phase.size.height, PICTURE_ROWS)], dim=1)
+        return WholeControl(self.loaded.net, self.found.scale, self.found.kind, picture.permute(0, 3, 1, 2))
+
+    def in_strips(self, storage: Storage) -> StripControl:
+        """To run in strips, with maps in `storage`."""
+        net, size = self.loaded.net, self.phase.size
+        with self._picture() as read:
+            picture = embedded_picture(net, read, size.height, size.width, storage)
+        return StripControl(net, self.found.scale, self.found.kind, picture)
+
+    @contextmanager
+    def _picture(self) -> Iterator[Callable[[int, int], Tensor]]:
+        """Reads rows [1, n, W, 3] of the picture at the phase's size, on the device."""
+        run, picture = self.run, self.found.picture
+        with (
+            run.recorder.stage("control", "read", self.phase.size, self.phase.size.height, "rows") as stage,
+            ScratchPicture(run.prepared.folder, *picture.stored_size.pair) as scratch,
+        ):
+            for rows in source_rows(picture, BEHIND, run.recorder.notice):
+                scratch.append(rows)
+            resized = resized_reader(oriented(scratch.read, picture), picture.size, run.prepared.shown(self.phase))
+
+            def read(top: int, bottom: int) -> Tensor:
+                rows = torch.from_numpy(resized(top, bottom, 0, self.phase.size.width))
+                stage.advance(bottom)
+                return rows[None].to(run.device, run.dtype)
+
+            yield read
+
+
+def load_controls(run: Run, linear: Mapping[str, LinearAttention]) -> list[LoadedControl]:
+    """The ControlNets of the request on the CPU, each folder once; `linear` is the UNet's attention."""
+    loaded: dict = {}
+    for control in run.prepared.controls.found:
+        if control.folder not in loaded:
+            loaded[control.folder] = LoadedControl.load(control.folder, linear, run.dtype)
+    return [loaded[control.folder] for control in run.prepared.controls.found]
+
+
+@contextmanager
+def acting(run: Run, loaded: list[LoadedControl], phase: Phase, attention: str) -> Iterator[list[ActingControl]]:
+    """The ControlNets that act in `phase`, with this attention, on the device; afterwards all are off it."""
+    with ExitStack() as stack:
+        controls = []
+        for found, control in zip(run.prepared.controls.in_phase(phase.index), loaded, strict=False):
+            stack.callback(control.net.to, "cpu")
+            stack.enter_context(mounted(control.net, control.linear if attention == "linear" else {}))
+            control.net.to(run.device)
+            controls.append(ActingControl(run, phase, found, control))
+        yield controls

@@ -1,0 +1,84 @@
+"""ControlNets on the command line, from the environment, and in a preset."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.control_in_small import small_control, small_union, write_control
+from tests.models_in_small import small_xl_unet
+
+
+@pytest.fixture
+def here(xl_model, tmp_path):
+    """The options of a small picture; beside them, two ControlNets and a picture for them."""
+    write_control(tmp_path / "net", small_control(small_xl_unet(), 1))
+    write_control(tmp_path / "union", small_union(small_xl_unet(), 2))
+    numbers = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(numbers).save(tmp_path / "edges.png")
+    return "a hill", "--model", xl_model, "--size", 64, "--steps", 1, "-o", "a.png"
+
+
+def test_options_come_again_for_each_controlnet(cli, here):
+    first = ("--controlnet", "net", "--control-image", "edges.png", "--control-scale", 0.5)
+    second = ("--controlnet", "union", "--control-image", "edges.png", "--control-scale", 0, "--control-type", "depth")
+    code, out, err = cli("generate", *here, *first, *second, "--control-phases", "base,0", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["request"]["controlnet"] == ["net", "union"]
+    assert report["request"]["control_scale"] == [0.5, 0.0] and report["request"]["control_type"] == ["depth"]
+    assert report["request"]["control_phases"] == ["base", "0"] and report["settings"]["controlnet"] == "flag"
+    assert [stage["name"] for stage in report["stages"]].count("control") == 2
+    read = [file["path"] for file in report["weights"] if file["use"] == "controlnet"]
+    assert [path.split("/")[0] for path in read] == ["net", "union"]
+
+
+def test_from_the_environment_and_a_preset(cli, here, tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text('control_image = ["edges.png"]\ncontrol_phases = 0\ncontrol_scale = 0.8\n')
+    monkeypatch.setenv("LINFUSION_CONTROLNET", "net")
+    code, out, err = cli("plan", *here, "--preset", "mine.toml", "--json")
+    assert code == 0, err
+    request = json.loads(out)["request"]
+    assert (request["controlnet"], request["control_phases"], request["control_scale"]) == (["net"], ["0"], [0.8])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--control-image", "edges.png"), 2, "--control-image edges.png is not possible"),
+        (("--controlnet", "net", "--control-image", "none.png"), 66, "none.png does not exist"),
+        (("--controlnet", "net", "--control-image", "net/config.json"), 65, "is not a PNG"),
+        (("--controlnet", "nobody/none", "--control-image", "edges.png"), 69, "--controlnet nobody/none"),
+        (("--controlnet", "net", "--control-image", "edges.png", "--control-phases", "2"), 2, "is no phase"),
+        (("--controlnet", "union", "--control-image", "edges.png"), 2, "--control-type"),
+    ],
+)
+def test_what_a_person_gets_wrong_is_one_sentence(cli, here, tmp_path, options, code, says):
+    found, out, err = cli("generate", *here, *options, "-q")
+    assert (found, out) == (code, "") and says in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_picture_that_grows_is_controlled_too(cli, here, tmp_path):
+    how = (
+        *here[1:3],
+        "--prompt",
+        "a hill",
+        "--size",
+        128,
+        "--steps",
+        2,
+        "--strength",
+        0.9,
+        "--overwrite",
+        "-o",
+        "b.png",
+    )
+    control = ("--controlnet", "net", "--control-image", "edges.png", "--control-scale", 5)
+    pictures = []
+    for options in ((), control):
+        code, _, err = cli("upscale", "edges.png", *how, *options)
+        assert code == 0, err
+        pictures.append(np.asarray(Image.open(tmp_path / "b.png")).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).mean() > 1

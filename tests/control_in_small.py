@@ -1,0 +1,61 @@
+"""Random ControlNets of the real classes in the real formats, small enough to write in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from torch import nn
+
+from tests.models_in_small import PROJECTION, TEXT_WIDTH
+
+SPREAD = 0.2  # of the weights that training begins with as zeros
+LOUDER = 3.0  # than convolutions are at first, of which seven would leave nothing of a picture but its mean
+KINDS = 6
+
+
+def small_control(unet: UNet2DConditionModel, seed: int = 0, **options: object) -> ControlNetModel:
+    """A ControlNet that begins as `unet`, with projections and conditions that do something."""
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 6, 8, 8), **options)
+    return awakened(net)
+
+
+def small_union(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetUnionModel:
+    """The same of a union model, of the make of `small_xl_unet`."""
+    torch.manual_seed(seed)
+    shared = ("block_out_channels", "down_block_types", "layers_per_block", "transformer_layers_per_block")
+    net = ControlNetUnionModel(
+        **{name: unet.config[name] for name in shared},
+        attention_head_dim=unet.config.attention_head_dim,
+        cross_attention_dim=2 * TEXT_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=PROJECTION + 6 * 8,
+        norm_num_groups=4,
+        conditioning_embedding_out_channels=(4, 6, 8, 8),
+        num_control_type=KINDS,
+        num_trans_channel=unet.config.block_out_channels[0],
+        num_trans_head=2,
+        num_proj_channel=unet.config.block_out_channels[0],
+    )
+    return awakened(net)
+
+
+def awakened(net: nn.Module) -> nn.Module:
+    """`net` with random numbers where it has zeros, so that it changes what a UNet predicts."""
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=SPREAD)
+    for layer in net.controlnet_cond_embedding.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data *= LOUDER
+    return net.eval().requires_grad_(False)
+
+
+def write_control(folder: Path, net: nn.Module) -> Path:
+    """`net` in diffusers' folder layout."""
+    net.save_pretrained(folder)
+    return folder

@@ -1,0 +1,54 @@
+"""ControlNets on a CUDA device: in strips what diffusers' plain forwards give, from wherever maps wait."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+
+from linfusion_cli.attention.mount import mounted
+from linfusion_cli.models.load_controlnet import linear_attention
+from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.ops import Strips, StripSize, as_rows
+from linfusion_cli.strips.storage import PLACES, Storage
+from linfusion_cli.unet.control import StripControl, WholeControl, embedded_picture
+from linfusion_cli.unet.forward import strip_forward
+from linfusion_cli.unet.predict import Whole
+from tests.control_in_small import small_control
+from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA, SIZE = torch.device("cuda"), StripSize(8, 1024)
+
+
+@pytest.fixture
+def networks():
+    """A UNet and a ControlNet with linear attention."""
+    torch.manual_seed(0)
+    unet = sdxl_unet(5).eval().requires_grad_(False)
+    net, linear = small_control(unet), linear_attentions(unet)
+    with ExitStack() as stack:
+        stack.enter_context(mounted(net, linear_attention(net, linear)))
+        stack.enter_context(mounted(unet, linear))
+        yield unet.to(CUDA), net.to(CUDA)
+
+
+def in_strips(unet, net, picture, storage: Storage, latents, condition, dilation: int = 1) -> torch.Tensor:
+    rows = as_rows(picture)
+    hint = embedded_picture(net, lambda *span: rows[:, slice(*span)], *rows.shape[1:3], storage)
+    controlled = replace(condition, controls=[StripControl(net, 0.8, None, hint)])
+    return strip_forward(unet, Strips(SIZE, storage, Alone(), dilation), latents, torch.tensor(500), controlled)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("place", PLACES)
+def test_strips_equal_the_plain_forwards(networks, place, dilation):
+    """In fp64, where a copy that comes too late or too early shows; several times, as a race does not always."""
+    unet, net = (network.double() for network in networks)
+    latents, condition = torch.randn(1, 4, 53, 77, dtype=torch.float64, device=CUDA), random_condition(unet)
+    picture = torch.rand(1, 3, 8 * 53, 8 * 77, dtype=torch.float64, device=CUDA)
+    whole = Whole(unet, dilation, [WholeControl(net, 0.8, None, picture)])
+    expected = whole.predictor(condition.text, condition.added)(latents, torch.tensor(500))
+    for _ in range(3):
+        found = in_strips(unet, net, picture, Storage(place, CUDA, torch.float64), latents, condition, dilation)
+        assert ((found - expected).norm() / expected.norm()).item() <= 1e-11

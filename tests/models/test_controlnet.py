@@ -1,0 +1,125 @@
+"""ControlNets are found, and what is none, does not fit or is not there is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import ControlNetUnionModel
+
+from linfusion_cli.errors import DataError, Unavailable, UsageError
+from linfusion_cli.models.controlnet import check_fits, find_controlnet, is_union, kind_number
+from linfusion_cli.models.load_controlnet import LoadedControl
+from linfusion_cli.models.parts import Model
+from tests.control_in_small import small_control, small_union, write_control
+from tests.models_in_small import small_sd_unet, small_xl_unet
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return write_control(tmp_path_factory.mktemp("plain"), small_control(small_xl_unet()))
+
+
+@pytest.fixture(scope="module")
+def union(tmp_path_factory):
+    return write_control(tmp_path_factory.mktemp("union"), small_union(small_xl_unet()))
+
+
+@pytest.fixture
+def changed(plain, tmp_path):
+    """The folder of a ControlNet with other entries in its config."""
+
+    def make(**entries):
+        folder = shutil.copytree(plain, tmp_path / "changed")
+        config = json.loads((folder / "config.json").read_text()) | entries
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+def test_a_folder_is_found_and_its_kind_told(plain, union):
+    assert find_controlnet(str(plain)) == plain
+    assert (is_union(plain), is_union(union)) == (False, True)
+
+
+@pytest.mark.parametrize("kind", ["plain", "union"])
+def test_it_is_loaded_as_it_was_written(kind, request, xl_model):
+    folder = request.getfixturevalue(kind)
+    check_fits(folder, Model(xl_model))
+    loaded = LoadedControl.load(folder, {}, torch.float32)
+    expected = (small_union if kind == "union" else small_control)(small_xl_unet()).state_dict()
+    outline = LoadedControl.outline(folder, {})
+    assert {name: part.shape for name, part in outline.net.state_dict().items()} == {
+        name: part.shape for name, part in expected.items()
+    }
+    assert type(loaded.net) is type(outline.net) and not loaded.net.training
+
+
+def test_a_union_model_under_the_name_that_its_makers_gave_it(union, tmp_path, xl_model):
+    folder = shutil.copytree(union, tmp_path / "union")
+    config = json.loads((folder / "config.json").read_text()) | {"_class_name": "ControlNetModel_Union"}
+    (folder / "config.json").write_text(json.dumps(config))
+    check_fits(folder, Model(xl_model))
+    assert is_union(folder) and type(LoadedControl.load(folder, {}, torch.float32).net) is ControlNetUnionModel
+
+
+def test_what_is_not_there_is_unavailable(tmp_path):
+    with pytest.raises(Unavailable, match="--controlnet lllyasviel/nothing is not on this machine"):
+        find_controlnet("lllyasviel/nothing")
+    with pytest.raises(DataError, match="no config.json"):
+        find_controlnet(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Unavailable, match="is incomplete: .* has no weights"):
+        find_controlnet(str(tmp_path))
+    (tmp_path / "diffusion_pytorch_model.bin").touch()
+    with pytest.raises(DataError, match="is a pickle"):
+        find_controlnet(str(tmp_path))
+    (tmp_path / "net.safetensors").touch()
+    with pytest.raises(DataError, match="is a file"):
+        find_controlnet(str(tmp_path / "net.safetensors"))
+
+
+def test_a_model_of_another_kind_is_no_controlnet(xl_model):
+    with pytest.raises(DataError, match="UNet2DConditionModel, and no ControlNet"):
+        is_union(xl_model / "unet")
+
+
+def test_one_for_another_family_is_refused(tmp_path, xl_model, sd_model, plain):
+    other = write_control(tmp_path, small_control(small_sd_unet()))
+    with pytest.raises(DataError, match=r"block_out_channels is \[8, 8, 16, 16\] in it and \[8, 16, 16\]"):
+        check_fits(other, Model(xl_model))
+    with pytest.raises(DataError, match="does not fit the model"):
+        check_fits(plain, Model(sd_model))
+    check_fits(other, Model(sd_model))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("cross_attention_dim", 999, "cross_attention_dim is 999 in it and 32"),
+        ("in_channels", 9, "in_channels is 9 in it and 4"),
+        ("conditioning_embedding_out_channels", [4, 8], "pixels per latent is 2 in it and 8"),
+        ("global_pool_conditions", True, "global_pool_conditions True"),
+        ("conditioning_channels", 4, "conditioning_channels 4"),
+    ],
+)
+def test_what_does_not_fit_is_named(changed, xl_model, name, value, says):
+    with pytest.raises(DataError, match=says) as refused:
+        check_fits(changed(**{name: value}), Model(xl_model))
+    assert refused.value.exit_code == 65
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("openpose", 0), ("Depth", 1), ("scribble", 2), ("mlsd", 3), ("anime-lineart", 3), ("5", 5), ("seg", 5)],
+)
+def test_kinds_of_pictures_have_names_and_numbers(union, written, number):
+    assert kind_number(union, written) == number
+
+
+@pytest.mark.parametrize("written", ["tile", "6", "inpaint", "-1", "edges", ""])
+def test_a_kind_that_a_model_does_not_know_is_usage(union, written):
+    with pytest.raises(UsageError, match="--control-type") as refused:
+        kind_number(union, written)
+    assert refused.value.setting == "control_type" and "segment, or 0 to 5" in refused.value.way_out
