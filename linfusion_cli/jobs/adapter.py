@@ -28,7 +28,7 @@ def find_adapters(request: PictureRequest, family: str) -> list[Adapter]:
     found = []
     for name, image, scale in zip(request.ip_adapter, images, scales, strict=False):
         location = find_adapter(name, family, request.download)
-        weights = read_adapter(location.file)
+        weights = read_adapter(location.path)
         encoder = find_encoder(request.ip_image_encoder, weights, location, request.download)
         found.append(Adapter(weights, encoder, image, scale))
     return found

@@ -1,11 +1,11 @@
-"""Where a LoRA or a textual inversion is: one safetensors file, of a folder or of a hub repository. Needs no torch."""
+"""Where an adapter is, of whatever kind: one safetensors file, of a folder or a hub repository. Needs no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from linfusion_cli.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.header import Header
@@ -19,22 +19,36 @@ SAFE = ".safetensors"
 
 @dataclass(frozen=True)
 class Kind:
-    """What is looked for: the option that names it, what it is called, the name that its file usually has.
+    """What is looked for: the option that names it, what it is, and the names that its file usually has.
 
-    `convert` is what to do with a pickle.
+    `convert` is what to do with a pickle; in a folder called `other` lies something else.
     """
 
     flag: str
     noun: str
-    standard: str
+    usual: tuple[str, ...]
     convert: str
+    other: str = ""
+
+    def may_be(self, file: str) -> bool:
+        """Whether `file`, a path in a folder or repository, is a safetensors file that may be it."""
+        return file.endswith(SAFE) and self.other not in PurePosixPath(file).parts
 
 
-LORA = Kind("--lora", "LoRA", "pytorch_lora_weights.safetensors", CONVERT)
+@dataclass(frozen=True)
+class FoundFile:
+    """Where a file is; of a hub repository also which, and its path `inside`."""
+
+    path: Path
+    repository: str = ""
+    inside: str = ""
+
+
+LORA = Kind("--lora", "a LoRA", ("pytorch_lora_weights.safetensors",), CONVERT)
 INVERSION = Kind(
     "--textual-inversion",
-    "textual inversion",
-    "learned_embeds.safetensors",
+    "a textual inversion",
+    ("learned_embeds.safetensors",),
     'Convert it: torch.load(FILE, weights_only=True), then safetensors.torch.save_file({"emb_params": VECTORS}, NEW).',
 )
 
@@ -76,50 +90,53 @@ def split_token(text: str) -> tuple[str, str | None]:
 
 
 def find_lora(name: str, download: bool = False) -> Path:
-    """The safetensors file of the LoRA `name`, as `find_adapter`."""
-    return find_adapter(LORA, name, download)
+    """The safetensors file of the LoRA `name`, as `find_file`."""
+    return find_file(LORA, name, download).path
 
 
 def find_inversion(name: str, download: bool = False) -> Path:
-    """The safetensors file of the textual inversion `name`, as `find_adapter`."""
-    return find_adapter(INVERSION, name, download)
+    """The safetensors file of the textual inversion `name`, as `find_file`."""
+    return find_file(INVERSION, name, download).path
 
 
-def find_adapter(kind: Kind, name: str, download: bool) -> Path:
+def find_file(kind: Kind, name: str, download: bool) -> FoundFile:
     """The safetensors file `name` means: a file, a folder, a hub id, or a file in a hub repository.
 
-    Of a folder or a repository it is the one with the usual name, else the only safetensors file there. Raises
-    Unavailable when it is not on this machine and not to be fetched, DataError for pickles and for several files.
+    Of a folder or a repository it is the one with a usual name, else the only one that may be it. Raises Unavailable
+    when it is not on this machine and not to be fetched, DataError for pickles and for several files.
     """
     path = user_path(name)
     if is_folder(path):
-        return path / pick_file(kind, name, [file.name for file in path.glob("*")])
+        usual = [file for file in kind.usual if is_file(path / file)]
+        return FoundFile(path / pick_file(kind, name, [*usual, *(file.name for file in path.glob("*"))]))
     if path.suffix.lower() in PICKLES:
         raise pickled(kind, name)
     if not is_file(path):
         return find_in_repository(kind, name, download)
     if path.suffix.lower() != SAFE:
-        raise DataError(f"{kind.flag} {name} is no safetensors file.", f"Name a {kind.noun}'s safetensors file.")
-    return path
+        raise DataError(f"{kind.flag} {name} is no safetensors file.", f"Name {kind.noun}'s safetensors file.")
+    return FoundFile(path)
 
 
-def find_in_repository(kind: Kind, name: str, download: bool) -> Path:
-    """As `find_adapter`, for `owner/repo` or `owner/repo/file.safetensors`, whose file may lie in a sub folder."""
+def find_in_repository(kind: Kind, name: str, download: bool) -> FoundFile:
+    """As `find_file`, for `owner/repo` or `owner/repo/file.safetensors`, whose file may lie in a sub folder."""
     repository, file = split_hub_name(kind, name)
     try:
         snapshot = cached(repository, kind.flag)
     except Unavailable as error:
         raise no_such_file(kind, name) from error
-    if snapshot is not None and is_file(snapshot / (file or kind.standard)):
-        return snapshot / (file or kind.standard)
-    if download:
+    here = [] if snapshot is None else [path for path in snapshot.rglob("*") if is_file(path)]
+    files = [path.relative_to(snapshot).as_posix() for path in here]
+    wanted = next((usual for usual in ([file] if file else kind.usual) if usual in files), None)
+    if wanted is None and download:
         return fetch_file(kind, name, repository, file)
     # The cache holds what was fetched before, the hub perhaps more: its only file will do where we may not ask.
-    here = [] if snapshot is None else [path for path in snapshot.rglob("*.safetensors") if is_file(path)]
-    if file is None and here:
-        return snapshot / pick_file(kind, name, [path.relative_to(snapshot).as_posix() for path in here])
-    way_out = "Add --download to fetch it, or name a safetensors file."
-    raise Unavailable(f"{kind.flag} {name} is not on this machine.", way_out)
+    if wanted is None and file is None and any(kind.may_be(path) for path in files):
+        wanted = pick_file(kind, name, files)
+    if wanted is None:
+        way_out = "Add --download to fetch it, or name a safetensors file."
+        raise Unavailable(f"{kind.flag} {name} is not on this machine.", way_out)
+    return FoundFile(snapshot / wanted, repository, wanted)
 
 
 def split_hub_name(kind: Kind, name: str) -> tuple[str, str | None]:
@@ -131,30 +148,30 @@ def split_hub_name(kind: Kind, name: str) -> tuple[str, str | None]:
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
-def fetch_file(kind: Kind, name: str, repository: str, file: str | None) -> Path:
+def fetch_file(kind: Kind, name: str, repository: str, file: str | None) -> FoundFile:
     """Download one file of a hub repository, by default the one that `pick_file` finds; raises Unavailable."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
-    repository, revision = split_revision(repository)
+    repo, revision = split_revision(repository)
     with hub_errors(name, kind.flag):
-        file = file or pick_file(kind, name, list_repo_files(repository, revision=revision))
-        return Path(hf_hub_download(repository, file, revision=revision))
+        file = file or pick_file(kind, name, list_repo_files(repo, revision=revision))
+        return FoundFile(Path(hf_hub_download(repo, file, revision=revision)), repository, file)
 
 
 def pick_file(kind: Kind, name: str, files: Iterable[str]) -> str:
     """Which of the `files` of `name` is meant; raises DataError when that is not clear."""
-    files = sorted(files)
-    safe = [file for file in files if file.endswith(SAFE)]
-    if kind.standard in safe:
-        return kind.standard
+    files = sorted(set(files))
+    if usual := next((file for file in kind.usual if file in files), None):
+        return usual
+    safe = [file for file in files if kind.may_be(file)]
     if len(safe) > 1:
         way_out = f"Name one of them, as in {kind.flag} {name.rstrip('/')}/{safe[0]}."
         raise DataError(f"{kind.flag} {name} holds several safetensors files: {', '.join(safe)}.", way_out)
     if safe:
         return safe[0]
-    if any(Path(file).suffix.lower() in PICKLES for file in files):
+    if any(PurePosixPath(file).suffix.lower() in PICKLES for file in files):
         raise pickled(kind, name)
-    raise DataError(f"{kind.flag} {name} holds no safetensors file.", f"Name a {kind.noun}'s safetensors file.")
+    raise DataError(f"{kind.flag} {name} holds no safetensors file.", f"Name {kind.noun}'s safetensors file.")
 
 
 def no_such_file(kind: Kind, name: str) -> Unavailable:

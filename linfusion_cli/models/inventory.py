@@ -8,7 +8,7 @@ from pathlib import Path
 
 from linfusion_cli import presets
 from linfusion_cli.errors import LinfusionError, UsageError
-from linfusion_cli.models.adapter_files import Kind, fetch_file, is_lora, split_hub_name
+from linfusion_cli.models.adapter_files import LORA, Kind, fetch_file, is_lora, split_hub_name
 from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts
 from linfusion_cli.models.header import read_header
 from linfusion_cli.models.hub import fetch, is_fetched_whole
@@ -16,7 +16,7 @@ from linfusion_cli.models.locate import DEMO, DEMO_FOLDER, PUBLISHED_LINFUSION
 from linfusion_cli.models.parts import CONVERT, LINFUSION, Model
 from linfusion_cli.units import is_file, is_folder, user_path
 
-PULLED = Kind("models pull", "model", "pytorch_lora_weights.safetensors", CONVERT)
+PULLED = Kind("models pull", "a model", LORA.usual, CONVERT)
 
 Notify = Callable[[str], None]
 
@@ -76,7 +76,7 @@ def fetched(name: str, configs: bool) -> Path:
     repository, file = split_hub_name(PULLED, name)
     if file is None and (configs or is_fetched_whole(name)):
         return fetch(name, "", configs)
-    return fetch_file(PULLED, name, repository, file)
+    return fetch_file(PULLED, name, repository, file).path
 
 
 def described(folder: Path) -> str:

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 from linfusion_cli.errors import DataError, Unavailable
 from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.models.adapter_files import FoundFile, Kind, find_file
 from linfusion_cli.models.families import read_config
 from linfusion_cli.models.header import read_header
-from linfusion_cli.models.hub import cached, hub_errors
+from linfusion_cli.models.hub import hub_errors, split_revision
 from linfusion_cli.models.parts import PICKLES, weights_files
 from linfusion_cli.units import is_file, is_folder, user_path
 
@@ -26,6 +27,8 @@ PLAIN = "proj.weight"
 CLIP_WIDTHS = {"projection_dim": 512, "hidden_size": 768}  # what CLIPVisionConfig means where a config is silent
 FACE_ID = ("perceiver_resampler.", "norm.weight")
 OTHER_KIND = "Use an IP-Adapter, a Plus, a Plus Face or a Full Face one."
+CONVERT_ADAPTER = "Convert it to safetensors, with the tensors named image_proj.* and ip_adapter.*, or use another one."
+ENCODER = "image_encoder"  # the folder of an image encoder, beside an adapter or above it
 NAME_ENCODER = "name its folder with --ip-image-encoder."
 
 
@@ -63,98 +66,17 @@ class Adapter:
     scale: float
 
 
-@dataclass(frozen=True)
-class Location:
-    """Where a weights file is; `repository` and `inside` say of which hub repository, and its path in there."""
+def find_adapter(name: str, family: str, download: bool = False) -> FoundFile:
+    """The IP-Adapter `name`, as `find_file`; of a folder or repository the one published for `family`, if it is there.
 
-    name: str
-    file: Path
-    repository: str = ""
-    inside: str = ""
-
-
-def find_adapter(name: str, family: str, download: bool = False) -> Location:
-    """The IP-Adapter `name`: a file, a folder, a hub id, or a file in a hub repository.
-
-    Of a folder or a repository it is the one published for `family`, else the only safetensors file there. Raises
-    Unavailable when it is not on this machine and not to be fetched, DataError for what is no such file.
+    Raises DataError for FaceID adapters, by their names.
     """
-    path = user_path(name)
-    if is_folder(path):
-        published = [file for file in PUBLISHED.values() if is_file(path / file)]
-        return Location(name, path / pick(name, [*published, *(file.name for file in path.glob("*"))], family))
+    path, published = user_path(name), PUBLISHED.get(family, "")
     is_pickle = path.suffix.lower() in PICKLES
     if "faceid" in path.name.lower() and (is_pickle or not is_file(path)):  # what a file is, its header says
         raise face_id(name)
-    if is_pickle:
-        raise pickled(name)
-    if not is_file(path):
-        return find_in_hub(name, family, download)
-    if path.suffix.lower() != ".safetensors":
-        raise DataError(f"{FLAG} {name} is no safetensors file.", "Name an IP-Adapter's safetensors file.")
-    return Location(name, path)
-
-
-def find_in_hub(name: str, family: str, download: bool) -> Location:
-    """As `find_adapter`, for `owner/repo` or `owner/repo/folder/file.safetensors`."""
-    parts = name.split("/")
-    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
-    nowhere = Unavailable(f"{FLAG} {name}: there is no such file or folder, and it is no hub id.", "Check it.")
-    if len(parts) < 2 or bool(inside) != name.endswith(".safetensors"):
-        raise nowhere
-    try:
-        snapshot = cached(repository, FLAG)
-    except Unavailable as error:
-        raise nowhere from error
-    here = [] if snapshot is None else [file for file in snapshot.rglob("*") if is_file(file)]
-    files = [file.relative_to(snapshot).as_posix() for file in here]
-    wanted = inside or PUBLISHED.get(family, "")
-    if wanted in files:
-        return Location(name, snapshot / wanted, repository, wanted)
-    if download:
-        return fetch_adapter(name, repository, inside, family)
-    if not inside and any(file.endswith(".safetensors") and not is_encoder(file) for file in files):
-        wanted = pick(name, files, family)
-        return Location(name, snapshot / wanted, repository, wanted)
-    way_out = "Add --download to fetch it, or name a safetensors file."
-    raise Unavailable(f"{FLAG} {name} is not on this machine.", way_out)
-
-
-def fetch_adapter(name: str, repository: str, inside: str, family: str) -> Location:
-    """Download one weights file of a hub repository; raises Unavailable."""
-    from huggingface_hub import hf_hub_download, list_repo_files
-
-    with hub_errors(name, FLAG):
-        inside = inside or pick(name, list_repo_files(repository), family)
-        return Location(name, Path(hf_hub_download(repository, inside)), repository, inside)
-
-
-def pick(name: str, files: list[str], family: str) -> str:
-    """Which of the `files` of --ip-adapter `name` is meant; raises DataError when that is not clear."""
-    published = PUBLISHED.get(family, "")
-    for file in (published, PurePath(published).name):
-        if file and file in files:
-            return file
-    safe = sorted(file for file in files if file.endswith(".safetensors") and not is_encoder(file))
-    if len(safe) > 1:
-        way_out = f"Name one of them, as in {FLAG} {name.rstrip('/')}/{safe[0]}."
-        raise DataError(f"{FLAG} {name} holds several safetensors files: {', '.join(safe)}.", way_out)
-    if safe:
-        return safe[0]
-    if any(PurePath(file).suffix.lower() in PICKLES and not is_encoder(file) for file in files):
-        raise pickled(name)
-    raise DataError(f"{FLAG} {name} holds no safetensors file.", "Name an IP-Adapter's safetensors file.")
-
-
-def is_encoder(file: str) -> bool:
-    """Whether a file of a folder belongs to an image encoder."""
-    return "image_encoder" in PurePath(file).parts
-
-
-def pickled(name: str) -> DataError:
-    """The error for an IP-Adapter that is a pickle, or of which there are only pickles."""
-    way_out = "Convert it to safetensors, with the tensors named image_proj.* and ip_adapter.*, or use another one."
-    return DataError(f"{FLAG} {name} is a pickle, which can run code when it is opened.", way_out)
+    usual = (published, PurePath(published).name) if published else ()
+    return find_file(Kind(FLAG, "an IP-Adapter", usual, CONVERT_ADAPTER, ENCODER), name, download)
 
 
 def face_id(name: object) -> DataError:
@@ -180,7 +102,7 @@ def read_adapter(file: Path) -> AdapterFile:
     return AdapterFile(file, shapes)
 
 
-def find_encoder(name: str, adapter: AdapterFile, location: Location, download: bool = False) -> Path:
+def find_encoder(name: str, adapter: AdapterFile, location: FoundFile, download: bool = False) -> Path:
     """The folder of the image encoder for `adapter`: `name`, or for `auto` the one near the file that fits it.
 
     Raises Unavailable where there is none, DataError where the one that was named does not fit.
@@ -203,7 +125,7 @@ def named_encoder(name: str, adapter: AdapterFile) -> Path:
     folder = user_path(name)
     if not is_folder(folder):
         raise Unavailable(f"--ip-image-encoder {name}: there is no such folder.", "Check it.")
-    folder = folder if is_file(folder / "config.json") else folder / "image_encoder"
+    folder = folder if is_file(folder / "config.json") else folder / ENCODER
     if not adapter.fits(read_config(folder / "config.json")):
         width, wanted = INPUTS[adapter.kind], adapter.shapes[f"image_proj.{adapter.kind}"][-1]
         reason = f"The image encoder in {folder} does not fit {adapter.file}, which takes a {width} of {wanted}."
@@ -214,7 +136,7 @@ def named_encoder(name: str, adapter: AdapterFile) -> Path:
 def encoder_folders(file: P) -> list[P]:
     """Where the encoder for a weights file may lie: beside it, or above; some of SDXL's use that of SD 1.5."""
     above = file.parent.parent
-    places = (file.parent / "image_encoder", above / "image_encoder", above / "models" / "image_encoder")
+    places = (file.parent / ENCODER, above / ENCODER, above / "models" / ENCODER)
     return list(dict.fromkeys(places))
 
 
@@ -223,20 +145,21 @@ def fitting(folder: Path, adapter: AdapterFile) -> bool:
     return is_file(folder / "config.json") and adapter.fits(read_config(folder / "config.json"))
 
 
-def fetch_encoder(location: Location, adapter: AdapterFile) -> Path | None:
+def fetch_encoder(location: FoundFile, adapter: AdapterFile) -> Path | None:
     """Download the repository's encoder that fits the adapter, None if it has none; raises Unavailable."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
-    with hub_errors(location.name, FLAG):
-        files = list_repo_files(location.repository)
+    repository, revision = split_revision(location.repository)
+    with hub_errors(location.repository, FLAG):
+        files = list_repo_files(repository, revision=revision)
         for folder in encoder_folders(PurePosixPath(location.inside)):
             inside = [file for file in files if PurePosixPath(file).parent == folder]
             if str(folder / "config.json") not in inside:
                 continue
-            found = Path(hf_hub_download(location.repository, str(folder / "config.json"))).parent
+            found = Path(hf_hub_download(repository, str(folder / "config.json"), revision=revision)).parent
             if adapter.fits(read_config(found / "config.json")):
                 for file in needed(inside):
-                    hf_hub_download(location.repository, file)
+                    hf_hub_download(repository, file, revision=revision)
                 return found
     return None
 

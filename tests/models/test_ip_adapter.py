@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.attention.mount import mounted
 from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.models.adapter_files import FoundFile
 from linfusion_cli.models.ip_adapter import load_adapters, wanted_shapes
-from linfusion_cli.models.locate_adapter import Adapter, AdapterFile, Location, find_adapter, find_encoder, read_adapter
+from linfusion_cli.models.locate_adapter import Adapter, AdapterFile, find_adapter, find_encoder, read_adapter
 from linfusion_cli.models.lora import merge_lora
 from linfusion_cli.models.parts import Model
 from linfusion_cli.planning.outline import ModelOutline, count
@@ -66,8 +67,8 @@ def test_the_published_layout(published, place, file, family, encoder):
     root = put_in_hub(published, "h94/IP-Adapter") if place == "hub" else published
     name = "h94/IP-Adapter" if place == "hub" else str(published)
     location = find_adapter(f"{name}/{file}" if file else name, family)
-    assert location.file == root / (file or {"sdxl": SDXL, "sd15": "models/ip-adapter_sd15.safetensors"}[family])
-    assert find_encoder("auto", read_adapter(location.file), location) == root / encoder
+    assert location.path == root / (file or {"sdxl": SDXL, "sd15": "models/ip-adapter_sd15.safetensors"}[family])
+    assert find_encoder("auto", read_adapter(location.path), location) == root / encoder
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def hub(published, monkeypatch, tmp_path):
     """A hub that has the published repository; which of its files were fetched."""
     fetched, root = [], tmp_path / "fetched"
 
-    def download(repository, file):
+    def download(repository, file, revision):
         assert repository == "h94/IP-Adapter"
         fetched.append(file)
         (root / file).parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def hub(published, monkeypatch, tmp_path):
 
     files = [path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()]
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository: files)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository, revision: files)
     return fetched
 
 
@@ -92,7 +93,7 @@ def test_only_what_is_needed_is_fetched(hub):
         find_adapter("h94/IP-Adapter", "sdxl")
     assert not hub
     location = find_adapter("h94/IP-Adapter/sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", "sdxl", download=True)
-    encoder = find_encoder("auto", read_adapter(location.file), location, download=True)
+    encoder = find_encoder("auto", read_adapter(location.path), location, download=True)
     assert encoder.parts[-2:] == ("models", "image_encoder") and (encoder / "model.safetensors").is_file()
     assert hub.count("models/image_encoder/model.safetensors") == 1
     assert "sdxl_models/image_encoder/model.safetensors" not in hub
@@ -103,14 +104,14 @@ def test_without_an_encoder_that_fits_the_places_are_named(published, tmp_path):
     file = Path(shutil.copy(published / SDXL, tmp_path / "one" / "a.safetensors"))
     write_encoder(tmp_path / "image_encoder")
     with pytest.raises(Unavailable, match=r"one/image_encoder \(not there\), .*image_encoder") as caught:
-        find_encoder("auto", read_adapter(file), Location("a", file))
+        find_encoder("auto", read_adapter(file), FoundFile(file))
     assert "--ip-image-encoder" in caught.value.way_out
     named = published / "sdxl_models"
-    assert find_encoder(str(named), read_adapter(file), Location("a", file)) == named / "image_encoder"
+    assert find_encoder(str(named), read_adapter(file), FoundFile(file)) == named / "image_encoder"
     with pytest.raises(DataError, match=f"does not fit .*projection_dim of {PROJECTION + 4}"):
-        find_encoder(str(tmp_path / "image_encoder"), read_adapter(file), Location("a", file))
+        find_encoder(str(tmp_path / "image_encoder"), read_adapter(file), FoundFile(file))
     with pytest.raises(Unavailable, match="--ip-image-encoder nowhere"):
-        find_encoder("nowhere", read_adapter(file), Location("a", file))
+        find_encoder("nowhere", read_adapter(file), FoundFile(file))
 
 
 @pytest.mark.parametrize("name", ["ip-adapter_sd15.bin", "h94/IP-Adapter/models/ip-adapter_sd15.bin"])
