@@ -9,6 +9,7 @@ from dataclasses import dataclass
 BASE_MULTIPLE_PX = 64
 SMALLEST_BASE_PX = 64
 NEAR_TARGET = 0.9
+MOST_BEND = 0.1  # of a base or a control picture: those of a small one can come no closer, and more is seen
 BEND = 0.005  # how far the proportions of a picture may be from those asked for: nobody sees it
 
 

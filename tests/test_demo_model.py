@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from linfusion_cli.models.header import read_header
 from tools.demo_model.errors import closed, noise_errors, zeroed
 from tools.demo_model.obey import FIRST, Judges, obedience, variety
 from tools.demo_model.sample import load_shipped, paint
@@ -82,3 +83,10 @@ def test_on_larger_pictures_linear_attention_is_no_worse_than_softmax(shipped, s
     forms = {"softmax": None, "linear": linear}
     large = noise_errors(pipe, *scenes(range(FIRST + 30_000, FIRST + 30_000 + count), side_px), forms, draws=2)
     assert large["linear"] <= 1.01 * large["softmax"]
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_encoders_are_named_as_every_version_of_transformers_reads_them(part):
+    """Older ones look for all layers under `text_model.`, newer ones find them there as well."""
+    names = read_header(MODEL / part / "model.safetensors").shapes
+    assert all(name.startswith(("text_model.", "text_projection.")) for name in names)

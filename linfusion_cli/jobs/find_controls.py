@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linfusion_cli.errors import UsageError
-from linfusion_cli.geometry import Size, bend
+from linfusion_cli.geometry import MOST_BEND, Size, bend
 from linfusion_cli.images.source import SourcePicture, inspect_source
 from linfusion_cli.models.controlnet import check_fits, find_controlnet, is_union, kind_number
 from linfusion_cli.models.parts import Model
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.units import user_path
-
-MOST_BEND = 0.1  # of a control picture's proportions over those of the picture that is made
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from linfusion_cli import images
 from linfusion_cli.device import pick_device, pick_dtype
 from linfusion_cli.errors import UsageError, WriteFailed
-from linfusion_cli.geometry import Size, base_size, bend, phase_sizes, upscale_sizes
+from linfusion_cli.geometry import MOST_BEND, Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs.adapter import find_adapters
@@ -24,8 +24,6 @@ from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
 from linfusion_cli.units import format_bytes
-
-MOST_BEND = 0.1  # of --base-size: its proportions over the picture's; those of a small base can come no closer
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 
 from linfusion_cli.attention.weights import save_weights
 from tools.demo_model.distill import load_linear
@@ -46,6 +47,7 @@ def export() -> None:
         shutil.rmtree(scratch / name)
         shutil.copytree(FOLDER, scratch / name)
     _forget_paths(scratch)
+    _name_as_published(scratch / "text_encoder" / "model.safetensors")
     save_weights(scratch / "linfusion", linear)
     _move(scratch, MODEL)
 
@@ -56,6 +58,12 @@ def _forget_paths(folder: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _name_as_published(file: Path) -> None:
+    """Every version of transformers reads the first encoder under `text_model.`; newer ones save it without."""
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def _move(source: Path, target: Path) -> None:
