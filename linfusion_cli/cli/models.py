@@ -62,7 +62,7 @@ def pull(
 
 @app.command("check")
 def check(
-    name: Annotated[str, typer.Argument(metavar="MODEL", help="What --model, --vae or --lora would take.")],
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="What --model or an option for adapters would take.")],
     as_json: Json = False,
 ) -> None:
     """Say what a model is; fails with 65 if it cannot be used, naming the first thing that is wrong with it."""

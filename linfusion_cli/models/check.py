@@ -14,17 +14,21 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from linfusion_cli.attention import weights
 from linfusion_cli.errors import DataError, Unavailable
-from linfusion_cli.models.adapter_files import is_lora
+from linfusion_cli.models.adapter_files import find_lora, is_lora
+from linfusion_cli.models.controlnet import UNION_NAMES
 from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts
 from linfusion_cli.models.header import COUNTERS, Header, read_header
+from linfusion_cli.models.hub import cached
 from linfusion_cli.models.load import AGAIN, checked_headers, fitting_state, outline, vae_kind
-from linfusion_cli.models.locate import LAYOUTS, find_linfusion, find_model
+from linfusion_cli.models.locate import DEMO, LAYOUTS, check_weights_name, find_linfusion, find_model
+from linfusion_cli.models.locate_adapter import INPUTS, read_adapter
 from linfusion_cli.models.lora_file import read_lora
 from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.models.text import load_tokenizer
 from linfusion_cli.units import is_file, is_folder, user_path
 
-ALONE = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, ControlNetModel, ControlNetUnionModel)}
+ALONE = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, ControlNetModel)}
+ALONE |= dict.fromkeys(UNION_NAMES, ControlNetUnionModel)
 LINFUSION = "LinFusion"
 
 
@@ -49,13 +53,33 @@ class Found:
 
 
 def check(name: str) -> Found:
-    """What --model, --vae, --lora or --controlnet `name` is; raises Unavailable where it is not here, and DataError
-    naming the first thing that is wrong with it."""
+    """What --model, --vae, --lora, --controlnet or --ip-adapter `name` is.
+
+    Raises Unavailable where it is not here, and DataError naming the first thing that is wrong with it.
+    """
     path = user_path(name)
-    if is_file(path) and path.suffix == ".safetensors" and is_lora(header := read_header(path)):
+    check_weights_name("", path)
+    if is_file(path):
+        return check_file(name, read_header(path))
+    folder = path if is_folder(path) or name == DEMO else cached(name, "")
+    if folder is not None and not is_file(folder / "model_index.json"):
+        if is_file(folder / "config.json"):
+            return check_alone(folder)
+        if any(is_lora(read_header(file)) for file in folder.glob("*.safetensors")):
+            return check_lora(read_header(find_lora(name)))
+    return check_model(find_model(name))
+
+
+def check_file(name: str, header: Header) -> Found:
+    """A single file: a whole model, or one of the things that come beside one, whose shapes that decides."""
+    check_numbers_in(header)
+    if is_lora(header):
         return check_lora(header)
-    if is_folder(path) and not is_file(path / "model_index.json") and is_file(path / "config.json"):
-        return check_alone(path)
+    if any(key.startswith("ip_adapter.") for key in header.shapes):
+        needs = INPUTS[read_adapter(header.file).kind]
+        return Found(f"IP-Adapter, which takes an image encoder's {needs}", [part_found("ip_adapter", [header])], [])
+    if any(key.startswith("decoder.") for key in header.shapes):
+        return Found("VAE, whose shapes the model beside it decides", [part_found("vae", [header])], [])
     return check_model(find_model(name))
 
 

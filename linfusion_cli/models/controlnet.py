@@ -8,6 +8,7 @@ from typing import Any
 from linfusion_cli.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.families import factor, read_config
 from linfusion_cli.models.hub import find_in_hub
+from linfusion_cli.models.locate import check_weights_name
 from linfusion_cli.models.parts import Model, weights_files
 from linfusion_cli.units import is_file, is_folder, user_path
 
@@ -46,6 +47,7 @@ ALIASES = {
 def find_controlnet(name: str, download: bool = False) -> Path:
     """The folder of the ControlNet `name`: in diffusers' layout, or a hub id; raises Unavailable or DataError."""
     folder = user_path(name)
+    check_weights_name("--controlnet", folder)
     if is_file(folder):
         raise DataError(f"--controlnet {name} is a file.", "Name a folder in diffusers' layout, or a hub id.")
     if not is_folder(folder):

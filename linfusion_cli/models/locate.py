@@ -49,9 +49,9 @@ def find_model(name: str, download: bool = False) -> Model:
 def check_weights_name(flag: str, path: Path) -> None:
     """Raise DataError where `path` is named as pickles are, or is a file of another kind than safetensors."""
     if path.suffix.lower() in PICKLES:
-        raise pickled(f"{flag} {path}")
+        raise pickled(f"{flag} {path}".strip())
     if is_file(path) and path.suffix.lower() != ".safetensors":
-        raise DataError(f"{flag} {path} is no safetensors file.", LAYOUTS)
+        raise DataError(f"{flag} {path} is no safetensors file.".strip(), LAYOUTS)
 
 
 def find_configs(family: str, file: Path, download: bool) -> Path:

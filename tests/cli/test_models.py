@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linfusion_cli.models.locate import DEMO_FOLDER, FAMILY_BASES
+from tests.control_in_small import small_control, write_control
 from tests.fake_hub import COMMIT, serving
+from tests.ip_in_small import write_adapter
 from tests.models.test_locate import put_in_hub
-from tests.models_in_small import write_linfusion
+from tests.models_in_small import small_xl_unet, write_linfusion
 from tests.original_in_small import without_weights, write_original, write_small_sd21
 
 LARGE = 24 << 20  # beyond two of the pieces that the hub's library writes at a time
@@ -69,6 +71,22 @@ def test_check_of_parts_and_loras(cli, xl_model, tmp_path):
     }
     save_file(lora, tmp_path / "lora.safetensors")
     assert "LoRA for 1 layers of the unet" in cli("models", "check", tmp_path / "lora.safetensors")[1]
+
+
+def test_check_of_what_comes_beside_a_model(cli, xl_model, tmp_path):
+    control = write_control(tmp_path / "control", small_control(small_xl_unet()))
+    assert "ControlNetModel" in cli("models", "check", control)[1]
+    put_in_hub(control, "someone/control")
+    assert "ControlNetModel" in cli("models", "check", "someone/control")[1]
+    adapter = write_adapter(tmp_path / "ip.safetensors", small_xl_unet())
+    assert "takes an image encoder's projection_dim" in cli("models", "check", adapter)[1]
+    vae = shutil.copy(xl_model / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "vae.safetensors")
+    assert "VAE, whose shapes the model" in cli("models", "check", vae)[1]
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert cli("models", "check", tmp_path / "other.safetensors")[0] == 65
+    (tmp_path / "model.ckpt").write_bytes(b"PK")
+    code, _, err = cli("models", "check", tmp_path / "model.ckpt")
+    assert code == 65 and "is a pickle" in err
 
 
 def damaged(folder, part, change):
