@@ -109,7 +109,7 @@ def test_strips_hear_what_the_plain_forward_hears(make, monkeypatch):
     kinds = ("plus", "plain")
     wanted = {"attention": ("linear",), "size": Size(120, 104), "upscaler": "demofusion", "strength": (0.7,)}
     strips = make(*kinds, **wanted)
-    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, dilation: [Whole(unet), Whole(unet, dilation)])
+    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, dilation, _: [Whole(unet), Whole(unet, dilation)])
     assert np.abs(strips - make(*kinds, **wanted)).max() <= 1
 
 

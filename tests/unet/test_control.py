@@ -23,6 +23,7 @@ from linfusion_cli.unet.predict import InStrips, Whole
 from tests.control_in_small import small_control, small_union
 from tests.models_in_small import small_sd_unet, small_xl_unet
 from tests.unet.test_forward import CPU, TIMESTEP, error, random_condition
+from tests.unet.test_ip_adapter import heard, listening
 
 FP64 = torch.float64
 UNETS = {"xl": small_xl_unet, "sd15": small_sd_unet}
@@ -164,3 +165,19 @@ def test_a_controlnet_that_cannot_run_in_strips_is_named():
         net.mid_block.resnets[0].output_scale_factor = 2.0
         with pytest.raises(DataError, match="mid_block.resnets.0"):
             InStrips(given.unet, Strips(StripSize(), Storage("device", CPU, FP64), Alone()), print, given.controls)
+
+
+def test_beside_an_ip_adapter_which_the_unet_alone_hears(tmp_path):
+    kinds = ("plain", "plus")
+    with listening(tmp_path, "xl", kinds) as unet:
+        condition, latents = heard(unet, kinds), torch.randn(1, 4, 21, 13, dtype=FP64)
+        linear = self_attentions(unet)
+        net = small_control(small_xl_unet()).to(FP64)
+        with mounted(net, linear_attention(net, linear)):
+            control = Control(net, 0.8, None)
+            given = Case(unet, [control], [torch.rand(1, 3, 8 * 21, 8 * 13, dtype=FP64)])
+            expected = given.expected(latents, condition, 2)
+            assert error(expected, given.expected(latents, condition, 2, count=0)) > 0.01
+            assert error(expected, given.expected(latents, heard(unet, kinds), 2)) > 0.001
+            for place in PLACES:
+                assert error(given.in_strips(latents, condition, StripSize(3, 20), place, 2), expected) <= 1e-12
