@@ -118,7 +118,6 @@ class PictureRequest:
         self._check_numbers()
         self._check_growth()
         self._check_adapters()
-        self._check_control()
         for setting, value in (("vram", self.vram), ("ram", self.ram)):
             _check(value is None or value > 0, setting, value, "Use a size such as 12GiB.")
         for setting, choices in CHOICES.items():
@@ -163,38 +162,26 @@ class PictureRequest:
         )
 
     def _check_adapters(self) -> None:
-        counts = {setting: len(getattr(self, setting)) for setting in ("ip_adapter", "ip_image", "ip_scale")}
-        for setting in ("ip_adapter", "ip_image"):
-            for name in getattr(self, setting):
-                _check(bool(name.strip()), setting, name, "Name a file.")
-        if counts["ip_image"] != counts["ip_adapter"]:
-            reason = f"--ip-image is given {counts['ip_image']} times, and --ip-adapter {counts['ip_adapter']} times."
-            raise UsageError(reason, "Give one picture for each adapter, in the same order.", "ip_image")
-        rightly = 1 <= counts["ip_scale"] <= max(1, counts["ip_adapter"])
-        _check(rightly, "ip_scale", self.ip_scale, "Give one number for each adapter, or fewer: the last holds on.")
-        for scale in self.ip_scale:
-            _in_range("ip_scale", scale, -10, 10)
+        self._check_pictured("ip_adapter", "ip_image", "ip_scale", -10)
         _check(bool(self.ip_image_encoder.strip()), "ip_image_encoder", "", "Name a folder, or auto.")
-
-    def _check_control(self) -> None:
-        for name in self.controlnet:
-            _check(bool(name.strip()), "controlnet", name, "Name a folder or a hub id.")
-        matching = len(self.control_image) == len(self.controlnet)
-        _check(
-            matching, "control_image", self.control_image, f"Give one for each of {len(self.controlnet)} ControlNets."
-        )
-        fits = 0 < len(self.control_scale) <= max(1, len(self.controlnet))
-        _check(fits, "control_scale", self.control_scale, "Give one for each ControlNet, or fewer.")
-        for scale in self.control_scale:
-            _in_range("control_scale", scale, 0, 10)
+        self._check_pictured("controlnet", "control_image", "control_scale", 0)
+        way_out = f"Use {', '.join(CONTROL_PHASES)}, or numbers of phases: 0 is the first."
         for phase in self.control_phases or ("",):
-            known = phase in CONTROL_PHASES or phase.isdecimal()
-            _check(
-                known,
-                "control_phases",
-                phase,
-                f"Use {', '.join(CONTROL_PHASES)}, or numbers of phases: 0 is the first.",
-            )
+            _check(phase in CONTROL_PHASES or phase.isdecimal(), "control_phases", phase, way_out)
+
+    def _check_pictured(self, adapter: str, picture: str, scale: str, lowest: float) -> None:
+        """Adapters each of which has a picture, and a scale unless that of the one before holds on."""
+        names, pictures, scales = (getattr(self, setting) for setting in (adapter, picture, scale))
+        for setting, named in ((adapter, names), (picture, pictures)):
+            for name in named:
+                _check(bool(name.strip()), setting, name, "Name a file.")
+        if len(pictures) != len(names):
+            reason = f"{flag(picture)} is given {len(pictures)} times, and {flag(adapter)} {len(names)} times."
+            raise UsageError(reason, "Give one picture for each, in the same order.", picture)
+        rightly = 1 <= len(scales) <= max(1, len(names))
+        _check(rightly, scale, scales, f"Give one number for each {flag(adapter)}, or fewer: the last holds on.")
+        for value in scales:
+            _in_range(scale, value, lowest, 10)
 
     def to_json(self) -> dict[str, Any]:
         """The request as JSON values: what metadata and reports carry."""

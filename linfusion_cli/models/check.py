@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from linfusion_cli.models.load import AGAIN, checked_headers, fitting_state, out
 from linfusion_cli.models.locate import DEMO, LAYOUTS, check_weights_name, find_linfusion, find_model
 from linfusion_cli.models.locate_adapter import INPUTS, read_adapter
 from linfusion_cli.models.lora_file import read_lora
+from linfusion_cli.models.original import place_in
 from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.models.text import load_tokenizer
 from linfusion_cli.units import is_file, is_folder, user_path
@@ -138,7 +141,7 @@ def check_part(name: str, kind: type[nn.Module], part: Part) -> PartFound:
         compare(part, headers, module)
     for header in headers:
         check_numbers_in(header)
-    return part_found(name, headers)
+    return part_found(name, headers, "" if part.file is None else place_in(headers[0], kind)[0])
 
 
 def compare(part: Part, headers: list[Header], module: nn.Module) -> None:
@@ -164,9 +167,16 @@ def check_numbers_in(header: Header) -> None:
                 raise DataError(f"{header.file} is damaged: {name} is not all finite numbers.", AGAIN)
 
 
-def part_found(name: str, headers: list[Header]) -> PartFound:
-    """What the files of a part hold."""
-    types = Counter(kind for header in headers for kind in header.types.values())
-    files = [header.file for header in headers]
-    size = sum(file.stat().st_size for file in files)
-    return PartFound(name, files, size, types.total(), ", ".join(kind for kind, _ in types.most_common()))
+def part_found(name: str, headers: list[Header], prefix: str = "") -> PartFound:
+    """What the files of a part hold, of a file with several parts those tensors whose names begin with `prefix`."""
+    found = [(header, key) for header in headers for key in header.shapes if key.startswith(prefix)]
+    types = Counter(header.types[key] for header, key in found)
+    size = sum(math.prod(header.shapes[key]) * itemsize(header.types[key]) for header, key in found)
+    kinds = ", ".join(kind for kind, _ in types.most_common())
+    return PartFound(name, [header.file for header in headers], size, types.total(), kinds)
+
+
+def itemsize(kind: str) -> int:
+    """The bytes of one number of a type, as headers name them: BF16, I64, F8_E4M3, BOOL."""
+    bits = re.search(r"\d+", kind)
+    return int(bits[0]) // 8 if bits else 1

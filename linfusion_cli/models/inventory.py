@@ -84,8 +84,9 @@ def described(folder: Path) -> str:
     try:
         if is_file(folder / "model_index.json"):
             model = Model(folder)
-            whole = all(model.part(name).weights for name in ("unet", "vae", "text_encoder"))
-            return FAMILY_NAMES[read_facts(model).family] + ("" if whole else ", weights incomplete")
+            have = [bool(model.part(name).weights) for name in ("unet", "vae", "text_encoder")]
+            lacks = "" if all(have) else ", weights incomplete" if any(have) else ", configs alone"
+            return FAMILY_NAMES[read_facts(model).family] + lacks
         if is_file(folder / "config.json"):
             return read_config(folder / "config.json").get("_class_name") or "unknown"
         files = sorted(folder.rglob("*.safetensors"))

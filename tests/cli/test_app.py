@@ -32,7 +32,7 @@ def test_json_on_stdout_is_the_report_and_the_report_file_the_same(cli, quick, t
     assert report == json.loads((tmp_path / "r.json").read_text())
     assert report["settings"]["steps"] == "flag" and report["settings"]["seed"] == "default"
     assert report["request"]["prompt"] == "a hill" and report["file_bytes"] > 0
-    assert {stage["kind"] for stage in report["stages"]} == {"load", "text", "denoise", "decode", "write"}
+    assert {stage["kind"] for stage in report["stages"]} == {"load", "hash", "text", "denoise", "decode", "write"}
 
 
 def test_quiet_is_quiet(cli, quick):

@@ -46,7 +46,7 @@ def test_from_the_environment_and_a_preset(cli, here, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (("--control-image", "edges.png"), 2, "--control-image edges.png is not possible"),
+        (("--control-image", "edges.png"), 2, "--control-image is given 1 times, and --controlnet 0 times"),
         (("--controlnet", "net", "--control-image", "none.png"), 66, "none.png does not exist"),
         (("--controlnet", "net", "--control-image", "net/config.json"), 65, "is not a PNG"),
         (("--controlnet", "nobody/none", "--control-image", "edges.png"), 69, "--controlnet nobody/none"),

@@ -30,7 +30,7 @@ def test_list_tells_what_is_here(cli, sd_model, tmp_path):
     rows = {line.split()[0]: line for line in out.splitlines()}
     assert "SDXL, embedded" in rows["demo"] and str(DEMO_FOLDER) in rows["demo"]
     assert " SD 1.5 " in rows["someone/small-sd"] and COMMIT[:12] in rows["someone/small-sd"]
-    assert "weights incomplete" in rows["someone/configs"] and "LinFusion" in rows["someone/linfusion"]
+    assert "SD 1.5, configs alone" in rows["someone/configs"] and "LinFusion" in rows["someone/linfusion"]
     entries = json.loads(cli("models", "list", "--json")[1])
     assert {entry["name"]: entry["bytes"] > 0 for entry in entries} == dict.fromkeys(rows.keys() - {"model"}, True)
 
