@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,6 +58,7 @@ def pull(
     from linfusion_cli.models.inventory import pulled
 
     for path in pulled(name, configs, (lambda text: None) if quiet else render.say):
+        gc.collect()  # ends the library's progress bars, which would draw themselves once more over the answer
         render.answer(str(path))
 
 
