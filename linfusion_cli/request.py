@@ -12,7 +12,7 @@ from linfusion_cli.geometry import Size
 from linfusion_cli.units import parse_colour
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LINFUSION_MERGES = ("published", "keep", "delta")
+LINFUSION_MERGES = ("auto", "published", "keep", "delta")
 ATTENTIONS = ("auto", "linear", "original")
 UPSCALERS = ("demofusion", "sdedit", "none")
 UPSCALE_SPACES = ("pixel", "latent")
@@ -60,7 +60,7 @@ class PictureRequest:
     output: Path
     model: str
     linfusion: str = "auto"
-    linfusion_merge: str = "published"
+    linfusion_merge: str = "auto"
     linfusion_base: str = "auto"
     vae: str = "auto"
     lora: tuple[str, ...] = ()

@@ -39,8 +39,8 @@ Linfusion = Annotated[
 LinfusionMerge = Annotated[
     str | None,
     Option(
-        help="What a fine-tune's own attention brings to them: nothing (published), its difference from its base "
-        "(delta), or its projections in place of theirs (keep). [default: published]"
+        help="What a fine-tune's own attention brings to them: its difference from its base (delta), nothing "
+        "(published), its projections in place of theirs (keep), or auto: delta where the base is here."
     ),
 ]
 LinfusionBase = Annotated[

@@ -11,25 +11,48 @@ from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.merge import PROJECTIONS, add_difference, keep_own
 from linfusion_cli.attention.mount import self_attentions
 from linfusion_cli.attention.weights import load_weights, unused
+from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.run import Run
-from linfusion_cli.models.base import BaseWeights
+from linfusion_cli.models.base import BaseWeights, is_base
 
 UNUSED = "{} of the layers in the LinFusion weights {} are not in this smaller model, and are not used."
+MERGED = "What the model's self-attention has changed since {} goes into LinFusion's weights (--linfusion-merge delta)."
+NOT_HEARD = "LinFusion's weights are used as published: what the model's self-attention has changed is not heard there."
 
 
 def load_linear(run: Run, unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
     """UNet path -> module that phases may mount, on the CPU; {} where none needs it. LoRAs come on top of it."""
-    prepared, own = run.prepared, self_attentions(unet)
+    prepared = run.prepared
     if prepared.linfusion is None:
         return {}
     linear = load_weights(prepared.linfusion, unet, run.dtype)
-    if left := unused(prepared.linfusion, unet):
+    left = unused(prepared.linfusion, unet)
+    if left:
         run.recorder.notice(UNUSED.format(left, prepared.linfusion))
-    if prepared.request.linfusion_merge == "keep":
-        keep_own(linear, own)
-    if prepared.base is not None:
-        add_difference(linear, own, partial(BaseWeights(prepared.base).read, names=PROJECTIONS))
+    merge(run, unet, linear, is_cut_down=bool(left))
     return linear
+
+
+def merge(run: Run, unet: UNet2DConditionModel, linear: dict[str, LinearAttention], is_cut_down: bool) -> None:
+    """Let into `linear` what the request wants of the model's own attention, and say what was chosen for it.
+
+    The layers of a model that was cut down need not be those of its base with the same names.
+    """
+    prepared, own, way = run.prepared, self_attentions(unet), run.prepared.request.linfusion_merge
+    if way == "keep":
+        keep_own(linear, own)
+    if prepared.base is not None and not (way == "auto" and is_cut_down):
+        add_difference(linear, own, partial(BaseWeights(prepared.base).read, names=PROJECTIONS))
+        if way == "auto":
+            run.recorder.notice(MERGED.format(prepared.base))
+    elif way == "auto" and is_published(prepared):
+        run.recorder.notice(NOT_HEARD)
+
+
+def is_published(prepared: Prepared) -> bool:
+    """Whether LinFusion's weights are those for the model's family, and were not made for the model itself."""
+    made_for_it = is_base(prepared.model, prepared.linfusion, prepared.facts.family)
+    return prepared.request.linfusion == "auto" and not made_for_it
 
 
 def check_base(base: Path, unet: UNet2DConditionModel) -> None:

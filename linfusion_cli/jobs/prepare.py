@@ -16,7 +16,7 @@ from linfusion_cli.jobs.adapter import find_adapters
 from linfusion_cli.jobs.find_controls import Controls, find_controls
 from linfusion_cli.jobs.prompts import check_prompts
 from linfusion_cli.models.adapter_files import find_inversion, find_lora, split_token, split_weight
-from linfusion_cli.models.base import find_base
+from linfusion_cli.models.base import base_here, find_base
 from linfusion_cli.models.families import ModelFacts, read_facts
 from linfusion_cli.models.locate import find_linfusion, find_model, find_vae
 from linfusion_cli.models.locate_adapter import Adapter
@@ -89,8 +89,8 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     used = any(phase.attention == "linear" for phase in phases)
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
-    if used and linfusion is not None and request.linfusion_merge == "delta":
-        base = find_base(request.linfusion_base, model, linfusion, facts.family, request.download)
+    if used and linfusion is not None:
+        base = merged_base(request, model, linfusion, facts.family)
     return Prepared(
         request=request,
         format=file_format,
@@ -106,6 +106,18 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
         phases=phases,
         controls=controls,
     )
+
+
+def merged_base(request: PictureRequest, model: Model, linfusion: Path, family: str) -> Path | None:
+    """The folder of the UNet from which `model` was tuned, where what that changed goes into LinFusion's weights.
+
+    `auto` has it so for published weights where the base is here: others may have been made for the model itself.
+    """
+    if request.linfusion_merge == "delta":
+        return find_base(request.linfusion_base, model, linfusion, family, request.download)
+    if request.linfusion_merge != "auto" or request.linfusion != "auto":
+        return None
+    return base_here(model, linfusion, family)
 
 
 def rungs(request: PictureRequest, facts: ModelFacts, picture: SourcePicture | None) -> Rungs:

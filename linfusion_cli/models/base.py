@@ -42,6 +42,22 @@ def find_base(name: str, model: Model, linfusion: Path, family: str, download: b
     return unet
 
 
+def base_here(model: Model, linfusion: Path, family: str) -> Path | None:
+    """As `find_base` for `auto`, None where it is not on this machine, or is the model itself."""
+    try:
+        found = find_base("auto", model, linfusion, family)
+    except (Unavailable, DataError):
+        return None
+    return None if model.file is None and found == model.part("unet").folder else found
+
+
+def is_base(model: Model, linfusion: Path, family: str) -> bool:
+    """Whether the weights in `linfusion`, published or the model's own, were made for `model` itself."""
+    if model.file is not None:
+        return False
+    return model.folder in (linfusion.parent, DEMO_FOLDER, cached(FAMILY_BASES[family], KIND))
+
+
 def find_base_in_hub(name: str, download: bool) -> Path:
     """The snapshot of hub id `name` in the local cache that has a UNet, fetched if `download`; raises Unavailable."""
     found = cached(name, KIND)

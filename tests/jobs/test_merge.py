@@ -16,8 +16,10 @@ from linfusion_cli.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import prepare
+from linfusion_cli.models.locate import FAMILY_BASES, PUBLISHED_LINFUSION
 from linfusion_cli.request import GenerateRequest
 from tests.fakes import Listener
+from tests.models.test_locate import put_in_hub
 from tests.models_in_small import small_xl_unet, write_linfusion
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -93,6 +95,40 @@ def test_of_the_base_itself_delta_is_the_published_weights(paint, xl_model):
     published = paint(linfusion_merge="published")
     for name in (str(xl_model), "auto"):  # weights that lie in a model's folder were made for it
         assert np.array_equal(paint(linfusion_merge="delta", linfusion_base=name), published)
+
+
+@pytest.fixture
+def tuned(xl_model, tmp_path):
+    """The small model as a fine-tune comes, without linear attention of its own; that is published for its family."""
+    put_in_hub(xl_model / "linfusion", PUBLISHED_LINFUSION["sdxl"])
+    return str(shutil.copytree(xl_model, tmp_path / "tuned", ignore=shutil.ignore_patterns("linfusion")))
+
+
+def notices_of(listener):
+    return [event.text for event in listener.of(Notice) if "self-attention" in event.text]
+
+
+def test_by_itself_what_changed_is_heard_where_the_base_is_here(paint, tuned, base):
+    heard = Listener()
+    assert np.array_equal(paint(heard, model=tuned), paint(model=tuned, linfusion_merge="published"))
+    assert ["is not heard" in text for text in notices_of(heard)] == [True]
+    put_in_hub(base, FAMILY_BASES["sdxl"])
+    heard = Listener()
+    found = paint(heard, model=tuned)
+    assert np.array_equal(found, paint(model=tuned, linfusion_merge="delta"))
+    assert not np.array_equal(found, paint(model=tuned, linfusion_merge="published"))
+    assert ["--linfusion-merge delta" in text for text in notices_of(heard)] == [True]
+
+
+def test_by_itself_nothing_is_added_where_the_weights_are_for_the_model(paint, tuned, base, xl_model):
+    """For the base itself, for a model with weights of its own, and for weights that were named."""
+    snapshot = put_in_hub(base, FAMILY_BASES["sdxl"])
+    shutil.rmtree(snapshot / "linfusion")
+    for model, more in ((snapshot, {}), (xl_model, {}), (tuned, {"linfusion": str(xl_model / "linfusion")})):
+        heard = Listener()
+        published = paint(model=str(model), linfusion_merge="published", **more)
+        assert np.array_equal(paint(heard, model=str(model), **more), published)
+        assert not notices_of(heard)
 
 
 def test_a_base_that_is_not_here_is_refused_where_it_is_needed(paint, xl_model, tmp_path):
