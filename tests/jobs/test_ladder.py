@@ -143,7 +143,9 @@ def test_dilated_passes_are_planned_and_run_as_often_as_their_weight_asks(make, 
     calls, forward = [], plan.Reckoner.forward
     monkeypatch.setattr(machine, "measured", lambda *_: Speed(1e12, 1e10))  # two probes of a busy machine differ
     monkeypatch.setattr(
-        plan.Reckoner, "forward", lambda self, mode, size, r=1: calls.append(r) or forward(self, mode, size, r)
+        plan.Reckoner,
+        "forward",
+        lambda self, mode, size, r=1, *more: calls.append(r) or forward(self, mode, size, r, *more),
     )
     always, never = (make(output=f"{least}.png", dilated_min=least) for least in (0.0, 1.0))
     assert set(calls) == {1, 2, 4}
