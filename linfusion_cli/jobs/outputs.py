@@ -155,6 +155,6 @@ def picture_info(request: PictureRequest, size: Size, weights: Sequence[WeightsF
         model_hash=main_hash(weights)[:A1111_HASH_DIGITS],
         more={} if request.clip_skip is None else {"Clip skip": request.clip_skip},
     )
-    made_with = request.to_json() | {"weights": {file.name: file.sha256 for file in weights}}
+    made_with = request.to_json() | {"weights": [{"file": file.name, "sha256": file.sha256} for file in weights]}
     info = images.PictureInfo(software, request.dpi, made_with, request.prompt, request.negative_prompt, parameters)
     return info if request.prompt_metadata else images.without_prompt(info)

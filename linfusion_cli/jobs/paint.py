@@ -116,7 +116,7 @@ def settled(run: Run, models: Models) -> Run:
     noise = phase_noise(0, 0, facts.latent_channels, side, side).to(run.device)
     schedule = phase_schedule(run.prepared.request, facts.scheduler_config, phase)
     uncontrolled = replace(models, controls=[])  # whose pictures are of another size
-    with prediction(run, uncontrolled, phase, schedule) as (predict, _):
+    with prediction(run, uncontrolled, replace(phase, guidance_scale=1.0), schedule) as (predict, _):
         correlation = noise_correlation(predict, noise, schedule.training_steps)
     run.recorder.notice(PROBED.format(prediction_type(correlation), correlation))
     return run.predicting(prediction_type(correlation))

@@ -44,6 +44,7 @@ class FoundFile:
     inside: str = ""
 
 
+MODEL = Kind("--model", "a model", (), CONVERT)
 LORA = Kind("--lora", "a LoRA", ("pytorch_lora_weights.safetensors",), CONVERT)
 INVERSION = Kind(
     "--textual-inversion",
@@ -87,6 +88,11 @@ def split_token(text: str) -> tuple[str, str | None]:
             f"--textual-inversion {text!r} is not possible.", "Write FILE or FILE:TOKEN.", "textual_inversion"
         )
     return name, token and token.strip()
+
+
+def is_hub_file(name: str) -> bool:
+    """Whether `name` is OWNER/REPO/FILE.safetensors, and not a file on this machine."""
+    return name.endswith(SAFE) and name.count("/") > 1 and not is_file(user_path(name))
 
 
 def find_lora(name: str, download: bool = False) -> Path:

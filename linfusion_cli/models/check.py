@@ -16,11 +16,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from linfusion_cli.attention import weights
 from linfusion_cli.errors import DataError, Unavailable
-from linfusion_cli.models.adapter_files import find_lora, is_lora
+from linfusion_cli.models.adapter_files import MODEL, find_file, find_lora, is_hub_file, is_lora
 from linfusion_cli.models.controlnet import UNION_NAMES
 from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts
 from linfusion_cli.models.header import COUNTERS, Header, read_header
 from linfusion_cli.models.hub import cached
+from linfusion_cli.models.inversion import is_inversion, read_inversion
 from linfusion_cli.models.load import AGAIN, checked_headers, fitting_state, outline, vae_kind
 from linfusion_cli.models.locate import DEMO, LAYOUTS, check_weights_name, find_linfusion, find_model
 from linfusion_cli.models.locate_adapter import INPUTS, read_adapter
@@ -33,6 +34,7 @@ from linfusion_cli.units import is_file, is_folder, user_path
 ALONE = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, ControlNetModel)}
 ALONE |= dict.fromkeys(UNION_NAMES, ControlNetUnionModel)
 LINFUSION = "LinFusion"
+UNFITTED = "Whether it fits a model shows where it is used with one."
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ def check(name: str) -> Found:
 
     Raises Unavailable where it is not here, and DataError naming the first thing that is wrong with it.
     """
-    path = user_path(name)
+    path = find_file(MODEL, name, download=False).path if is_hub_file(name) else user_path(name)
     check_weights_name("", path)
     if is_file(path):
-        return check_file(name, read_header(path))
+        return check_file(str(path), read_header(path))
     folder = path if is_folder(path) or name == DEMO else cached(name, "")
     if folder is not None and not is_file(folder / "model_index.json"):
         if is_file(folder / "config.json"):
@@ -81,6 +83,12 @@ def check_file(name: str, header: Header) -> Found:
     if any(key.startswith("ip_adapter.") for key in header.shapes):
         needs = INPUTS[read_adapter(header.file).kind]
         return Found(f"IP-Adapter, which takes an image encoder's {needs}", [part_found("ip_adapter", [header])], [])
+    if is_inversion(header):
+        vectors = read_inversion(header.file).vectors
+        words = ", ".join(f"{len(values)} for the {part}" for part, values in vectors.items())
+        return Found(f"textual inversion, vectors: {words}", [part_found("textual_inversion", [header])], [])
+    if any(key.startswith("control_model.") for key in header.shapes):
+        raise DataError(f"{header.file} is a ControlNet in one file.", "Use its folder in diffusers' layout.")
     if any(key.startswith("decoder.") for key in header.shapes):
         return Found("VAE, whose shapes the model beside it decides", [part_found("vae", [header])], [])
     return check_model(find_model(name))
@@ -89,8 +97,8 @@ def check_file(name: str, header: Header) -> Found:
 def check_lora(header: Header) -> Found:
     """A LoRA's file, without a model to fit."""
     counts = {part: len(read_lora(header.file, part).layers) for part in ("unet", "text_encoder", "text_encoder_2")}
-    layers = ", ".join(f"{count} layers of the {part}" for part, count in counts.items() if count)
-    return Found(f"LoRA for {layers}", [part_found("lora", [header])], [])
+    layers = ", ".join(f"{count} in the {part}" for part, count in counts.items() if count)
+    return Found(f"LoRA (layers: {layers})", [part_found("lora", [header])], [UNFITTED])
 
 
 def check_alone(folder: Path) -> Found:

@@ -30,7 +30,7 @@ class Header:
         for name, kind in self.types.items():
             if name.startswith(prefix) and kind not in FLOATS and not name.endswith(COUNTERS):
                 reason = f"{self.file} holds no weights in {name}, but numbers of the type {kind}."
-                raise DataError(reason, "Use another file.")
+                raise DataError(reason, "Use a file in fp32, fp16, bf16 or fp8.")
 
 
 def read_header(file: Path) -> Header:

@@ -72,6 +72,12 @@ def read_inversion(file: Path, token: str | None = None) -> Inversion:
     )
 
 
+def is_inversion(header: Header) -> bool:
+    """Whether a file has the look of one: a tensor for each encoder, or a single one, named after a token."""
+    names = header.shapes.keys()
+    return bool(names) and (names <= ENCODER_KEYS.keys() or (len(names) == 1 and "." not in min(names)))
+
+
 def parts_in(header: Header) -> dict[str, str]:
     """The file's tensors, name -> part of the model that they are for; raises DataError for what they cannot be."""
     names = sorted(header.shapes)

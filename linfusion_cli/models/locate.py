@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.models.adapter_files import MODEL, find_file, is_hub_file
 from linfusion_cli.models.families import family_of_file, read_config, read_facts
 from linfusion_cli.models.header import read_header
 from linfusion_cli.models.hub import cached, fetch, find_in_hub
@@ -31,11 +32,11 @@ LAYOUTS = "Name a folder in diffusers' layout, a safetensors file, a hub id, or 
 def find_model(name: str, download: bool = False) -> Model:
     """The model `name`: `demo`, a diffusers folder, a safetensors file, or a hub id (`owner/repo@revision`).
 
-    Raises Unavailable or DataError.
+    A file may be in a hub repository, too (`owner/repo/file.safetensors`). Raises Unavailable or DataError.
     """
     if name == DEMO:
         return Model(DEMO_FOLDER)
-    path = user_path(name)
+    path = find_file(MODEL, name, download).path if is_hub_file(name) else user_path(name)
     check_weights_name("--model", path)
     if is_file(path):
         return Model(find_configs(family_of_file(read_header(path)), path, download), path)

@@ -28,6 +28,7 @@ from linfusion_cli.models.header import Header
 CLIP = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 OPEN_CLIP = "cond_stage_model.model."  # the one encoder of SD 2.1
 OPEN_CLIP_BESIDE = "conditioner.embedders.1.model."  # the second of SDXL
+SCALES = ("scale_weight", "scale_input", "scaled_fp8")
 INPUTS, OUTPUTS = "input_blocks.{}.1.", "output_blocks.{}.1."
 
 Convert = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
@@ -66,6 +67,7 @@ def state_in(header: Header, module: nn.Module, on_meta: bool = False) -> dict[s
     """
     prefix, convert = place_in(header, type(module))
     header.check_types(prefix)
+    check_unscaled(header, prefix)
     tensors = tensors_of(header, prefix, on_meta)
     if prefix == "" and module.state_dict().keys() <= tensors.keys():
         return tensors  # its names are diffusers' already
@@ -73,6 +75,13 @@ def state_in(header: Header, module: nn.Module, on_meta: bool = False) -> dict[s
         return convert(module, tensors)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise DataError(f"{header.file} does not hold what its family has ({error!r}).", "Use another file.") from error
+
+
+def check_unscaled(header: Header, prefix: str) -> None:
+    """Raise DataError for weights in fp8 with scales beside them: alone they would be other numbers."""
+    if scale := next((name for name in header.shapes if name.startswith(prefix) and name.endswith(SCALES)), None):
+        reason = f"{header.file} holds scaled weights ({scale}), which are not read."
+        raise DataError(reason, "Use a file in fp32, fp16 or bf16.")
 
 
 def place_in(header: Header, kind: type) -> tuple[str, Convert]:

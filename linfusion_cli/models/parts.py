@@ -64,11 +64,17 @@ class Model:
 def weights_files(folder: Path) -> list[Path]:
     """The safetensors files of the part in `folder`, the plain variant or else fp16; [] if there are none.
 
-    Raises DataError where a shard is missing, and for pickles.
+    Raises DataError where a shard is missing and no variant is whole, and for pickles.
     """
+    broken = None
     for variant in VARIANTS:
-        if files := files_of(folder, variant):
-            return files
+        try:
+            if files := files_of(folder, variant):
+                return files
+        except DataError as error:  # a small file that came along, of shards that were not fetched
+            broken = broken or error
+    if broken is not None:
+        raise broken
     pickles = sorted(path for path in folder.glob("*") if path.suffix in PICKLES)
     if pickles:
         raise pickled(str(pickles[0]))

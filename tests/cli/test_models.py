@@ -70,7 +70,7 @@ def test_check_of_parts_and_loras(cli, xl_model, tmp_path):
         "unet.conv_in.lora_B.weight": torch.zeros(8, 2, 1, 1),
     }
     save_file(lora, tmp_path / "lora.safetensors")
-    assert "LoRA for 1 layers of the unet" in cli("models", "check", tmp_path / "lora.safetensors")[1]
+    assert "LoRA (layers: 1 in the unet)" in cli("models", "check", tmp_path / "lora.safetensors")[1]
 
 
 def test_check_of_what_comes_beside_a_model(cli, xl_model, tmp_path):
@@ -82,7 +82,11 @@ def test_check_of_what_comes_beside_a_model(cli, xl_model, tmp_path):
     assert "takes an image encoder's projection_dim" in cli("models", "check", adapter)[1]
     vae = shutil.copy(xl_model / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "vae.safetensors")
     assert "VAE, whose shapes the model" in cli("models", "check", vae)[1]
-    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"clip_l": torch.ones(3, 16), "clip_g": torch.ones(3, 16)}, tmp_path / "word.safetensors")
+    assert "textual inversion, vectors: 3 for" in cli("models", "check", tmp_path / "word.safetensors")[1]
+    save_file({"control_model.x": torch.zeros(1)}, tmp_path / "control.safetensors")
+    assert "is a ControlNet in one file" in cli("models", "check", tmp_path / "control.safetensors")[2]
+    save_file({"some.x": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert cli("models", "check", tmp_path / "other.safetensors")[0] == 65
     (tmp_path / "model.ckpt").write_bytes(b"PK")
     code, _, err = cli("models", "check", tmp_path / "model.ckpt")

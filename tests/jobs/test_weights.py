@@ -43,8 +43,19 @@ def test_every_file_that_was_read_is_hashed(make, xl_model, tmp_path):
     assert "models/demo/vae" in next(file["path"] for file in report.weights if file["use"] == "vae")
     for name in ("a.png", "small.png"):
         said = read_info(tmp_path / name).request["weights"]
-        assert said["lora/style.safetensors"] == sha256(lora) and len(said) == len(report.weights)
+        assert {"file": "lora/style.safetensors", "sha256": sha256(lora)} in said and len(said) == len(report.weights)
         assert str(tmp_path) not in str(said)  # what is read of a picture does not tell where its maker keeps things
+
+
+def test_files_of_one_name_are_told_apart(make, xl_model, tmp_path):
+    factors = {"A": torch.zeros(2, 4, 3, 3), "B": torch.zeros(8, 2, 1, 1)}
+    loras = [tmp_path / name / "pytorch_lora_weights.safetensors" for name in ("one", "two")]
+    for i, lora in enumerate(loras):
+        lora.parent.mkdir()
+        save_file({f"unet.conv_in.lora_{side}.weight": factor + i for side, factor in factors.items()}, lora)
+    make(xl_model, lora=tuple(map(str, loras)))
+    said = [entry["sha256"] for entry in read_info(tmp_path / "a.png").request["weights"] if "lora" in entry["file"]]
+    assert said == [sha256(lora) for lora in loras]
 
 
 def test_what_was_not_read_is_not_named(make, xl_model):

@@ -85,6 +85,17 @@ def test_a_half_precision_variant_is_read(tmp_path):
     assert load_vae(Part(folder / "vae"), torch.float32, CPU).dtype == torch.float32
 
 
+def test_a_half_precision_variant_is_read_beside_an_index_of_shards_that_are_not_here(tmp_path):
+    """As downloads leave it: all small files, and of the weights the smaller variant."""
+    folder = write_small_xl(tmp_path / "half", variant="fp16")
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_unet(Model(folder), torch.float32).dtype == torch.float32
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(DataError, match="00001-of-00002.safetensors is missing"):
+        load_unet(Model(folder), torch.float32)
+
+
 def test_parameters_do_not_lie_in_the_file(xl_model):
     """Overwriting the file under a model that maps it would change its weights."""
     folder = shutil.copytree(xl_model / "unet", xl_model.parent / "mapped" / "unet").parent

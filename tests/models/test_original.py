@@ -1,6 +1,7 @@
 """Single files in the original layout: the same model as in diffusers' folder layout."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -76,6 +77,25 @@ def test_diffusers_reads_the_file_alike(found):
     assert_same(
         load_part(type(pipeline.text_encoder), model.part("text_encoder"), torch.float32, CPU), pipeline.text_encoder
     )
+
+
+def test_a_file_in_a_hub_repository_is_found_under_its_name_there(family, tmp_path):
+    name, folder, file = family
+    put_in_hub(without_weights(folder, tmp_path / "bare"), FAMILY_BASES[name])
+    (tmp_path / "repository").mkdir()
+    shutil.copy(file, tmp_path / "repository")
+    snapshot = put_in_hub(tmp_path / "repository", "someone/files")
+    assert find_model("someone/files/one.safetensors").file == snapshot / "one.safetensors"
+    with pytest.raises(Unavailable, match="--model someone/files/two.safetensors is not on this machine"):
+        find_model("someone/files/two.safetensors")
+
+
+def test_weights_with_scales_beside_them_are_refused(xl_model, tmp_path):
+    put_in_hub(without_weights(xl_model, tmp_path / "bare"), FAMILY_BASES["sdxl"])
+    file = write_original(xl_model, tmp_path / "one.safetensors", "sdxl")
+    save_file(load_file(file) | {"model.diffusion_model.out.2.scale_weight": torch.ones(1)}, file)
+    with pytest.raises(DataError, match="holds scaled weights"):
+        load_unet(find_model(str(file)), torch.float32)
 
 
 def test_without_the_familys_configs_one_sentence_says_what_to_pull(family):
