@@ -127,8 +127,8 @@ class PictureRequest:
     def _check_texts(self) -> None:
         for setting, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             _check(_is_text(text), setting, text, "It is not valid UTF-8.")
-        _check(bool(self.model.strip()), "model", self.model, "Name a folder, a hub id, or demo.")
-        _check(bool(self.vae.strip()), "vae", self.vae, "Name a folder, a hub id, or auto.")
+        _check(bool(self.model.strip()), "model", self.model, "Name a folder, a file, a hub id, or demo.")
+        _check(bool(self.vae.strip()), "vae", self.vae, "Name a folder, a file, a hub id, or auto.")
         base = self.linfusion_base
         _check(bool(base.strip()), "linfusion_base", base, "Name a folder, a hub id, or auto.")
         for setting in ("lora", "textual_inversion"):

@@ -53,7 +53,7 @@ def pull(
     ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
 ) -> None:
-    """Fetch a model into the hub's cache, and LinFusion's weights for it; goes on where it was cut off."""
+    """Fetch a model and LinFusion's weights for it into the hub's cache; files that are there are not fetched again."""
     quieten_hub(download=True, quiet=quiet)
     from linfusion_cli.models.inventory import pulled
 

@@ -31,7 +31,10 @@ Output = Annotated[
     Option("-o", "--output", help="The file: .tif, .png or .jpg. Default: here, named after size and seed or picture."),
 ]
 Preset = Annotated[str | None, Option(help="A name from `linfusion presets list`, or a .toml file.")]
-Model = Annotated[str | None, Option(help="A folder in diffusers' layout, a hub id in the local cache, or demo.")]
+Model = Annotated[
+    str | None,
+    Option(help="A folder in diffusers' layout, a .safetensors, OWNER/REPO[@REVISION] in the local cache, or demo."),
+]
 Linfusion = Annotated[
     str | None,
     Option(help="LinFusion weights: a folder, a hub id, auto (the model's own or its family's), or none."),
@@ -47,7 +50,8 @@ LinfusionBase = Annotated[
     str | None, Option(help="For delta, the model the weights were made for: a folder, a hub id, or auto.")
 ]
 Vae = Annotated[
-    str | None, Option(help="Another VAE: a folder, a hub id, or auto (the model's own). A TAESD is quick and rough.")
+    str | None,
+    Option(help="Another VAE: a folder, a file, a hub id, or auto (the model's own). A TAESD is quick and rough."),
 ]
 NegativePrompt = Annotated[str | None, Option(help="What not to paint.")]
 StrictPrompt = Annotated[
