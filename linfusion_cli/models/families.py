@@ -14,11 +14,9 @@ from linfusion_cli.models.parts import Model, Part
 
 FAMILY_NAMES = {"sdxl": "SDXL", "sd21": "SD 2.1", "sd15": "SD 1.5"}
 KINDS = "Use a text-to-image model of the SDXL, SD 2.1 or SD 1.5 family."
-# In a single file: what the names of each network begin with, and those that only one family has.
+# In a single file: what the names of its networks begin with, and those that only SDXL, or its refiner, has.
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-IN_SDXL, IN_SDXL_REFINER = "conditioner.embedders.1.", "conditioner.embedders.0.model."
-POOLED_TEXT = f"{UNET}label_emb.0.0.weight"
-IN_SD21, IN_SD15 = "cond_stage_model.model.", "cond_stage_model.transformer."
+POOLED_TEXT, IN_REFINER = f"{UNET}label_emb.0.0.weight", "conditioner.embedders.0.model."
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def family_of_file(header: Header) -> str:
     if not any(name.startswith(UNET) for name in shapes):
         some = min(shapes, default="nothing")
         raise DataError(f"{header.file} is no whole model: it holds {some}, and nothing called {UNET}*.", KINDS)
-    if any(name.startswith(IN_SDXL_REFINER) for name in shapes):
+    if any(name.startswith(IN_REFINER) for name in shapes):
         raise DataError(f"{header.file} is SDXL's refiner, which paints nothing by itself.", KINDS)
     if POOLED_TEXT in shapes:
         return "sdxl"
