@@ -149,11 +149,10 @@ def test_pull_of_what_cannot_be(cli, monkeypatch, name, code):
     assert found == code and len(err.splitlines()) == 1
 
 
-def linfusion(hub, home, *arguments, offline=False):
+def linfusion(hub, home, *arguments):
     """The program in a process of its own, whose hub is `hub`."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-    environ |= {"HF_HUB_OFFLINE": "1"} if offline else {}
     command = [sys.executable, "-m", "linfusion_cli", *map(str, arguments)]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
 
