@@ -81,7 +81,7 @@ def acting(run: Run, loaded: list[LoadedControl], phase: Phase, attention: str) 
     """The ControlNets that act in `phase`, with this attention, on the device; afterwards all are off it."""
     with ExitStack() as stack:
         controls = []
-        acting_now = run.prepared.controls.in_phase(phase.index)  # all of them, or none
+        acting_now = run.prepared.controls.in_phase(phase.index) if loaded else ()  # all of them, or none
         for found, control in zip(acting_now, loaded if acting_now else (), strict=True):
             stack.callback(control.net.to, "cpu")
             stack.enter_context(mounted(control.net, control.linear if attention == "linear" else {}))
