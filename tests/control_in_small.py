@@ -8,8 +8,6 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from torch import nn
 
-from tests.models_in_small import PROJECTION, TEXT_WIDTH
-
 SPREAD = 0.2  # of the weights that training begins with as zeros
 LOUDER = 3.0  # than convolutions are at first, of which seven would leave nothing of a picture but its mean
 KINDS = 6
@@ -25,16 +23,21 @@ def small_control(unet: UNet2DConditionModel, seed: int = 0, **options: object) 
 def small_union(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetUnionModel:
     """The same of a union model, of the make of `small_xl_unet`."""
     torch.manual_seed(seed)
-    shared = ("block_out_channels", "down_block_types", "layers_per_block", "transformer_layers_per_block")
+    shared = (
+        "block_out_channels",
+        "down_block_types",
+        "layers_per_block",
+        "transformer_layers_per_block",
+        "attention_head_dim",
+        "cross_attention_dim",
+        "use_linear_projection",
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "projection_class_embeddings_input_dim",
+        "norm_num_groups",
+    )
     net = ControlNetUnionModel(
         **{name: unet.config[name] for name in shared},
-        attention_head_dim=unet.config.attention_head_dim,
-        cross_attention_dim=2 * TEXT_WIDTH,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=PROJECTION + 6 * 8,
-        norm_num_groups=4,
         conditioning_embedding_out_channels=(4, 6, 8, 8),
         num_control_type=KINDS,
         num_trans_channel=unet.config.block_out_channels[0],

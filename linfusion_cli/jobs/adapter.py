@@ -10,6 +10,7 @@ from linfusion_cli.errors import DataError
 from linfusion_cli.images.source import SourcePicture, inspect_source, oriented, source_rows
 from linfusion_cli.models.locate_adapter import Adapter, find_adapter, find_encoder, read_adapter
 from linfusion_cli.request import PictureRequest
+from linfusion_cli.sampling.ladder import spread
 from linfusion_cli.units import user_path
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ WHITE = (255, 255, 255)  # behind transparent parts
 def find_adapters(request: PictureRequest, family: str) -> list[Adapter]:
     """The adapters of `request` for a model of `family`; raises Unavailable, DataError or InputMissing."""
     images = [inspect_picture(name) for name in request.ip_image]
-    scales = [*request.ip_scale, *[request.ip_scale[-1]] * len(images)]
+    scales = spread(request.ip_scale, len(images), "ip_scale")
     found = []
-    for name, image, scale in zip(request.ip_adapter, images, scales, strict=False):
+    for name, image, scale in zip(request.ip_adapter, images, scales, strict=True):
         location = find_adapter(name, family, request.download)
         weights = read_adapter(location.path)
         encoder = find_encoder(request.ip_image_encoder, weights, location, request.download)

@@ -11,9 +11,8 @@ from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.merge import PROJECTIONS, add_difference, keep_own
 from linfusion_cli.attention.mount import self_attentions
 from linfusion_cli.attention.weights import load_weights, unused
-from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.run import Run
-from linfusion_cli.models.base import BaseWeights, is_base
+from linfusion_cli.models.base import BaseWeights
 
 UNUSED = "{} of the layers in the LinFusion weights {} are not in this smaller model, and are not used."
 MERGED = "What the model's self-attention has changed since {} goes into LinFusion's weights (--linfusion-merge delta)."
@@ -41,18 +40,13 @@ def merge(run: Run, unet: UNet2DConditionModel, linear: dict[str, LinearAttentio
     prepared, own, way = run.prepared, self_attentions(unet), run.prepared.request.linfusion_merge
     if way == "keep":
         keep_own(linear, own)
-    if prepared.base is not None and not (way == "auto" and is_cut_down):
+    elif prepared.base is None or (way == "auto" and is_cut_down):
+        if (way, prepared.request.linfusion) == ("auto", "auto"):
+            run.recorder.notice(NOT_HEARD)
+    elif not prepared.is_base:  # which has changed nothing
         add_difference(linear, own, partial(BaseWeights(prepared.base).read, names=PROJECTIONS))
         if way == "auto":
             run.recorder.notice(MERGED.format(prepared.base))
-    elif way == "auto" and is_published(prepared):
-        run.recorder.notice(NOT_HEARD)
-
-
-def is_published(prepared: Prepared) -> bool:
-    """Whether LinFusion's weights are those for the model's family, and were not made for the model itself."""
-    made_for_it = is_base(prepared.model, prepared.linfusion, prepared.facts.family)
-    return prepared.request.linfusion == "auto" and not made_for_it
 
 
 def check_base(base: Path, unet: UNet2DConditionModel) -> None:

@@ -11,6 +11,7 @@ from linfusion_cli.images.source import SourcePicture, inspect_source
 from linfusion_cli.models.controlnet import check_fits, find_controlnet, is_union, kind_number
 from linfusion_cli.models.parts import Model
 from linfusion_cli.request import PictureRequest
+from linfusion_cli.sampling.ladder import spread
 from linfusion_cli.units import user_path
 
 
@@ -58,7 +59,7 @@ def find_controls(request: PictureRequest, model: Model, phases: int) -> Control
     for folder in folders:
         check_fits(folder, model)
     kinds = picture_kinds(request, folders)
-    scales = [request.control_scale[min(i, len(request.control_scale) - 1)] for i in range(len(folders))]
+    scales = spread(request.control_scale, len(folders), "control_scale")
     pictures = [checked_picture(name, request.size) for name in request.control_image]
     return Controls(tuple(map(FoundControl, folders, pictures, scales, kinds)), acting)
 

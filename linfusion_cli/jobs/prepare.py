@@ -31,8 +31,8 @@ class Prepared:
     """A request that nothing speaks against, and what it comes down to on this machine.
 
     `picture` is what grows, None where the base comes from noise. `linfusion` is None where no phase needs it;
-    `base`, the folder of a UNet, where nothing of it goes into LinFusion's weights. `loras` are files with their
-    weights, `inversions` with their tokens, None for a file's own.
+    `base`, the folder of the UNet that these were made for, where they are taken as they are. `loras` are files with
+    their weights, `inversions` with their tokens, None for a file's own.
     """
 
     request: PictureRequest
@@ -53,6 +53,11 @@ class Prepared:
     def is_reduced(self) -> bool:
         """Whether the last phase is resized to the size asked for, which lies below the base, and not cropped to it."""
         return self.phases[-1].size != self.request.size.rounded_up(self.facts.multiple_px)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the model is itself the one that LinFusion's weights were made for."""
+        return self.model.file is None and self.base == self.model.part("unet").folder
 
     def shown(self, phase: Phase) -> Size:
         """What of `phase` will be seen: all of it, or of the last what is left when it is cropped."""

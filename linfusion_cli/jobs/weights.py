@@ -10,7 +10,7 @@ from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.models.digest import WeightsFile, digested
 from linfusion_cli.models.locate import LINFUSION_WEIGHTS
-from linfusion_cli.models.parts import PARTS, Part, weights_files
+from linfusion_cli.models.parts import PARTS, weights_files
 
 WHOLE = "model"  # the use of a file that holds a whole model
 
@@ -40,7 +40,7 @@ def weights_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
         yield from (("image_encoder", file) for file in weights_files(adapter.encoder))
     yield from (("textual_inversion", file) for file, _ in prepared.inversions)
     for control in prepared.controls.found:
-        yield from (("controlnet", file) for file in Part(control.folder).weights)
+        yield from (("controlnet", file) for file in weights_files(control.folder))
 
 
 def main_hash(weights: Sequence[WeightsFile]) -> str:

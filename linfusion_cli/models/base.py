@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,19 +43,11 @@ def find_base(name: str, model: Model, linfusion: Path, family: str, download: b
 
 
 def base_here(model: Model, linfusion: Path, family: str) -> Path | None:
-    """As `find_base` for `auto`, None where it is not on this machine, or is the model itself."""
+    """As `find_base` for `auto`, None where it is not on this machine."""
     try:
-        found = find_base("auto", model, linfusion, family)
+        return find_base("auto", model, linfusion, family)
     except (Unavailable, DataError):
         return None
-    return None if model.file is None and found == model.part("unet").folder else found
-
-
-def is_base(model: Model, linfusion: Path, family: str) -> bool:
-    """Whether the weights in `linfusion`, published or the model's own, were made for `model` itself."""
-    if model.file is not None:
-        return False
-    return model.folder in (linfusion.parent, DEMO_FOLDER, cached(FAMILY_BASES[family], KIND))
 
 
 def find_base_in_hub(name: str, download: bool) -> Path:
@@ -101,10 +93,13 @@ class BaseWeights:
                 reason = f"{name} is {given} in the base {self.part} and {shape} in the model."
                 raise DataError(reason, f"Name the model's own base with {KIND}, {OTHER_MERGE}.")
 
-    def read(self, layer: str, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, layer: str, names: Sequence[str]) -> dict[str, Tensor]:
         """The tensors `names` of a layer, by these names, in the dtype of the file."""
-        found = {}
+        places: dict[Path, list[str]] = {}
         for name in names:
-            with safe_open(self.files[f"{layer}.{name}"], framework="pt") as file:
-                found[name] = file.get_tensor(f"{layer}.{name}")
-        return found
+            places.setdefault(self.files[f"{layer}.{name}"], []).append(name)
+        found = {}
+        for path, here in places.items():  # a layer nearly always lies in one file, which is opened once for it
+            with safe_open(path, framework="pt") as file:
+                found |= {name: file.get_tensor(f"{layer}.{name}") for name in here}
+        return {name: found[name] for name in names}

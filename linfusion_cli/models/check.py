@@ -22,13 +22,13 @@ from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts
 from linfusion_cli.models.header import COUNTERS, Header, read_header
 from linfusion_cli.models.hub import cached
 from linfusion_cli.models.inversion import is_inversion, read_inversion
-from linfusion_cli.models.load import AGAIN, checked_headers, fitting_state, outline, vae_kind
+from linfusion_cli.models.load import AGAIN, checked_headers, fitting_state, misfit, outline, plain, vae_kind
 from linfusion_cli.models.locate import DEMO, LAYOUTS, check_weights_name, find_linfusion, find_model
 from linfusion_cli.models.locate_adapter import INPUTS, read_adapter
 from linfusion_cli.models.lora_file import read_lora
 from linfusion_cli.models.original import place_in
 from linfusion_cli.models.parts import Model, Part
-from linfusion_cli.models.text import load_tokenizer
+from linfusion_cli.models.tokens import load_tokenizer
 from linfusion_cli.units import is_file, is_folder, user_path
 
 ALONE = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, ControlNetModel)}
@@ -143,28 +143,16 @@ def linfusion_remark(model: Model, family: str) -> str:
 def check_part(name: str, kind: type[nn.Module], part: Part) -> PartFound:
     """One part: all tensors of its network are there, with its shapes, of floats that are numbers."""
     headers, module = checked_headers(part), outline(kind, part)
-    if part.file is not None:
+    if part.file is not None:  # whose numbers were looked at before, once for all its parts
         fitting_state(module, headers[0], on_meta=True)
-    else:
-        compare(part, headers, module)
+        return part_found(name, headers, place_in(headers[0], kind)[0])
+    given = {plain(name): shape for header in headers for name, shape in header.shapes.items()}
+    if found := misfit(module, given):
+        reason = "The weights in {} do not fit its config.json: {} is {} in the files and {} by its config."
+        raise DataError(reason.format(part, *found), AGAIN)
     for header in headers:
         check_numbers_in(header)
-    return part_found(name, headers, "" if part.file is None else place_in(headers[0], kind)[0])
-
-
-def compare(part: Part, headers: list[Header], module: nn.Module) -> None:
-    """Raise DataError naming the first tensor that a part's network has, and its files have not or otherwise."""
-    given = {plain(name): shape for header in headers for name, shape in header.shapes.items()}
-    for name, parameter in module.named_parameters():
-        shape = given.get(plain(name), "no such tensor")
-        if shape != tuple(parameter.shape):
-            reason = f"{name} is {shape} in the files and {tuple(parameter.shape)} by its config"
-            raise DataError(f"The weights in {part} do not fit its config.json: {reason}.", AGAIN)
-
-
-def plain(name: str) -> str:
-    """A tensor's name without the level that some versions of transformers have and others have not."""
-    return name.removeprefix("text_model.")
+    return part_found(name, headers)
 
 
 def check_numbers_in(header: Header) -> None:

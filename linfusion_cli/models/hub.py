@@ -49,7 +49,8 @@ def cached(name: str, kind: str) -> Path | None:
 def fetch(name: str, kind: str, configs_only: bool = False) -> Path:
     """Download what is needed of hub id `name` into the local cache -> its snapshot; raises Unavailable.
 
-    A download that was cut off goes on where it ended. `configs_only` leaves the weights out.
+    Where a connection breaks it is taken up again, and files that are there are left as they are. `configs_only` leaves
+    the weights out.
     """
     from huggingface_hub import snapshot_download
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -119,16 +120,25 @@ def fitting_state(module: nn.Module, header: Header, on_meta: bool) -> dict[str,
 
     What else the file holds in its place is left out, such as a text encoder's last layers that nobody listens to.
     """
-    found = state_in(header, module, on_meta)
-    if not hasattr(module, "text_model"):  # the level is gone from the newer CLIPTextModel, and stays in files
-        found = {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
-    wanted = dict(module.named_parameters())
-    for name, parameter in wanted.items():
-        shape = tuple(found[name].shape) if name in found else "no such tensor"
-        if shape != tuple(parameter.shape):
-            reason = f"{name} is {shape} in the file and {tuple(parameter.shape)} in a model of its family."
-            raise DataError(f"{header.file} is of another make than it seems: {reason}", "Use another file.")
-    return {name: found[name] for name in wanted}
+    found = {plain(name): tensor for name, tensor in state_in(header, module, on_meta).items()}
+    if wrong := misfit(module, {name: tuple(tensor.shape) for name, tensor in found.items()}):
+        reason = "{} is of another make than it seems: {} is {} in the file and {} in a model of its family."
+        raise DataError(reason.format(header.file, *wrong), "Use another file.")
+    return {name: found[plain(name)] for name, _ in module.named_parameters()}
+
+
+def misfit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, object, tuple[int, ...]] | None:
+    """The first parameter of `module` that `shapes`, by plain names, lack or have otherwise: name, found, wanted."""
+    for name, parameter in module.named_parameters():
+        found, wanted = shapes.get(plain(name), "no such tensor"), tuple(parameter.shape)
+        if found != wanted:
+            return name, found, wanted
+    return None
+
+
+def plain(name: str) -> str:
+    """A tensor's name without the level that CLIPTextModel has in some versions of transformers, and in most files."""
+    return name.removeprefix("text_model.")
 
 
 def check_numbers(part: Part, module: nn.Module) -> None:

@@ -77,7 +77,7 @@ def each_phase(request: PictureRequest, setting: str, phases: int) -> list:
 
 
 def spread(values: Sequence[T], phases: int, setting: str) -> list[T]:
-    """`values`, the last of them as often as it takes; raises UsageError where there are more than `phases`."""
+    """`values`, the last as often as it takes; raises UsageError where there are more than phases, or adapters."""
     if len(values) > phases and len(values) > 1:
         reason = (
             f"{flag(setting)} {','.join(map(str, values))} names {len(values)} phases, {len(values) - phases} too many."
