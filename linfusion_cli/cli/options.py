@@ -47,7 +47,8 @@ LinfusionMerge = Annotated[
     ),
 ]
 LinfusionBase = Annotated[
-    str | None, Option(help="For delta, the model the weights were made for: a folder, a hub id, or auto.")
+    str | None,
+    Option(help="The model that those weights were made for, for delta: a folder, a hub id, or auto (its family's)."),
 ]
 Vae = Annotated[
     str | None,

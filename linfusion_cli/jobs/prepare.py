@@ -116,9 +116,11 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
 def merged_base(request: PictureRequest, model: Model, linfusion: Path, family: str) -> Path | None:
     """The folder of the UNet from which `model` was tuned, where what that changed goes into LinFusion's weights.
 
-    `auto` has it so for published weights where the base is here: others may have been made for the model itself.
+    `auto` has it so for published weights where the base is here, as others may have been made for the model itself,
+    and for a base that was named.
     """
-    if request.linfusion_merge == "delta":
+    named = request.linfusion_merge == "auto" and request.linfusion_base != "auto"
+    if request.linfusion_merge == "delta" or named:
         return find_base(request.linfusion_base, model, linfusion, family, request.download)
     if request.linfusion_merge != "auto" or request.linfusion != "auto":
         return None

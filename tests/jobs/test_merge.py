@@ -131,6 +131,15 @@ def test_by_itself_nothing_is_added_where_the_weights_are_for_the_model(paint, t
         assert not notices_of(heard)
 
 
+def test_by_itself_a_base_that_was_named_is_meant(paint, tuned, base):
+    heard = Listener()
+    found = paint(heard, model=tuned, linfusion_base=str(base))
+    assert np.array_equal(found, paint(model=tuned, linfusion_merge="delta", linfusion_base=str(base)))
+    assert ["--linfusion-merge delta" in text for text in notices_of(heard)] == [True]
+    with pytest.raises(Unavailable, match="--linfusion-base someone/base, is not on this machine"):
+        paint(model=tuned, linfusion_base="someone/base")
+
+
 def test_a_base_that_is_not_here_is_refused_where_it_is_needed(paint, xl_model, tmp_path):
     linfusion = str(shutil.copytree(xl_model / "linfusion", tmp_path / "elsewhere"))
     with pytest.raises(Unavailable, match="stabilityai/.*, is not on this machine") as refused:
