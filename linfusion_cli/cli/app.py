@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
-from linfusion_cli import __version__, device
+from linfusion_cli import __version__, device, stopping
 from linfusion_cli.cli import doctor, generate, info, models, plan, presets, upscale
 from linfusion_cli.cli.render import answer, say
 from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped, first_line
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 app = typer.Typer(
     name="linfusion",
@@ -54,7 +50,7 @@ def options(
 def main() -> None:
     """Run the command line and exit with the code that errors.py promises."""
     show_anything()
-    listen_to_signals()
+    stopping.listen()
     sys.exit(guarded())
 
 
@@ -99,17 +95,3 @@ def write_log() -> Path:
     with tempfile.NamedTemporaryFile("w", prefix="linfusion-", suffix=".log", delete=False, **options) as file:
         file.write(f"linfusion {__version__}\n{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
     return Path(file.name)
-
-
-def listen_to_signals() -> None:
-    """SIGINT, SIGTERM and SIGHUP raise Stopped, so that temporary files go; an ignored SIGHUP (nohup) stays ignored."""
-    for number in SIGNALS:
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-            continue
-        signal.signal(number, _stop)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    for other in SIGNALS:  # a second one must not interrupt the clearing up, which takes a moment
-        signal.signal(other, signal.SIG_IGN)
-    raise Stopped(number)

@@ -65,7 +65,7 @@ def without_prompt(info: PictureInfo) -> PictureInfo:
         info,
         prompt="",
         negative_prompt="",
-        request=_scrubbed(info.request),
+        request=scrubbed(info.request),
         parameters=settings if settings.startswith("Steps: ") else "",
     )
 
@@ -93,9 +93,10 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if NEEDS_QUOTES.search(value) else value
 
 
-def _scrubbed(value: Any) -> Any:
+def scrubbed(value: Any) -> Any:
+    """A request, or any JSON value, without what prompts it holds."""
     if isinstance(value, Mapping):
-        return {key: _scrubbed(item) for key, item in value.items() if not PROMPT_KEY.fullmatch(key)}
+        return {key: scrubbed(item) for key, item in value.items() if not PROMPT_KEY.fullmatch(key)}
     if isinstance(value, list | tuple):
-        return [_scrubbed(item) for item in value]
+        return [scrubbed(item) for item in value]
     return value
