@@ -39,9 +39,8 @@ def decoded(found: FileInfo) -> dict[str, Any]:
     """What there was to decode: the unit, and how many of it."""
     if not found.tile_px:
         return {"unit": "rows", "count": found.height_px}
-    across, down = (
-        -(-side // tile) for side, tile in zip((found.width_px, found.height_px), found.tile_px, strict=True)
-    )
+    sides = zip((found.width_px, found.height_px), found.tile_px, strict=True)
+    across, down = (-(-side // tile) for side, tile in sides)
     return {"unit": "tiles", "count": across * down}
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from linfusion_cli.errors import DataError
 from linfusion_cli.images.metadata import CHECKSUM, NO_DIGITS
 
-SEAL = re.compile(rf'{{"{CHECKSUM}": "([0-9a-f]{{{len(NO_DIGITS)}}})"')
+# Any characters: a damaged digit must not pass for a file without a checksum.
+SEAL = re.compile(rf'{{"{CHECKSUM}": "(.{{{len(NO_DIGITS)}}})"', re.DOTALL)
 
 
 @dataclass(frozen=True)

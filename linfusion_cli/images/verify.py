@@ -58,7 +58,7 @@ def _check_sum(found: FileInfo) -> None:
     digits = sha256.hexdigest()
     if digits != found.file_sha256:
         raise DataError(
-            f"{found.path} is not what was written: its checksum is {digits[:12]}…, not {found.file_sha256[:12]}….",
+            f"{found.path} is not what was written: its checksum is {digits}, not the one that it carries.",
             "It is damaged, or another program has changed it.",
         )
 

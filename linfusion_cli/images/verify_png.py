@@ -100,9 +100,11 @@ class Rows:
 
     def _count(self, part: bytes) -> None:
         filters = part[self._ahead :: self._row_bytes]
-        if filters.translate(None, FILTERS):
+        sound = len(filters) - len(filters.lstrip(FILTERS))  # those before the first that does not exist
+        self._begun += sound
+        if sound < len(filters):
+            self._ahead = 0
             raise ValueError(f"a filter that does not exist follows {self}")
-        self._begun += len(filters)
         self._ahead = (self._ahead - len(part)) % self._row_bytes
         self._left -= len(part)
         self.missing -= len(part)
