@@ -81,7 +81,7 @@ class RowStream(ABC):
         """Put the checksum in."""
 
     def _append(self, data: bytes) -> None:
-        """Every byte of the file passes here once, the last ones of TIFF's header excepted."""
+        """Every byte of the file passes here, except for TIFF's header, which is written last."""
         self._sha256.update(data)
         self._pending.write(data)
 

@@ -18,7 +18,7 @@ UNCOMPRESSED = 1
 
 
 def decode_tiff(path: Path) -> None:
-    """Decodes the tiles of the first page in threads, at most two a thread at a time.
+    """Decodes the tiles of the first page in threads, one a thread at a time, and none waits in memory.
 
     Raises DataError that names the first that does not decode to its size, and for tiles of more than 2 GiB.
     """
@@ -27,16 +27,15 @@ def decode_tiff(path: Path) -> None:
     with silent_tifffile(), tifffile.TiffFile(path) as file, path.open("rb") as content:
         page = file.pages[0]
         if page.compression == UNCOMPRESSED:
-            check = partial(_check_length, page)
+            _check_all(path, page, partial(_check_length, page), threads=1)
         else:
-            _check_held(path, page)
             tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
             check = partial(_check_decodes, page.decode, content.fileno(), tables)
-        _check_all(path, page, check)
+            _check_all(path, page, check, min(default_threads(), MOST_HELD_BYTES // _bytes_held(path, page)))
 
 
-def _check_all(path: Path, page: Any, check: Callable[[int, int, int], None]) -> None:
-    pool = OrderedPool(default_threads(), lambda _: None)
+def _check_all(path: Path, page: Any, check: Callable[[int, int, int], None], threads: int) -> None:
+    pool = OrderedPool(threads, lambda _: None)
     kind, count = "tile" if page.is_tiled else "strip", len(page.dataoffsets)
 
     def checked(index: int, offset: int, length: int) -> None:
@@ -72,9 +71,11 @@ def _check_length(page: Any, index: int, offset: int, length: int) -> None:
         raise ValueError(f"it has {length} bytes of {expected}")
 
 
-def _check_held(path: Path, page: Any) -> None:
+def _bytes_held(path: Path, page: Any) -> int:
+    """What decoding a tile holds, compressed and not; raises DataError if that is too much."""
     decoded = page.chunks[0] * page.chunks[1] * page.samplesperpixel * -(-int(page.bitspersample) // 8)
     held = max(page.databytecounts) + decoded
     if held > MOST_HELD_BYTES:
         reason = f"{path} is stored so that {held >> 20} MiB of it must be decoded at once."
         raise DataError(reason, "Save it with strips or small tiles.")
+    return held

@@ -44,7 +44,7 @@ def test_a_damaged_file_is_65_and_one_sentence(cli, tmp_path, as_json):
     assert cli("info", "a.tif")[0] == 0
     code, out, err = cli("info", "--verify", "a.tif", *as_json)
     assert (code, out) == (65, "") and len(err.splitlines()) == 1
-    assert "a.tif is damaged: tile 2 of 4 does not decode" in err
+    assert "a.tif is damaged: tile 1 of 4 does not decode" in err
 
 
 def test_a_file_of_another_program_carries_none(cli, tmp_path):

@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 
 from linfusion_cli.errors import DataError, InputMissing
-from linfusion_cli.images import PictureInfo, ifd, open_sink, read_info, tiff, verify, without_prompt
+from linfusion_cli.images import PictureInfo, PreviewSink, ifd, open_sink, read_info, tiff, verify, without_prompt
 from linfusion_cli.images.jpeg import segments
 from tests.images.conftest import picture
 
@@ -93,6 +93,10 @@ def test_no_file_is_without_a_checksum(tmp_path, info, format):
     nothing = PictureInfo("s", 72.0, {}, "", "", "")
     found = verify(written(tmp_path / "a", format, None, 8, nothing))
     assert (found.request, len(found.file_sha256)) == ({}, 64)
+    preview = PreviewSink(tmp_path / f"a.{format}", (60, 45), 16, info, max_side_px=20)
+    preview.write(picture(60, 45, 16))
+    preview.close()
+    assert verify(tmp_path / f"a.{format}").file_sha256
 
 
 @pytest.mark.parametrize("size", [(1, 1), (40, 70)], ids=str)
@@ -252,6 +256,17 @@ def test_other_layouts_of_tiff(tmp_path, options, bits):
         tag = file.pages[0].tags[325 if "tile" in options else 279]
         tag.overwrite(np.maximum(np.asarray(tag.value) // 2, 1).tolist())
     with pytest.raises(DataError, match="(tile|strip) 1 of"):
+        verify(tmp_path / "a")
+
+
+def test_a_tile_too_large_to_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("linfusion_cli.images.verify_tiff.MOST_HELD_BYTES", 10 << 20)
+    tifffile.imwrite(tmp_path / "a", np.zeros((2000, 2000, 3), np.uint8), photometric="rgb", compression="deflate")
+    with tifffile.TiffFile(tmp_path / "a", mode="r+") as file:
+        file.pages[0].tags[278].overwrite(2000)
+        for tag in (273, 279):
+            file.pages[0].tags[tag].overwrite(file.pages[0].tags[tag].value[:1])
+    with pytest.raises(DataError, match="11 MiB of it must be decoded at once"):
         verify(tmp_path / "a")
 
 
