@@ -74,6 +74,7 @@ def _check_values(path: Path, file: Any, directory_offset: int, file_bytes: int)
 
 
 def _info(path: Path, page: Any, file_bytes: int) -> FileInfo:
+    checksum = parse_checksum(page.description)
     return FileInfo(
         path=path,
         format="tiff",
@@ -86,7 +87,7 @@ def _info(path: Path, page: Any, file_bytes: int) -> FileInfo:
         file_bytes=file_bytes,
         request=parse_request(page.description),
         parameters=_parameters(page.tags.valueof(700)),
-        file_sha256=(checksum := parse_checksum(page.description)),
+        file_sha256=checksum,
         file_sha256_at=page.tags[DESCRIPTION].valueoffset + DIGITS_AT if checksum else None,
     )
 

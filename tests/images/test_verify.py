@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from linfusion_cli.errors import DataError, InputMissing
 from linfusion_cli.images import PictureInfo, PreviewSink, ifd, open_sink, read_info, tiff, verify, without_prompt
@@ -207,6 +207,19 @@ def test_memory_does_not_grow_with_the_picture(tmp_path, info, monkeypatch, form
 
     peak("short")  # imports
     assert peak("tall") <= 1.25 * peak("short") + 1e6
+
+
+REWRITES = [("add_text", {}), ("add_text", {"zip": True}), ("add_itxt", {"zip": True})]
+
+
+@pytest.mark.parametrize("rewrite", REWRITES, ids=str)
+def test_a_picture_saved_again_with_its_old_request_is_refused(tmp_path, rewrite):
+    texts, (add, options) = PngImagePlugin.PngInfo(), rewrite
+    getattr(texts, add)("linfusion", f'{{"file_sha256": "{"1a" * 32}", "seed": 1}}', **options)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=texts)
+    assert read_info(tmp_path / "a.png").request == {"seed": 1}
+    with pytest.raises(DataError, match="not what was written"):
+        verify(tmp_path / "a.png")
 
 
 def test_not_there(tmp_path):
