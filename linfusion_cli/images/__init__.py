@@ -14,6 +14,7 @@ from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.preview import PreviewSink
 from linfusion_cli.images.read import read_info
 from linfusion_cli.images.sink import RowSink
+from linfusion_cli.images.verify import verify
 from linfusion_cli.images.xmp import xmp_packet
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "request_json",
     "scrubbed",
     "srgb_profile",
+    "verify",
     "without_prompt",
     "xmp_packet",
 ]

@@ -9,6 +9,10 @@ from typing import Any
 
 PROMPT_KEY = re.compile(r"(negative_)?prompt(_\d+)?")
 NEEDS_QUOTES = re.compile(r"[,:\n]")
+# Every request begins with the file's checksum, so that its digits always lie at the same place in the text.
+CHECKSUM = "file_sha256"
+NO_DIGITS = "0" * 64
+DIGITS_AT = len(f'{{"{CHECKSUM}": "')
 PROFILE_DATE = bytes.fromhex("07e8 0001 0001 0000 0000 0000")  # 2024-01-01: littlecms writes the present time
 
 
@@ -71,8 +75,13 @@ def without_prompt(info: PictureInfo) -> PictureInfo:
 
 
 def request_json(info: PictureInfo) -> str:
-    """The request as 7-bit ASCII JSON: TIFF's ImageDescription allows nothing else."""
-    return json.dumps(dict(info.request), ensure_ascii=True, allow_nan=False)
+    """The request as 7-bit ASCII JSON (TIFF's ImageDescription allows nothing else), with 64 zeros for a checksum."""
+    return json.dumps({CHECKSUM: NO_DIGITS} | dict(info.request), ensure_ascii=True, allow_nan=False)
+
+
+def sealed(text: str, digits: str) -> str:
+    """The text of `request_json` with these digits instead of the zeros."""
+    return text[:DIGITS_AT] + digits + text[DIGITS_AT + len(NO_DIGITS) :]
 
 
 def utf8(text: str) -> bytes:
