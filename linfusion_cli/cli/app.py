@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from linfusion_cli import __version__, device
-from linfusion_cli.cli import doctor, generate, info, models, plan, presets, upscale
-from linfusion_cli.cli.render import answer, say
+from linfusion_cli.cli import doctor, generate, info, log, models, plan, presets, upscale
+from linfusion_cli.cli.render import answer, tell
 from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped, first_line
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,7 +66,14 @@ def show_anything() -> None:
 
 
 def guarded() -> int:
-    """Run the app; every error becomes one clear line on stderr and its exit code."""
+    """Run the app; every error becomes one clear line on stderr and its exit code, and the log's last line tells it."""
+    exit_code = carried_out()
+    log.end(exit_code)
+    return exit_code
+
+
+def carried_out() -> int:
+    """The exit code of the app, with every error said."""
     try:
         app()
     except SystemExit as error:
@@ -81,7 +88,8 @@ def guarded() -> int:
 
 
 def refuse(text: str, exit_code: int) -> int:
-    say(f"linfusion: {text}")
+    tell(f"linfusion: {text}")
+    log.write(f"linfusion: {text}")
     return exit_code
 
 
