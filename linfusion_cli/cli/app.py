@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
@@ -53,16 +54,23 @@ def options(
 
 def main() -> None:
     """Run the command line and exit with the code that errors.py promises."""
+    have_streams()
     show_anything()
     listen_to_signals()
     sys.exit(guarded())
 
 
+def have_streams() -> None:
+    """What a script closed leads nowhere: or a file of ours takes its number, and what libraries print there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
+
+
 def show_anything() -> None:
     """A prompt or name that a stream cannot show must not end a run; in UTF-8, names pass as the bytes they are."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="surrogateescape" if stream.encoding == "utf-8" else "backslashreplace")
+        stream.reconfigure(errors="surrogateescape" if stream.encoding == "utf-8" else "backslashreplace")
 
 
 def guarded() -> int:

@@ -24,7 +24,7 @@ from linfusion_cli.report import RunReport, StageReport
 from linfusion_cli.units import format_bytes, format_seconds
 
 QUIET_SEC = 600.0  # a log without a line for longer than this looks like a run that hangs
-SHOWN_SEC = 0.05  # a stage that took less says nothing of a run
+SHOWN_SEC = 0.05  # a stage other than a phase that took less is not worth a line
 PLAIN_COLUMNS = 120
 
 
@@ -224,7 +224,7 @@ class Lines:
     def _finish(self, stage: StageStarted, seconds: float) -> None:
         if stage.size is None:
             self._preparing_sec += seconds
-        elif seconds >= SHOWN_SEC:
+        elif stage.unit == "steps" or seconds >= SHOWN_SEC:
             self._say(f"{title(stage)}: {format_seconds(seconds)}")
 
     def _say_ready(self) -> None:
