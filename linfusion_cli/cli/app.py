@@ -15,7 +15,7 @@ import typer
 
 from linfusion_cli import __version__, device
 from linfusion_cli.cli import doctor, generate, info, log, models, plan, presets, upscale
-from linfusion_cli.cli.render import answer, tell
+from linfusion_cli.cli.render import announce, answer
 from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped, first_line
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -96,8 +96,7 @@ def carried_out() -> int:
 
 
 def refuse(text: str, exit_code: int) -> int:
-    tell(f"linfusion: {text}")
-    log.write(f"linfusion: {text}")
+    announce(f"linfusion: {text}")
     return exit_code
 
 

@@ -47,6 +47,12 @@ def tell(text: str) -> None:
     say(log.printable(text) if on_terminal() else f"{log.timestamp()} {log.printable(text)}")
 
 
+def announce(text: str) -> None:
+    """One line on stderr, and in the log."""
+    tell(text)
+    log.write(text)
+
+
 def discard_rest(stream: TextIO) -> None:
     """Send what `stream` still holds, and all that follows, nowhere: or its flush at exit fails, with exit code 120."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
