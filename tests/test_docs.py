@@ -64,7 +64,7 @@ def invocations(script: str) -> Iterator[list[str]]:
     lexer = shlex.shlex(script.replace("\\\n", " "), posix=True, punctuation_chars=True)
     lexer.whitespace_split, words = True, []
     for word in [*lexer, ";"]:
-        if words and not set(word) - set(";|&<>(){}\n") or word in ("do", "}"):
+        if words and (word == "do" or not set(word) - set(";|&<>(){}")):
             yield words
             words = []
         elif words or Path(word).name == "linfusion":
