@@ -24,7 +24,10 @@ HEAD_BYTES = 512
 START_CHARACTERS, END_CHARACTERS = 600, 390
 # Line ends, terminal commands, directions of writing; and surrogates other than those that stand for a path's bytes.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]")
-ENDINGS = {0: "complete", 3: "some jobs failed", TryAgain.exit_code: "not complete, run it again"}
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+ENDINGS = {0: "complete", 3: "some jobs failed", TryAgain.exit_code: "not complete, run it again"} | {
+    128 + number: f"stopped by {number.name}" for number in SIGNALS
+}
 
 
 def timestamp() -> str:
@@ -125,14 +128,7 @@ def write(text: str) -> None:
 def end(exit_code: int) -> None:
     """The last line of this run: how it ended."""
     seconds = format_seconds(time.monotonic() - _Open.began_at)
-    write(f"ended: {ending(exit_code)}, exit code {exit_code}, after {seconds}")
+    write(f"ended: {ENDINGS.get(exit_code, 'failed')}, exit code {exit_code}, after {seconds}")
     if _Open.file is not None:
         _Open.file.close()
         _Open.file = None
-
-
-def ending(exit_code: int) -> str:
-    """What an exit code says of a run, in words."""
-    if exit_code > 128:
-        return f"stopped by {signal.Signals(exit_code - 128).name}"
-    return ENDINGS.get(exit_code, "failed")
