@@ -154,7 +154,7 @@ def test_processes_that_share_a_log_which_rotates_tear_no_line_and_lose_none(tmp
     rotations = 0
     while any(run.poll() is None for run in runs):
         time.sleep(0.05)
-        if (tmp_path / "run.log").exists():
+        if (tmp_path / "run.log").exists() and (tmp_path / "run.log").stat().st_size:
             (tmp_path / "run.log").rename(tmp_path / f"run.log.{rotations}")
             rotations += 1
     assert all(run.returncode == 0 for run in runs) and rotations > 1
