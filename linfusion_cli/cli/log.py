@@ -37,10 +37,14 @@ def timestamp() -> str:
 
 def printable(text: str) -> str:
     """`text` as one line of moderate length: what could forge another, or command a terminal, becomes an escape."""
-    line = UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-    if len(line) <= START_CHARACTERS + END_CHARACTERS:
-        return line
-    return f"{line[:START_CHARACTERS]} … {line[-END_CHARACTERS:]}"
+    return shortened(UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), shortened(text)))
+
+
+def shortened(text: str) -> str:
+    """`text` without its middle, if it is too long for a line."""
+    if len(text) <= START_CHARACTERS + END_CHARACTERS:
+        return text
+    return f"{text[:START_CHARACTERS]} … {text[-END_CHARACTERS:]}"
 
 
 class LogFile:

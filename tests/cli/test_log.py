@@ -180,11 +180,14 @@ def test_the_last_line_says_how_a_run_ended(tmp_path, code, words):
     assert begun.startswith("begun: linfusion ") and ended.startswith(f"ended: {words}, exit code {code}, after 0.")
 
 
-SMALL = ("--model", "demo", "--size", 64, "--steps", 1)
+@pytest.fixture
+def small(xl_model):
+    """Options of a generate that takes a second."""
+    return "--model", xl_model, "--size", 64, "--steps", 1
 
 
-def test_a_run_and_a_refused_one_share_a_log(cli, tmp_path):
-    options = ("generate", "a\nhill", *SMALL, "-o", "a\nb.png", "--quiet", "--log-file", "run.log")
+def test_a_run_and_a_refused_one_share_a_log(cli, tmp_path, small):
+    options = ("generate", "a\nhill", *small, "-o", "a\nb.png", "--quiet", "--log-file", "run.log")
     assert cli(*options) == (0, "a\nb.png\n", "")
     code, out, err = cli(*options)
     assert (code, out) == (73, "") and len(err.splitlines()) == 1
@@ -195,29 +198,29 @@ def test_a_run_and_a_refused_one_share_a_log(cli, tmp_path):
     assert found[-2].startswith("linfusion: ") and found[-2].endswith("or name another file.")
 
 
-def test_a_log_that_cannot_be_opened_is_refused_before_any_work(cli, tmp_path):
-    code, out, err = cli("generate", "x", *SMALL, "-o", "a.png", "--log-file", "no/such/run.log")
+def test_a_log_that_cannot_be_opened_is_refused_before_any_work(cli, tmp_path, small):
+    code, out, err = cli("generate", "x", *small, "-o", "a.png", "--log-file", "no/such/run.log")
     assert (code, out) == (73, "") and "--log-file 'no/such/run.log' cannot be opened: No such file" in err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_log_is_no_other_file_of_the_run(cli, tmp_path):
-    code, _, err = cli("generate", "x", *SMALL, "-o", "a.png", "--log-file", "a.png", "--overwrite")
+def test_a_log_is_no_other_file_of_the_run(cli, tmp_path, small):
+    code, _, err = cli("generate", "x", *small, "-o", "a.png", "--log-file", "a.png", "--overwrite")
     assert code == 2 and "--log-file 'a.png' is the file of --output" in err
 
 
-def test_a_log_on_a_full_disk_does_not_end_a_run(cli):
-    code, out, err = cli("generate", "x", *SMALL, "-o", "a.png", "-q", "--log-file", "/dev/full")
+def test_a_log_on_a_full_disk_does_not_end_a_run(cli, small):
+    code, out, err = cli("generate", "x", *small, "-o", "a.png", "-q", "--log-file", "/dev/full")
     assert (code, out) == (0, "a.png\n") and err.count("No space left on device") == 1 == len(err.splitlines())
 
 
-def test_a_bug_is_in_the_log(cli, tmp_path, monkeypatch):
+def test_a_bug_is_in_the_log(cli, tmp_path, monkeypatch, small):
     def fail(*arguments):
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr("linfusion_cli.jobs.story.prepare", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert cli("generate", "x", *SMALL, "-o", "a.png", "--log-file", "run.log")[0] == 70
+    assert cli("generate", "x", *small, "-o", "a.png", "--log-file", "run.log")[0] == 70
     *_, sentence, last = texts(tmp_path / "run.log")
     assert "This is a bug in linfusion (ZeroDivisionError). Log: " in sentence
     assert last.startswith("ended: failed, exit code 70")
@@ -231,8 +234,8 @@ def start(tmp_path, *arguments, redirect="", **environ):
     return subprocess.Popen(shell, cwd=tmp_path, env=environ, stdout=-1, stderr=-1, stdin=subprocess.DEVNULL)
 
 
-def test_a_signal_is_the_last_thing_in_the_log(tmp_path):
-    options = ("--model", "demo", "--size", 256, "--steps", 1000, "-o", "a.png", "--log-file", "run.log")
+def test_a_signal_is_the_last_thing_in_the_log(tmp_path, xl_model):
+    options = ("--model", xl_model, "--size", 256, "--steps", 1000, "-o", "a.png", "--log-file", "run.log")
     run = start(tmp_path, "generate", "x", *options)
     while b" ready: " not in run.stderr.readline():
         assert run.poll() is None
@@ -244,9 +247,9 @@ def test_a_signal_is_the_last_thing_in_the_log(tmp_path):
     assert last.startswith("ended: stopped by SIGTERM, exit code 143, after ")
 
 
-def test_a_c_locale_closed_streams_and_a_name_that_is_no_text(tmp_path):
+def test_a_c_locale_closed_streams_and_a_name_that_is_no_text(tmp_path, small):
     name = b"caf\xe9 \xe7\x8c\xab\n.png".decode(errors="surrogateescape")
-    options = (*SMALL, "-o", name, "--log-file", "run.log", "--json")
+    options = (*small, "-o", name, "--log-file", "run.log", "--json")
     run = start(tmp_path, "generate", "猫\n", *options, redirect="<&- 2>&-", LC_ALL="C")
     out, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (0, b"") and json.loads(out)["output"] == name
@@ -254,7 +257,7 @@ def test_a_c_locale_closed_streams_and_a_name_that_is_no_text(tmp_path):
     assert os.path.exists(tmp_path / name)  # noqa: PTH110 - as the bytes it is
 
 
-def test_a_prompt_that_is_no_text_is_refused_in_the_log_too(cli, tmp_path):
-    assert cli("generate", "caf\udce9\n", *SMALL, "-o", "a.png", "--log-file", "run.log")[0] == 2
+def test_a_prompt_that_is_no_text_is_refused_in_the_log_too(cli, tmp_path, small):
+    assert cli("generate", "caf\udce9\n", *small, "-o", "a.png", "--log-file", "run.log")[0] == 2
     *_, sentence, last = texts(tmp_path / "run.log")
     assert sentence.startswith("linfusion: The prompt 'caf\\udce9\\n' is not possible") and "exit code 2," in last

@@ -144,9 +144,9 @@ main()
 """
 
 
-def noisy(tmp_path, *arguments, stderr=subprocess.PIPE):
+def noisy(tmp_path, model, *arguments, stderr=subprocess.PIPE):
     """A run with libraries that print, in its own process."""
-    options = ("--model", "demo", "--size", "64", "--steps", "1", "-o", "a.png", "--json")
+    options = ("--model", str(model), "--size", "64", "--steps", "1", "-o", "a.png", "--json")
     command = [sys.executable, "-c", NOISY, "generate", "x", *options, *arguments]
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
@@ -164,11 +164,11 @@ def read_all(descriptor: int) -> str:
     return shown.decode()
 
 
-def test_json_is_alone_on_stdout_and_a_terminal_gets_bars_and_the_log_lines(tmp_path):
+def test_json_is_alone_on_stdout_and_a_terminal_gets_bars_and_the_log_lines(tmp_path, xl_model):
     ours, theirs = pty.openpty()
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_all, ours)
-        done = noisy(tmp_path, "--log-file", "log", stderr=theirs)
+        done = noisy(tmp_path, xl_model, "--log-file", "log", stderr=theirs)
         os.close(theirs)
     shown = reading.result()
     assert done.returncode == 0 and json.loads(done.stdout)["output"] == "a.png", shown
@@ -178,6 +178,6 @@ def test_json_is_alone_on_stdout_and_a_terminal_gets_bars_and_the_log_lines(tmp_
     assert re.search(r"\d\d:\d\d:\d\d\+\d\d:\d\d \d+ base .*: ", (tmp_path / "log").read_text())
 
 
-def test_a_refused_run_leaves_stdout_empty(tmp_path):
-    done = noisy(tmp_path, "--ram", "1MiB")
+def test_a_refused_run_leaves_stdout_empty(tmp_path, xl_model):
+    done = noisy(tmp_path, xl_model, "--ram", "1MiB")
     assert (done.returncode, done.stdout) == (71, "") and " linfusion: " in done.stderr
