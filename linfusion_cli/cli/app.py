@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import traceback
@@ -11,8 +12,8 @@ from typing import Annotated
 import typer
 
 from linfusion_cli import __version__, device, stopping
-from linfusion_cli.cli import doctor, generate, info, models, plan, presets, upscale
-from linfusion_cli.cli.render import answer, say
+from linfusion_cli.cli import doctor, generate, info, log, models, plan, presets, upscale
+from linfusion_cli.cli.render import announce, answer
 from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped, first_line
 
 app = typer.Typer(
@@ -49,20 +50,34 @@ def options(
 
 def main() -> None:
     """Run the command line and exit with the code that errors.py promises."""
+    have_streams()
     show_anything()
     stopping.listen()
     sys.exit(guarded())
 
 
+def have_streams() -> None:
+    """What a script closed leads nowhere: or a file of ours takes its number, and what libraries print there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order they get 0, 1 and 2
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+
+
 def show_anything() -> None:
     """A prompt or name that a stream cannot show must not end a run; in UTF-8, names pass as the bytes they are."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="surrogateescape" if stream.encoding == "utf-8" else "backslashreplace")
+        stream.reconfigure(errors="surrogateescape" if stream.encoding == "utf-8" else "backslashreplace")
 
 
 def guarded() -> int:
-    """Run the app; every error becomes one clear line on stderr and its exit code."""
+    """Run the app; every error becomes one clear line on stderr and its exit code, and the log's last line tells it."""
+    exit_code = carried_out()
+    log.end(exit_code)
+    return exit_code
+
+
+def carried_out() -> int:
+    """The exit code of the app, with every error said."""
     try:
         app()
     except SystemExit as error:
@@ -77,7 +92,7 @@ def guarded() -> int:
 
 
 def refuse(text: str, exit_code: int) -> int:
-    say(f"linfusion: {text}")
+    announce(f"linfusion: {text}")
     return exit_code
 
 

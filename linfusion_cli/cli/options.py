@@ -193,7 +193,13 @@ SavePhases = Annotated[
     bool | None, Option("--save-phases/--no-save-phases", help="Keep every phase's picture beside the output.")
 ]
 Report = Annotated[Path | None, Option(help="Write the report here, as JSON.")]
-Json = Annotated[bool, Option("--json", help="Print the report as JSON on stdout, instead of the file's path.")]
+LogFile = Annotated[
+    Path | None, Option(help="Append each line to this file as well, with its time; it may be shared and rotated.")
+]
+Json = Annotated[
+    bool,
+    Option("--json", help="Print the report as JSON on stdout, instead of the file's path; nothing if the run fails."),
+]
 Quiet = Annotated[bool, Option("-q", "--quiet", help="No progress and no table; warnings and errors stay.")]
 
 
