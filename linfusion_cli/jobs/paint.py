@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,18 +19,20 @@ from linfusion_cli.device import limit_device_memory
 from linfusion_cli.jobs.adapter import read_picture
 from linfusion_cli.jobs.attention import load_linear
 from linfusion_cli.jobs.control import ActingControl, acting, load_controls
+from linfusion_cli.jobs.kept import NETWORKS, VAE, Networks, networks_key, settle_text, text_key, to_host, vae_key
 from linfusion_cli.jobs.pixels import begun_with
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.prompts import literal_notice
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
+from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.models.inversion import read_inversions
 from linfusion_cli.models.ip_adapter import encode_pictures, load_adapters
 from linfusion_cli.models.load import Vae, load_unet, load_vae
 from linfusion_cli.models.load_controlnet import LoadedControl
 from linfusion_cli.models.lora import merge_lora
-from linfusion_cli.models.text import Conditioning, SizeConditioning, TextChanges, encode_prompts
+from linfusion_cli.models.text import Conditioning, Encoder, SizeConditioning, TextChanges, encode_prompts
 from linfusion_cli.planning.needs import Mode
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.demofusion import Channels, demofusion
@@ -64,10 +66,13 @@ class Models:
     controls: list[LoadedControl]
 
 
-def begin(prepared: Prepared, recorder: Recorder) -> Run:
-    """Settle how this run works; raises DoesNotFit where it cannot."""
-    gc.freeze()  # what the imports made stays: collecting at each stage need not walk a million objects
-    run = Run(prepared, plan_run(prepared), recorder)
+def begin(prepared: Prepared, recorder: Recorder, shelf: Shelf) -> Run:
+    """Settle how this run works; raises DoesNotFit where it cannot. What it can use of the `shelf` stays there."""
+    if not gc.get_freeze_count():  # what the imports made stays: collecting at each stage need not walk all of it
+        gc.freeze()
+    run = Run(prepared, plan_run(prepared, to_host(shelf)), recorder, shelf)
+    shelf.expect(NETWORKS, networks_key(run))
+    shelf.expect(VAE, vae_key(run))
     recorder.device = run.device
     limit_device_memory(run.device, prepared.request.vram)
     recorder.planned(run.plan.need, run.plan.need.device_bytes if run.device.type == "cuda" else None)
@@ -75,17 +80,23 @@ def begin(prepared: Prepared, recorder: Recorder) -> Run:
 
 
 def read_prompts(run: Run) -> Conditioning:
-    """Both prompts, and pictures, as the UNet hears them; their encoders are freed when this returns."""
+    """Both prompts, and pictures, as the UNet hears them; their encoders are off the device when this returns.
+
+    A batch keeps text encoders where the run has room for them beside all else that it was planned with.
+    """
     request, prepared = run.prepared.request, run.prepared
     prompts = request.prompt, request.negative_prompt
     with run.recorder.stage("prompt", "text", None, 1, "prompts"):
         changes = TextChanges(prepared.loras, read_inversions(prepared.inversions), request.clip_skip)
-        conditioning = encode_prompts(prepared.model, prepared.facts, *prompts, run.dtype, run.device, changes)
+        conditioning = encode_prompts(
+            prepared.model, prepared.facts, *prompts, run.dtype, run.device, changes, partial(encoder, run)
+        )
         if prepared.adapters:
             pictures = [read_picture(adapter.image, run.recorder.notice) for adapter in prepared.adapters]
             conditioning = conditioning.with_images(encode_pictures(prepared.adapters, pictures, run.dtype, run.device))
     if literal := literal_notice(request):
         run.recorder.notice(literal)
+    settle_text(run)
     for prompt, end in conditioning.unheard.items():
         run.recorder.notice(UNHEARD.format(prompt, end))
     for token in conditioning.unused:
@@ -95,16 +106,38 @@ def read_prompts(run: Run) -> Conditioning:
 
 def load(run: Run, conditioning: Conditioning) -> Models:
     """The VAE on the device; the UNet and its linear attention on the CPU, until a phase mounts what it needs."""
-    prepared = run.prepared
     with run.recorder.stage("models", "load", None, 1, "models"):
-        vae = load_vae(prepared.vae, run.plan.machine.vae_dtype, run.device)
-        unet = load_unet(prepared.model, run.dtype)
-        linear = load_linear(run, unet)
-        for file, weight in prepared.loras:
-            merge_lora(unet, linear, file, weight)
-        load_adapters(unet, prepared.adapters)
-        controls = load_controls(run, linear)
-    return Models(unet, linear, vae, conditioning, controls)
+        vae = planned_vae(run)
+        networks = run.shelf.get(NETWORKS, networks_key(run), partial(load_networks, run))
+    return Models(networks.unet, networks.linear, vae, conditioning, networks.controls)
+
+
+def encoder(run: Run, part: str, load: Callable[[], Encoder]) -> Encoder:
+    """The text encoder that is the model's `part`, from the job before if that had the same."""
+    return run.shelf.get(part, text_key(run), load)
+
+
+def planned_vae(run: Run) -> Vae:
+    """The VAE on the device, loaded again if a job before went on in another dtype."""
+    dtype, get = run.plan.machine.vae_dtype, partial(run.shelf.get, VAE, vae_key(run))
+    make = partial(load_vae, run.prepared.vae, dtype, run.device)
+    vae = get(make)
+    if vae.dtype != dtype:
+        del vae
+        run.shelf.drop(VAE)
+        vae = get(make)
+    return vae.to(run.device)
+
+
+def load_networks(run: Run) -> Networks:
+    """The UNet, its linear attention and ControlNets on the CPU, with all that is to change them."""
+    prepared = run.prepared
+    unet = load_unet(prepared.model, run.dtype)
+    linear = load_linear(run, unet)
+    for file, weight in prepared.loras:
+        merge_lora(unet, linear, file, weight)
+    load_adapters(unet, prepared.adapters)
+    return Networks(unet, linear, load_controls(run, linear))
 
 
 def settled(run: Run, models: Models) -> Run:

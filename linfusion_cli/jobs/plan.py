@@ -11,8 +11,8 @@ from linfusion_cli.sampling.passes import count_passes
 from linfusion_cli.unet.check import check_control, check_supported
 
 
-def plan_run(prepared: Prepared) -> Plan:
-    """The plan for a request, from the model's config files.
+def plan_run(prepared: Prepared, kept_bytes: int = 0) -> Plan:
+    """The plan for a request, from the model's config files; `kept_bytes` of models are loaded, on the host.
 
     Raises DoesNotFit, UsageError for steps that the scheduler cannot take, DataError for a UNet or
     ControlNet that cannot run in strips and should, or what those files are guilty of.
@@ -33,4 +33,4 @@ def plan_run(prepared: Prepared) -> Plan:
             if any(phases[index].attention == "linear" for index in controls.phases):
                 for control in outline.controls:
                     check_control(control.net)
-    return make_plan(wanted, outline, survey(request))
+    return make_plan(wanted, outline, survey(request, kept_bytes))

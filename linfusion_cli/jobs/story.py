@@ -10,33 +10,43 @@ from dataclasses import replace
 from linfusion_cli.device import describe, versions
 from linfusion_cli.events import Observer
 from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.jobs.complete import already_made
 from linfusion_cli.jobs.outputs import held_outputs, opened_outputs, opened_phases
 from linfusion_cli.jobs.prepare import check_disk, prepare
 from linfusion_cli.jobs.record import Recorder
+from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.weights import hashed_weights, to_json
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import PictureRequest
 
 
 def make_picture(
-    request: PictureRequest, picture: SourcePicture | None, origins: Mapping[str, str], observer: Observer
+    request: PictureRequest,
+    picture: SourcePicture | None,
+    origins: Mapping[str, str],
+    observer: Observer,
+    shelf: Shelf | None = None,
+    keep_complete: bool = False,
 ) -> RunReport:
     """Make the picture and write it to `request.output`; `origins` says of each setting where its value came from.
 
-    Raises a LinfusionError, with nothing left behind but the phases that were to be kept, or returns with the file
-    complete under its final name.
+    What lies on `shelf` is used, and what the run loads stays there. With `keep_complete`, a file that is there
+    already, whole and of this very request, is left as it is. Raises a LinfusionError, with nothing left behind but the
+    phases that were to be kept, or returns with the file complete under its final name.
     """
     started = time.perf_counter()
-    recorder = Recorder(observer)
+    recorder, shelf = Recorder(observer), shelf or Shelf(keeps=False)
+    if keep_complete and (found := already_made(request, picture, origins, recorder, shelf)):
+        return found
     with held_outputs(request) as held:  # 1. hold the files, so that nobody else does: refused before any work
         with recorder.stage("start", "load", None, 1, "start"):
             prepared = prepare(request, picture)  # 2. find the model, settle the phases, check disk and memory
             check_disk(prepared)
             from linfusion_cli.jobs import paint, pixels  # torch and diffusers take seconds to import
 
-            run = paint.begin(prepared, recorder)
+            run = paint.begin(prepared, recorder, shelf)
         machine, plan = describe(run.device), run.plan.to_json()
-        weights = hashed_weights(prepared, recorder)
+        weights = hashed_weights(prepared, recorder, shelf)
         report = RunReport(
             request.to_json(), dict(origins), machine, versions(), plan, to_json(weights), recorder.stages
         )
