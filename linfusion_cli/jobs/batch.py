@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,9 +39,12 @@ def made(request: PictureRequest, origins: Mapping[str, str], observer: Observer
 def looked_for(
     request: PictureRequest, origins: Mapping[str, str], observer: Observer, shelf: Shelf
 ) -> RunReport | None:
-    """As `made`, but what is not there is only told of, with None."""
+    """As `made`, but what is not there is only told of, with None; raises CannotCreate where another file is."""
     request, picture = opened(request) if isinstance(request, UpscaleRequest) else (request, None)
-    return already_made(request, picture, origins, Recorder(observer), shelf)
+    found = already_made(request, picture, origins, Recorder(observer), shelf)
+    if found is None and os.path.lexists(request.output) and not request.overwrite:
+        raise CannotCreate(f"{request.output} exists, and is another picture.", "Add --overwrite, or name another.")
+    return found
 
 
 @dataclass

@@ -20,7 +20,7 @@ NAME_BYTES = 240  # what else is named after a file needs a few more, and 255 is
 PATH_BYTES = 1000
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}  # a TIFF's is .tif
 PICTURES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
-SPEC = re.compile(r"0?\d{0,2}d?|[<>^]?\d{0,2}s?")  # a width of digits at most: no format can be large, or run anything
+SPEC = re.compile(r"[<>^]?\d{0,2}[ds]?")  # a width of digits at most: no format can be large, or run anything
 RESULTS = re.compile(r"results.*\.jsonl", re.IGNORECASE)
 SAMPLE = {"index": 1, "slug": NO_SLUG, "seed": 0, "size": "64x64", "width": 64, "height": 64}
 
