@@ -67,7 +67,7 @@ def command(
     quieten_hub(bool(given["download"]), quiet)
     with render.watching(quiet) as observer:
         listing = read_listing(given, observer, output_dir, name, seeds, shard, reports)
-        shown = Shown(observer, as_json, reports, source or str(watch))
+        shown = Shown(observer, as_json, reports, source or str(watch), dry_run)
         batch = opened_batch(listing, observer, shown, stop_on_error, dry_run)
         try:
             if watch is None:
@@ -167,7 +167,8 @@ class Shown:
     as_json: bool
     reports: bool
     source: str
-    planned: list[dict[str, Any]] = field(default_factory=list)
+    is_dry: bool = False
+    listed: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, outcome: Outcome, report: RunReport | None) -> None:
         """An outcome."""
@@ -175,11 +176,10 @@ class Shown:
             self._write_report(Path(outcome.output), report)
         if outcome.status in ("failed", "held"):
             self.observer(Notice(f"line {outcome.line} {outcome.status}: {outcome.error}"))
-        elif self.as_json:
-            if outcome.status == "planned":
-                self.planned.append({"line": outcome.line, "output": outcome.output})
-        else:
-            render.answer(outcome.output)
+        elif self.is_dry and self.as_json:
+            self.listed.append({"line": outcome.line, "status": outcome.status, "output": outcome.output})
+        elif not self.as_json:
+            render.answer(f"{outcome.status}\t{outcome.output}" if self.is_dry else outcome.output)
 
     def _write_report(self, output: Path, report: RunReport) -> None:
         """One that cannot be written does not take its picture with it."""
@@ -197,7 +197,7 @@ class Shown:
             record = None if batch.record is None else str(batch.record.path)
             failures = [asdict(outcome) for outcome in batch.failures]
             result = {"jobs": self.source, **tally, "results": record, "failures": failures}
-            result |= {"outputs": self.planned} if self.planned else {}
+            result |= {"outputs": self.listed} if self.is_dry else {}
             render.answer(json.dumps(result, indent=2))
 
 

@@ -72,8 +72,8 @@ class Batch:
         """
         tally = Tally()
         for number, job in enumerate(jobs, 1):
-            if job.output is not None:
-                self.observer(JobStarted(number, len(jobs), job.output.name))
+            if job.name:
+                self.observer(JobStarted(number, len(jobs), job.name))
             outcome, report = self._carried_out(job, source)
             if self.record is not None:
                 self.record.append(outcome)
@@ -110,8 +110,8 @@ class Batch:
             seconds=round(time.monotonic() - began, 3),
             peak_host_bytes=report and report.peak_host_bytes,
             peak_device_bytes=report and report.peak_device_bytes,
-            prompt=job.told.get("prompt"),
-            seed=job.told.get("seed"),
+            prompt=job.prompt or None,
+            seed=job.seed,
             time=datetime.now().astimezone().isoformat(timespec="seconds"),
         )
         return outcome, report

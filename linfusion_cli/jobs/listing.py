@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,38 @@ PROMPT_LETTERS = 120  # of a prompt that are told
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A picture to be made: its place in the list and line, what it says, and its file; or the `problem` why not.
+    """A picture to be made: place in the list and line, what it says, its file's name; or the `problem` why not.
 
-    `build` makes the request when it is needed: of a hundred thousand jobs only what they say is kept.
+    The request is made when it is needed: of a hundred thousand jobs only what they say is kept.
     """
 
     index: int
     line: int
     values: Mapping[str, Any]
-    build: Build
-    output: Path | None = None
-    preview: Path | None = None
+    listing: Listing
+    name: str = ""
+    preview: str = ""
+    seed: int | None = None
     group: int = -1
     problem: str = ""
-    told: Mapping[str, Any] = field(default_factory=dict)  # of the request, in the record
 
     def request(self) -> tuple[dict[str, str], PictureRequest]:
         """What is asked for; before it, where each setting came from."""
-        origins, request = self.build(self.values)
-        return origins, replace(request, output=self.output, preview=self.preview)
+        origins, request = self.listing.build(self.values)
+        return origins, replace(request, output=self.output, preview=self._path(self.preview))
+
+    @property
+    def output(self) -> Path | None:
+        """Its file."""
+        return self._path(self.name)
+
+    @property
+    def prompt(self) -> str:
+        """As far as it is told of."""
+        return shortened(self.values.get("prompt", ""), PROMPT_LETTERS)
+
+    def _path(self, name: str) -> Path | None:
+        return self.listing.folder / name if name else None
 
 
 @dataclass(frozen=True)
@@ -87,30 +100,28 @@ class Listing:
                     yield index, replace(entry, values=entry.values | {"seed": seed})
 
     def _job(self, index: int, entry: Entry, names: Names, groups: dict[tuple, int]) -> Job:
-        if entry.problem:
-            return Job(index, entry.line, {}, self.build, problem=entry.problem)
         values = {name: value for name, value in entry.values.items() if name not in ("output", "preview")}
-        told = {"prompt": shortened(values.get("prompt", ""), PROMPT_LETTERS), "seed": values.get("seed")}
+        job = Job(index, entry.line, values, self, problem=entry.problem)
+        if entry.problem:
+            return job
         try:
             _, request = self.build(values)
-            told |= {"seed": request.seed, "prompt": shortened(request.prompt, PROMPT_LETTERS)}
+            job = replace(job, seed=request.seed)
             output, preview = self._files(index, entry, request, names)
         except LinfusionError as error:
-            problem = shortened(str(error), MOST_SAID)
-            return Job(index, entry.line, {}, self.build, problem=problem, told=told)
+            return replace(job, problem=shortened(str(error), MOST_SAID))
         models = tuple(getattr(request, name) for name in MODEL_SETTINGS)
-        group = groups.setdefault(models, len(groups))
-        return Job(index, entry.line, values, self.build, output, preview, group, told=told)
+        return replace(job, name=output, preview=preview, group=groups.setdefault(models, len(groups)))
 
-    def _files(self, index: int, entry: Entry, request: PictureRequest, names: Names) -> tuple[Path, Path | None]:
+    def _files(self, index: int, entry: Entry, request: PictureRequest, names: Names) -> tuple[str, str]:
         """The picture's file and that of its preview, if it wants one; both are refused to all jobs that follow."""
-        name = entry.values.get("output") or self.template.name(index, request)
-        output = names.take(name, entry.line)
+        output = entry.values.get("output") or self.template.name(index, request)
+        names.take(output, entry.line)
         images.format_for(output, request.format)
         if self.reports:
-            names.take(name + REPORT_SUFFIX, entry.line)
-        if "preview" not in entry.values:
-            return output, None
-        preview = names.take(entry.values["preview"], entry.line)
-        images.format_for(preview)
+            names.take(output + REPORT_SUFFIX, entry.line)
+        preview = entry.values.get("preview", "")
+        if preview:
+            names.take(preview, entry.line)
+            images.format_for(preview)
         return output, preview
