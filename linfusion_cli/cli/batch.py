@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,17 +66,15 @@ def command(
     source = given.pop("jobs")
     check_together(source, watch, dry_run, seeds, given)
     quieten_hub(bool(given["download"]), quiet)
-    with render.watching(quiet) as observer:
+    with ExitStack() as at_the_end, render.watching(quiet) as observer:
         listing = read_listing(given, observer, output_dir, name, seeds, shard, reports)
-        shown = Shown(observer, as_json, reports, source or str(watch), dry_run)
+        shown = Shown(observer, as_json, reports, source or str(watch), dry_run, quiet)
         batch = opened_batch(listing, observer, shown, stop_on_error, dry_run)
-        try:
-            if watch is None:
-                carry_out(batch, listing, source)
-            else:
-                watch_folder(batch, listing, watch)
-        finally:
-            shown.summary(batch)
+        at_the_end.callback(shown.summary, batch)  # when no bars are drawn any more, also after a signal
+        if watch is None:
+            carry_out(batch, listing, source)
+        else:
+            watch_folder(batch, listing, watch)
     raise typer.Exit(batch.tally.exit_code)
 
 
@@ -167,7 +166,8 @@ class Shown:
     as_json: bool
     reports: bool
     source: str
-    is_dry: bool = False
+    is_dry: bool
+    is_quiet: bool
     listed: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, outcome: Outcome, report: RunReport | None) -> None:
@@ -192,7 +192,8 @@ class Shown:
         """What came of all jobs."""
         tally = asdict(batch.tally)
         counts = ", ".join(f"{count} {status}" for status, count in tally.items() if count) or "no jobs"
-        render.say("\n".join([f"batch: {counts}", *failures_shown(batch.failures)]))
+        if not self.is_quiet or batch.tally.exit_code:
+            render.say("\n".join([f"batch: {counts}", *failures_shown(batch.failures)]))
         if self.as_json:
             record = None if batch.record is None else str(batch.record.path)
             failures = [asdict(outcome) for outcome in batch.failures]

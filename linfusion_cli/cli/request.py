@@ -125,11 +125,12 @@ class Sources:
 
     @staticmethod
     def read(given: Mapping[str, Any], preset: str | None, environ: Mapping[str, str], observer: Observer) -> Sources:
-        """Read all but the preset; raises UsageError, InputMissing or ConfigError."""
+        """Read all of them; raises UsageError, InputMissing or ConfigError."""
         config, config_preset = presets.config_layer(environ)
         layers = [presets.flag_layer(given), presets.environment_layer(environ), config]
         named = (preset, environ.get("LINFUSION_PRESET"), config_preset)
-        return Sources(layers, next((name for name in named if name is not None), None), observer)
+        name = next((name for name in named if name is not None), None)
+        return Sources(layers, name, observer, {} if name is None else {name: presets.preset_layer(name)})
 
     def settings(
         self, kind: type[PictureRequest], job: presets.Layer | None = None, preset: str | None = None

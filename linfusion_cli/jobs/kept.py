@@ -17,9 +17,14 @@ from linfusion_cli.models.digest import identity
 from linfusion_cli.models.load import Vae
 from linfusion_cli.models.load_controlnet import LoadedControl
 from linfusion_cli.models.text import ENCODERS, Encoder
+from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.units import is_file
 
-VAE, NETWORKS = "vae", "networks"  # their names on the shelf; text encoders have those of their parts
+VAE, NETWORKS, OUTLINE = (
+    "vae",
+    "networks",
+    "outline",
+)  # their names on the shelf; text encoders have those of their parts
 NETWORK_USES = (WHOLE, "unet", "linfusion", "linfusion_base", "lora", "ip_adapter", "controlnet")
 TEXT_USES = (WHOLE, "text_encoder", "text_encoder_2", "lora", "textual_inversion")
 
@@ -44,6 +49,13 @@ def networks_key(run: Run) -> Hashable:
         tuple(control.folder for control in prepared.controls.found),
         (run.dtype, run.device),
     )
+
+
+def outline_key(prepared: Prepared) -> Hashable:
+    """All that decides the shapes of UNet, VAE and ControlNets: their files, of which configs and headers are read."""
+    adapters, controls = prepared.adapters, prepared.controls.found
+    parts = (prepared.linfusion, *(adapter.weights.file for adapter in adapters), *(found.folder for found in controls))
+    return files_key(prepared, (*NETWORK_USES, "vae")), parts
 
 
 def vae_key(run: Run) -> Hashable:
@@ -83,14 +95,16 @@ def settle_text(run: Run) -> None:
         run.shelf.drop(*ENCODERS)
 
 
-def networks_in(thing: Vae | Networks | Encoder) -> list[nn.Module]:
-    """The networks that are kept as one thing."""
+def networks_in(thing: Vae | Networks | Encoder | ModelOutline) -> list[nn.Module]:
+    """The networks that are kept as one thing, none for their outline, which has no weights."""
     match thing:
         case Networks(unet, linear, controls):
             of_controls = (network for control in controls for network in (control.net, *control.linear.values()))
             return [unet, *linear.values(), *of_controls]
         case Encoder(network=network):
             return [network]
+        case ModelOutline():
+            return []
     return [thing]
 
 

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -68,15 +68,23 @@ class Models:
 
 def begin(prepared: Prepared, recorder: Recorder, shelf: Shelf) -> Run:
     """Settle how this run works; raises DoesNotFit where it cannot. What it can use of the `shelf` stays there."""
-    if not gc.get_freeze_count():  # what the imports made stays: collecting at each stage need not walk all of it
-        gc.freeze()
-    run = Run(prepared, plan_run(prepared, to_host(shelf)), recorder, shelf)
+    freeze_imports()
+    run = Run(prepared, plan_run(prepared, to_host(shelf), shelf), recorder, shelf)
     shelf.expect(NETWORKS, networks_key(run))
     shelf.expect(VAE, vae_key(run))
     recorder.device = run.device
     limit_device_memory(run.device, prepared.request.vram)
     recorder.planned(run.plan.need, run.plan.need.device_bytes if run.device.type == "cuda" else None)
     return run
+
+
+@cache
+def freeze_imports() -> None:
+    """What is there before the first run stays: collecting at each stage need not walk a million objects.
+
+    Once in a process: what jobs of a batch leave must not stay.
+    """
+    gc.freeze()
 
 
 def read_prompts(run: Run) -> Conditioning:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from linfusion_cli.jobs.attention import check_base
+from linfusion_cli.jobs.kept import OUTLINE, outline_key
 from linfusion_cli.jobs.prepare import Prepared
+from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.planning.machine import survey
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Plan, Wanted, make_plan
@@ -11,8 +15,10 @@ from linfusion_cli.sampling.passes import count_passes
 from linfusion_cli.unet.check import check_control, check_supported
 
 
-def plan_run(prepared: Prepared, kept_bytes: int = 0) -> Plan:
-    """The plan for a request, from the model's config files; `kept_bytes` of models are loaded, on the host.
+def plan_run(prepared: Prepared, kept_bytes: int = 0, shelf: Shelf | None = None) -> Plan:
+    """The plan for a request, from the model's config files, or what a job before has made of them, on the `shelf`.
+
+    `kept_bytes` of models lie there loaded, on the host.
 
     Raises DoesNotFit, UsageError for steps that the scheduler cannot take, DataError for a UNet or
     ControlNet that cannot run in strips and should, or what those files are guilty of.
@@ -24,7 +30,8 @@ def plan_run(prepared: Prepared, kept_bytes: int = 0) -> Plan:
     controlled = (controls.phases, controls.held_bytes)
     wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes, *controlled)
     folders = [control.folder for control in controls.found]
-    outline = ModelOutline.read(prepared.model, prepared.linfusion, prepared.vae, prepared.adapters, folders)
+    parts = (prepared.model, prepared.linfusion, prepared.vae, prepared.adapters, folders)
+    outline = (shelf or Shelf(keeps=False)).get(OUTLINE, outline_key(prepared), partial(ModelOutline.read, *parts))
     if prepared.base is not None:
         check_base(prepared.base, outline.unet)
     if "linear" in wanted.attentions:
