@@ -20,11 +20,8 @@ from linfusion_cli.models.text import ENCODERS, Encoder
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.units import is_file
 
-VAE, NETWORKS, OUTLINE = (
-    "vae",
-    "networks",
-    "outline",
-)  # their names on the shelf; text encoders have those of their parts
+# What is kept under which name; text encoders have those of their parts.
+VAE, NETWORKS, OUTLINE = "vae", "networks", "outline"
 NETWORK_USES = (WHOLE, "unet", "linfusion", "linfusion_base", "lora", "ip_adapter", "controlnet")
 TEXT_USES = (WHOLE, "text_encoder", "text_encoder_2", "lora", "textual_inversion")
 
@@ -75,7 +72,8 @@ def files_key(prepared: Prepared, uses: tuple[str, ...]) -> Hashable:
     configs = [path.parent / "config.json" for _, path in files]
     configs += [prepared.vae.config, *(prepared.model.part(use).config for use in ("unet", *uses))]
     found = [identity(path) for path in dict.fromkeys(configs) if is_file(path)]
-    return prepared.model, tuple((use, identity(path)) for use, path in files), tuple(found)
+    weights = tuple((use, identity(path)) for use, path in files if is_file(path))  # loading names one that is not
+    return prepared.model, weights, tuple(found)
 
 
 def to_host(shelf: Shelf) -> int:

@@ -70,8 +70,8 @@ def begin(prepared: Prepared, recorder: Recorder, shelf: Shelf) -> Run:
     """Settle how this run works; raises DoesNotFit where it cannot. What it can use of the `shelf` stays there."""
     freeze_imports()
     run = Run(prepared, plan_run(prepared, to_host(shelf), shelf), recorder, shelf)
-    shelf.expect(NETWORKS, networks_key(run))
-    shelf.expect(VAE, vae_key(run))
+    shelf.expect(NETWORKS, partial(networks_key, run))
+    shelf.expect(VAE, partial(vae_key, run))
     recorder.device = run.device
     limit_device_memory(run.device, prepared.request.vram)
     recorder.planned(run.plan.need, run.plan.need.device_bytes if run.device.type == "cuda" else None)
@@ -116,18 +116,18 @@ def load(run: Run, conditioning: Conditioning) -> Models:
     """The VAE on the device; the UNet and its linear attention on the CPU, until a phase mounts what it needs."""
     with run.recorder.stage("models", "load", None, 1, "models"):
         vae = planned_vae(run)
-        networks = run.shelf.get(NETWORKS, networks_key(run), partial(load_networks, run))
+        networks = run.shelf.get(NETWORKS, partial(networks_key, run), partial(load_networks, run))
     return Models(networks.unet, networks.linear, vae, conditioning, networks.controls)
 
 
 def encoder(run: Run, part: str, load: Callable[[], Encoder]) -> Encoder:
     """The text encoder that is the model's `part`, from the job before if that had the same."""
-    return run.shelf.get(part, text_key(run), load)
+    return run.shelf.get(part, partial(text_key, run), load)
 
 
 def planned_vae(run: Run) -> Vae:
     """The VAE on the device, loaded again if a job before went on in another dtype."""
-    dtype, get = run.plan.machine.vae_dtype, partial(run.shelf.get, VAE, vae_key(run))
+    dtype, get = run.plan.machine.vae_dtype, partial(run.shelf.get, VAE, partial(vae_key, run))
     make = partial(load_vae, run.prepared.vae, dtype, run.device)
     vae = get(make)
     if vae.dtype != dtype:

@@ -31,7 +31,9 @@ def plan_run(prepared: Prepared, kept_bytes: int = 0, shelf: Shelf | None = None
     wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes, *controlled)
     folders = [control.folder for control in controls.found]
     parts = (prepared.model, prepared.linfusion, prepared.vae, prepared.adapters, folders)
-    outline = (shelf or Shelf(keeps=False)).get(OUTLINE, outline_key(prepared), partial(ModelOutline.read, *parts))
+    outline = (shelf or Shelf(keeps=False)).get(
+        OUTLINE, partial(outline_key, prepared), partial(ModelOutline.read, *parts)
+    )
     if prepared.base is not None:
         check_base(prepared.base, outline.unet)
     if "linear" in wanted.attentions:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from linfusion_cli.models.digest import Identity
 
 Thing = TypeVar("Thing")
+Key = Callable[[], Hashable]  # called only where something may be kept
 
 
 class Shelf:
@@ -22,18 +23,19 @@ class Shelf:
         self.digests: dict[Identity, str] = {}
         self._things: dict[str, tuple[Hashable, Any]] = {}
 
-    def get(self, name: str, key: Hashable, make: Callable[[], Thing]) -> Thing:
-        """What lies under `name`, if it was made for this `key`; else what `make` makes."""
+    def get(self, name: str, key: Key, make: Callable[[], Thing]) -> Thing:
+        """What lies under `name`, if it was made for this key; else what `make` makes."""
         if not self.keeps:
             return make()
         self.expect(name, key)
         if name not in self._things:
-            self._things[name] = (key, make())
+            now = key()
+            self._things[name] = (now, make())
         return self._things[name][1]
 
-    def expect(self, name: str, key: Hashable) -> None:
+    def expect(self, name: str, key: Key) -> None:
         """Let go of what lies under `name` unless it was made for this key, which it will be asked for."""
-        if name in self._things and self._things[name][0] != key:
+        if name in self._things and self._things[name][0] != key():
             del self._things[name]
 
     def drop(self, *names: str) -> None:
