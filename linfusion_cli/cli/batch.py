@@ -18,6 +18,9 @@ from linfusion_cli.cli.bugs import bug_sentence
 from linfusion_cli.cli.request import Sources, quieten_hub, read_options
 from linfusion_cli.errors import LinfusionError, UsageError
 from linfusion_cli.events import Notice, Observer
+from linfusion_cli.jobs.naming import TEMPLATE, Template
+from linfusion_cli.jobs.spread import Shard as Part
+from linfusion_cli.jobs.spread import parse_seeds
 from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest
 
 if TYPE_CHECKING:
@@ -45,11 +48,11 @@ Reports = Annotated[bool, typer.Option("--reports", help="Write each picture's r
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, instead of the files' paths.")]
 
 
-@options.takes_a_request(options.of_batch, without=OF_EACH_PICTURE)
+@options.takes_a_request(options.of_batch, without=OF_EACH_PICTURE, own_first=True)
 def command(
     given: dict[str, Any],
     output_dir: OutputDir,
-    name: Name = "{index:04}-{slug}-{seed}",
+    name: Name = TEMPLATE,
     seeds: Seeds = None,
     shard: Shard = None,
     stop_on_error: StopOnError = False,
@@ -101,8 +104,6 @@ def read_listing(
 ) -> Listing:
     """How lists become jobs; raises UsageError, InputMissing or ConfigError for what holds for all of them."""
     from linfusion_cli.jobs.listing import Listing  # numpy and more: not for --help to wait for
-    from linfusion_cli.jobs.naming import Template
-    from linfusion_cli.jobs.spread import Shard, parse_seeds
 
     given = read_options(given)
     preset = given.pop("preset")
@@ -112,7 +113,7 @@ def read_listing(
         folder=folder,
         template=Template.parse(name),
         seeds=() if seeds is None else parse_seeds(seeds),
-        shard=Shard() if shard is None else Shard.parse(shard),
+        shard=Part() if shard is None else Part.parse(shard),
         reports=reports,
     )
 
@@ -191,11 +192,12 @@ class Shown:
     def summary(self, batch: Batch) -> None:
         """What came of all jobs."""
         tally = asdict(batch.tally)
+        record = None if batch.record is None else str(batch.record.path)
         counts = ", ".join(f"{count} {status}" for status, count in tally.items() if count) or "no jobs"
         if not self.is_quiet or batch.tally.exit_code:
-            render.say("\n".join([f"batch: {counts}", *failures_shown(batch.failures)]))
+            told = f"batch: {counts}" if record is None else f"batch: {counts}; all are told of in {record}"
+            render.say("\n".join([told, *failures_shown(batch.failures)]))
         if self.as_json:
-            record = None if batch.record is None else str(batch.record.path)
             failures = [asdict(outcome) for outcome in batch.failures]
             result = {"jobs": self.source, **tally, "results": record, "failures": failures}
             result |= {"outputs": self.listed} if self.is_dry else {}

@@ -269,11 +269,11 @@ def of_batch(jobs: Jobs = None, background: Background = None) -> None:
 
 
 def takes_a_request(
-    before: Callable[..., None], without: Container[str] = ()
+    before: Callable[..., None], without: Container[str] = (), own_first: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorates a command: it gets the options of `before` and of a request as one dict, before those of its own.
 
-    It has no options `without`.
+    It has no options `without`. With `own_first`, its own stand before those of a request in the help.
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
@@ -287,10 +287,10 @@ def takes_a_request(
             given = {name: arguments.pop(name) for name in shared}
             command(given, **arguments)
 
-        by_name = inspect.Parameter.KEYWORD_ONLY  # some of a command's own have no default, and come last
-        parameters = [
-            parameter.replace(annotation=hints[parameter.name], kind=by_name) for parameter in (*shared.values(), *own)
-        ]
+        first = len(inspect.signature(before).parameters) if own_first else len(shared)
+        order = [*list(shared.values())[:first], *own, *list(shared.values())[first:]]
+        by_name = inspect.Parameter.KEYWORD_ONLY  # one without a default may follow one that has one
+        parameters = [parameter.replace(annotation=hints[parameter.name], kind=by_name) for parameter in order]
         with_options.__doc__ = command.__doc__
         with_options.__signature__ = inspect.Signature(parameters)
         with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

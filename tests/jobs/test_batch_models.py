@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.device import free_memory, resident_bytes
 from linfusion_cli.events import nobody
 from linfusion_cli.geometry import Size
+from linfusion_cli.images import PendingFile
 from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.batch import looked_for, made
 from linfusion_cli.jobs.generate import generate
@@ -187,3 +188,35 @@ def test_memory_after_fifty_jobs_is_that_after_two(batch, sd_model):
     told, _ = batch(entries(50), make, build=builder(model=str(sd_model), guidance_scale=(1.0,)))
     assert set(told.status().values()) == {"done"} and len(measured) == 50
     assert measured[-1] - measured[1] < 16 << 20
+
+
+def test_text_encoders_stay_only_where_there_is_room_for_them(batch, counted, monkeypatch, sd_model):
+    jobs = entries(3, model=str(sd_model))
+    batch(jobs[:2], made, build=builder(ram=8 << 30))
+    assert counted["text"] == 1
+    monkeypatch.setattr("linfusion_cli.jobs.kept.weights_bytes", lambda networks: 8 << 30)
+    told, _ = batch(jobs, made, build=builder(ram=8 << 30, seed=1))
+    assert set(told.status().values()) == {"done"} and counted["text"] == 4
+
+
+def test_what_another_run_is_making_is_held(batch, tmp_path, sd_model):
+    jobs = entries(2, model=str(sd_model))
+    (tmp_path / "out").mkdir()
+    with PendingFile(tmp_path / "out/0001-hill-1-0.png"):
+        told, carried = batch(jobs, made)
+    assert told.status() == {1: "held", 2: "done"} and carried.tally.exit_code == 75
+    assert batch(jobs, made)[1].tally.exit_code == 0
+
+
+def test_after_a_bug_models_are_loaded_anew(batch, counted, monkeypatch, sd_model):
+    real, calls = paint.first, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError("oops")
+        return real(*arguments)
+
+    monkeypatch.setattr(paint, "first", fail)
+    told, _ = batch(entries(3, model=str(sd_model)), made)
+    assert told.status() == {1: "done", 2: "failed", 3: "done"} and counted == {"unet": 2, "vae": 2, "text": 2}
