@@ -65,6 +65,11 @@ def quoted(value: Any) -> str:
 
 
 def shortened(text: str, most: int = MOST_QUOTED + 8) -> str:
-    """`text`, cut to so many letters, in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+    """`text`, cut to so many letters, in one line that does nothing to a terminal; a word takes two thirds at most."""
+    words = (cut(word, most * 2 // 3) for word in text.split())
+    return cut("".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(words)), most)
+
+
+def cut(text: str, most: int) -> str:
+    """The first letters of it."""
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -12,7 +12,7 @@ import pytest
 from linfusion_cli.errors import DataError, InputMissing
 from linfusion_cli.geometry import Size
 from linfusion_cli.jobs import joblist
-from linfusion_cli.jobs.fields import FIELDS
+from linfusion_cli.jobs.fields import FIELDS, shortened
 from linfusion_cli.jobs.joblist import MOST_SAID, Entry, read_list
 
 GOOD = b'{"prompt": "a hill", "seed": 3}'
@@ -224,6 +224,13 @@ def test_long_lists_are_read_in_bounded_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 20_002 and peak < 2_000_000 and time.monotonic() - began < 20
+
+
+def test_what_is_told_is_short_keeps_its_reason_and_does_nothing_to_a_terminal():
+    assert shortened("a\n\x1b[31m b", 20) == "a \ufffd[31m b"
+    told = shortened(f"--model {'x' * 50_000}: there is no such folder.", MOST_SAID)
+    assert len(told) < MOST_SAID and told.startswith("--model xxx") and told.endswith("there is no such folder.")
+    assert shortened("word " * 1000, 30) == "word word word word word word…"[:29] + "…"
 
 
 def test_the_limits_are_those_of_the_lines(read):
