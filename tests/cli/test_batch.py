@@ -167,7 +167,7 @@ def start(tmp_path: Path, *arguments: object) -> subprocess.Popen:
 def test_a_signal_ends_a_batch_with_its_code_and_what_was_done_on_record(tmp_path, quick):
     write(tmp_path / "jobs.jsonl", {"prompt": "a"}, {"prompt": "b", "steps": 1000, "size": 512}, {"prompt": "c"})
     run = start(tmp_path, "batch", "jobs.jsonl", *quick)
-    while not run.stderr.readline().startswith("job 2 of 3"):
+    while "job 2 of 3" not in run.stderr.readline():
         assert run.poll() is None
     time.sleep(0.5)
     run.send_signal(signal.SIGTERM)
