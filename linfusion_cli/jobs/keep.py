@@ -195,8 +195,8 @@ def usable(journal: Journal, request: PictureRequest, notice: Callable[[str], No
     except Damaged as damage:
         notice(ASIDE.format(journal.folder, f"is damaged ({damage})", journal.set_aside()))
         return None
-    if entry is not None and (entry.head["schema"], entry.head["linfusion"]) != (SCHEMA, __version__):
-        reason = OTHER_VERSION.format(entry.head["linfusion"])
+    if entry is not None and (entry.head.get("schema"), entry.head.get("linfusion")) != (SCHEMA, __version__):
+        reason = OTHER_VERSION.format(entry.head.get("linfusion"))
         notice(ASIDE.format(journal.folder, reason, journal.set_aside()))
         return None
     if entry is not None and (changed := changes(entry.head["request"], as_json(request.to_json()))):
