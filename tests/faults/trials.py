@@ -1,0 +1,133 @@
+"""One request that something happens to, and what must be true of its files whatever that was."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.faults.calls import Fault
+from tests.faults.requests import OLD, REQUESTS, Request
+from tests.faults.runs import Run, Server, truly_started
+
+EXISTS = 73
+BUG = 70
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a request makes if nothing happens: its files, how long it took, the calls that changed files."""
+
+    files: dict[str, bytes]
+    seconds: float
+    calls: list[str]
+    steps: list[tuple[str, int]]
+
+
+@dataclass
+class Lab:
+    """Where trials are made: the server, what undisturbed runs made, and a count of what happened."""
+
+    folder: Path
+    server: Server
+    tally: dict[str, Counter[str]]
+    _undisturbed: dict[str, Undisturbed] = field(default_factory=dict)
+    _count: int = 0
+
+    def trial(self, kind: str, name: str, within: Path | None = None) -> "Trial":
+        """The request `name` in a new folder."""
+        self._count += 1
+        folder = REQUESTS[name].begin_in((within or self.folder) / f"{self._count:05}-{name}")
+        return Trial(self, kind, name, REQUESTS[name], folder)
+
+    def undisturbed(self, name: str) -> Undisturbed:
+        if name not in self._undisturbed:
+            trial = self.trial("undisturbed", name)
+            run = trial.start()
+            assert run.wait() == 0, run.stderr()
+            files = {file: (trial.folder / file).read_bytes() for file in trial.request.files}
+            assert trial.left_over() == []
+            self._undisturbed[name] = Undisturbed(files, run.seconds, run.calls(), run.steps())
+        return self._undisturbed[name]
+
+
+@dataclass
+class Trial:
+    lab: Lab
+    kind: str
+    name: str
+    request: Request
+    folder: Path
+
+    @property
+    def expected(self) -> Undisturbed:
+        return self.lab.undisturbed(self.name)
+
+    @property
+    def journal(self) -> Path:
+        picture = self.request.files[0]
+        return self.folder / f"{picture}.linfusion"
+
+    @property
+    def has_journal(self) -> bool:
+        return (self.journal / "journal.json").exists()
+
+    def start(self, fault: Fault | None = None, **more: Any) -> Run:
+        return self.lab.server.start(self.request.arguments, self.folder, fault, **more)
+
+    def start_truly(self) -> Run:
+        return truly_started(self.request.arguments, self.folder, self.lab.server.new_log())
+
+    def count(self, what: str) -> None:
+        self.lab.tally[self.kind][what] += 1
+
+    def check_names(self) -> None:
+        """Under a final name there is a complete file, or nothing (or what was to be replaced)."""
+        for name, expected in self.expected.files.items():
+            path = self.folder / name
+            if path.exists() and (found := path.read_bytes()) != expected:
+                assert self.request.replaces and found == OLD, f"{name}: {difference(found, expected)}"
+
+    def completes(self, aside: bool = False) -> Run:
+        """Run the same command: it makes, or has made, the files of an undisturbed run. `aside` says that a journal
+        may have been set aside."""
+        self.check_names()
+        complete = self.is_complete(self.request.files[0]) and not self.request.replaces and not self.journal.exists()
+        run = self.start()
+        run.wait()
+        assert run.code == (EXISTS if complete else 0), run.stderr()
+        for name, expected in self.expected.files.items():
+            assert (self.folder / name).exists(), f"{name} is missing. {run.stderr()}"
+            found = (self.folder / name).read_bytes()
+            assert found == expected, f"{name}: {difference(found, expected)}"
+        assert [name for name in self.left_over() if not (aside and ".aside-" in name)] == []
+        return run
+
+    def is_complete(self, name: str) -> bool:
+        path = self.folder / name
+        return path.exists() and path.read_bytes() == self.expected.files[name]
+
+    def left_over(self) -> list[str]:
+        """What is in the folder and should not be, once the run is complete."""
+        return sorted({path.name for path in self.folder.iterdir()} - {*self.request.files, "source.png"})
+
+
+def difference(found: bytes, expected: bytes) -> str:
+    """How two pictures differ, for a person."""
+    try:
+        pixels = [np.asarray(Image.open(BytesIO(data))).astype(int) for data in (found, expected)]
+    except OSError as error:
+        return f"not a complete picture ({error}), {len(found)} bytes of {len(expected)}"
+    if pixels[0].shape != pixels[1].shape:
+        return f"another size: {pixels[0].shape}, not {pixels[1].shape}"
+    wrong = np.abs(pixels[0] - pixels[1])
+    return f"{(wrong > 0).any(-1).mean():.1%} of the pixels differ, by {wrong.max()} or less"
+
+
+def repeated(first: Run, second: Run) -> Sequence[tuple[str, int]]:
+    """The steps that a run did again which the one before had done."""
+    return sorted(set(first.steps()) & set(second.steps()))
