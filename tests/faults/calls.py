@@ -110,8 +110,8 @@ class Watch:
         if isinstance(file, int):
             path = self._link(f"/proc/self/fd/{file}").removesuffix(" (deleted)")
         else:
-            base = os.getcwd() if folder is None else self._link(f"/proc/self/fd/{folder}")
-            path = os.path.normpath(os.path.join(base, os.fsdecode(file)))
+            base = Path.cwd() if folder is None else self._link(f"/proc/self/fd/{folder}")
+            path = os.path.normpath(Path(base, os.fsdecode(file)))
         return path if path == self._folder or path.startswith(self._folder + "/") else ""
 
 

@@ -86,12 +86,10 @@ class Run:
 
     def place(self) -> str:
         """Where it was when it ended: in which stage, or after which."""
-        stages = self.stages()
-        if not stages:
+        events = [event for event in self.events() if event != "end"]
+        if not events:
             return "starting"
-        if self.events()[-1] == "end":
-            return "leaving"
-        return f"after {stages[-1]}" if self.events()[-1] == "finish" else stages[-1]
+        return f"after {self.stages()[-1]}" if events[-1] == "finish" else self.stages()[-1]
 
 
 def lines(path: Path) -> list[str]:
@@ -112,9 +110,7 @@ class Server:
             stdout=subprocess.PIPE,
         )
 
-    def start(
-        self, arguments: Sequence[str], folder: Path, fault: Fault | None = None, **more: Any
-    ) -> Run:
+    def start(self, arguments: Sequence[str], folder: Path, fault: Fault | None = None, **more: Any) -> Run:
         """A forked run; `more` are limits, ignored, user and modules, see child.py."""
         log = self.new_log()
         wanted = {"arguments": list(arguments), "folder": str(folder), "log": str(log), **more}

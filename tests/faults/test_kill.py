@@ -14,11 +14,12 @@ AGAIN = 0.35  # of the runs that go on, so many are killed too
 
 @pytest.mark.moments(short=8, long=200)
 def test_killed_at_a_random_moment(lab: Lab, names: list[str], moment: Moment):
-    trial = lab.trial("killed", moment.one_of(names))
-    killed, random = kill(trial, moment.share), moment.random
-    while random.random() < AGAIN and trial.has_journal:
-        kill(trial, random.random() * 0.7)
-    goes_on(trial, killed)
+    trial, run = killed(lab, moment.one_of(names), moment.share)
+    random = moment.random
+    while trial.has_journal and random.random() < AGAIN:
+        run = trial.start()
+        kill_after(run, random.random() * trial.expected.seconds)
+    goes_on(trial, run)
 
 
 @pytest.mark.moments(short=3, long=400)
@@ -27,41 +28,43 @@ def test_killed_at_a_call_that_changes_files(lab: Lab, names: list[str], moment:
     name = moment.one_of(names)
     turn = Moment(moment.index // len(names), -(-moment.count // len(names)))
     calls = lab.undisturbed(name).calls
-    trial = lab.trial("killed at a call", name)
     at = turn.number(len(calls))
-    run = trial.start(Fault(at=at, effect="tear" if (turn.index // len(calls)) % 2 == 0 else "kill"))
+    trial = lab.trial("killed at a call", name)
+    run = trial.start(Fault(at=at, effect="kill" if turn.index % 2 else "tear"))
     assert run.wait() == 137, run.stderr()
     assert len(run.calls()) == at
     goes_on(trial, run)
 
 
 @pytest.mark.moments(short=1, long=10)
-def test_killed_while_it_starts(lab: Lab, moment: Moment):
-    """A process that imports its libraries itself."""
+def test_killed_as_it_imports(lab: Lab, moment: Moment):
     trial = lab.trial("killed, truly started", "png")
     run = trial.start_truly()
-    run.ended(moment.share * 8)
-    trial.count("killed" if run.kill() else "complete")
+    trial.count("killed" if kill_after(run, moment.share * 8) else "complete")
     trial.completes()
 
 
-def kill(trial: Trial, share: float) -> Run:
-    """Begin a run and kill it after a share of its life, or, where it is quicker than that, sooner the next time."""
+def killed(lab: Lab, name: str, share: float) -> tuple[Trial, Run]:
+    """A run that was killed after a share of its life; one that was quicker than that is not counted."""
     while True:
+        trial = lab.trial("killed", name)
         run = trial.start()
-        time.sleep(share * trial.expected.seconds)
-        if run.kill():
-            return run
-        if trial.expected and run.code == 0:
-            trial = trial.fresh()
+        if kill_after(run, share * trial.expected.seconds):
+            return trial, run
         share *= 0.9
 
 
-def goes_on(trial: Trial, killed: Run) -> None:
-    """The next run completes it, from the last step that was saved."""
+def kill_after(run: Run, seconds: float) -> bool:
+    """Kill it when it is so old; whether that was before its end."""
+    time.sleep(max(0.0, run.began + seconds - time.monotonic()))
+    return run.kill()
+
+
+def goes_on(trial: Trial, run: Run) -> None:
+    """What was begun is completed, from the last step that was saved."""
     had_journal = trial.has_journal
-    trial.count(killed.place())
-    run = trial.completes()
+    trial.count(run.place())
     trial.count("(resumed)" if had_journal else "(begun anew)")
-    if had_journal:
-        assert len(repeated(killed, run)) <= 1
+    last = trial.completes()
+    if had_journal and trial.request.saves_each_step:
+        assert len(repeated(run, last)) <= 1

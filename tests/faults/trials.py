@@ -1,5 +1,7 @@
 """One request that something happens to, and what must be true of its files whatever that was."""
 
+import os
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from tests.faults.requests import OLD, REQUESTS, Request
 from tests.faults.runs import Run, Server, truly_started
 
 EXISTS = 73
-BUG = 70
+NOBODY = 65534
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,15 @@ class Lab:
     _undisturbed: dict[str, Undisturbed] = field(default_factory=dict)
     _count: int = 0
 
-    def trial(self, kind: str, name: str, within: Path | None = None) -> "Trial":
-        """The request `name` in a new folder."""
+    def trial(self, kind: str, name: str, within: Path | None = None, as_nobody: bool = False) -> "Trial":
+        """The request `name` in a new folder; `as_nobody`: not by root, whom no file's mode stops."""
         self._count += 1
         folder = REQUESTS[name].begin_in((within or self.folder) / f"{self._count:05}-{name}")
-        return Trial(self, kind, name, REQUESTS[name], folder)
+        user = NOBODY if as_nobody and os.geteuid() == 0 else None
+        if user:
+            for path in (folder, *folder.iterdir()):
+                os.chown(path, user, user)
+        return Trial(self, kind, name, REQUESTS[name], folder, user)
 
     def undisturbed(self, name: str) -> Undisturbed:
         if name not in self._undisturbed:
@@ -62,6 +68,7 @@ class Trial:
     name: str
     request: Request
     folder: Path
+    user: int | None = None
 
     @property
     def expected(self) -> Undisturbed:
@@ -77,7 +84,7 @@ class Trial:
         return (self.journal / "journal.json").exists()
 
     def start(self, fault: Fault | None = None, **more: Any) -> Run:
-        return self.lab.server.start(self.request.arguments, self.folder, fault, **more)
+        return self.lab.server.start(self.request.arguments, self.folder, fault, user=self.user, **more)
 
     def start_truly(self) -> Run:
         return truly_started(self.request.arguments, self.folder, self.lab.server.new_log())
@@ -100,12 +107,20 @@ class Trial:
         run = self.start()
         run.wait()
         assert run.code == (EXISTS if complete else 0), run.stderr()
+        self.check_complete(aside)
+        return run
+
+    def check_complete(self, aside: bool = False) -> None:
+        """All files are there, and nothing else."""
         for name, expected in self.expected.files.items():
-            assert (self.folder / name).exists(), f"{name} is missing. {run.stderr()}"
+            assert (self.folder / name).exists(), f"{name} is missing"
             found = (self.folder / name).read_bytes()
             assert found == expected, f"{name}: {difference(found, expected)}"
         assert [name for name in self.left_over() if not (aside and ".aside-" in name)] == []
-        return run
+
+    def clear(self) -> None:
+        """Give back the room that its files take."""
+        shutil.rmtree(self.folder)
 
     def is_complete(self, name: str) -> bool:
         path = self.folder / name

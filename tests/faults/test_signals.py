@@ -1,0 +1,79 @@
+"""SIGINT, SIGTERM and SIGHUP: the run saves its state and ends with 128 + N; the same command goes on."""
+
+import signal
+import time
+
+import pytest
+
+from tests.faults.calls import Fault
+from tests.faults.moments import Moment
+from tests.faults.runs import Run
+from tests.faults.trials import Lab, Trial, repeated
+
+SOON_SEC = 5.0
+ECHO_SEC = 0.7  # two signals closer together than this may be one wish
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+@pytest.mark.moments(short=2, long=50)
+def test_a_signal(lab: Lab, names: list[str], number: signal.Signals, moment: Moment):
+    trial, run = stopped(lab, [*names, "seldom"][moment.index % (len(names) + 1)], number, moment.share)
+    trial.count(run.place())
+    assert run.code == 128 + number, run.stderr()
+    assert "Traceback" not in run.stderr()
+    had_journal = trial.has_journal
+    last = trial.completes()
+    trial.count("(resumed)" if had_journal else "(begun anew)")
+    assert repeated(run, last) == []
+
+
+def stopped(lab: Lab, name: str, number: int, share: float) -> tuple[Trial, Run]:
+    """A run that was sent a signal after a share of its life; one that was quicker than that is not counted."""
+    while True:
+        trial = lab.trial(signal.Signals(number).name, name)
+        run = trial.start()
+        if not run.ended(share * trial.expected.seconds):
+            run.send(number)
+            run.wait(SOON_SEC)
+            if run.code != 0:
+                return trial, run
+        trial.check_complete()
+        share *= 0.9
+
+
+def test_one_signal_ends_a_step_that_takes_long(lab: Lab):
+    trial, run = slow(lab)
+    run.send(signal.SIGTERM)
+    assert run.wait(SOON_SEC) == 143, run.stderr()
+    trial.completes()
+
+
+def test_a_second_signal_ends_it_at_once(lab: Lab):
+    trial, run = slow(lab)
+    run.send(signal.SIGTERM)
+    assert not run.ended(ECHO_SEC)
+    run.send(signal.SIGTERM)
+    assert run.wait(0.5) == 143, run.stderr()
+    assert trial.has_journal
+    trial.completes()
+
+
+def test_nohup(lab: Lab):
+    trial = lab.trial("nohup", "png")
+    run = trial.start(ignored=signal.SIGHUP)
+    assert not run.ended(trial.expected.seconds / 2)
+    run.send(signal.SIGHUP)
+    assert run.wait() == 0, run.stderr()
+    trial.check_complete()
+
+
+def slow(lab: Lab) -> tuple[Trial, Run]:
+    """A run in the middle of saving a step, on a disk that takes for ever."""
+    trial = lab.trial("slow disk", "png")
+    syncs = [call for call in trial.expected.calls if call.split()[1] == "fsync"]
+    at = len(syncs) // 2
+    run, until = trial.start(Fault(calls=("fsync",), at=at, effect="wait")), time.monotonic() + 60
+    while len(run.calls()) < at:
+        assert not run.ended(0.02) and time.monotonic() < until
+    return trial, run

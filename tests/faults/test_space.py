@@ -1,0 +1,90 @@
+"""No space left: what was made is kept, nothing half stands under a final name, and with room the same command ends."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.calls import WRITES, Fault
+from tests.faults.moments import Moment
+from tests.faults.trials import Lab, Trial
+
+NO_ROOM = 74
+DISK_BYTES, PAGE_BYTES = 16 << 20, 4096
+LEAST_BYTES = 16 << 10  # of a file: what the tests themselves note has room
+
+
+@pytest.fixture(scope="module")
+def small_disk(lab: Lab) -> Iterator[Path]:
+    folder = lab.folder / "disk"
+    folder.mkdir()
+    options = f"size={DISK_BYTES},mode=755"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"nothing may be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.moments(short=2, long=50)
+def test_a_disk_that_fills(lab: Lab, small_disk: Path, names: list[str], moment: Moment):
+    trial = lab.trial("disk full", moment.one_of(names), small_disk)
+    run, filler = trial.start(), small_disk / "filler"
+    run.ended(moment.share * trial.expected.seconds)
+    fill(filler, spared_bytes=moment.random.choice([0, 0, 1, 2, 4, 8, 16]) * PAGE_BYTES)
+    trial.count(f"exit {run.wait()} in {run.place()}")
+    filler.unlink()
+    check_end(trial, run.code, run.stderr())
+    trial.clear()
+
+
+@pytest.mark.moments(short=2, long=50)
+def test_a_write_that_finds_no_space(lab: Lab, names: list[str], moment: Moment):
+    """From one write on there is none, for nobody."""
+    trial = lab.trial("writes find no space", moment.one_of(names))
+    writes = [call for call in trial.expected.calls if call.split()[1] in WRITES]
+    at = moment.number(len(writes))
+    run = trial.start(Fault(calls=WRITES, at=at, effect="fail", error="ENOSPC", onwards=True))
+    trial.count(f"exit {run.wait()} in {run.place()}")
+    check_end(trial, run.code, run.stderr())
+
+
+@pytest.mark.moments(short=1, long=20)
+def test_a_file_that_may_not_grow(lab: Lab, names: list[str], moment: Moment):
+    """ulimit -f: pictures end there, or the state of the run."""
+    trial = lab.trial("ulimit -f", moment.one_of(names))
+    largest = max(len(data) for data in trial.expected.files.values())
+    run = trial.start(limits={"file": LEAST_BYTES + int(moment.share * (largest - LEAST_BYTES))})
+    trial.count(f"exit {run.wait()} in {run.place()}")
+    check_end(trial, run.code, run.stderr())
+
+
+def test_a_picture_without_room_costs_the_next_run_only_its_decoding(lab: Lab):
+    trial = lab.trial("no room for the picture", "png")
+    last = sum(call.split()[1] == "pwrite" for call in trial.expected.calls)
+    run = trial.start(Fault(calls=("pwrite",), at=last, effect="fail", error="ENOSPC", onwards=True))
+    assert run.wait() == NO_ROOM and "No space left" in run.stderr()
+    assert trial.has_journal
+    assert trial.completes().steps() == []
+
+
+def fill(filler: Path, spared_bytes: int) -> None:
+    """Take the disk's last byte, then give some back."""
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(1 << 16)):
+                continue
+        except OSError:
+            file.truncate(max(0, file.tell() - spared_bytes))
+
+
+def check_end(trial: Trial, code: int, said: str) -> None:
+    """It went well, or was said to have failed; then, with room, it goes well."""
+    assert code in (0, NO_ROOM), said
+    assert "Traceback" not in said
+    trial.check_names()
+    if code == 0:
+        trial.check_complete()
+    else:
+        trial.completes()
