@@ -4,6 +4,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.faults.requests import REQUESTS
 from tests.faults.runs import Server
 from tests.faults.trials import Lab
 
+WORKERS = 2
 TALLY: dict[str, Counter[str]] = defaultdict(Counter)
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]  # /proc, tmpfs, handles of processes
 
@@ -49,11 +51,12 @@ def lab() -> Iterator[Lab]:
     with tempfile.TemporaryDirectory(prefix="linfusion-faults-") as name:
         folder = Path(name)
         folder.chmod(0o755)
-        with Server(folder) as server:
-            lab = Lab(folder, server, TALLY)
+        with Server(folder) as server, ThreadPoolExecutor(WORKERS) as pool:
+            lab = Lab(folder, server, pool, TALLY)
             warm = lab.trial("warming up", "phases")
             server.warm_up(REQUESTS["phases"].arguments, warm.folder)
             yield lab
+            pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture

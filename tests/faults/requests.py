@@ -41,7 +41,6 @@ LAKE = ("generate", "a lake at dawn", "--preset", "demo", "--size", "256x192", "
 REQUESTS = {
     "png": Request((*LAKE, *STEPS, "0"), ("a.png",)),
     "seldom": Request((*LAKE, *STEPS, "3600"), ("a.png",)),
-    "long": Request((*LAKE, "--steps", "60", "--checkpoint-every", "1"), ("a.png",)),
     "phases": Request(
         (
             "generate",

@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 from tests.faults.calls import Fault
@@ -100,7 +102,8 @@ class Server:
     """The fork server, and its runs that have not ended: leaving the context ends them all."""
 
     def __init__(self, folder: Path):
-        self._logs, self._count, self._running = folder / "logs", 0, {}
+        self._logs, self._numbers, self._running = folder / "logs", count(1), {}
+        self._one_asks = Lock()
         self._logs.mkdir()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"],
@@ -133,8 +136,7 @@ class Server:
         self._ask("preload", json.loads(names.read_text()))
 
     def new_log(self) -> Path:
-        self._count += 1
-        log = self._logs / f"{self._count:05}"
+        log = self._logs / f"{next(self._numbers):05}"
         log.mkdir()
         return log
 
@@ -144,9 +146,10 @@ class Server:
         return self._ask("wait", pid)
 
     def _ask(self, kind: str, value: Any) -> int:
-        self._process.stdin.write(json.dumps({kind: value}).encode() + b"\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        with self._one_asks:
+            self._process.stdin.write(json.dumps({kind: value}).encode() + b"\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline())
 
     def __enter__(self) -> Self:
         return self

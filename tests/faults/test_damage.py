@@ -4,24 +4,25 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from threading import Lock
 
 import pytest
 
 from tests.faults.calls import Fault
-from tests.faults.moments import Moment
+from tests.faults.moments import Moment, side_by_side
 from tests.faults.trials import Lab, Trial
 
 STATES = 5  # different moments at which the runs of the journals were killed
 
 
-@pytest.mark.moments(short=8, long=200)
+@side_by_side
+@pytest.mark.moments(short=6, long=200)
 def test_a_damaged_journal(lab: Lab, names: list[str], moment: Moment, states: "States"):
-    trial = lab.trial("damaged journal", moment.one_of(names))
-    states.copy(trial, (moment.index // len(names)) % STATES)
-    random = moment.random
-    files = sorted(path for path in trial.journal.iterdir())
-    damage, path = moment.one_of(DAMAGES), random.choice(files)
-    damage(path, random)
+    name, turn = moment.dealt(names)
+    trial = lab.trial("damaged journal", name)
+    states.copy(trial, turn.dealt(range(STATES))[0])
+    damage, _ = moment.dealt(DAMAGES)
+    damage(moment.random.choice(sorted(trial.journal.iterdir())), moment.random)
     run = trial.completes(aside=True)
     asides = [name for name in trial.left_over() if ".aside-" in name]
     trial.count(f"{damage.__name__}: {'set aside' if asides else 'not needed'}")
@@ -33,13 +34,14 @@ class States:
     """Folders as killed runs left them, each made once."""
 
     def __init__(self, lab: Lab):
-        self._lab, self._made = lab, {}
+        self._lab, self._made, self._one_at_a_time = lab, {}, Lock()
 
     def copy(self, trial: Trial, number: int) -> None:
         """Let `trial` begin with the number-th state of its request."""
         key = trial.name, number
-        if key not in self._made:
-            self._made[key] = self._make(*key)
+        with self._one_at_a_time:
+            if key not in self._made:
+                self._made[key] = self._make(*key)
         shutil.rmtree(trial.folder)
         shutil.copytree(self._made[key], trial.folder)
 

@@ -1,26 +1,30 @@
 """A folder that becomes unwritable while a run is under way; the run is another user's, whom modes concern."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.faults.moments import Moment
+from tests.faults.moments import Moment, side_by_side
 from tests.faults.trials import Lab, Trial
 
 CANNOT_CREATE, NOT_WRITTEN = 73, 74
 
 
-@pytest.mark.moments(short=2, long=50)
+@side_by_side
+@pytest.mark.moments(short=1, long=50)
 def test_a_folder_that_becomes_unwritable(lab: Lab, names: list[str], moment: Moment):
     """The folder, or only its journal, or both."""
-    trial = lab.trial("unwritable folder", moment.one_of(names), as_nobody=True)
+    name, moment = moment.dealt(names)
+    trial = lab.trial("unwritable folder", name, as_nobody=True)
+    which, moment = moment.dealt([(trial.folder,), (trial.journal,), (trial.folder, trial.journal)])
     run = trial.start()
     run.ended(moment.share * trial.expected.seconds)
-    closed = [folder for folder in (trial.folder, trial.journal) if folder.exists()]
-    for folder in closed[moment.index % 3 == 1 :][: 1 + moment.index % 3 // 2]:
+    closed = [folder for folder in which if folder.exists()]
+    for folder in closed:
         folder.chmod(0o555)
     run.wait()
-    for folder in closed:
-        if folder.exists():
-            folder.chmod(0o755)
+    for folder in filter(Path.exists, closed):
+        folder.chmod(0o755)
     trial.count(f"exit {run.code} in {run.place()}")
     assert run.code in (0, CANNOT_CREATE, NOT_WRITTEN), run.stderr()
     goes_well_again(trial, run.code)

@@ -5,16 +5,18 @@ import time
 import pytest
 
 from tests.faults.calls import Fault
-from tests.faults.moments import Moment
+from tests.faults.moments import Moment, side_by_side
 from tests.faults.runs import Run
 from tests.faults.trials import Lab, Trial, repeated
 
 AGAIN = 0.35  # of the runs that go on, so many are killed too
 
 
-@pytest.mark.moments(short=8, long=200)
+@side_by_side
+@pytest.mark.moments(short=6, long=200)
 def test_killed_at_a_random_moment(lab: Lab, names: list[str], moment: Moment):
-    trial, run = killed(lab, moment.one_of(names), moment.share)
+    name, moment = moment.dealt(names)
+    trial, run = killed(lab, name, moment.share)
     random = moment.random
     while trial.has_journal and random.random() < AGAIN:
         run = trial.start()
@@ -22,20 +24,20 @@ def test_killed_at_a_random_moment(lab: Lab, names: list[str], moment: Moment):
     goes_on(trial, run)
 
 
-@pytest.mark.moments(short=3, long=400)
+@side_by_side
+@pytest.mark.moments(short=2, long=400)
 def test_killed_at_a_call_that_changes_files(lab: Lab, names: list[str], moment: Moment):
     """Before the call, or with half of what it was to write."""
-    name = moment.one_of(names)
-    turn = Moment(moment.index // len(names), -(-moment.count // len(names)))
-    calls = lab.undisturbed(name).calls
-    at = turn.number(len(calls))
+    name, moment = moment.dealt(names)
     trial = lab.trial("killed at a call", name)
-    run = trial.start(Fault(at=at, effect="kill" if turn.index % 2 else "tear"))
+    at = moment.number(len(trial.expected.calls))
+    run = trial.start(Fault(at=at, effect="kill" if moment.index % 2 else "tear"))
     assert run.wait() == 137, run.stderr()
     assert len(run.calls()) == at
     goes_on(trial, run)
 
 
+@side_by_side
 @pytest.mark.moments(short=1, long=10)
 def test_killed_as_it_imports(lab: Lab, moment: Moment):
     trial = lab.trial("killed, truly started", "png")
@@ -46,12 +48,13 @@ def test_killed_as_it_imports(lab: Lab, moment: Moment):
 
 def killed(lab: Lab, name: str, share: float) -> tuple[Trial, Run]:
     """A run that was killed after a share of its life; one that was quicker than that is not counted."""
+    life_sec = lab.undisturbed(name).seconds
     while True:
         trial = lab.trial("killed", name)
         run = trial.start()
-        if kill_after(run, share * trial.expected.seconds):
+        if kill_after(run, share * life_sec):
             return trial, run
-        share *= 0.9
+        life_sec = run.seconds
 
 
 def kill_after(run: Run, seconds: float) -> bool:

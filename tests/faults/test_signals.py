@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.faults.calls import Fault
-from tests.faults.moments import Moment
+from tests.faults.moments import Moment, side_by_side
 from tests.faults.runs import Run
 from tests.faults.trials import Lab, Trial, repeated
 
@@ -15,10 +15,13 @@ ECHO_SEC = 0.7  # two signals closer together than this may be one wish
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
-@pytest.mark.moments(short=2, long=50)
-def test_a_signal(lab: Lab, names: list[str], number: signal.Signals, moment: Moment):
-    trial, run = stopped(lab, [*names, "seldom"][moment.index % (len(names) + 1)], number, moment.share)
+@side_by_side
+@pytest.mark.moments(short=3, long=150)
+def test_a_signal(lab: Lab, names: list[str], moment: Moment):
+    """Also where the state is saved so seldom that only the signal saves it."""
+    number, moment = moment.dealt(STOPS)
+    name, moment = moment.dealt(["seldom", *names])
+    trial, run = stopped(lab, name, number, moment.share)
     trial.count(run.place())
     assert run.code == 128 + number, run.stderr()
     assert "Traceback" not in run.stderr()
@@ -30,16 +33,17 @@ def test_a_signal(lab: Lab, names: list[str], number: signal.Signals, moment: Mo
 
 def stopped(lab: Lab, name: str, number: int, share: float) -> tuple[Trial, Run]:
     """A run that was sent a signal after a share of its life; one that was quicker than that is not counted."""
+    life_sec = lab.undisturbed(name).seconds
     while True:
         trial = lab.trial(signal.Signals(number).name, name)
         run = trial.start()
-        if not run.ended(share * trial.expected.seconds):
+        if not run.ended(share * life_sec):
             run.send(number)
             run.wait(SOON_SEC)
             if run.code != 0:
                 return trial, run
         trial.check_complete()
-        share *= 0.9
+        life_sec = run.seconds
 
 
 def test_one_signal_ends_a_step_that_takes_long(lab: Lab):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.calls import WRITES, Fault
-from tests.faults.moments import Moment
+from tests.faults.moments import Moment, side_by_side
 from tests.faults.trials import Lab, Trial
 
 NO_ROOM = 74
@@ -27,9 +27,10 @@ def small_disk(lab: Lab) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.moments(short=2, long=50)
+@pytest.mark.moments(short=1, long=50)
 def test_a_disk_that_fills(lab: Lab, small_disk: Path, names: list[str], moment: Moment):
-    trial = lab.trial("disk full", moment.one_of(names), small_disk)
+    name, moment = moment.dealt(names)
+    trial = lab.trial("disk full", name, small_disk)
     run, filler = trial.start(), small_disk / "filler"
     run.ended(moment.share * trial.expected.seconds)
     fill(filler, spared_bytes=moment.random.choice([0, 0, 1, 2, 4, 8, 16]) * PAGE_BYTES)
@@ -39,10 +40,12 @@ def test_a_disk_that_fills(lab: Lab, small_disk: Path, names: list[str], moment:
     trial.clear()
 
 
-@pytest.mark.moments(short=2, long=50)
+@side_by_side
+@pytest.mark.moments(short=1, long=50)
 def test_a_write_that_finds_no_space(lab: Lab, names: list[str], moment: Moment):
     """From one write on there is none, for nobody."""
-    trial = lab.trial("writes find no space", moment.one_of(names))
+    name, moment = moment.dealt(names)
+    trial = lab.trial("writes find no space", name)
     writes = [call for call in trial.expected.calls if call.split()[1] in WRITES]
     at = moment.number(len(writes))
     run = trial.start(Fault(calls=WRITES, at=at, effect="fail", error="ENOSPC", onwards=True))
@@ -50,10 +53,12 @@ def test_a_write_that_finds_no_space(lab: Lab, names: list[str], moment: Moment)
     check_end(trial, run.code, run.stderr())
 
 
+@side_by_side
 @pytest.mark.moments(short=1, long=20)
 def test_a_file_that_may_not_grow(lab: Lab, names: list[str], moment: Moment):
     """ulimit -f: pictures end there, or the state of the run."""
-    trial = lab.trial("ulimit -f", moment.one_of(names))
+    name, moment = moment.dealt(names)
+    trial = lab.trial("ulimit -f", name)
     largest = max(len(data) for data in trial.expected.files.values())
     run = trial.start(limits={"file": LEAST_BYTES + int(moment.share * (largest - LEAST_BYTES))})
     trial.count(f"exit {run.wait()} in {run.place()}")

@@ -3,10 +3,13 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,23 +30,23 @@ class Undisturbed:
     files: dict[str, bytes]
     seconds: float
     calls: list[str]
-    steps: list[tuple[str, int]]
 
 
 @dataclass
 class Lab:
-    """Where trials are made: the server, what undisturbed runs made, and a count of what happened."""
+    """Where trials are made: the server, threads to wait in, a count of what happened, what undisturbed runs made."""
 
     folder: Path
     server: Server
+    pool: Executor
     tally: dict[str, Counter[str]]
     _undisturbed: dict[str, Undisturbed] = field(default_factory=dict)
-    _count: int = 0
+    _numbers: Iterator[int] = field(default_factory=lambda: count(1))
+    _one_at_a_time: Lock = field(default_factory=Lock)
 
     def trial(self, kind: str, name: str, within: Path | None = None, as_nobody: bool = False) -> "Trial":
         """The request `name` in a new folder; `as_nobody`: not by root, whom no file's mode stops."""
-        self._count += 1
-        folder = REQUESTS[name].begin_in((within or self.folder) / f"{self._count:05}-{name}")
+        folder = REQUESTS[name].begin_in((within or self.folder) / f"{next(self._numbers):05}-{name}")
         user = NOBODY if as_nobody and os.geteuid() == 0 else None
         if user:
             for path in (folder, *folder.iterdir()):
@@ -51,14 +54,19 @@ class Lab:
         return Trial(self, kind, name, REQUESTS[name], folder, user)
 
     def undisturbed(self, name: str) -> Undisturbed:
-        if name not in self._undisturbed:
-            trial = self.trial("undisturbed", name)
-            run = trial.start()
-            assert run.wait() == 0, run.stderr()
-            files = {file: (trial.folder / file).read_bytes() for file in trial.request.files}
-            assert trial.left_over() == []
-            self._undisturbed[name] = Undisturbed(files, run.seconds, run.calls(), run.steps())
-        return self._undisturbed[name]
+        with self._one_at_a_time:
+            if name not in self._undisturbed:
+                trial = self.trial("undisturbed", name)
+                run = trial.start()
+                assert run.wait() == 0, run.stderr()
+                files = {file: (trial.folder / file).read_bytes() for file in trial.request.files}
+                assert trial.left_over() == []
+                self._undisturbed[name] = Undisturbed(files, run.seconds, run.calls())
+            return self._undisturbed[name]
+
+    def count(self, kind: str, what: str) -> None:
+        with self._one_at_a_time:
+            self.tally[kind][what] += 1
 
 
 @dataclass
@@ -90,7 +98,7 @@ class Trial:
         return truly_started(self.request.arguments, self.folder, self.lab.server.new_log())
 
     def count(self, what: str) -> None:
-        self.lab.tally[self.kind][what] += 1
+        self.lab.count(self.kind, what)
 
     def check_names(self) -> None:
         """Under a final name there is a complete file, or nothing (or what was to be replaced)."""
