@@ -7,7 +7,7 @@ import pytest
 from tests.faults.calls import Fault
 from tests.faults.moments import Moment, side_by_side
 from tests.faults.runs import Run
-from tests.faults.trials import Lab, Trial, repeated
+from tests.faults.trials import Lab, Trial, lost
 
 AGAIN = 0.35  # of the runs that go on, so many are killed too
 
@@ -70,4 +70,4 @@ def goes_on(trial: Trial, run: Run) -> None:
     trial.count("(resumed)" if had_journal else "(begun anew)")
     last = trial.completes()
     if had_journal and trial.request.saves_each_step:
-        assert len(repeated(run, last)) <= 1
+        assert lost(run, last) == []

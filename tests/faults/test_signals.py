@@ -8,7 +8,7 @@ import pytest
 from tests.faults.calls import Fault
 from tests.faults.moments import Moment, side_by_side
 from tests.faults.runs import Run
-from tests.faults.trials import Lab, Trial, repeated
+from tests.faults.trials import Lab, Trial, lost
 
 SOON_SEC = 5.0
 ECHO_SEC = 0.7  # two signals closer together than this may be one wish
@@ -28,7 +28,7 @@ def test_a_signal(lab: Lab, names: list[str], moment: Moment):
     had_journal = trial.has_journal
     last = trial.completes()
     trial.count("(resumed)" if had_journal else "(begun anew)")
-    assert repeated(run, last) == []
+    assert lost(run, last) == []
 
 
 def stopped(lab: Lab, name: str, number: int, share: float) -> tuple[Trial, Run]:

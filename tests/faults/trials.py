@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -151,6 +151,9 @@ def difference(found: bytes, expected: bytes) -> str:
     return f"{(wrong > 0).any(-1).mean():.1%} of the pixels differ, by {wrong.max()} or less"
 
 
-def repeated(first: Run, second: Run) -> Sequence[tuple[str, int]]:
-    """The steps that a run did again which the one before had done."""
-    return sorted(set(first.steps()) & set(second.steps()))
+def lost(first: Run, second: Run) -> list[tuple[str, int]]:
+    """The steps that `first` had done and `second`, which went on from there, did again.
+
+    What goes on says at first which step it has come to: that one is not done again.
+    """
+    return sorted(set(first.steps()) & set(second.steps()[1:]))
