@@ -36,7 +36,6 @@ def run(wanted: dict[str, Any]) -> None:
         os.setgid(wanted["user"])
         os.setuid(wanted["user"])
     sys.argv = ["linfusion", *wanted["arguments"]]
-    i = sys.argv.index("--checkpoint-every")
     from linfusion_cli.cli import app
 
     try:

@@ -22,7 +22,7 @@ def test_a_damaged_journal(lab: Lab, names: list[str], moment: Moment, states: "
     trial = lab.trial("damaged journal", name)
     states.copy(trial, turn.dealt(range(STATES))[0])
     damage, _ = moment.dealt(DAMAGES)
-    damage(moment.random.choice(sorted(trial.journal.iterdir())), moment.random)
+    damage(moment.random.choice(full(trial.journal)), moment.random)
     run = trial.completes(aside=True)
     asides = [name for name in trial.left_over() if ".aside-" in name]
     trial.count(f"{damage.__name__}: {'set aside' if asides else 'not needed'}")
@@ -57,6 +57,11 @@ class States:
 @pytest.fixture(scope="module")
 def states(lab: Lab) -> States:
     return States(lab)
+
+
+def full(folder: Path) -> list[Path]:
+    """The files of a journal in which there is anything: a lock is an empty one."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size)
 
 
 def truncated(path: Path, random: Random) -> None:
@@ -95,7 +100,7 @@ def lengthened(path: Path, random: Random) -> None:
 
 def exchanged(path: Path, random: Random) -> None:
     """With another file of the journal."""
-    other = random.choice(sorted(path.parent.iterdir()))
+    other = random.choice(full(path.parent))
     contents = other.read_bytes(), path.read_bytes()
     path.write_bytes(contents[0])
     other.write_bytes(contents[1])
