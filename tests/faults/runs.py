@@ -17,6 +17,7 @@ from typing import Any, Self
 from tests.faults.calls import Fault
 
 ROOT = Path(__file__).parent.parent.parent
+CANNOT_CREATE, NOT_WRITTEN, TRY_AGAIN = 73, 74, 75
 LONGEST_SEC = 120.0  # a run that takes this long hangs
 
 

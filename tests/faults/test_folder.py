@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.moments import Moment, side_by_side
-from tests.faults.trials import Lab, Trial
-
-CANNOT_CREATE, NOT_WRITTEN = 73, 74
+from tests.faults.runs import CANNOT_CREATE, NOT_WRITTEN
+from tests.faults.trials import Lab
 
 
 @side_by_side
@@ -27,7 +26,7 @@ def test_a_folder_that_becomes_unwritable(lab: Lab, names: list[str], moment: Mo
         folder.chmod(0o755)
     trial.count(f"exit {run.code} in {run.place()}")
     assert run.code in (0, CANNOT_CREATE, NOT_WRITTEN), run.stderr()
-    goes_well_again(trial, run.code)
+    trial.recovers(run)
 
 
 def test_a_folder_that_is_unwritable(lab: Lab):
@@ -37,11 +36,3 @@ def test_a_folder_that_is_unwritable(lab: Lab):
     assert run.wait() == CANNOT_CREATE and "refuses a new file: Permission denied" in run.stderr()
     trial.folder.chmod(0o755)
     trial.completes()
-
-
-def goes_well_again(trial: Trial, code: int) -> None:
-    trial.check_names()
-    if code == 0 and trial.left_over() == []:
-        trial.check_complete()
-    else:
-        trial.completes()

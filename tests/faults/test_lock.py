@@ -2,10 +2,10 @@
 
 import pytest
 
+from tests.faults.runs import TRY_AGAIN
 from tests.faults.trials import Lab
 
 RUNS = 20
-TRY_AGAIN = 75
 
 
 @pytest.mark.moments(short=1, long=5)

@@ -17,9 +17,8 @@ from PIL import Image
 
 from tests.faults.calls import Fault
 from tests.faults.requests import OLD, REQUESTS, Request
-from tests.faults.runs import Run, Server, truly_started
+from tests.faults.runs import CANNOT_CREATE, Run, Server, truly_started
 
-EXISTS = 73
 NOBODY = 65534
 
 
@@ -114,9 +113,18 @@ class Trial:
         complete = self.is_complete(self.request.files[0]) and not self.request.replaces and not self.journal.exists()
         run = self.start()
         run.wait()
-        assert run.code == (EXISTS if complete else 0), run.stderr()
+        assert run.code == (CANNOT_CREATE if complete else 0), run.stderr()
         self.check_complete(aside)
         return run
+
+    def recovers(self, run: Run) -> None:
+        """What some fault befell has told the truth by its code; the same command, now without it, ends well."""
+        assert "Traceback" not in run.stderr()
+        self.check_names()
+        if run.code == 0:
+            assert all(map(self.is_complete, self.request.files)), run.stderr()
+        if run.code or self.left_over():
+            self.completes()
 
     def check_complete(self, aside: bool = False) -> None:
         """All files are there, and nothing else."""
