@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-STEPS = ("--steps", "8", "--checkpoint-every")
+STEPS = ("--steps", "5", "--checkpoint-every")
 SMALL = ("--preset", "demo", *STEPS, "0")
 OLD = b"what was there before"
 
