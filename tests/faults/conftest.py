@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.moments import Moment
-from tests.faults.requests import REQUESTS
-from tests.faults.runs import Server
-from tests.faults.trials import Lab
+pytest.register_assert_rewrite("tests.faults.trials")
+
+from tests.faults.moments import Moment  # noqa: E402
+from tests.faults.requests import REQUESTS  # noqa: E402
+from tests.faults.runs import Server  # noqa: E402
+from tests.faults.trials import Lab  # noqa: E402
 
 WORKERS = 2
 TALLY: dict[str, Counter[str]] = defaultdict(Counter)
