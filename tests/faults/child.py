@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -24,7 +25,7 @@ def run(wanted: dict[str, Any]) -> None:
     os.chdir(wanted["folder"])
     log = Path(wanted["log"])
     take_streams(log)
-    note = notes(log / "events")
+    note = with_time(notes(log / "events"))
     tell_events(note)
     for name, number in (wanted.get("limits") or {}).items():
         resource.setrlimit(LIMITS[name], (number, number))
@@ -61,6 +62,11 @@ def notes(path: Path) -> Callable[[str], None]:
     """Takes lines for a file, each written at once: the next call may be the process's last."""
     fd, write = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666), os.write
     return lambda text: write(fd, f"{text}\n".encode()) and None
+
+
+def with_time(note: Callable[[str], None]) -> Callable[[str], None]:
+    """The same, with the time, which is that of all processes, before each line."""
+    return lambda text: note(f"{time.monotonic():.6f} {text}")
 
 
 def tell_events(note: Callable[[str], None]) -> None:

@@ -18,6 +18,7 @@ from tests.faults.calls import Fault
 
 ROOT = Path(__file__).parent.parent.parent
 CANNOT_CREATE, NOT_WRITTEN, TRY_AGAIN = 73, 74, 75
+POLL_SEC = 0.003
 LONGEST_SEC = 120.0  # a run that takes this long hangs
 
 
@@ -67,7 +68,23 @@ class Run:
         return (self.log / "stderr").read_text(errors="replace")
 
     def events(self) -> list[str]:
-        return lines(self.log / "events")
+        """What has happened: begin STAGE SIZE UNIT, done NUMBER, finish, end."""
+        return [line.split(" ", 1)[1] for line in lines(self.log / "events")]
+
+    def timeline(self) -> list[float]:
+        """When, in seconds since it began."""
+        return [float(line.split(" ", 1)[0]) - self.began for line in lines(self.log / "events")]
+
+    def reaches(self, seconds: float, timeline: Sequence[float]) -> bool:
+        """Wait until it has come as far as the run with this timeline had after so many seconds; False if it ends.
+
+        By what has happened, and not by the clock: the machine may have other things to do.
+        """
+        before = [moment for moment in timeline if moment <= seconds]
+        while len(lines(self.log / "events")) < len(before):
+            if self.ended(POLL_SEC):
+                return False
+        return not self.ended(seconds - (before[-1] if before else 0.0))
 
     def calls(self) -> list[str]:
         """Calls that changed files in the folder, as NUMBER NAME FILE."""
@@ -96,7 +113,8 @@ class Run:
 
 
 def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    """The whole lines of a file that may be written just now, or not be there yet."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 class Server:

@@ -46,7 +46,7 @@ def test_a_batch_that_was_killed(lab: Lab, whole: tuple[Run, Path], moment: Mome
     undisturbed, expected = whole
     folder = begun(lab, f"batch-{moment}", GOOD)
     run = lab.server.start(("batch", "jobs.jsonl", *OPTIONS), folder)
-    run.ended(moment.share * undisturbed.seconds)
+    run.reaches(moment.share * undisturbed.seconds, undisturbed.timeline())
     lab.count("batch", f"killed after {len(list(folder.glob('out/*.tif')))} pictures" if run.kill() else "complete")
     for path in folder.glob("out/*.tif"):
         assert path.read_bytes() == (expected / "out" / path.name).read_bytes()

@@ -17,7 +17,7 @@ def test_a_folder_that_becomes_unwritable(lab: Lab, names: list[str], moment: Mo
     trial = lab.trial("unwritable folder", name, as_nobody=True)
     which, moment = moment.dealt([(trial.folder,), (trial.journal,), (trial.folder, trial.journal)])
     run = trial.start()
-    run.ended(moment.share * trial.expected.seconds)
+    trial.reaches(run, moment.share)
     closed = [folder for folder in which if folder.exists()]
     for folder in closed:
         folder.chmod(0o555)

@@ -32,7 +32,7 @@ def test_a_disk_that_fills(lab: Lab, small_disk: Path, names: list[str], moment:
     name, moment = moment.dealt(names)
     trial = lab.trial("disk full", name, small_disk)
     run, filler = trial.start(), small_disk / "filler"
-    run.ended(moment.share * trial.expected.seconds)
+    trial.reaches(run, moment.share)
     fill(filler, spared_bytes=moment.random.choice([0, 0, 1, 2, 4, 8, 16]) * PAGE_BYTES)
     trial.count(f"exit {run.wait()} in {run.place()}")
     filler.unlink()

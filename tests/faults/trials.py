@@ -24,10 +24,10 @@ NOBODY = 65534
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a request makes if nothing happens: its files, how long it took, the calls that changed files."""
+    """What a request makes if nothing happens: its files, when what happened, and the calls that changed files."""
 
     files: dict[str, bytes]
-    seconds: float
+    timeline: list[float]
     calls: list[str]
 
 
@@ -60,7 +60,7 @@ class Lab:
                 assert run.wait() == 0, run.stderr()
                 files = {file: (trial.folder / file).read_bytes() for file in trial.request.files}
                 assert trial.left_over() == []
-                self._undisturbed[name] = Undisturbed(files, run.seconds, run.calls())
+                self._undisturbed[name] = Undisturbed(files, run.timeline(), run.calls())
             return self._undisturbed[name]
 
     def count(self, kind: str, what: str) -> None:
@@ -92,6 +92,10 @@ class Trial:
 
     def start(self, fault: Fault | None = None, **more: Any) -> Run:
         return self.lab.server.start(self.request.arguments, self.folder, fault, user=self.user, **more)
+
+    def reaches(self, run: Run, share: float) -> bool:
+        """Wait until a run is as far as an undisturbed one after a share of its life; False if it ends before."""
+        return run.reaches(share * self.expected.timeline[-1], self.expected.timeline)
 
     def start_truly(self) -> Run:
         return truly_started(self.request.arguments, self.folder, self.lab.server.new_log())
@@ -126,6 +130,17 @@ class Trial:
         if run.code or self.left_over():
             self.completes()
 
+    def goes_on(self, run: Run, saved: bool) -> None:
+        """What ended in the middle is completed by the same command; steps that were `saved` are not done again."""
+        had_journal, complete = self.has_journal, self.is_complete(self.request.files[0])
+        self.count(run.place())
+        self.count("(complete)" if complete else "(resumed)" if had_journal else "(begun anew)")
+        if saved:
+            assert had_journal or complete or run.steps() == []
+        last = self.completes()
+        if saved and had_journal:  # what goes on says at first which step it has come to: that one is not done again
+            assert set(run.steps()) & set(last.steps()[1:]) == set()
+
     def check_complete(self, aside: bool = False) -> None:
         """All files are there, and nothing else."""
         for name, expected in self.expected.files.items():
@@ -157,11 +172,3 @@ def difference(found: bytes, expected: bytes) -> str:
         return f"another size: {pixels[0].shape}, not {pixels[1].shape}"
     wrong = np.abs(pixels[0] - pixels[1])
     return f"{(wrong > 0).any(-1).mean():.1%} of the pixels differ, by {wrong.max()} or less"
-
-
-def lost(first: Run, second: Run) -> list[tuple[str, int]]:
-    """The steps that `first` had done and `second`, which went on from there, did again.
-
-    What goes on says at first which step it has come to: that one is not done again.
-    """
-    return sorted(set(first.steps()) & set(second.steps()[1:]))
