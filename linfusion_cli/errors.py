@@ -12,6 +12,7 @@
     └── ConfigError          78   a preset or config file is wrong
 
     Stopped       129, 130, 143   by SIGHUP, SIGINT or SIGTERM: no error, and no Exception
+    └── TimeIsUp             75   by --time-limit
 
 Anything else that reaches the command line is a bug of ours and exits 70. The numbers are those of sysexits.h.
 Each message is one sentence that names the thing and its value; `way_out` is a second one that says what to do.
@@ -86,9 +87,23 @@ class ConfigError(LinfusionError):
 class Stopped(BaseException):
     """A signal asked this run to end; shells know it as 128 + the signal's number.
 
-    As KeyboardInterrupt it is no Exception: the imports of large libraries catch those, and would go on.
+    As KeyboardInterrupt it is no Exception: the imports of large libraries catch those, and would go on. `kept` is
+    what of the run is saved, as a sentence.
     """
 
     def __init__(self, signal_number: int):
-        super().__init__(f"Stopped by {signal.Signals(signal_number).name}. No unfinished file is left.")
+        self.reason = f"Stopped by {signal.Signals(signal_number).name}"
         self.exit_code = 128 + signal_number
+        self.kept = "No unfinished file is left."
+
+    def __str__(self) -> str:
+        return f"{self.reason}. {self.kept}"
+
+
+class TimeIsUp(Stopped):
+    """The time that the run was given is over."""
+
+    def __init__(self):
+        self.reason = "Stopped by --time-limit"
+        self.exit_code = TryAgain.exit_code
+        self.kept = "No unfinished file is left."

@@ -49,6 +49,9 @@ class RunReport:
     plan: dict[str, Any] = field(default_factory=dict)
     weights: list[dict[str, Any]] = field(default_factory=list)  # of every file: use, path, bytes, sha256
     stages: list[StageReport] = field(default_factory=list)
+    already_complete: bool = False  # by an earlier run: this one has made nothing
+    resumed_from: str | None = None  # what an earlier run had reached; all other figures are of this one
+    checkpoints: dict[str, Any] = field(default_factory=dict)  # count, seconds and bytes of the states saved
     output: str | None = None
     size: Size | None = None
     format: str | None = None

@@ -52,7 +52,8 @@ class PictureRequest:
     encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may be used. Each `ip_adapter` listens to
     the `ip_image` of the same place, which `ip_scale` weights, and each `controlnet` follows its `control_image` by
     its `control_scale`; the last scale is that of all that follow. `control_type` is one for each union model, and
-    `control_phases` say where they act.
+    `control_phases` say where they act. Every `checkpoint_every` seconds, 0 after each step, the state is saved that
+    the same request goes on from, unless it is to begin `fresh`; `keep_latents` is a file for the finished ones.
     """
 
     prompt: str
@@ -112,6 +113,9 @@ class PictureRequest:
     save_phases: bool = False
     download: bool = False
     prompt_metadata: bool = True
+    keep_latents: Path | None = None
+    checkpoint_every: float = 60.0
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         self._check_texts()
@@ -140,6 +144,7 @@ class PictureRequest:
         _in_range("clip_skip", 1 if self.clip_skip is None else self.clip_skip, 1, 100)
         _in_range("guidance_rescale", self.guidance_rescale, 0, 1)
         _in_range("dpi", self.dpi, 1, 100_000)
+        _in_range("checkpoint_every", self.checkpoint_every, 0, 86_400)
         for setting, low, high in (("steps", 1, 1000), ("guidance_scale", 0, 100), ("strength", 0, 1)):
             _check(len(getattr(self, setting)) > 0, setting, "", "Give at least one value.")
             for value in getattr(self, setting):

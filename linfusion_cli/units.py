@@ -39,6 +39,15 @@ def parse_bytes(text: str) -> int:
     return round(float(number) * base ** ("bkmgt".index(letter.lower()) if letter else 0))
 
 
+def parse_seconds(text: str) -> float:
+    """The seconds that "90", "90s", "50m", "1.5h" or "1h30m" mean; raises ValueError."""
+    number = r"(\d{1,9}(?:\.\d{1,6})?)"
+    match = re.fullmatch(rf"\s*(?:{number}h)?(?:{number}m)?(?:{number}s?)?\s*", text, re.ASCII | re.IGNORECASE)
+    if match is None or not any(match.groups()):
+        raise ValueError("is not a time: write 50m, 1h30m or 90s")
+    return sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+
+
 def parse_colour(text: str, setting: str = "background") -> tuple[int, int, int]:
     """Red, green and blue, 0 to 255, of a colour as CSS writes it; raises UsageError."""
     from PIL import ImageColor

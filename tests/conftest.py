@@ -25,6 +25,22 @@ def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small_sd(tmp_path_factory.mktemp("models") / "sd")
 
 
+@pytest.fixture
+def phases(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What each phase that ran began with, and what it ended with: two `Reached`."""
+    from linfusion_cli.jobs import paint
+
+    seen, denoised = [], paint.denoised
+
+    def spy(run, models, reached, phase):
+        result = denoised(run, models, reached, phase)
+        seen.append((reached, result))
+        return result
+
+    monkeypatch.setattr(paint, "denoised", spy)
+    return seen
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No settings, no config file, no limits of a batch system and no cached models but those a test makes."""

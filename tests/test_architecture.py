@@ -11,9 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "linfusion_cli"
 ROOT = PACKAGE.parent
 LAYERS = {
-    0: ["errors", "units", "geometry"],
-    1: ["request", "events", "report"],
-    2: ["presets", "device", "attention", "images", "strips"],
+    0: ["errors", "units", "geometry", "files"],
+    1: ["request", "events", "report", "stopping"],
+    2: ["presets", "device", "journal", "attention", "images", "strips"],
     3: ["models", "unet", "vae", "sampling"],
     4: ["planning", "training"],
     5: ["jobs"],

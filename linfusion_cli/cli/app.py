@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
 import tempfile
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
-from linfusion_cli import __version__, device
-from linfusion_cli.cli import doctor, generate, info, models, plan, presets, upscale
-from linfusion_cli.cli.render import answer, say
+from linfusion_cli import __version__, device, stopping
+from linfusion_cli.cli import doctor, generate, info, log, models, plan, presets, upscale
+from linfusion_cli.cli.render import announce, answer
 from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped, first_line
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 app = typer.Typer(
     name="linfusion",
@@ -53,20 +50,34 @@ def options(
 
 def main() -> None:
     """Run the command line and exit with the code that errors.py promises."""
+    have_streams()
     show_anything()
-    listen_to_signals()
+    stopping.listen()
     sys.exit(guarded())
+
+
+def have_streams() -> None:
+    """What a script closed leads nowhere: or a file of ours takes its number, and what libraries print there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order they get 0, 1 and 2
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def show_anything() -> None:
     """A prompt or name that a stream cannot show must not end a run; in UTF-8, names pass as the bytes they are."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="surrogateescape" if stream.encoding == "utf-8" else "backslashreplace")
+        stream.reconfigure(errors="surrogateescape" if stream.encoding == "utf-8" else "backslashreplace")
 
 
 def guarded() -> int:
-    """Run the app; every error becomes one clear line on stderr and its exit code."""
+    """Run the app; every error becomes one clear line on stderr and its exit code, and the log's last line tells it."""
+    exit_code = carried_out()
+    log.end(exit_code)
+    return exit_code
+
+
+def carried_out() -> int:
+    """The exit code of the app, with every error said."""
     try:
         app()
     except SystemExit as error:
@@ -81,7 +92,7 @@ def guarded() -> int:
 
 
 def refuse(text: str, exit_code: int) -> int:
-    say(f"linfusion: {text}")
+    announce(f"linfusion: {text}")
     return exit_code
 
 
@@ -99,17 +110,3 @@ def write_log() -> Path:
     with tempfile.NamedTemporaryFile("w", prefix="linfusion-", suffix=".log", delete=False, **options) as file:
         file.write(f"linfusion {__version__}\n{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
     return Path(file.name)
-
-
-def listen_to_signals() -> None:
-    """SIGINT, SIGTERM and SIGHUP raise Stopped, so that temporary files go; an ignored SIGHUP (nohup) stays ignored."""
-    for number in SIGNALS:
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-            continue
-        signal.signal(number, _stop)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    for other in SIGNALS:  # a second one must not interrupt the clearing up, which takes a moment
-        signal.signal(other, signal.SIG_IGN)
-    raise Stopped(number)

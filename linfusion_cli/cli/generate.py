@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from linfusion_cli.cli import options, render
+from linfusion_cli.cli import log, options, render
 from linfusion_cli.cli.request import quieten_hub, read_request
 from linfusion_cli.errors import UsageError
 from linfusion_cli.events import Observer
@@ -22,11 +22,12 @@ def command(
     report: options.Report = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    log_file: options.LogFile = None,
 ) -> None:
     """Make a picture from a prompt and write it to a file."""
     from linfusion_cli.jobs.generate import generate  # numpy and more: not for --help to wait for
 
-    run(given, GenerateRequest, generate, report, as_json, quiet)
+    run(given, GenerateRequest, generate, report, as_json, quiet, log_file)
 
 
 def run(
@@ -36,17 +37,20 @@ def run(
     report: Path | None,
     as_json: bool,
     quiet: bool,
+    log_file: Path | None,
 ) -> None:
     """Carry out the request that `given` options make, before whoever watches, and say what came of it."""
     quieten_hub(bool(given["download"]), quiet)
-    with render.watching(quiet) as observer:
+    with render.watching(quiet, log_file) as observer:
         origins, request = read_request(given, observer, kind)
-        check_distinct({"--output": request.output, "--preview": request.preview, "--report": report})
+        check_distinct(
+            {"--output": request.output, "--preview": request.preview, "--report": report, "--log-file": log_file}
+        )
+        log.write(f"output: {request.output}")
         with report_file(report, request.overwrite) as save:
             result = job(request, origins, observer)
             save(result)
-    if not quiet:
-        render.show_report(result)
+    render.show_report(result, quiet)
     render.answer(json.dumps(result.to_json(), indent=2) if as_json else result.output)
 
 

@@ -178,11 +178,28 @@ Download = Annotated[bool | None, Option("--download", help="Fetch a model that 
 PromptMetadata = Annotated[
     bool | None, Option("--prompt-metadata/--no-prompt-metadata", help="Whether the file names its prompts.")
 ]
+KeepLatents = Annotated[
+    Path | None, Option(help="Keep the finished latents in this .safetensors, for `linfusion decode`.")
+]
+CheckpointEvery = Annotated[
+    float | None, Option(metavar="SECONDS", help="How often the state is saved; 0 is after each step. [default: 60]")
+]
+Fresh = Annotated[bool | None, Option("--fresh", help="Begin anew, whatever an earlier run has left.")]
+TimeLimit = Annotated[
+    str | None,
+    Option(metavar="TIME", help="Save the state and end after 50m, 1h30m or 90s, with 75: run the same command again."),
+]
 SavePhases = Annotated[
     bool | None, Option("--save-phases/--no-save-phases", help="Keep every phase's picture beside the output.")
 ]
 Report = Annotated[Path | None, Option(help="Write the report here, as JSON.")]
-Json = Annotated[bool, Option("--json", help="Print the report as JSON on stdout, instead of the file's path.")]
+LogFile = Annotated[
+    Path | None, Option(help="Append each line to this file as well, with its time; it may be shared and rotated.")
+]
+Json = Annotated[
+    bool,
+    Option("--json", help="Print the report as JSON on stdout, instead of the file's path; nothing if the run fails."),
+]
 Quiet = Annotated[bool, Option("-q", "--quiet", help="No progress and no table; warnings and errors stay.")]
 
 
@@ -239,13 +256,21 @@ def of_a_request(
     bits: Bits = None,
     dither: Dither = None,
     dpi: Dpi = None,
+) -> None:
+    """The options that make a request, in the order of the help."""
+
+
+def of_its_files(
     preview: Preview = None,
     save_phases: SavePhases = None,
     overwrite: Overwrite = None,
     download: Download = None,
     prompt_metadata: PromptMetadata = None,
+    keep_latents: KeepLatents = None,
+    checkpoint_every: CheckpointEvery = None,
+    fresh: Fresh = None,
 ) -> None:
-    """The options that make a request, in the order of the help."""
+    """Those of a request that say what else is written, and how."""
 
 
 def of_generate(prompt: Prompt = None) -> None:
@@ -264,10 +289,12 @@ def takes_a_request(before: Callable[..., None]) -> Callable[[Callable[..., None
     """Decorates a command: it gets the options of `before` and of a request as one dict, before those of its own."""
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        shared = {**inspect.signature(before).parameters, **inspect.signature(of_a_request).parameters}
+        sources = (before, of_a_request, of_its_files)
+        shared = {name: it for f in sources for name, it in inspect.signature(f).parameters.items()}
         own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "given"]
-        functions = (before, of_a_request, command)
-        hints = {name: hint for f in functions for name, hint in get_type_hints(f, include_extras=True).items()}
+        hints = {
+            name: hint for f in (*sources, command) for name, hint in get_type_hints(f, include_extras=True).items()
+        }
 
         def with_options(**arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in shared}

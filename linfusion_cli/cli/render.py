@@ -7,8 +7,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 import typer
@@ -16,12 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from linfusion_cli.cli import log
 from linfusion_cli.errors import WriteFailed
 from linfusion_cli.events import Event, Notice, Observer, Planned, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.report import RunReport, StageReport
 from linfusion_cli.units import format_bytes, format_seconds
 
-QUIET_SEC = 30.0  # a log without a line for longer than this looks like a run that hangs
+QUIET_SEC = 600.0  # a log without a line for longer than this looks like a run that hangs
+SHOWN_SEC = 0.05  # a stage other than a phase that took less is not worth a line
 PLAIN_COLUMNS = 120
 
 
@@ -39,37 +42,100 @@ def say(text: str) -> None:
             discard_rest(sys.stderr)
 
 
+def tell(text: str) -> None:
+    """One line for a person on stderr, whatever `text` holds; with the time where nobody watches."""
+    say(log.printable(text) if on_terminal() else f"{log.timestamp()} {log.printable(text)}")
+
+
+def announce(text: str) -> None:
+    """One line on stderr, and in the log."""
+    tell(text)
+    log.write(text)
+
+
 def discard_rest(stream: TextIO) -> None:
     """Send what `stream` still holds, and all that follows, nowhere: or its flush at exit fails, with exit code 120."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+class _Answers:
+    """Standard output, while what libraries print there goes to stderr."""
+
+    stream: TextIO | None = None
+
+
 def answer(text: str) -> None:
     """The result, on stdout. A reader that left early, as `head` does, is no error; a full disk is."""
+    stream = _Answers.stream or sys.stdout
     try:
-        typer.echo(text)
+        typer.echo(text, file=stream)
     except OSError as error:
-        discard_rest(sys.stdout)
+        discard_rest(stream)
         if not isinstance(error, BrokenPipeError):
             raise WriteFailed(f"Standard output refused this ({error.strerror}): {text}") from error
 
 
 @contextmanager
-def watching(quiet: bool) -> Iterator[Observer]:
-    """An observer that shows a run on stderr: bars on a terminal, plain lines elsewhere, only notices if `quiet`."""
-    if quiet:
-        yield notices_only
-    elif on_terminal():
-        with Bars() as bars:
-            yield bars
-    else:
-        with Lines() as lines:
-            yield lines
+def answers_alone() -> Iterator[None]:
+    """On stdout answers and nothing else: what a library prints there, also from C, goes to stderr."""
+    stdout, stderr = _descriptor(sys.stdout), _descriptor(sys.stderr)
+    if stdout is None or _Answers.stream is not None:
+        yield
+        return
+    how = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+    sys.stdout.flush()
+    with os.fdopen(os.dup(stdout), "w", **how) as stream:
+        _turn(stdout, os.open(os.devnull, os.O_WRONLY) if stderr is None else os.dup(stderr))
+        _Answers.stream = stream
+        try:
+            yield
+        finally:
+            _Answers.stream = None
+            with suppress(OSError):
+                sys.stdout.flush()
+            _turn(stdout, os.dup(stream.fileno()))
+
+
+def _turn(descriptor: int, target: int) -> None:
+    """Make `descriptor` lead where `target` does, which is closed."""
+    os.dup2(target, descriptor)
+    os.close(target)
+
+
+def _descriptor(stream: TextIO | None) -> int | None:
+    """That of a stream, which may have been closed, or replaced by something in memory."""
+    try:
+        return None if stream is None else stream.fileno()
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def watching(quiet: bool, log_file: Path | None = None) -> Iterator[Observer]:
+    """An observer that shows a run on stderr: bars on a terminal, plain lines elsewhere, only notices if `quiet`.
+
+    All lines also go to `log_file`, which stays open for how the run ends. Raises CannotCreate if it cannot be opened.
+    """
+    log.begin(log_file, tell)
+    with answers_alone(), ExitStack() as stack:
+        logged = [] if log_file is None else [stack.enter_context(Lines(log.write))]
+        shown = notices_only if quiet else stack.enter_context(Bars() if on_terminal() else Lines(tell))
+        yield told([shown, *logged])
+
+
+def told(observers: Sequence[Observer]) -> Observer:
+    """All of these as one."""
+
+    def observer(event: Event) -> None:
+        for each in observers:
+            each(event)
+
+    return observer
 
 
 def notices_only(event: Event) -> None:
     if isinstance(event, Notice):
-        say(f"linfusion: {event.text}")
+        tell(f"linfusion: {event.text}")
 
 
 def title(stage: StageStarted) -> str:
@@ -109,7 +175,7 @@ class Bars:
     def __call__(self, event: Event) -> None:
         match event:
             case Notice(text):
-                self._progress.console.print(f"linfusion: {text}", markup=False, soft_wrap=True)
+                self._progress.console.print(f"linfusion: {log.printable(text)}", markup=False, soft_wrap=True)
             case Planned():
                 self._progress.console.print(forecast(event), markup=False, soft_wrap=True)
             case StageStarted(total=total, unit=unit):
@@ -123,13 +189,18 @@ class Bars:
 
 
 class Lines:
-    """A line when a stage is over, and one every half minute while it lasts, for logs and pipes."""
+    """A line when a phase is over, and one every ten minutes while it lasts, for logs, mails and pipes.
 
-    def __init__(self) -> None:
+    What comes before the first phase (imports, hashes, prompts, models) is one line together.
+    """
+
+    def __init__(self, write: Callable[[str], None]):
+        self._write = write
         self._lock = threading.Lock()
         self._stage: StageStarted | None = None
         self._began = self._spoke = time.monotonic()
         self._done = 0
+        self._preparing_sec = 0.0
         self._over = threading.Event()
 
     def __enter__(self) -> Lines:
@@ -146,18 +217,32 @@ class Lines:
                     self._say(f"linfusion: {text}")
                 case Planned():
                     self._say(forecast(event))
-                case StageStarted():
+                case StageStarted(size=size):
+                    if size is not None:
+                        self._say_ready()
                     self._stage, self._done, self._began = event, 0, time.monotonic()
                 case StageAdvanced(done):
                     self._done = done
                 case StageFinished(seconds) if self._stage is not None:
-                    self._say(f"{title(self._stage)}: {format_seconds(seconds)}")
+                    self._finish(self._stage, seconds)
                     self._stage = None
+
+    def _finish(self, stage: StageStarted, seconds: float) -> None:
+        if stage.size is None:
+            self._preparing_sec += seconds
+        elif stage.unit == "steps" or seconds >= SHOWN_SEC:
+            self._say(f"{title(stage)}: {format_seconds(seconds)}")
+
+    def _say_ready(self) -> None:
+        if self._preparing_sec >= SHOWN_SEC:
+            self._say(f"ready: {format_seconds(self._preparing_sec)}")
+        self._preparing_sec = 0.0
 
     def _tick(self) -> None:
         while not self._over.wait(timeout=1):
             with self._lock:
-                if self._stage is not None and time.monotonic() - self._spoke >= QUIET_SEC - 1:
+                silent_sec = time.monotonic() - max(self._spoke, self._began)
+                if self._stage is not None and silent_sec >= QUIET_SEC - 1:
                     self._say(self._so_far(self._stage))
 
     def _so_far(self, stage: StageStarted) -> str:
@@ -169,7 +254,7 @@ class Lines:
 
     def _say(self, text: str) -> None:
         self._spoke = time.monotonic()
-        say(text)
+        self._write(text)
 
 
 def plain(table: Table, columns: int = PLAIN_COLUMNS) -> str:
@@ -179,9 +264,21 @@ def plain(table: Table, columns: int = PLAIN_COLUMNS) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def show_report(report: RunReport) -> None:
-    """The table at the end of a run."""
-    say(plain(report_table(report)))
+def show_report(report: RunReport, quiet: bool) -> None:
+    """The end of a run: a table on a terminal, one line elsewhere and in the log."""
+    log.write(completed(report))
+    if not quiet and on_terminal():
+        say(plain(report_table(report)))
+    elif not quiet:
+        tell(completed(report))
+
+
+def completed(report: RunReport) -> str:
+    """What was made, how long it took and how much memory, in one line."""
+    peaks = [_bytes(report.peak_host_bytes), _bytes(report.peak_device_bytes)]
+    memory = "".join(f", {peak} of {what}" for peak, what in zip(peaks, ("memory", "the GPU's"), strict=True) if peak)
+    took = f"{_bytes(report.file_bytes)} in {format_seconds(report.total_seconds)}".strip()
+    return f"complete: {report.output}, {took}{memory}"
 
 
 def report_table(report: RunReport) -> Table:

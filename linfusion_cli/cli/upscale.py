@@ -15,8 +15,9 @@ def command(
     report: options.Report = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    log_file: options.LogFile = None,
 ) -> None:
     """Grow a picture that you have, and write the larger one to a file."""
     from linfusion_cli.jobs.upscale import upscale  # numpy and more: not for --help to wait for
 
-    run(given, UpscaleRequest, upscale, report, as_json, quiet)
+    run(given, UpscaleRequest, upscale, report, as_json, quiet, log_file)

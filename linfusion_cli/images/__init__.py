@@ -2,11 +2,19 @@
 
 from linfusion_cli.images.fileinfo import FileInfo
 from linfusion_cli.images.formats import FORMATS, bytes_needed, format_for, hold, open_sink
-from linfusion_cli.images.metadata import PictureInfo, a1111_parameters, request_json, srgb_profile, without_prompt
+from linfusion_cli.images.metadata import (
+    PictureInfo,
+    a1111_parameters,
+    request_json,
+    scrubbed,
+    srgb_profile,
+    without_prompt,
+)
 from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.preview import PreviewSink
 from linfusion_cli.images.read import read_info
 from linfusion_cli.images.sink import RowSink
+from linfusion_cli.images.verify import verify
 from linfusion_cli.images.xmp import xmp_packet
 
 __all__ = [
@@ -23,7 +31,9 @@ __all__ = [
     "open_sink",
     "read_info",
     "request_json",
+    "scrubbed",
     "srgb_profile",
+    "verify",
     "without_prompt",
     "xmp_packet",
 ]

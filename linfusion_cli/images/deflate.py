@@ -18,6 +18,9 @@ ADLER_BASE = 65521
 
 adler32 = isal_zlib.adler32 if isal_zlib else zlib.adler32
 crc32 = isal_zlib.crc32 if isal_zlib else zlib.crc32
+# Takes a zlib stream piece by piece; checks its Adler-32.
+inflater = isal_zlib.decompressobj if isal_zlib else zlib.decompressobj
+INFLATE_ERRORS = (zlib.error, isal_zlib.error) if isal_zlib else (zlib.error,)
 
 
 def deflate_part(data: np.ndarray) -> bytes:

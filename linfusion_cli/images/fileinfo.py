@@ -1,17 +1,25 @@
 """What a picture file says about itself."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from linfusion_cli.errors import DataError
+from linfusion_cli.images.metadata import CHECKSUM, NO_DIGITS
+
+# Any characters: a damaged digit must not pass for a file without a checksum.
+SEAL = re.compile(rf'{{"{CHECKSUM}": "(.{{{len(NO_DIGITS)}}})"', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class FileInfo:
     """A complete picture file: its format (tiff, png or jpeg), size in pixels, bits per sample, tile `(width, height)`
-    in pixels, compression by name, resolution in dots per inch, and the request and A1111 parameters it carries."""
+    in pixels, compression by name, resolution in dots per inch, and the request and A1111 parameters it carries.
+
+    `file_sha256` is the checksum it carries and `file_sha256_at` the byte at which its digits begin; `verify` has the
+    rule, `read_info` does not compute it."""
 
     path: Path
     format: str
@@ -24,6 +32,8 @@ class FileInfo:
     file_bytes: int
     request: dict[str, Any] | None
     parameters: str | None
+    file_sha256: str | None
+    file_sha256_at: int | None
 
 
 def truncated(path: Path, what: str) -> DataError:
@@ -31,10 +41,16 @@ def truncated(path: Path, what: str) -> DataError:
     return DataError(f"{path} is cut off: {what}.", "Make or copy it again.")
 
 
-def parse_request(text: str | bytes | None) -> dict[str, Any] | None:
+def parse_request(text: str | None) -> dict[str, Any] | None:
     """The request in `text`, or None when other software wrote it."""
     try:
         value = json.loads(text or "null")
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return {key: item for key, item in value.items() if key != CHECKSUM} if isinstance(value, dict) else None
+
+
+def parse_checksum(text: str | None) -> str | None:
+    """The checksum of the file in `text`, also when the request after it is damaged."""
+    found = SEAL.match(text or "")
+    return found[1] if found else None

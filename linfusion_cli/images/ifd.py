@@ -36,27 +36,29 @@ def rational(value: float) -> Entry:
     return RATIONAL, 1, struct.pack("<II", fraction.numerator, fraction.denominator)
 
 
-def directory(tags: dict[int, Entry], offset: int) -> tuple[bytes, bytes]:
-    """The file's header, and the directory to append at byte `offset` (a multiple of 8): little-endian, and BigTIFF
-    only when classic offsets could not reach its end."""
+def directory(tags: dict[int, Entry], offset: int) -> tuple[bytes, bytes, dict[int, int]]:
+    """The file's header, the directory to append at byte `offset` (a multiple of 8), and where in the file the values
+    lie that are longer than a field, by tag: little-endian, and BigTIFF only when classic offsets could not reach its
+    end."""
     size = sum(len(value) + 24 for _, _, value in tags.values()) + 64
     big = offset + size >= CLASSIC_LIMIT
     header = struct.pack("<2sHHHQ", b"II", 43, 8, 0, offset) if big else struct.pack("<2sHI", b"II", 42, offset)
-    return header, _entries(tags, offset, big)
+    return header, *_entries(tags, offset, big)
 
 
-def _entries(tags: dict[int, Entry], offset: int, big: bool) -> bytes:
+def _entries(tags: dict[int, Entry], offset: int, big: bool) -> tuple[bytes, dict[int, int]]:
     word, count, field = ("<Q", "<Q", 8) if big else ("<I", "<H", 4)
     table = [struct.pack(count, len(tags))]
-    values = b""
+    values, places = b"", {}
     values_at = offset + struct.calcsize(count) + len(tags) * (4 + 2 * field) + field
     values_at += values_at % 2
     for tag, (kind, number, value) in sorted(tags.items()):
         if len(value) > field:
-            where = struct.pack(word, values_at + len(values))
+            places[tag] = values_at + len(values)
+            where = struct.pack(word, places[tag])
             values += value + b"\0" * (len(value) % 2)  # values begin on word borders
         else:
             where = value.ljust(field, b"\0")
         table.append(struct.pack("<HH", tag, kind) + struct.pack(word, number) + where)
     last = struct.pack(word, 0)  # no next directory
-    return (b"".join([*table, last])).ljust(values_at - offset, b"\0") + values
+    return (b"".join([*table, last])).ljust(values_at - offset, b"\0") + values, places

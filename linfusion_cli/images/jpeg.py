@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from linfusion_cli.errors import UsageError
-from linfusion_cli.images.metadata import PictureInfo, request_json, srgb_profile
+from linfusion_cli.images.metadata import DIGITS_AT, PictureInfo, request_json, srgb_profile
 from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.stream import RowStream
 from linfusion_cli.images.xmp import xmp_packet
@@ -21,6 +21,7 @@ DQT, SOF0, DHT, DRI, SOS, COM = 0xDB, 0xC0, 0xC4, 0xDD, 0xDA, 0xFE
 APP0, APP1, APP2 = 0xE0, 0xE1, 0xE2
 XMP_NAME = b"http://ns.adobe.com/xap/1.0/\0"
 COMMENT_NAME = b"linfusion\0"
+DIGITS_IN_COMMENT = 4 + len(COMMENT_NAME) + DIGITS_AT  # from the marker on
 
 
 class JpegSink(RowStream):
@@ -42,6 +43,8 @@ class JpegSink(RowStream):
         super().__init__(pending, size_px, 8, STRIP_ROWS, threads)
         self._quality = quality
         self._head: bytes | None = _head(info)
+        self._digits_at = len(self._head) + DIGITS_IN_COMMENT
+        self._head += _comments(info)
         self._strip = self._new_strip()
 
     def _new_strip(self) -> np.ndarray:
@@ -57,14 +60,17 @@ class JpegSink(RowStream):
     def _collect(self, encoded: bytes) -> None:
         tables, scan = _split(encoded, self.height_px)
         if self._head is None:
-            self._pending.write(LAST_RESTART)
+            self._append(LAST_RESTART)
         else:
-            self._pending.write(self._head + tables)
+            self._append(self._head + tables)
             self._head = None
-        self._pending.write(scan)
+        self._append(scan)
 
     def _finish(self) -> None:
-        self._pending.write(END)
+        self._append(END)
+
+    def _seal(self, digits: str) -> None:
+        self._pending.write_at(self._digits_at, digits.encode())
 
 
 def check_jpeg_size(size_px: tuple[int, int]) -> None:
@@ -111,11 +117,9 @@ def _split(jpeg: bytes, height_px: int) -> tuple[bytes, memoryview]:
 
 
 def _head(info: PictureInfo) -> bytes:
-    """SOI and metadata. A segment holds 64 KiB: the request is split over comments; longer XMP or Exif, which a prompt
-    of 20,000 words would need, is written without that prompt."""
+    """SOI and metadata. A segment holds 64 KiB: longer XMP or Exif, which a prompt of 20,000 words would need, is
+    written without that prompt."""
     density = min(max(round(info.dpi), 1), 65_535)
-    request = request_json(info).encode()
-    room = SEGMENT_BYTES - len(COMMENT_NAME)
     return b"".join(
         [
             b"\xff\xd8",
@@ -123,9 +127,15 @@ def _head(info: PictureInfo) -> bytes:
             _segment(APP1, _fitting(_exif(info.software, info.parameters), _exif(info.software, ""))),
             _segment(APP1, XMP_NAME + _fitting(xmp_packet(info), xmp_packet(_bare(info)))),
             _segment(APP2, b"ICC_PROFILE\0\x01\x01" + srgb_profile()),
-            *(_segment(COM, COMMENT_NAME + request[at : at + room]) for at in range(0, len(request), room)),
         ]
     )
+
+
+def _comments(info: PictureInfo) -> bytes:
+    """The request, split over as many comments as it needs."""
+    request = request_json(info).encode()
+    room = SEGMENT_BYTES - len(COMMENT_NAME)
+    return b"".join(_segment(COM, COMMENT_NAME + request[at : at + room]) for at in range(0, len(request), room))
 
 
 def _bare(info: PictureInfo) -> PictureInfo:

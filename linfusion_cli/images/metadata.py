@@ -9,6 +9,10 @@ from typing import Any
 
 PROMPT_KEY = re.compile(r"(negative_)?prompt(_\d+)?")
 NEEDS_QUOTES = re.compile(r"[,:\n]")
+# Every request begins with the file's checksum, so that its digits always lie at the same place in the text.
+CHECKSUM = "file_sha256"
+NO_DIGITS = "0" * 64
+DIGITS_AT = len(f'{{"{CHECKSUM}": "')
 PROFILE_DATE = bytes.fromhex("07e8 0001 0001 0000 0000 0000")  # 2024-01-01: littlecms writes the present time
 
 
@@ -65,14 +69,19 @@ def without_prompt(info: PictureInfo) -> PictureInfo:
         info,
         prompt="",
         negative_prompt="",
-        request=_scrubbed(info.request),
+        request=scrubbed(info.request),
         parameters=settings if settings.startswith("Steps: ") else "",
     )
 
 
 def request_json(info: PictureInfo) -> str:
-    """The request as 7-bit ASCII JSON: TIFF's ImageDescription allows nothing else."""
-    return json.dumps(dict(info.request), ensure_ascii=True, allow_nan=False)
+    """The request as 7-bit ASCII JSON (TIFF's ImageDescription allows nothing else), with 64 zeros for a checksum."""
+    return json.dumps({CHECKSUM: NO_DIGITS} | dict(info.request), ensure_ascii=True, allow_nan=False)
+
+
+def sealed(text: str, digits: str) -> str:
+    """The text of `request_json` with these digits instead of the zeros."""
+    return text[:DIGITS_AT] + digits + text[DIGITS_AT + len(NO_DIGITS) :]
 
 
 def utf8(text: str) -> bytes:
@@ -93,9 +102,10 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if NEEDS_QUOTES.search(value) else value
 
 
-def _scrubbed(value: Any) -> Any:
+def scrubbed(value: Any) -> Any:
+    """A request, or any JSON value, without what prompts it holds."""
     if isinstance(value, Mapping):
-        return {key: _scrubbed(item) for key, item in value.items() if not PROMPT_KEY.fullmatch(key)}
+        return {key: scrubbed(item) for key, item in value.items() if not PROMPT_KEY.fullmatch(key)}
     if isinstance(value, list | tuple):
-        return [_scrubbed(item) for item in value]
+        return [scrubbed(item) for item in value]
     return value

@@ -1,8 +1,6 @@
 """A file that gets its name only when it is complete."""
 
 import errno
-import fcntl
-import hashlib
 import os
 import shutil
 import stat
@@ -13,13 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from linfusion_cli.errors import CannotCreate, TryAgain, WriteFailed
-from linfusion_cli.units import format_bytes, is_folder
+from linfusion_cli.errors import CannotCreate, WriteFailed
+from linfusion_cli.files import neighbour, open_locked, same_file, sync_folder
+from linfusion_cli.units import format_bytes
 
-NAME_BYTES = 255
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Some cluster file systems (Lustre without -o flock, old NFS) have no locks: there we go on without one.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 
@@ -33,12 +29,12 @@ class PendingFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], overwrite: bool = False, bytes_needed: int = 0):
-        self.target = _resolved(Path(path))
+        self.target = resolved(Path(path))
         self.overwrite = overwrite
         self._bytes_needed = bytes_needed
         self._check_target()
-        self.path = _temporary_path(self.target)
-        self._fd = _open_locked(self.path, self.target)
+        self.path = neighbour(self.target, ".{}.part")
+        self._fd = _open_empty(self.path, self.target)
         self._open = True
         self.position = 0
         try:
@@ -62,7 +58,7 @@ class PendingFile:
             os.fsync(self._fd)
         self._publish()
         with self._disk_errors():
-            _sync_folder(self.target.parent)
+            sync_folder(self.target.parent)
             self._close()
 
     def abort(self) -> None:
@@ -70,7 +66,7 @@ class PendingFile:
         if not self._open:
             return
         with suppress(OSError):
-            if _same_file(self._fd, self.path):
+            if same_file(self._fd, self.path):
                 self.path.unlink()
         with suppress(OSError):
             self._close()
@@ -152,7 +148,8 @@ class PendingFile:
         return f"{message}, {more}.", "Free some space or name another folder."
 
 
-def _resolved(path: Path) -> Path:
+def resolved(path: Path) -> Path:
+    """Where a file called `path` will lie: a link's target; raises CannotCreate for a loop of links."""
     try:
         return path.resolve() if path.is_symlink() else path.absolute()
     except (OSError, RuntimeError) as error:  # a loop of symlinks
@@ -164,73 +161,15 @@ def _spare_names(target: Path) -> Iterator[Path]:
     return (target.with_stem(f"{target.stem}-{number}") for number in count(2))
 
 
-def _temporary_path(target: Path) -> Path:
-    name = f".{target.name}.part"
-    if len(os.fsencode(name)) > NAME_BYTES:
-        name = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]}.part"
-    return target.with_name(name)
-
-
-def _refused(folder: Path, error: OSError) -> CannotCreate:
-    """Why no file can be made in `folder`: /proc says "no such file" too, and is there."""
-    if isinstance(error, FileNotFoundError) and not is_folder(folder):
-        return CannotCreate(f"The folder {folder} does not exist.", "Create it first.")
-    return CannotCreate(f"{folder} refuses a new file: {error.strerror}.", "Name another one.")
-
-
-def _open_locked(path: Path, target: Path) -> int:
-    """The descriptor of `path`, locked and empty. The file of a finished or aborted run may vanish between opening and
-    locking: then the lock is on a file without a name, and we try again."""
+def _open_empty(path: Path, target: Path) -> int:
+    """The descriptor of `path`, locked and empty. A run that was killed between linking and unlinking has left a
+    finished picture under that name: it loses the name, and we try again."""
     while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            raise _refused(target.parent, error) from error
-        try:
-            _lock(fd, target)
-            if _reusable(fd, path):
-                os.ftruncate(fd, 0)
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def _lock(fd: int, target: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise TryAgain(f"Another run is writing {target}.", "Wait for it, or name another file.") from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise CannotCreate(f"{target} cannot be locked: {error.strerror}.") from error
-
-
-def _reusable(fd: int, path: Path) -> bool:
-    if not _same_file(fd, path):
-        return False
-    if os.fstat(fd).st_nlink == 1:
-        return True
-    path.unlink()  # a run was killed between linking and unlinking: these bytes are a finished picture
-    return False
-
-
-def _same_file(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.lstat())
-    except FileNotFoundError:
-        return False
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that cannot sync a folder
-            raise
-    finally:
+        fd = open_locked(path, target)
+        if os.fstat(fd).st_nlink == 1:
+            os.ftruncate(fd, 0)
+            return fd
+        path.unlink()
         os.close(fd)
 
 

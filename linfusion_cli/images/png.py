@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 
 from linfusion_cli.images.deflate import adler32, adler32_combine, crc32, deflate_part
-from linfusion_cli.images.metadata import PictureInfo, request_json, utf8
+from linfusion_cli.images.metadata import DIGITS_AT, PictureInfo, request_json, sealed, utf8
 from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.stream import RowStream
 from linfusion_cli.images.xmp import xmp_packet
@@ -17,6 +17,9 @@ ZLIB_HEADER = b"\x78\x01"
 LAST_BLOCK = b"\x03\x00"  # an empty, final deflate block
 SUB, UP = 1, 2
 PERCEPTUAL = b"\x00"
+REQUEST = "linfusion"  # the keyword of the text that holds it
+UNCOMPRESSED = b"\0\0\0\0\0"  # between keyword and text (section 11.3.3.4): no compression, language or translation
+DIGITS_IN_CHUNK = 8 + len(REQUEST) + len(UNCOMPRESSED) + DIGITS_AT
 
 
 class PngSink(RowStream):
@@ -40,7 +43,9 @@ class PngSink(RowStream):
         self._adler = adler32(b"")
         self._block = self._new_block()
         self._block[0] = 0  # the row above the first is black (section 9.2)
-        pending.write(_head(size_px, bits, info))
+        head = _head(size_px, bits, info)
+        self._request, self._request_at = request_json(info), len(head)
+        self._append(head + _itxt(REQUEST, self._request.encode()) + _after_request(info))
 
     def _new_block(self) -> np.ndarray:
         """Row 0 is the last row of the block before, which the Up filter needs; samples are big-endian."""
@@ -58,10 +63,14 @@ class PngSink(RowStream):
     def _collect(self, encoded: tuple[bytes, int, int]) -> None:
         chunk, adler, filtered_bytes = encoded
         self._adler = adler32_combine(self._adler, adler, filtered_bytes)
-        self._pending.write(chunk)
+        self._append(chunk)
 
     def _finish(self) -> None:
-        self._pending.write(_chunk(b"IDAT", LAST_BLOCK + struct.pack(">I", self._adler)) + _chunk(b"IEND", b""))
+        self._append(_chunk(b"IDAT", LAST_BLOCK + struct.pack(">I", self._adler)) + _chunk(b"IEND", b""))
+
+    def _seal(self, digits: str) -> None:
+        """The whole chunk anew, as its CRC changes with the digits."""
+        self._pending.write_at(self._request_at, _itxt(REQUEST, sealed(self._request, digits).encode()))
 
 
 def _encode(raw: np.ndarray, pixel_bytes: int) -> tuple[bytes, int, int]:
@@ -96,15 +105,17 @@ def _head(size_px: tuple[int, int], bits: int, info: PictureInfo) -> bytes:
         _chunk(b"sRGB", PERCEPTUAL),
         _chunk(b"pHYs", struct.pack(">IIB", per_metre, per_metre, 1)),
         _itxt("XML:com.adobe.xmp", xmp_packet(info)),
-        _itxt("linfusion", request_json(info).encode()),
     ]
-    if info.parameters:
-        chunks.append(_itxt("parameters", utf8(info.parameters)))
-    return SIGNATURE + b"".join(chunks) + _chunk(b"IDAT", ZLIB_HEADER)
+    return SIGNATURE + b"".join(chunks)
+
+
+def _after_request(info: PictureInfo) -> bytes:
+    parameters = _itxt("parameters", utf8(info.parameters)) if info.parameters else b""
+    return parameters + _chunk(b"IDAT", ZLIB_HEADER)
 
 
 def _itxt(keyword: str, text: bytes) -> bytes:
-    return _chunk(b"iTXt", keyword.encode("latin-1") + b"\0\0\0\0\0" + text)
+    return _chunk(b"iTXt", keyword.encode("latin-1") + UNCOMPRESSED + text)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -5,8 +5,8 @@ import struct
 import warnings
 from pathlib import Path
 
-from linfusion_cli.images.fileinfo import FileInfo, parse_request, truncated
-from linfusion_cli.images.jpeg import APP0, APP1, COM, COMMENT_NAME, END, SOS, segments
+from linfusion_cli.images.fileinfo import FileInfo, parse_checksum, parse_request, truncated
+from linfusion_cli.images.jpeg import APP0, APP1, COM, COMMENT_NAME, DIGITS_IN_COMMENT, END, SOS, segments
 
 NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # the tables among the markers C0 to CF
 FRAMES = [marker for marker in range(0xC0, 0xD0) if marker not in NOT_FRAMES]
@@ -17,22 +17,27 @@ def read_jpeg(path: Path) -> FileInfo:
     """Raises DataError when the file has no end mark after its picture data, ValueError when it is malformed."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found: dict[int, list[bytes]] = {}
+        comments: dict[int, bytes] = {}
         for marker, begin, end in segments(content):
-            found.setdefault(marker, []).append(content[begin + 4 : end])
+            value = content[begin + 4 : end]
+            found.setdefault(marker, []).append(value)
+            if marker == COM and value.startswith(COMMENT_NAME):
+                comments[begin] = value.removeprefix(COMMENT_NAME)
             if end > len(content):
                 raise truncated(path, "its header is not complete")
         # Within the data 0xFF is followed by 0 or a restart marker, so this is the end mark and no accident.
         if content.rfind(END, end) < 0:
             raise truncated(path, "it has no end mark (EOI)")
-    return _info(path, found)
+    return _info(path, found, comments)
 
 
-def _info(path: Path, found: dict[int, list[bytes]]) -> FileInfo:
+def _info(path: Path, found: dict[int, list[bytes]], comments: dict[int, bytes]) -> FileInfo:
     frame = next((found[marker][0] for marker in FRAMES if marker in found), None)
     if frame is None or SOS not in found:
         raise ValueError("there is no picture in it")
     bits, height_px, width_px = struct.unpack(">BHH", frame[:5])
-    comments = [text for text in found.get(COM, []) if text.startswith(COMMENT_NAME)]
+    request = b"".join(comments.values()).decode(errors="replace")
+    checksum = parse_checksum(request)
     return FileInfo(
         path=path,
         format="jpeg",
@@ -43,8 +48,10 @@ def _info(path: Path, found: dict[int, list[bytes]]) -> FileInfo:
         compression="jpeg",
         dpi=_dpi(found.get(APP0, [b""])[0]),
         file_bytes=path.stat().st_size,
-        request=parse_request(b"".join(text.removeprefix(COMMENT_NAME) for text in comments)),
+        request=parse_request(request),
         parameters=_parameters(found.get(APP1, [])),
+        file_sha256=checksum,
+        file_sha256_at=min(comments) + DIGITS_IN_COMMENT if checksum else None,
     )
 
 

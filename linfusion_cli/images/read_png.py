@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from linfusion_cli.images.fileinfo import FileInfo, parse_request, truncated
+from linfusion_cli.images.fileinfo import FileInfo, parse_checksum, parse_request, truncated
+from linfusion_cli.images.png import DIGITS_IN_CHUNK, REQUEST
 
 MOST_TEXT_BYTES = 1 << 26  # of one chunk, also after decompression
 TEXT_KINDS = (b"tEXt", b"zTXt", b"iTXt")
@@ -16,15 +17,18 @@ def read_png(path: Path) -> FileInfo:
     """Raises DataError when the file ends before its IEND chunk, ValueError and the like when it is malformed."""
     small: dict[bytes, bytes] = {}
     texts: dict[str, str] = {}
+    places: dict[str, int] = {}
     with path.open("rb") as file:
-        for kind, data in _chunks(path, file):
+        for kind, data, at in _chunks(path, file):
             if kind in TEXT_KINDS:
-                texts.update([_text(kind, data)])
+                keyword, text = _text(kind, data)
+                texts[keyword], places[keyword] = text, at
             else:
                 small[kind] = data
     if b"IDAT" not in small or b"IHDR" not in small:
         raise ValueError("there is no picture in it")
     width_px, height_px, bits = struct.unpack(">IIB", small[b"IHDR"][:9])
+    checksum = parse_checksum(texts.get(REQUEST))
     return FileInfo(
         path=path,
         format="png",
@@ -35,13 +39,15 @@ def read_png(path: Path) -> FileInfo:
         compression="deflate",
         dpi=_dpi(small.get(b"pHYs")),
         file_bytes=path.stat().st_size,
-        request=parse_request(texts.get("linfusion")),
+        request=parse_request(texts.get(REQUEST)),
         parameters=texts.get("parameters"),
+        file_sha256=checksum,
+        file_sha256_at=places[REQUEST] + DIGITS_IN_CHUNK if checksum else None,
     )
 
 
-def _chunks(path: Path, file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and data of each chunk; the data are checked against their CRC, those of IDAT neither read nor checked."""
+def _chunks(path: Path, file: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
+    """Kind, data and first byte of each chunk; data are checked against their CRC, those of IDAT not even read."""
     file_bytes, at, kind = path.stat().st_size, 8, b""
     while kind != b"IEND":
         file.seek(at)
@@ -54,7 +60,7 @@ def _chunks(path: Path, file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
         data = file.read(length) if known else b""
         if known and zlib.crc32(kind + data) != int.from_bytes(file.read(4)):
             raise ValueError(f"the checksum of its {kind.decode('latin-1')} chunk is wrong")
-        yield kind, data
+        yield kind, data, at - 12 - length
 
 
 def _text(kind: bytes, data: bytes) -> tuple[str, str]:

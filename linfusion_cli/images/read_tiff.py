@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from linfusion_cli.images.fileinfo import FileInfo, parse_request, truncated
+from linfusion_cli.images.fileinfo import FileInfo, parse_checksum, parse_request, truncated
+from linfusion_cli.images.metadata import DIGITS_AT
+from linfusion_cli.images.tiff import DESCRIPTION
 from linfusion_cli.images.xmp import xmp_user_comment
 
 NAMES = {1: "none", 5: "lzw", 6: "jpeg", 7: "jpeg", 8: "deflate", 32946: "deflate", 50000: "zstd"}
@@ -72,6 +74,7 @@ def _check_values(path: Path, file: Any, directory_offset: int, file_bytes: int)
 
 
 def _info(path: Path, page: Any, file_bytes: int) -> FileInfo:
+    checksum = parse_checksum(page.description)
     return FileInfo(
         path=path,
         format="tiff",
@@ -84,6 +87,8 @@ def _info(path: Path, page: Any, file_bytes: int) -> FileInfo:
         file_bytes=file_bytes,
         request=parse_request(page.description),
         parameters=_parameters(page.tags.valueof(700)),
+        file_sha256=checksum,
+        file_sha256_at=page.tags[DESCRIPTION].valueoffset + DIGITS_AT if checksum else None,
     )
 
 

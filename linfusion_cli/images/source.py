@@ -100,6 +100,19 @@ def source_rows(
         return _bands(image, path, background or (0, 0, 0))
 
 
+def decode_source(path: str | os.PathLike[str]) -> None:
+    """Decodes every row, a few at a time, and keeps none; raises as `inspect_source` does, and DataError that says
+    where, for data that libvips has any doubt about."""
+    picture = inspect_source(path)
+    with reading(picture.path), _decoding(picture.path):
+        image = _opened(picture.path, picture.format)
+        region, step = _vips().Region.new(image), max(1, FETCH_PX // image.width)
+    for top in range(0, image.height, step):
+        rows = min(step, image.height - top)
+        with reading(picture.path), _decoding(picture.path, f" from row {top + 1} on"):
+            region.fetch(0, top, image.width, rows)
+
+
 def transparent(path: Path) -> DataError:
     """The error for a picture with alpha and no colour to put behind it."""
     return DataError(f"{path} has transparency.", "Say what is behind it: --background white (or any colour).")
@@ -142,7 +155,7 @@ def _silence(vips: Any) -> None:
 
 
 @contextmanager
-def _decoding(path: Path) -> Iterator[None]:
+def _decoding(path: Path, where: str = "") -> Iterator[None]:
     vips = _vips()
     vips.vips_lib.vips_error_clear()  # of what it said about a file before without giving up
     try:
@@ -150,7 +163,9 @@ def _decoding(path: Path) -> Iterator[None]:
     except vips.Error as error:
         who, _, what = first_line(Exception(error.detail)).rstrip(".").partition(": ")
         reason = what or "its data are not what they should be"  # sometimes vips says nothing
-        raise DataError(f"{path} cannot be decoded: {reason}.", "It may be damaged: make or copy it again.") from error
+        raise DataError(
+            f"{path} cannot be decoded{where}: {reason}.", "It may be damaged: make or copy it again."
+        ) from error
 
 
 def _opened(path: Path, format: str) -> Any:

@@ -1,5 +1,6 @@
 """What every sink does with its rows: check them, cut them into blocks, and clean up when something fails."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ class RowStream(ABC):
     """A RowSink that stores rows in blocks of `block_rows` and encodes the blocks in threads.
 
     A format says how rows are stored in a block, how a full block is submitted to the pool, what is done with an
-    encoded one, and how the file ends.
+    encoded one, how the file ends, and where its checksum is put in (`verify` has the rule).
     """
 
     def __init__(self, pending: PendingFile, size_px: tuple[int, int], bits: int, block_rows: int, threads: int | None):
@@ -26,6 +27,7 @@ class RowStream(ABC):
         self.block_rows = min(block_rows, self.height_px)
         self._pending = pending
         self._pool = OrderedPool(threads or default_threads(), self._collect)
+        self._sha256 = hashlib.sha256()
         self._row = 0
         self._filled = 0
         self._state = OPEN
@@ -48,6 +50,7 @@ class RowStream(ABC):
                 raise ValueError(f"{self._row} rows of {self.height_px} were written")
             self._pool.finish()
             self._finish()
+            self._seal(self._sha256.hexdigest())
             self._pending.commit()
             self._state = DONE
 
@@ -72,6 +75,15 @@ class RowStream(ABC):
     @abstractmethod
     def _finish(self) -> None:
         """Append what follows the last block."""
+
+    @abstractmethod
+    def _seal(self, digits: str) -> None:
+        """Put the checksum in."""
+
+    def _append(self, data: bytes) -> None:
+        """Every byte of the file passes here, except for TIFF's header, which is written last."""
+        self._sha256.update(data)
+        self._pending.write(data)
 
     def _take(self, part: np.ndarray) -> None:
         self._store(part, self._filled)

@@ -10,12 +10,13 @@ from linfusion_cli.errors import Unavailable
 from linfusion_cli.images import ifd
 from linfusion_cli.images.deflate import zlib_stream
 from linfusion_cli.images.jpeg import encode_jpeg
-from linfusion_cli.images.metadata import PictureInfo, request_json, srgb_profile
+from linfusion_cli.images.metadata import DIGITS_AT, PictureInfo, request_json, srgb_profile
 from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.stream import RowStream
 from linfusion_cli.images.xmp import xmp_packet
 
 TILE_PX = 512
+DESCRIPTION = 270
 RGB, YCBCR = 2, 6
 
 
@@ -75,13 +76,18 @@ class TiffSink(RowStream):
 
     def _collect(self, encoded: bytes) -> None:
         self._tile_bytes.append(len(encoded))
-        self._pending.write(encoded)
+        self._append(encoded)
 
     def _finish(self) -> None:
-        self._pending.write(bytes(-self._pending.position % 8))
-        header, directory = ifd.directory(self._tags | self._tile_tags(), self._pending.position)
-        self._pending.write(directory)
+        self._append(bytes(-self._pending.position % 8))
+        header, directory, places = ifd.directory(self._tags | self._tile_tags(), self._pending.position)
+        self._append(directory)
+        self._digits_at = places[DESCRIPTION] + DIGITS_AT
         self._pending.write_at(0, header)
+        self._sha256.update(header.ljust(ifd.HEADER_BYTES, b"\0"))
+
+    def _seal(self, digits: str) -> None:
+        self._pending.write_at(self._digits_at, digits.encode())
 
     def _tile_tags(self) -> dict[int, ifd.Entry]:
         offsets = np.cumsum([ifd.HEADER_BYTES, *self._tile_bytes]).tolist()[:-1]
@@ -95,7 +101,7 @@ class TiffSink(RowStream):
             258: ifd.shorts(*[self.bits] * 3),
             259: ifd.shorts(self._codec.tag),
             262: ifd.shorts(YCBCR if jpeg else RGB),
-            270: ifd.ascii_text(request_json(info)),
+            DESCRIPTION: ifd.ascii_text(request_json(info)),
             277: ifd.shorts(3),
             282: ifd.rational(info.dpi),
             283: ifd.rational(info.dpi),

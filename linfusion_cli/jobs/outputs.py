@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from linfusion_cli import __version__, images
 from linfusion_cli.errors import LinfusionError, WriteFailed
 from linfusion_cli.geometry import Size
+from linfusion_cli.jobs.complete import is_left
+from linfusion_cli.jobs.keep import Keeper
 from linfusion_cli.jobs.prepare import Prepared, saved_sizes
-from linfusion_cli.jobs.weights import main_hash
+from linfusion_cli.jobs.weights import main_hash, named_weights
 from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.request import PictureRequest
 
@@ -68,28 +71,36 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Held:
-    """The files of the picture and of its preview, under temporary names: nobody else can begin them."""
+    """The files of a run under temporary names: nobody else can begin them."""
 
     picture: images.PendingFile
     preview: images.PendingFile | None
+    latents: images.PendingFile | None
 
 
 @contextmanager
-def held_outputs(request: PictureRequest) -> Iterator[Held]:
-    """The output and the preview from before any work; what is not complete at the end is gone."""
+def held_outputs(request: PictureRequest, ours: Collection[Path]) -> Iterator[Held]:
+    """The output and the files beside it from before any work; what is not complete at the end is gone.
+
+    Those that are `ours` may be replaced: an earlier run of the same request has made them.
+    """
     format = images.format_for(request.output, request.format)
-    picture = images.hold(
-        request.output, format, request.size.pair, request.bits, request.compression, request.overwrite
-    )
-    with picture, _held_preview(request) as preview:
-        yield Held(picture, preview)
+    if request.preview is not None:
+        images.format_for(request.preview)
 
+    def may_go(path: Path) -> bool:
+        return request.overwrite or path in ours
 
-def _held_preview(request: PictureRequest) -> AbstractContextManager[images.PendingFile | None]:
-    if request.preview is None:
-        return nullcontext()
-    images.format_for(request.preview)
-    return images.PendingFile(request.preview, request.overwrite)
+    def held(path: Path | None) -> AbstractContextManager[images.PendingFile | None]:
+        return nullcontext() if path is None else images.PendingFile(path, may_go(path))
+
+    how = request.size.pair, request.bits, request.compression, may_go(request.output)
+    with (
+        images.hold(request.output, format, *how) as picture,
+        held(request.preview) as preview,
+        held(request.keep_latents) as latents,
+    ):
+        yield Held(picture, preview, latents)
 
 
 @contextmanager
@@ -106,14 +117,20 @@ def opened_outputs(request: PictureRequest, held: Held, weights: Sequence[Weight
 
 
 @contextmanager
-def opened_phases(prepared: Prepared, weights: Sequence[WeightsFile]) -> Iterator[dict[int, images.RowSink]]:
-    """Of the phases whose pictures are to be kept, their files: held from now on, complete when the phase is."""
-    request, sinks = prepared.request, {}
+def opened_phases(
+    prepared: Prepared, weights: Sequence[WeightsFile], keeper: Keeper
+) -> Iterator[dict[int, images.RowSink]]:
+    """Of the phases whose pictures are to be kept, their files: held from now on, complete when the phase is.
+
+    An earlier run has completed those before the phase that it reached, and may have completed that one.
+    """
+    request, sinks, first = prepared.request, {}, keeper.found_state().begun.phase
     try:
         if request.save_phases:
-            for phase, size in zip(prepared.phases, saved_sizes(prepared), strict=False):
+            for phase, size in list(zip(prepared.phases, saved_sizes(prepared), strict=False))[first:]:
                 path, info = phase_path(request.output, size), picture_info(request, size, weights)
-                sinks[phase.index] = _open_picture(request, path, size, info)
+                may_go = request.overwrite or is_left(path, request, keeper.found)
+                sinks[phase.index] = _open_picture(request, path, size, info, may_go)
         yield sinks
     finally:
         for sink in sinks.values():
@@ -126,7 +143,11 @@ def phase_path(output: Path, size: Size) -> Path:
 
 
 def _open_picture(
-    request: PictureRequest, target: Path | images.PendingFile, size: Size, info: images.PictureInfo
+    request: PictureRequest,
+    target: Path | images.PendingFile,
+    size: Size,
+    info: images.PictureInfo,
+    overwrite: bool = False,
 ) -> images.RowSink:
     return images.open_sink(
         target,
@@ -135,8 +156,13 @@ def _open_picture(
         request.bits,
         info,
         compression=request.compression,
-        overwrite=request.overwrite,
+        overwrite=overwrite,
     )
+
+
+def made_with(request: PictureRequest, weights: Sequence[WeightsFile]) -> dict[str, Any]:
+    """The full request and its weights: what makes the same picture again."""
+    return request.to_json() | {"weights": named_weights(weights)}
 
 
 def picture_info(request: PictureRequest, size: Size, weights: Sequence[WeightsFile]) -> images.PictureInfo:
@@ -155,6 +181,7 @@ def picture_info(request: PictureRequest, size: Size, weights: Sequence[WeightsF
         model_hash=main_hash(weights)[:A1111_HASH_DIGITS],
         more={} if request.clip_skip is None else {"Clip skip": request.clip_skip},
     )
-    made_with = request.to_json() | {"weights": [{"file": file.name, "sha256": file.sha256} for file in weights]}
-    info = images.PictureInfo(software, request.dpi, made_with, request.prompt, request.negative_prompt, parameters)
+    info = images.PictureInfo(
+        software, request.dpi, made_with(request, weights), request.prompt, request.negative_prompt, parameters
+    )
     return info if request.prompt_metadata else images.without_prompt(info)

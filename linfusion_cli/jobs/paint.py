@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,10 +19,12 @@ from linfusion_cli.device import limit_device_memory
 from linfusion_cli.jobs.adapter import read_picture
 from linfusion_cli.jobs.attention import load_linear
 from linfusion_cli.jobs.control import ActingControl, acting, load_controls
-from linfusion_cli.jobs.pixels import begun_with
+from linfusion_cli.jobs.keep import Keeper
+from linfusion_cli.jobs.pixels import begun_with, enlarge
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.prompts import literal_notice
+from linfusion_cli.jobs.reached import Begun, Reached, on_device
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
 from linfusion_cli.models.inversion import read_inversions
@@ -40,7 +42,8 @@ from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.sampling.noise import InTurn, phase_noise, step_noise
 from linfusion_cli.sampling.passes import demofusion_of, phase_schedule
 from linfusion_cli.sampling.probe import noise_correlation, prediction_type
-from linfusion_cli.sampling.schedule import Schedule
+from linfusion_cli.sampling.schedule import Draw, Schedule
+from linfusion_cli.stopping import finishing
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.strips.storage import Storage
@@ -50,6 +53,7 @@ UNHEARD = "The {} is too long for the model's text encoder, which did not hear i
 UNUSED = "Neither prompt has the token {!r} of a textual inversion, which does nothing."
 SMALLER = "Memory ran out: the step is repeated, and the phase goes on, in strips of {} rows and {} tokens, {}."
 PROBED = "The model's config does not say what it predicts: by a probe, {} (its correlation with noise is {:.2f})."
+THREADS = torch.get_num_threads()
 MAPS = {"device": "maps on the device", "skips": "skip connections on the host", "host": "maps on the host"}
 
 
@@ -64,14 +68,25 @@ class Models:
     controls: list[LoadedControl]
 
 
-def begin(prepared: Prepared, recorder: Recorder) -> Run:
-    """Settle how this run works; raises DoesNotFit where it cannot."""
+def begin(prepared: Prepared, recorder: Recorder, keeper: Keeper) -> Run:
+    """Settle how this run works: as the one that it goes on with, if there is room; raises DoesNotFit."""
     gc.freeze()  # what the imports made stays: collecting at each stage need not walk a million objects
-    run = Run(prepared, plan_run(prepared), recorder)
+    torch.set_num_threads(keeper.threads or THREADS)  # sums depend on how they are shared out
+    run = Run(prepared, plan_run(prepared, keeper.executed), recorder, keeper)
+    keeper.describe = partial(described, run)
     recorder.device = run.device
     limit_device_memory(run.device, prepared.request.vram)
     recorder.planned(run.plan.need, run.plan.need.device_bytes if run.device.type == "cuda" else None)
     return run
+
+
+def described(run: Run, reached: Reached) -> str:
+    """How far `reached` is, in words."""
+    phase = run.prepared.phases[reached.begun.phase]
+    if reached.is_done:
+        return "the finished latents" if phase is run.prepared.phases[-1] else f"all of phase {phase.name}"
+    steps = run.plan.stage("denoise", phase.index).steps if phase.count else 0
+    return f"step {reached.steps} of {steps} in phase {phase.name}"
 
 
 def read_prompts(run: Run) -> Conditioning:
@@ -93,11 +108,16 @@ def read_prompts(run: Run) -> Conditioning:
     return conditioning
 
 
-def load(run: Run, conditioning: Conditioning) -> Models:
-    """The VAE on the device; the UNet and its linear attention on the CPU, until a phase mounts what it needs."""
+def load_decoder(run: Run) -> Vae:
+    """The VAE on the device."""
+    with run.recorder.stage("vae", "load", None, 1, "models"):
+        return load_vae(run.prepared.vae, run.plan.machine.vae_dtype, run.device)
+
+
+def load(run: Run, vae: Vae, conditioning: Conditioning) -> Models:
+    """The UNet and its linear attention, on the CPU until a phase mounts what it needs, beside the `vae`."""
     prepared = run.prepared
     with run.recorder.stage("models", "load", None, 1, "models"):
-        vae = load_vae(prepared.vae, run.plan.machine.vae_dtype, run.device)
         unet = load_unet(prepared.model, run.dtype)
         linear = load_linear(run, unet)
         for file, weight in prepared.loras:
@@ -122,53 +142,114 @@ def settled(run: Run, models: Models) -> Run:
     return run.predicting(prediction_type(correlation))
 
 
-def first(run: Run, models: Models) -> tuple[Tensor, Channels]:
-    """Latents of the first phase, and what the channels of those it came from are like: of the base, or the picture."""
-    if run.prepared.picture is None:
-        latents = base(run, models)
-        return latents, Channels.of(latents)
-    encoded = begun_with(run, models.vae, run.prepared.picture)
-    channels = Channels.of(encoded)
-    return grow(run, models, encoded, channels, run.prepared.phases[0]), channels
+def painted(run: Run, vae: Vae) -> Tensor:
+    """Latents [1, C, h, w] of the whole picture, phase by phase from what an earlier run has reached."""
+    reached, phases = run.keeper.found_state(), run.prepared.phases
+    if is_over(reached, phases[-1]):
+        return reached.latents
+    conditioning = read_prompts(run)  # text encoders come and go before the UNet
+    models = load(run, vae, conditioning)
+    run = settled(run, models)
+    for phase in phases[reached.begun.phase :]:
+        if not is_over(reached, phase):
+            reached = begun(run, models, reached, phase)
+            reached = denoised(run, models, reached, phase)
+            run.keeper.border(reached)
+    return reached.latents
 
 
-def base(run: Run, models: Models) -> Tensor:
-    """Latents [1, C, h, w] of the first phase's picture, from noise."""
-    request, facts, phase = run.prepared.request, run.prepared.facts, run.prepared.phases[0]
-    size_lat = phase.size.divided(facts.vae_factor)
-    draw = InTurn(request.seed, facts.latent_channels, size_lat.height, size_lat.width, run.dtype)
-    schedule = phase_schedule(request, facts.scheduler_config, phase, draw)
-    latents = schedule.started(draw()).to(run.device)
-    with prediction(run, models, phase, schedule) as (predict, _):
-        return stepped(run, phase, denoise(latents, schedule, predict))
+def is_over(reached: Reached, phase: Phase) -> bool:
+    """Whether `reached` is the end of `phase`."""
+    return reached.is_done and reached.begun.phase == phase.index
 
 
-def grow(run: Run, models: Models, encoded: Tensor, base: Channels, phase: Phase) -> Tensor:
-    """The picture that `phase` begins with as latents [1, C, h, w], noised and denoised again.
+def begun(run: Run, models: Models, reached: Reached, phase: Phase) -> Reached:
+    """The beginning of `phase`, unless what was reached lies in it: noise, or a picture as latents."""
+    if phase.from_noise or (reached.begun.phase == phase.index and reached.begun.encoded is not None):
+        return reached
+    if reached.latents is None:
+        encoded = begun_with(run, models.vae, run.prepared.picture)
+        base = Channels.of(encoded)
+    else:
+        encoded = enlarge(run, models.vae, reached.latents, phase)
+        base = reached.begun.base or Channels.of(reached.latents)
+    reached = Reached(Begun(phase.index, encoded, base))
+    run.keeper.border(reached)
+    return reached
 
-    `base` is what the channels of the ladder's first latents were like.
-    """
-    request, facts = run.prepared.request, run.prepared.facts
-    shape = encoded.shape[1:]
-    draw = partial(step_noise, request.seed, phase.index, *shape)
-    schedule = phase_schedule(request, facts.scheduler_config, phase, draw)
+
+def denoised(run: Run, models: Models, reached: Reached, phase: Phase) -> Reached:
+    """The end of `phase`, of which `reached` is the beginning or a later step."""
+    config, encoded = run.prepared.facts.scheduler_config, reached.begun.encoded
+    draw, noise_now = noise_of(run, phase, reached)
+    schedule = phase_schedule(run.prepared.request, config, phase, draw)
     if schedule is None:
-        return encoded
-    start = encoded.to(run.device), phase_noise(request.seed, phase.index, *shape).to(run.device)
-    with prediction(run, models, phase, schedule) as (predict, predict_dilated):
-        if request.upscaler == "sdedit":
-            return stepped(run, phase, sdedit(*start, schedule, predict))
-        method, base = demofusion_of(request, phase), base.to(run.device)
-        return stepped(run, phase, demofusion(*start, base, schedule, predict, predict_dilated, method))
+        return replace(reached, latents=encoded, is_done=True)
+    latents = None if reached.latents is None else reached.latents.to(run.device)
+    if latents is not None:
+        schedule.go_on(on_device(reached.scheduler, run.device))
+    elif phase.from_noise:
+        latents = schedule.started(draw()).to(run.device)
+    with prediction(run, models, phase, schedule) as predictions:
+        if phase.from_noise:
+            steps = denoise(latents, schedule, predictions[0], reached.steps)
+        else:
+            steps = grown(run, reached, phase, schedule, latents, predictions)
+        return stepped(run, phase, reached, steps, lambda: (schedule.state(), noise_now()))
 
 
-def stepped(run: Run, phase: Phase, steps: Iterator[Tensor]) -> Tensor:
-    """The last latents of `steps`, on the CPU, with the stage recorded."""
-    with run.stage("denoise", phase.index) as stage, torch.inference_mode():
-        for done, reached in enumerate(steps, 1):
-            latents = reached
-            stage.advance(done)
-    return checked(latents, f"The model gave NaN in {phase.name}.").cpu()
+def noise_of(run: Run, phase: Phase, reached: Reached) -> tuple[Draw, Callable[[], Tensor | None]]:
+    """What draws the noise of a phase's steps, and tells what has to be saved for it to be drawn on."""
+    request, facts = run.prepared.request, run.prepared.facts
+    size_lat = phase.size.divided(facts.vae_factor)
+    shape = facts.latent_channels, size_lat.height, size_lat.width
+    if not phase.from_noise:
+        return partial(step_noise, request.seed, phase.index, *shape), lambda: None
+    draw = InTurn(request.seed, *shape, run.dtype)
+    if reached.noise is not None:
+        draw.go_on(reached.noise)
+    return draw, draw.state
+
+
+def grown(
+    run: Run,
+    reached: Reached,
+    phase: Phase,
+    schedule: Schedule,
+    latents: Tensor | None,
+    predictions: tuple[Predict, Predict],
+) -> Iterator[Tensor]:
+    """The steps of a phase above the base, from its noised beginning or from `latents`, and what each makes."""
+    request, encoded = run.prepared.request, reached.begun.encoded
+    noise = phase_noise(request.seed, phase.index, *encoded.shape[1:]).to(run.device)
+    start, predict = (encoded.to(run.device), noise), predictions[0]
+    if request.upscaler == "sdedit":
+        if latents is None:
+            return sdedit(*start, schedule, predict)
+        return denoise(latents, schedule, predict, reached.steps)
+    base, method = reached.begun.base.to(run.device), demofusion_of(request, phase)
+    return demofusion(*start, base, schedule, *predictions, method, latents, reached.steps)
+
+
+def stepped(
+    run: Run,
+    phase: Phase,
+    reached: Reached,
+    steps: Iterator[Tensor],
+    state: Callable[[], tuple[dict[str, Any], Tensor | None]],
+) -> Reached:
+    """What is reached when all `steps` are done, with the stage recorded; `state` is what goes on with latents."""
+    with run.stage("denoise", phase.index, reached.steps) as stage, torch.inference_mode():
+        while True:
+            with finishing():
+                latents = next(steps, None)
+                if latents is None:
+                    break
+                reached = Reached(reached.begun, reached.steps + 1, latents, False, *state())
+                run.keeper.step(reached)
+            stage.advance(reached.steps)
+    checked(reached.latents, f"The model gave NaN in {phase.name}.")
+    return Reached(reached.begun, reached.steps, reached.latents.cpu(), is_done=True)
 
 
 @contextmanager
@@ -185,14 +266,15 @@ def prediction(run: Run, models: Models, phase: Phase, schedule: Schedule) -> It
         how = {"scale": phase.guidance_scale, "rescale": run.prepared.request.guidance_rescale, "applies": applies}
         yield tuple(
             guided_prediction(run, models.conditioning, how_to_run, mode.together, how)
-            for how_to_run in runners(run, unet, mode, phase.dilation, controls)
+            for how_to_run in runners(run, unet, mode, phase, controls)
         )
 
 
 def runners(
-    run: Run, unet: UNet2DConditionModel, mode: Mode, dilation: int, controls: list[ActingControl]
+    run: Run, unet: UNet2DConditionModel, mode: Mode, phase: Phase, controls: list[ActingControl]
 ) -> list[Whole] | list[InStrips]:
     """What runs `unet`, with its attention mounted, in this mode under `controls`: as it is, and dilated."""
+    dilation = phase.dilation
     if mode.strips is None:
         whole = [control.whole() for control in controls]
         return [Whole(unet, times, whole) for times in (1, dilation)]
@@ -200,6 +282,7 @@ def runners(
 
     def on_smaller(strips: Strips) -> None:
         size, place = strips.size, strips.storage.place
+        run.keeper.runs_so("denoise", phase.index, replace(mode, strips=size, place=place))
         run.recorder.notice(SMALLER.format(size.rows, size.tokens, MAPS[place]))
 
     in_strips = [control.in_strips(strips.storage) for control in controls]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from linfusion_cli.jobs.attention import check_base
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.planning.machine import survey
 from linfusion_cli.planning.outline import ModelOutline
-from linfusion_cli.planning.plan import Plan, Wanted, make_plan
+from linfusion_cli.planning.plan import Plan, Wanted, executed_ways, make_plan
 from linfusion_cli.sampling.passes import count_passes
 from linfusion_cli.unet.check import check_control, check_supported
 
 
-def plan_run(prepared: Prepared) -> Plan:
-    """The plan for a request, from the model's config files.
+def plan_run(prepared: Prepared, executed: Sequence[Mapping[str, Any]] = ()) -> Plan:
+    """The plan for a request, from the model's config files; stages run as they were `executed` before, if they were.
 
     Raises DoesNotFit, UsageError for steps that the scheduler cannot take, DataError for a UNet or
     ControlNet that cannot run in strips and should, or what those files are guilty of.
@@ -22,7 +25,9 @@ def plan_run(prepared: Prepared) -> Plan:
     held_bytes = prepared.picture.held_bytes if prepared.picture else 0
     controls = prepared.controls
     controlled = (controls.phases, controls.held_bytes)
-    wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes, *controlled)
+    machine = survey(request)
+    before = executed_ways(executed, machine)
+    wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes, *controlled, before)
     folders = [control.folder for control in controls.found]
     outline = ModelOutline.read(prepared.model, prepared.linfusion, prepared.vae, prepared.adapters, folders)
     if prepared.base is not None:
@@ -33,4 +38,4 @@ def plan_run(prepared: Prepared) -> Plan:
             if any(phases[index].attention == "linear" for index in controls.phases):
                 for control in outline.controls:
                     check_control(control.net)
-    return make_plan(wanted, outline, survey(request))
+    return make_plan(wanted, outline, machine)

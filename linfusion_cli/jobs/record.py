@@ -68,29 +68,32 @@ class Recorder:
         unit: str,
         spent_sec: float = 0.0,
         planned: Need | None = None,
+        done: int = 0,
     ) -> Iterator[Stage]:
         """Time and measure what happens within: `total` units of it, which the Stage is told of.
 
-        `spent_sec` is what the stage took before, in pieces between others.
+        `spent_sec` is what the stage took before, in pieces between others; an earlier run has `done` some units.
         """
         free_memory(self.device)
         peak = PeakMemory(self.device)
         self._observer(StageStarted(name, size, total, unit))
         stage = Stage(self._observer)
+        if done:
+            stage.advance(done)
         yield stage
-        steps = total if unit == "steps" else None
+        steps = total - done if unit == "steps" else None
         seconds = stage.seconds + spent_sec
         measured = StageReport(name, kind, size, seconds, steps, peak.host_bytes(), peak.device_bytes())
-        self.stages.append(measured if planned is None else with_plan(measured, planned))
+        self.stages.append(measured if planned is None else with_plan(measured, planned, 1 - done / total))
         self._observer(StageFinished(seconds))
 
 
-def with_plan(measured: StageReport, planned: Need) -> StageReport:
-    """What was measured, with what had been planned beside it."""
+def with_plan(measured: StageReport, planned: Need, share: float) -> StageReport:
+    """What was measured, with what had been planned beside it, for the `share` that was left to do."""
     device = planned.device_bytes if measured.peak_device_bytes is not None else None
     return replace(
         measured,
-        planned_seconds=planned.seconds,
+        planned_seconds=planned.seconds * share,
         planned_host_bytes=planned.host_bytes,
         planned_device_bytes=device,
     )

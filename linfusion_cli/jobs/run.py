@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from linfusion_cli.errors import DataError
 from linfusion_cli.images import RowSink
+from linfusion_cli.jobs.keep import Keeper
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder, Stage
 
@@ -28,6 +29,7 @@ class Run:
     prepared: Prepared
     plan: Plan
     recorder: Recorder
+    keeper: Keeper
     phase_sinks: Mapping[int, RowSink] = field(default_factory=dict)
 
     @property
@@ -44,11 +46,11 @@ class Run:
         prepared = replace(self.prepared, facts=self.prepared.facts.predicting(prediction_type))
         return replace(self, prepared=prepared)
 
-    def stage(self, kind: str, phase: int) -> AbstractContextManager[Stage]:
-        """Record a planned stage: a denoising counts steps, all else rows of the picture."""
+    def stage(self, kind: str, phase: int, done: int = 0) -> AbstractContextManager[Stage]:
+        """Record a planned stage, of which an earlier run has `done` some: a denoising counts steps, all else rows."""
         planned = self.plan.stage(kind, phase)
         total, unit = (planned.steps, "steps") if planned.steps else (planned.size.height, "rows")
-        return self.recorder.stage(planned.name, kind, planned.size, total, unit, planned=planned.need)
+        return self.recorder.stage(planned.name, kind, planned.size, total, unit, planned=planned.need, done=done)
 
 
 def checked(values: torch.Tensor, message: str) -> torch.Tensor:

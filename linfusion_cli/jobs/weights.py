@@ -48,6 +48,11 @@ def main_hash(weights: Sequence[WeightsFile]) -> str:
     return next((file.sha256 for file in weights if file.use in (WHOLE, "unet")), "")
 
 
+def named_weights(weights: Sequence[WeightsFile]) -> list[dict[str, str]]:
+    """As a picture's metadata have it."""
+    return [{"file": file.name, "sha256": file.sha256} for file in weights]
+
+
 def to_json(weights: Sequence[WeightsFile]) -> list[dict[str, Any]]:
     """As a report has it."""
     return [{"use": file.use, "path": str(file.path), "bytes": file.bytes, "sha256": file.sha256} for file in weights]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -89,7 +89,8 @@ class Wanted:
     """What is to be planned: phases, how often each runs the UNet, and the size of the picture that grows, if any.
 
     `held_bytes` is what reading that picture holds at once. ControlNets act in the phases `controlled`, by index, and
-    reading their pictures holds `control_held_bytes`.
+    reading their pictures holds `control_held_bytes`. Stages run, if they fit, in the way in which they were `executed`
+    before, by kind and phase: then the picture is the same bit for bit.
     """
 
     request: PictureRequest
@@ -100,6 +101,12 @@ class Wanted:
     held_bytes: int = 0
     controlled: frozenset[int] = frozenset()
     control_held_bytes: int = 0
+    executed: Mapping[tuple[str, int], Mode | Method] = field(default_factory=dict)
+
+    def first(self, kind: str, phase: Phase, ways: Sequence[Mode | Method]) -> list[Mode | Method]:
+        """`ways` to run a stage, before them the one in which it was run before."""
+        before = self.executed.get((kind, phase.index))
+        return [*ways] if before is None else [before, *ways]
 
     @property
     def attentions(self) -> list[str]:
@@ -113,6 +120,20 @@ class Wanted:
         """Whether its result becomes pixels."""
         needed = self.request.upscale_space == "pixel" or self.request.save_phases
         return needed or phase is self.phases[-1]
+
+
+def executed_ways(stages: Sequence[Mapping[str, Any]], machine: Machine) -> dict[tuple[str, int], Mode | Method]:
+    """How stages were run, by kind and phase, from their JSON in a journal: those that ran on such a device."""
+    alike = (stage for stage in stages if stage["device"] == machine.device.type)
+    return {(stage["kind"], stage["phase"]): way_of(stage["kind"], stage["mode"]) for stage in alike}
+
+
+def way_of(kind: str, values: Mapping[str, Any]) -> Mode | Method:
+    """The Mode or Method whose fields have these JSON `values`."""
+    if kind != "denoise":
+        return Method(**values)
+    strips = values["strips"]
+    return Mode(**{**values, "strips": None if strips is None else StripSize(**strips)})
 
 
 def make_plan(wanted: Wanted, outline: ModelOutline, machine: Machine) -> Plan:
@@ -160,14 +181,14 @@ def ways(wanted: Wanted, reckoner: Reckoner) -> Iterator[list[PlannedStage]]:
             yield conversions(wanted, reckoner, phase, "encode", before.attention)
         if passes.steps:
             modes = modes_for(phase.attention, reckoner.machine, both_halves=passes.guided > 0)
-            yield [denoising(wanted, reckoner, phase, passes, mode) for mode in modes]
+            yield [denoising(wanted, reckoner, phase, passes, mode) for mode in wanted.first("denoise", phase, modes)]
         if wanted.is_decoded(phase):
             yield conversions(wanted, reckoner, phase, "decode", phase.attention)
 
 
 def conversions(wanted: Wanted, reckoner: Reckoner, phase: Phase, kind: Kind, attention: str) -> list[PlannedStage]:
     """The ways to decode a phase's picture, or encode what it begins with, while the UNet has this attention."""
-    methods = methods_for(kind, wanted.request.vae_statistics, reckoner, phase.size)
+    methods = wanted.first(kind, phase, methods_for(kind, wanted.request.vae_statistics, reckoner, phase.size))
     needs = [reckoner.vae(phase.size, kind == "encode", attention, method) for method in methods]
     stages = [PlannedStage(phase.index, kind, kind, phase.size, 0, *pair) for pair in zip(methods, needs, strict=True)]
     reads = kind == "encode" and phase.index == 0

@@ -116,4 +116,5 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "dpi": _number,
     "save_phases": _truth,
     "prompt_metadata": _truth,
+    "checkpoint_every": _number,
 }

@@ -74,14 +74,18 @@ def demofusion(
     predict: Predict,
     predict_dilated: Predict,
     method: DemoFusion,
+    reached: Tensor | None = None,
+    done: int = 0,
 ) -> Iterator[Tensor]:
     """Denoise the encoded, enlarged picture [1, C, h, w] from the first step of `schedule`, yielding after each step.
+
+    Or go on from the latents that were `reached` after the first `done` steps.
 
     `predict` and `predict_dilated` are the guided predictions of the UNet as it is, and with all its convolutions
     dilated by `method.dilation`. The last latents have the mean and deviation of `base`.
     """
-    latents = schedule.noised(encoded, noise, 0)
-    for step, timestep in enumerate(schedule.timesteps):
+    latents = schedule.noised(encoded, noise, 0) if reached is None else reached
+    for step, timestep in enumerate(schedule.timesteps[done:], done):
         at = float(timestep)
         skip, dilated, blur = cosines(at, schedule.training_steps, method.exponents)
         latents = torch.lerp(latents, schedule.noised(encoded, noise, step), skip)

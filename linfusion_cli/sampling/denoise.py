@@ -10,9 +10,12 @@ from linfusion_cli.sampling.guidance import Predict
 from linfusion_cli.sampling.schedule import Schedule
 
 
-def denoise(latents: Tensor, schedule: Schedule, predict: Predict) -> Iterator[Tensor]:
-    """Take the steps of `schedule` from `latents` [1, C, h, w] in fp32, yielding the latents after each."""
-    for step, timestep in enumerate(schedule.timesteps):
+def denoise(latents: Tensor, schedule: Schedule, predict: Predict, done: int = 0) -> Iterator[Tensor]:
+    """Take the steps of `schedule` from `latents` [1, C, h, w] in fp32, yielding the latents after each.
+
+    `latents` are those after the first `done` of them.
+    """
+    for step, timestep in enumerate(schedule.timesteps[done:], done):
         prediction = predict(schedule.scaled(latents, step), timestep)
         latents = schedule.stepped(prediction, step, latents)
         yield latents

@@ -21,6 +21,14 @@ class InTurn:
         """The next noise, in fp32, whatever the step."""
         return torch.randn(self._shape, generator=self._generator, dtype=self._dtype).float()
 
+    def state(self) -> Tensor:
+        """What the generator is at: from here it goes on to draw the same."""
+        return self._generator.get_state()
+
+    def go_on(self, state: Tensor) -> None:
+        """Draw on from a `state` that was."""
+        self._generator.set_state(state)
+
 
 def phase_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int) -> Tensor:
     """The noise of one phase -> [1, C, H, W] in fp32.

@@ -61,6 +61,7 @@ class Schedule:
     timesteps: Tensor
     sigmas: list[float]
     draw: Draw
+    fresh: Mapping[str, Any]  # the scheduler's attributes before the first step
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -69,6 +70,16 @@ class Schedule:
     def training_steps(self) -> int:
         """T: how many timesteps the model was trained with."""
         return self.scheduler.config.num_train_timesteps
+
+    def state(self) -> dict[str, Any]:
+        """What steps have changed in the scheduler: numbers, tensors that nobody writes over, and lists of them."""
+        now = attributes(self.scheduler)
+        return {name: now[name] for name in now if now[name] is not self.fresh.get(name)}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Make the scheduler what it was when it had this `state`; its tensors are on the latents' device."""
+        for name, value in attributes(state).items():
+            setattr(self.scheduler, name, value)
 
     def started(self, noise: Tensor) -> Tensor:
         """Noise [1, C, h, w] as the latents that a picture begins with."""
@@ -86,6 +97,12 @@ class Schedule:
         """`latents` after `step`, by the model's `prediction` for them."""
         with noise_supplied(self.scheduler, lambda: self.draw(step)):
             return self.scheduler.step(prediction, self.timesteps[step], latents).prev_sample
+
+
+def attributes(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's, or a state's; lists are copied, as schedulers change their own."""
+    values = scheduler if isinstance(scheduler, Mapping) else vars(scheduler)
+    return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 @contextmanager
@@ -131,7 +148,7 @@ def make_schedule(
     sigmas = noise_levels(scheduler)
     if steps > 1 and sigmas[0] <= sigmas[-1]:  # spread so thinly that all are the same
         raise too_many(name, steps)
-    return Schedule(scheduler, scheduler.timesteps[begin:], sigmas[begin:], draw)
+    return Schedule(scheduler, scheduler.timesteps[begin:], sigmas[begin:], draw, attributes(scheduler))
 
 
 def make_scheduler(name: str, config: Mapping[str, Any], spacing: str) -> Any:

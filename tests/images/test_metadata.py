@@ -73,7 +73,7 @@ def test_xmp_is_xml(info, prompt):
 def test_request_json_is_ascii(info):
     text = request_json(info)
     assert text.isascii()
-    assert json.loads(text) == info.request
+    assert json.loads(text) == {"file_sha256": "0" * 64} | info.request
 
 
 @pytest.mark.parametrize("prompt", ["secret", "secret\nSteps: 1, secret"])

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from linfusion_cli import files
 from linfusion_cli.errors import CannotCreate, TryAgain, WriteFailed
 from linfusion_cli.images import PendingFile, open_sink, read_info
-from linfusion_cli.images import pending as pending_module
 from tests.images.conftest import left_in, picture
 
 HOLDER = """
@@ -183,7 +183,7 @@ def test_killed_between_link_and_unlink(tmp_path):
 
 def test_the_lock_is_on_the_file_that_has_the_name(tmp_path, monkeypatch):
     """Between our opening and our locking, the holder finishes: its file no longer has the name."""
-    lock, calls = pending_module._lock, []
+    lock, calls = files._lock, []
 
     def slow_lock(fd, target):
         calls.append(fd)
@@ -191,14 +191,14 @@ def test_the_lock_is_on_the_file_that_has_the_name(tmp_path, monkeypatch):
             (tmp_path / ".a.part").unlink()
         lock(fd, target)
 
-    monkeypatch.setattr(pending_module, "_lock", slow_lock)
+    monkeypatch.setattr(files, "_lock", slow_lock)
     create(tmp_path / "a")
     assert len(calls) == 2
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
 def test_no_locks_on_this_file_system(tmp_path, monkeypatch):
-    monkeypatch.setattr(pending_module.fcntl, "flock", failing(errno.ENOSYS))
+    monkeypatch.setattr(files.fcntl, "flock", failing(errno.ENOSYS))
     create(tmp_path / "a")
     assert left_in(tmp_path) == ["a"]
 
@@ -237,6 +237,7 @@ def test_a_file_size_limit(tmp_path, info):
     """The real error of the kernel, in a child: the limit holds for a whole process."""
     code = f"""
 import resource, numpy as np
+from linfusion_cli import files
 from linfusion_cli.errors import WriteFailed
 from linfusion_cli.images import PictureInfo, open_sink
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, {resource.RLIM_INFINITY}))

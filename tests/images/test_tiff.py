@@ -24,7 +24,7 @@ def test_tags(tmp_path, info):
         assert not file.is_bigtiff
         assert (page.tilewidth, page.tilelength) == (512, 512)
         assert (page.compression, page.predictor, page.photometric) == (8, 2, 2)
-        assert json.loads(page.description) == info.request
+        assert json.loads(page.description) == info.request | {"file_sha256": read_info(path).file_sha256}
         assert page.software == info.software
         assert page.get_resolution("inch") == (300, 300)
         assert page.tags[700].value.startswith(b"<?xpacket")
@@ -48,9 +48,9 @@ def test_bigtiff_when_offsets_do_not_fit(tmp_path, info, monkeypatch, size):
 
 def test_the_header_switches_at_four_gibibytes():
     tags = {256: ifd.longs([5]), 324: ifd.longs([16, 2**32 - 9000])}
-    header, _ = ifd.directory(tags, 2**32 - 8000)
+    header, _, _ = ifd.directory(tags, 2**32 - 8000)
     assert struct.unpack("<2sHI", header) == (b"II", 42, 2**32 - 8000)
-    header, directory = ifd.directory(tags, 2**32 - 80)
+    header, directory, _ = ifd.directory(tags, 2**32 - 80)
     assert struct.unpack("<2sHHHQ", header) == (b"II", 43, 8, 0, 2**32 - 80)
     assert len(directory) == 8 + 2 * 20 + 8  # two offsets of 32 bits fit into a field of 64
     assert ifd.longs([2**32])[0] == ifd.LONG8

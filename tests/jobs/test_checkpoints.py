@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from linfusion_cli.events import Notice
 from linfusion_cli.geometry import Size
-from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.locate import DEMO_FOLDER, FAMILY_BASES
 from linfusion_cli.request import GenerateRequest
@@ -24,12 +23,11 @@ SIZE, STEPS, SCALE, SEED = 64, 4, 3.0, 5
 
 
 @pytest.fixture
-def painted(tmp_path, monkeypatch):
+def painted(tmp_path, phases):
     """The latents of a base picture, and what was said meanwhile."""
 
     def run(model, **changed):
-        latents, first, listener = [], paint.first, Listener()
-        monkeypatch.setattr(paint, "first", lambda *given: latents.append(first(*given)) or latents[-1])
+        listener = Listener()
         values = {"prompt": "a hill", "negative_prompt": "fog", "size": Size(SIZE, SIZE), "steps": (STEPS,)}
         values |= {
             "seed": SEED,
@@ -39,8 +37,7 @@ def painted(tmp_path, monkeypatch):
             "overwrite": True,
         }
         generate(GenerateRequest(**values | {"output": tmp_path / "out.png"} | changed), {}, listener)
-        monkeypatch.setattr(paint, "first", first)
-        return latents[-1][0], [event.text for event in listener.of(Notice)]
+        return phases[-1][1].latents, [event.text for event in listener.of(Notice)]
 
     return run
 

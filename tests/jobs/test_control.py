@@ -53,17 +53,15 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def make(xl_model, tmp_path, monkeypatch):
+def make(xl_model, tmp_path, phases):
     """generate() with small settings -> the picture it writes, as numbers between 0 and 1; or its base's latents."""
-    reached = []
-    base = paint.base
-    monkeypatch.setattr(paint, "base", lambda *run: reached.append(base(*run)) or reached[-1])
 
     def run(wants_latents=False, **changed):
         values = {"prompt": "a hill", "size": Size(64, 64), "model": str(xl_model), "steps": (STEPS,)}
         values |= {"guidance_scale": (3.0,), "output": tmp_path / "out.png", "overwrite": True, "strength": (0.7,)}
+        phases.clear()
         generate(GenerateRequest(**values | changed), {}, Listener())
-        return reached[-1] if wants_latents else np.asarray(Image.open(tmp_path / "out.png")) / 255
+        return phases[0][1].latents if wants_latents else np.asarray(Image.open(tmp_path / "out.png")) / 255
 
     return run
 
@@ -214,8 +212,8 @@ def test_a_model_is_asked_what_it_predicts_without_them(make, tmp_path, sd_model
 def test_a_controlled_phase_in_strips_is_the_plain_forwards_with_the_same_attention(make, nets, pictures, monkeypatch):
     """With the sides of a picture that is cropped, and another picture for each of two ControlNets."""
 
-    def whole(run, unet, mode, dilation, controls):
-        return [Whole(unet, times, [control.whole() for control in controls]) for times in (1, dilation)]
+    def whole(run, unet, mode, phase, controls):
+        return [Whole(unet, times, [control.whole() for control in controls]) for times in (1, phase.dilation)]
 
     how = {"size": Size(124, 116), "controlnet": (nets["xl"], nets["union"]), "control_type": ("depth",)}
     how |= {"control_image": (pictures["large"], pictures["b"]), "control_phases": ("1",), "steps": (2,)}

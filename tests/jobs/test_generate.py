@@ -129,7 +129,7 @@ def test_strips_of_any_height_paint_the_same_picture(make, tmp_path, monkeypatch
 
 def test_a_phase_with_linear_attention_is_the_plain_forward_with_the_same_attention(make, tmp_path, monkeypatch):
     make(output="strips.png", attention=("linear",), size=Size(160, 136))
-    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, dilation, _: [Whole(unet), Whole(unet, dilation)])
+    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, phase, _: [Whole(unet), Whole(unet, phase.dilation)])
     make(output="whole.png", attention=("linear",), size=Size(160, 136))
     difference = np.abs(pixels(tmp_path / "strips.png").astype(int) - pixels(tmp_path / "whole.png"))
     assert difference.max() <= 1
@@ -219,7 +219,7 @@ def test_events_and_report_tell_the_same_stages(make):
     listener = Listener()
     report = make(listener)
     started, finished = listener.of(StageStarted), listener.of(StageFinished)
-    names = ["start", "weights", "prompt", "models", "base", "decode", "encode", "2x", "decode", "write"]
+    names = ["start", "weights", "vae", "prompt", "models", "base", "decode", "encode", "2x", "decode", "write"]
     assert [event.name for event in started] == [stage.name for stage in report.stages] == names
     assert len(started) == len(finished)
     steps = {stage.name: stage.steps for stage in report.stages if stage.kind == "denoise"}
@@ -259,7 +259,7 @@ def test_an_unknown_suffix_is_refused(make):
 
 @pytest.mark.parametrize("event", [StageStarted, StageAdvanced, StageFinished])
 @pytest.mark.parametrize("after", [0, 3, 6])
-def test_stopping_anywhere_leaves_nothing_behind(make, tmp_path, event, after):
+def test_stopping_anywhere_leaves_nothing_but_the_journal(make, tmp_path, event, after):
     left = [after]
 
     def stop(seen):
@@ -270,7 +270,9 @@ def test_stopping_anywhere_leaves_nothing_behind(make, tmp_path, event, after):
 
     with pytest.raises(Stopped):
         make(stop, preview=tmp_path / "small.jpg")
-    assert files(tmp_path) == set()
+    assert files(tmp_path) <= {"out.png.linfusion"}
+    make(preview=tmp_path / "small.jpg")
+    assert files(tmp_path) == {"out.png", "small.jpg"}
 
 
 def test_a_model_that_gives_nan_ends_with_an_error_and_no_file(make, xl_model, tmp_path):
@@ -299,7 +301,11 @@ def test_a_preview_that_fails_does_not_take_the_picture_with_it(make, tmp_path, 
             patch.setattr(images.PreviewSink, method, fail)
             with pytest.raises(WriteFailed, match="The picture is complete, but its preview is not: No space"):
                 make(preview=tmp_path / "small.jpg", overwrite=True)
-        assert files(tmp_path) == {"out.png"} and pixels(tmp_path / "out.png").shape == (128, 128, 3)
+        assert files(tmp_path) == {"out.png", "out.png.linfusion"} and pixels(tmp_path / "out.png").shape == (
+            128,
+            128,
+            3,
+        )
 
 
 def test_a_picture_that_fails_leaves_no_preview(make, tmp_path, monkeypatch):
@@ -309,7 +315,7 @@ def test_a_picture_that_fails_leaves_no_preview(make, tmp_path, monkeypatch):
     monkeypatch.setattr("linfusion_cli.images.png.PngSink.close", fail)
     with pytest.raises(WriteFailed):
         make(preview=tmp_path / "small.jpg")
-    assert files(tmp_path) == set()
+    assert files(tmp_path) == {"out.png.linfusion"}
 
 
 def test_a_file_that_is_moved_away_at_once_is_still_a_success(make, tmp_path):

@@ -59,14 +59,6 @@ def make(models, adapters, tmp_path):
     return run
 
 
-@pytest.fixture
-def latents(monkeypatch):
-    """The latents of the last phase that was denoised."""
-    seen, plain = [], paint.stepped
-    monkeypatch.setattr(paint, "stepped", lambda *given: seen.append(plain(*given)) or seen[-1])
-    return seen
-
-
 @pytest.mark.parametrize(
     ("family", "kinds", "guidance"),
     [
@@ -78,7 +70,7 @@ def latents(monkeypatch):
         ("sd", ("full",), 4.0),
     ],
 )
-def test_the_base_is_what_diffusers_makes(make, models, adapters, latents, family, kinds, guidance):
+def test_the_base_is_what_diffusers_makes(make, models, adapters, phases, family, kinds, guidance):
     make(*kinds, family=family, linfusion="none", guidance_scale=(guidance,), ip_scale=(0.7, 0.4)[: len(kinds)], seed=5)
     pipeline = PIPELINES[family].from_pretrained(models[family])
     names = [f"{family}-{kind}.safetensors" for kind in kinds]
@@ -94,7 +86,7 @@ def test_the_base_is_what_diffusers_makes(make, models, adapters, latents, famil
         generator=torch.Generator("cpu").manual_seed(5),
         output_type="latent",
     ).images
-    assert (latents[-1] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (phases[-1][1].latents - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_every_phase_hears_the_picture(make):
@@ -109,7 +101,7 @@ def test_strips_hear_what_the_plain_forward_hears(make, monkeypatch):
     kinds = ("plus", "plain")
     wanted = {"attention": ("linear",), "size": Size(120, 104), "upscaler": "demofusion", "strength": (0.7,)}
     strips = make(*kinds, **wanted)
-    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, dilation, _: [Whole(unet), Whole(unet, dilation)])
+    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, phase, _: [Whole(unet), Whole(unet, phase.dilation)])
     assert np.abs(strips - make(*kinds, **wanted)).max() <= 1
 
 
@@ -141,7 +133,7 @@ def test_the_picture_is_read_as_it_is_to_be_seen(adapters, tmp_path):
     assert np.array_equal(read("tall.png"), tall) and not notices
 
 
-def test_a_lora_and_an_adapter_together_are_what_diffusers_makes(make, models, adapters, latents, tmp_path):
+def test_a_lora_and_an_adapter_together_are_what_diffusers_makes(make, models, adapters, phases, tmp_path):
     lora = write(tmp_path, in_peft_layout(factors_for(layers_in(small_sd_unet(), "attn"))))
     make("plain", family="sd", linfusion="none", lora=(str(lora),))
     pipeline = StableDiffusionPipeline.from_pretrained(models["sd"])
@@ -157,7 +149,7 @@ def test_a_lora_and_an_adapter_together_are_what_diffusers_makes(make, models, a
         generator=torch.Generator("cpu").manual_seed(0),
         output_type="latent",
     ).images
-    assert (latents[-1] - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (phases[-1][1].latents - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_the_encoder_s_own_way_to_take_pictures_counts(make, adapters, tmp_path):

@@ -39,18 +39,9 @@ def make(xl_model, tmp_path):
     return run
 
 
-@pytest.fixture
-def grown(monkeypatch):
-    """What each call of paint.grow was given and returned: (encoded, channels, latents)."""
-    calls, grow = [], paint.grow
-
-    def spy(run, models, encoded, channels, phase):
-        latents = grow(run, models, encoded, channels, phase)
-        calls.append((encoded, channels, latents))
-        return latents
-
-    monkeypatch.setattr(paint, "grow", spy)
-    return calls
+def grown(phases):
+    """Of each phase above the base, what it began with, the base's channels, and its latents."""
+    return [(reached.begun.encoded, reached.begun.base, reached.latents) for _, reached in phases[1:]]
 
 
 def pixels(path) -> np.ndarray:
@@ -101,18 +92,18 @@ def plain_phase(folder, encoded, channels, index, r, scale=5.0):
     return (x - mean) / std * channels.deviation + channels.mean
 
 
-def test_demofusion_in_strips_is_the_paper_in_one_piece(make, grown, xl_model):
+def test_demofusion_in_strips_is_the_paper_in_one_piece(make, phases, xl_model):
     """Both phases of a ladder, r = 2 and 4, from the same encoded picture: whole networks, the formulas as written."""
     make(dilated_min=0.0)
-    for index, (encoded, channels, latents) in enumerate(grown, 1):
+    for index, (encoded, channels, latents) in enumerate(grown(phases), 1):
         expected = plain_phase(xl_model, encoded, channels, index, r=2**index)
         assert (latents - expected).norm() / expected.norm() < 1e-4
-    assert len(grown) == 2
+    assert len(phases) == 3
 
 
-def test_the_channels_of_every_phase_are_those_of_the_base(make, grown):
+def test_the_channels_of_every_phase_are_those_of_the_base(make, phases):
     make()
-    for _, channels, latents in grown:
+    for _, channels, latents in grown(phases):
         torch.testing.assert_close(latents.mean((0, 2, 3), keepdim=True), channels.mean, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(latents.std((0, 2, 3), keepdim=True), channels.deviation, atol=1e-5, rtol=1e-4)
 
@@ -234,7 +225,7 @@ def test_a_base_of_another_size_starts_the_ladder_there(make):
     ]
 
 
-def test_v_prediction_works_in_every_phase(tmp_path, grown):
+def test_v_prediction_works_in_every_phase(tmp_path, phases):
     """SD 2.1's, through a whole run; that its steps are right is tested beside the schedulers."""
     folder = write_small_sd(tmp_path / "model", prediction_type="v_prediction")
     request = GenerateRequest(
@@ -242,7 +233,7 @@ def test_v_prediction_works_in_every_phase(tmp_path, grown):
         steps=(8,), strength=(0.5,), upscaler="demofusion", dilated_min=0.0, vae_statistics="exact",
     )  # fmt: skip
     generate(request, {}, Listener())
-    assert len(grown) == 2 and all(latents.isfinite().all() for *_, latents in grown)
+    assert len(phases) == 3 and all(reached.latents.isfinite().all() for _, reached in phases)
 
 
 def test_a_scheduler_that_cannot_start_in_the_middle_is_refused_for_phases_only(make):

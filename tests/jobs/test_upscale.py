@@ -10,7 +10,7 @@ from linfusion_cli.events import Notice
 from linfusion_cli.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.images.scratch import ScratchPicture
-from linfusion_cli.jobs import paint, pixels
+from linfusion_cli.jobs import pixels
 from linfusion_cli.jobs.upscale import upscale
 from linfusion_cli.planning import plan
 from linfusion_cli.request import UpscaleRequest
@@ -47,7 +47,7 @@ def test_a_single_number_is_the_longer_side(make, tmp_path):
     report = make()
     assert report.size == Size(192, 128) and seen(tmp_path / "out.png").shape == (128, 192, 3)
     assert report.request["image"].endswith("photo.png") and report.request["size"] == "192x128"
-    assert [stage.kind for stage in report.stages][4:] == ["read", "encode", "denoise", "decode", "write"]
+    assert [stage.kind for stage in report.stages][5:] == ["read", "encode", "denoise", "decode", "write"]
     assert [stage.name for stage in report.stages if stage.kind == "denoise"] == ["2x"]
 
 
@@ -95,20 +95,15 @@ def test_with_no_steps_to_run_it_is_a_resize_through_the_vae(make, tmp_path, mon
     np.testing.assert_allclose(asked[-1][:134, :201], np.stack(expected, -1).clip(0, 1), atol=1e-4)
 
 
-def test_the_picture_is_the_first_phase_of_the_same_ladder(make, monkeypatch):
+def test_the_picture_is_the_first_phase_of_the_same_ladder(make, phases):
     """The channels that demofusion goes back to are those of the encoded picture."""
-    calls, grow = [], paint.grow
-
-    def spy(run, models, encoded, channels, phase):
-        calls.append((encoded, channels, phase))
-        return grow(run, models, encoded, channels, phase)
-
-    monkeypatch.setattr(paint, "grow", spy)
     make(size=Size(576, 384), upscaler="demofusion")
-    assert [phase.size for *_, phase in calls] == [Size(192, 128), Size(384, 256), Size(576, 384)]
-    first, channels, _ = calls[0]
-    np.testing.assert_allclose(channels.mean, first.mean((0, 2, 3), keepdim=True), atol=1e-6)
-    assert all(other is channels for _, other, _ in calls)
+    first, *others = [begun.begun for begun, _ in phases]
+    height, width = first.encoded.shape[2:]
+    sizes = [tuple(begun.encoded.shape[2:]) for begun in others]
+    assert width == 1.5 * height and sizes == [(2 * height, 2 * width), (3 * height, 3 * width)]
+    np.testing.assert_allclose(first.base.mean, first.encoded.mean((0, 2, 3), keepdim=True), atol=1e-6)
+    assert all(other.base is first.base for other in others)
 
 
 def test_a_small_picture_is_taken_to_the_native_size_first_and_a_large_one_has_one_phase(make, tmp_path):

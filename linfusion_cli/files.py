@@ -1,0 +1,83 @@
+"""What a file system needs besides reading and writing."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+
+from linfusion_cli.errors import CannotCreate, TryAgain
+from linfusion_cli.units import is_folder
+
+NAME_BYTES = 255  # of a file, on every file system that matters
+# Some cluster file systems (Lustre without -o flock, old NFS) have no locks: there we go on without one.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def neighbour(path: Path, pattern: str) -> Path:
+    """What lies beside `path` under its name in `pattern`, ".{}.part" say; too long a name has a hash in its place."""
+    name = pattern.format(path.name)
+    if len(os.fsencode(name)) > NAME_BYTES:
+        name = pattern.format(hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32])
+    return path.with_name(name)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk: what was created, renamed or removed in it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
+def open_locked(path: Path, target: Path) -> int:
+    """The descriptor of `path`, which is made if it is missing, and locked for the run that makes `target`.
+
+    Raises TryAgain where another process has the lock, CannotCreate where there can be no such file. A lock cannot be
+    left behind: it ends with its process. The file of a finished run may vanish between opening and locking: then the
+    lock is on a file without a name, and we try again.
+    """
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise refused(target.parent, error) from error
+        try:
+            _lock(fd, target)
+            if same_file(fd, path):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def refused(folder: Path, error: OSError) -> CannotCreate:
+    """Why no file can be made in `folder`: /proc says "no such file" too, and is there."""
+    if isinstance(error, FileNotFoundError) and not is_folder(folder):
+        return CannotCreate(f"The folder {folder} does not exist.", "Create it first.")
+    return CannotCreate(f"{folder} refuses a new file: {error.strerror}.", "Name another one.")
+
+
+def same_file(fd: int, path: Path) -> bool:
+    """Whether `path` is the name of the open file `fd`."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(fd: int, target: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TryAgain(f"Another run is writing {target}.", "Wait for it, or name another file.") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise CannotCreate(f"{target} cannot be locked: {error.strerror}.") from error

@@ -1,0 +1,269 @@
+"""Never losing hours: what a run saves as it goes, and what it finds of an earlier one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from linfusion_cli import __version__
+from linfusion_cli.device import versions
+from linfusion_cli.errors import Stopped, UsageError, WriteFailed
+from linfusion_cli.images.pending import resolved
+from linfusion_cli.jobs.weights import named_weights
+from linfusion_cli.journal import SCHEMA, Damaged, Entry, Journal
+from linfusion_cli.models.digest import WeightsFile, digested
+from linfusion_cli.request import PictureRequest, flag
+from linfusion_cli.stopping import finishing
+
+if TYPE_CHECKING:
+    from linfusion_cli.jobs.reached import Reached
+    from linfusion_cli.planning.plan import Plan, PlannedStage
+
+LARGEST_SHARE = 0.02  # of the time that saving may take: on a slow disk it is done more seldom
+# What may differ when a run goes on: it changes the file, or how the run goes about it, and not the latents.
+MAY_DIFFER = {
+    "output",
+    "overwrite",
+    "preview",
+    "compression",
+    "bits",
+    "dither",
+    "dpi",
+    "prompt_metadata",
+    "strict_prompt",
+    "download",
+    "vram",
+    "ram",
+    "keep_latents",
+    "checkpoint_every",
+    "fresh",
+}
+ASIDE = "{} {}: it is now {}, and the run begins anew."
+OTHER_VERSION = "was made by another version of linfusion ({})"
+ELSEWHERE = "The run goes on with {}: its picture equals that of a run in one go up to rounding."
+UNSAVED = "{} The run goes on, and tries again later."
+
+
+@dataclass
+class Saves:
+    """How often the state was saved in this run, and what it cost."""
+
+    count: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+class Keeper:
+    """Saves how far a run has come: at borders, every so often between steps, and where the run is stopped.
+
+    `found` is what an earlier run has left, `describe` says in words how far something has come.
+    """
+
+    def __init__(
+        self, journal: Journal, found: Entry | None, every_sec: float, notice: Callable[[str], None] = lambda _: None
+    ):
+        self.saves, self.head, self.found = Saves(), {}, found
+        self.reached: Reached | None = None
+        self.describe: Callable[[Reached], str] = str  # until the phases are known
+        self._journal, self._every_sec, self._notice = journal, every_sec, notice
+        self._saved: Reached | None = None
+        self._saved_at, self._took_sec = time.monotonic(), 0.0
+
+    @property
+    def was_found(self) -> str | None:
+        """In words, what this run goes on from; None where it begins."""
+        return None if self.found is None else self.describe(self.found_state())
+
+    def found_state(self) -> Reached:
+        """What this run goes on from."""
+        from linfusion_cli.jobs.reached import Reached
+
+        return Reached() if self.found is None else Reached.of(self.found.parts)
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads an earlier run computed with."""
+        return None if self.found is None else self.found.head["threads"]
+
+    @property
+    def executed(self) -> list[dict[str, Any]]:
+        """How the stages of an earlier run were run: kind, phase and mode of each."""
+        return [] if self.found is None else self.found.head["stages"]
+
+    def begin(self, head: dict[str, Any]) -> None:
+        """From now on `head` is saved with the state.
+
+        Raises UsageError where files that are read are not those of the run that this one goes on with.
+        """
+        if self.found is not None:
+            before = self.found.head
+            if changed := [name for name in sorted({*head["files"], *before["files"]}) if unlike(head, before, name)]:
+                raise differs(self._journal, changed)
+            for what in elsewhere(before, head):
+                self._notice(ELSEWHERE.format(what))
+        self.head = head
+
+    def runs_so(self, kind: str, phase: int, mode: Any) -> None:
+        """This stage runs in another way than was planned, from now on."""
+        for stage in self.head["stages"]:
+            if (stage["kind"], stage["phase"]) == (kind, phase):
+                stage["mode"] = as_json(asdict(mode))
+
+    def border(self, reached: Reached) -> None:
+        """This is the state now, and worth saving at once."""
+        self.reached = reached
+        with finishing():
+            self._try()
+
+    def step(self, reached: Reached) -> None:
+        """This is the state now, which is saved if the last saving is long enough ago."""
+        self.reached = reached
+        least_sec = self._took_sec / LARGEST_SHARE if self._every_sec else 0
+        if time.monotonic() - self._saved_at >= max(self._every_sec, least_sec):
+            self._try()
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """What is stopped within has its state saved, and says so."""
+        try:
+            yield
+        except Stopped as stop:
+            stop.kept = self._kept()
+            raise
+
+    def complete(self) -> None:
+        """The file is there: the journal goes."""
+        try:
+            self._journal.remove()
+        except WriteFailed as error:
+            self._notice(f"The picture is complete, but its journal stays: {error}")
+
+    def _try(self) -> None:
+        try:
+            self._save()
+        except WriteFailed as error:  # the picture may still come to be: only a stop would lose something
+            self._notice(UNSAVED.format(error))
+
+    def _save(self) -> None:
+        if self.reached is None or self.reached is self._saved:
+            return
+        began, bytes_before = time.monotonic(), self._journal.saved_bytes
+        self._saved_at = began  # also where it fails: it is not tried at every step
+        self._journal.save(self.head, self.reached.parts)
+        self._saved, self._took_sec = self.reached, time.monotonic() - began
+        self.saves.count += 1
+        self.saves.seconds += self._took_sec
+        self.saves.bytes += self._journal.saved_bytes - bytes_before
+
+    def _kept(self) -> str:
+        """Save what a stop would lose -> what there is to go on from."""
+        failed = ""
+        try:
+            self._save()
+        except WriteFailed as error:
+            failed = f"{error} "
+        if self._saved is None:
+            return f"{failed}Nothing was reached that could be saved."
+        return f"{failed}Saved: {self.describe(self._saved)}; the same command goes on from there."
+
+
+def journal_of(request: PictureRequest) -> Journal:
+    """The journal beside the output, or beside what it links to."""
+    return Journal(resolved(request.output))
+
+
+@contextmanager
+def opened_keeper(request: PictureRequest, notice: Callable[[str], None]) -> Iterator[Keeper]:
+    """The keeper of a run, with what an earlier one has left; no other run has this output meanwhile.
+
+    Raises UsageError where that was of another request, TryAgain. What cannot be used is set aside.
+    """
+    with journal_of(request).held() as journal:
+        if request.fresh:
+            journal.remove()
+        yield Keeper(journal, usable(journal, request, notice), request.checkpoint_every, notice)
+
+
+def usable(journal: Journal, request: PictureRequest, notice: Callable[[str], None]) -> Entry | None:
+    """What is in the journal, if it can be gone on from."""
+    try:
+        entry = journal.read()
+    except Damaged as damage:
+        notice(ASIDE.format(journal.folder, f"is damaged ({damage})", journal.set_aside()))
+        return None
+    if entry is not None and (entry.head["schema"], entry.head["linfusion"]) != (SCHEMA, __version__):
+        reason = OTHER_VERSION.format(entry.head["linfusion"])
+        notice(ASIDE.format(journal.folder, reason, journal.set_aside()))
+        return None
+    if entry is not None and (changed := changes(entry.head["request"], as_json(request.to_json()))):
+        raise differs(journal, [flag(setting) for setting in changed])
+    return entry
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that decide the latents and are not what they were."""
+    names = [*now, *(name for name in before if name not in now)]
+    return [name for name in names if name not in MAY_DIFFER and before.get(name) != now.get(name)]
+
+
+def unlike(head: Mapping[str, Any], before: Mapping[str, Any], file: str) -> bool:
+    return head["files"].get(file) != before["files"].get(file)
+
+
+def elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What of machine, versions and plan is not as it was, in words."""
+    for name, version in now["versions"].items():
+        if before["versions"].get(name) != version:
+            yield f"{name} {version} instead of {before['versions'].get(name)}"
+    if before["device"] != now["device"]:
+        yield f"{now['device']} instead of {before['device']}"
+    if before["stages"] != now["stages"]:
+        yield "another plan, as the executed one does not fit here"
+
+
+def differs(journal: Journal, names: Sequence[str]) -> UsageError:
+    reason = f"{journal.folder} holds a run that began otherwise: {', '.join(names)} changed."
+    return UsageError(reason, "Give it what it had, add --fresh to begin anew, or name another file with -o.")
+
+
+def journal_head(request: PictureRequest, weights: Sequence[WeightsFile], plan: Plan) -> dict[str, Any]:
+    """What a journal says of the run: the request, what it reads, and the plan that is executed."""
+    import torch
+
+    files = [*weights, *digested(pictures(request))]
+    return as_json(
+        {
+            "schema": SCHEMA,
+            "linfusion": __version__,
+            "versions": versions(),
+            "device": str(plan.machine.device),
+            "request": request.to_json(),
+            "weights": named_weights(weights),
+            "files": {f"{file.use} {file.path.name}": file.sha256 for file in files},
+            "threads": torch.get_num_threads(),
+            "stages": [stage_json(stage, plan.machine.device.type) for stage in plan.stages],
+        }
+    )
+
+
+def stage_json(stage: PlannedStage, device: str) -> dict[str, Any]:
+    """How a stage is run, on which kind of device."""
+    return {"kind": stage.kind, "phase": stage.phase, "device": device, "mode": asdict(stage.mode)}
+
+
+def pictures(request: PictureRequest) -> Iterator[tuple[str, Any]]:
+    """Use and path of the pictures that a request reads."""
+    from pathlib import Path
+
+    for setting in ("image", "ip_image", "control_image"):
+        named = getattr(request, setting, ())
+        yield from ((setting, Path(name)) for name in (named if isinstance(named, tuple) else (named,)))
+
+
+def as_json(values: Any) -> Any:
+    """As it will be when it is read back."""
+    return json.loads(json.dumps(values))

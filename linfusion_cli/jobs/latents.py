@@ -1,0 +1,73 @@
+"""Finished latents as a file, which `linfusion decode` makes a picture of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linfusion_cli.errors import DataError, InputMissing, LinfusionError, UsageError
+from linfusion_cli.geometry import Size
+from linfusion_cli.images import PendingFile
+from linfusion_cli.models.header import Header, read_header
+from linfusion_cli.units import is_file, parse_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LATENTS, NOTE = "latents", "linfusion"  # one note: several are written in any order
+
+
+@dataclass(frozen=True)
+class KeptLatents:
+    """What a file of latents says: the request and weights that made them, and the size of their picture in px."""
+
+    path: Path
+    made_with: Mapping[str, Any]
+    phase_size: Size
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The latents [1, C, h, w] in fp32."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path)[LATENTS].clone()
+
+
+def write_latents(file: PendingFile, latents: Tensor, phase_size: Size, made_with: Mapping[str, Any]) -> None:
+    """`latents` [1, C, h, w] of a picture of `phase_size` px, with the request and the weights that made them."""
+    from safetensors.torch import save
+
+    note = json.dumps({"phase_size": str(phase_size), "made_with": made_with})
+    file.write(save({LATENTS: latents.contiguous()}, {NOTE: note}))
+    file.commit()
+
+
+def kept_latents(path: Path) -> KeptLatents:
+    """What the file at `path` holds; raises InputMissing, or DataError for other files."""
+    if not is_file(path):
+        raise InputMissing(f"{path} does not exist.")
+    header = read_header(path)
+    try:
+        note = json.loads(header.notes[NOTE])
+        return KeptLatents(path, dict(note["made_with"]), parse_size(note["phase_size"]), checked_shape(header))
+    except (LookupError, ValueError, TypeError, UsageError) as error:
+        raise DataError(f"{path} holds no latents of a finished picture.", "Make one with --keep-latents.") from error
+
+
+def checked_shape(header: Header) -> tuple[int, ...]:
+    """The shape of the latents; raises ValueError where they are none."""
+    shape = header.shapes[LATENTS]
+    if len(shape) != 4 or shape[0] != 1 or header.types[LATENTS] != "F32":
+        raise ValueError("not [1, C, h, w] in fp32")
+    return shape
+
+
+def made_with(path: Path) -> Mapping[str, Any] | None:
+    """The request and weights that the latents at `path` were made with; None where there are none."""
+    try:
+        return kept_latents(path).made_with
+    except LinfusionError:
+        return None

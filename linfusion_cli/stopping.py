@@ -1,0 +1,77 @@
+"""How a run is asked to end: at once, or where a stretch of work is worth it, at that stretch's end.
+
+Signals and the time limit belong to the process, and so does what is kept here. Only the main thread asks and works.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from linfusion_cli.errors import Stopped, TimeIsUp
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_SEC = 2.0  # how long a stretch may go on once a stop was asked for
+ECHO_SEC = 0.5  # `timeout` signals its child and then the group, which is one wish and not two
+
+
+class _Wish:
+    """Whether somebody has asked, what for, and how many stretches within each other may be finished first."""
+
+    stop: Stopped | None = None
+    asked_at = 0.0
+    stretches = 0
+
+
+def listen() -> None:
+    """From now on SIGINT, SIGTERM and SIGHUP stop the run; an ignored SIGHUP (nohup) stays ignored."""
+    signal.signal(signal.SIGALRM, _on_alarm)
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+
+
+def stop_after(seconds: float) -> None:
+    """Stop the run when so much time is over, as a signal would."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """A stretch of work that a stop lets come to its end, if that takes no longer than GRACE_SEC; then it is raised."""
+    _Wish.stretches += 1
+    try:
+        yield
+    finally:
+        _Wish.stretches -= 1
+    if _Wish.stop is not None and not _Wish.stretches:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise _Wish.stop
+
+
+def ask(stop: Stopped) -> None:
+    """Raise `stop`, now or at the end of the stretch; a second wish is not asked to wait."""
+    if _Wish.stop is None:
+        _Wish.stop, _Wish.asked_at = stop, time.monotonic()
+        if not _Wish.stretches:
+            raise stop
+        signal.setitimer(signal.ITIMER_REAL, GRACE_SEC)
+    elif time.monotonic() - _Wish.asked_at > ECHO_SEC:
+        for number in SIGNALS:  # what is left to do is to clear up, which takes a moment
+            signal.signal(number, signal.SIG_IGN)
+        raise _Wish.stop
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    ask(Stopped(number))
+
+
+def _on_alarm(number: int, frame: FrameType | None) -> None:
+    """The time limit, or the end of the grace."""
+    if _Wish.stop is None:
+        ask(TimeIsUp())
+    elif _Wish.stretches:
+        raise _Wish.stop

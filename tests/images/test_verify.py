@@ -1,0 +1,326 @@
+"""A file is verified when it is what was written, and never when one bit of its picture is another."""
+
+import dataclasses
+import hashlib
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, PngImagePlugin
+
+from linfusion_cli.errors import DataError, InputMissing
+from linfusion_cli.images import PictureInfo, PreviewSink, ifd, open_sink, read_info, tiff, verify, without_prompt
+from linfusion_cli.images.jpeg import segments
+from tests.images.conftest import picture
+
+pytestmark = pytest.mark.usefixtures("nothing_printed")
+
+KINDS = [
+    *(("tiff", compression, bits) for compression in ("deflate", "zstd", "lzw", "none") for bits in (8, 16)),
+    ("tiff", "jpeg", 8),
+    ("png", None, 8),
+    ("png", None, 16),
+    ("jpeg", None, 8),
+]
+EIGHT_BITS = [(format, compression) for format, compression, bits in KINDS if bits == 8]
+FLIPS = 300
+LOOKALIKE = f'{{"file_sha256": "{"0" * 64}", "prompt": "'
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiff, "TILE_PX", 32)
+
+
+def written(path, format, compression, bits, info, size=(60, 45)):
+    sink = open_sink(path, format, size, bits, info, compression, overwrite=True, threads=2)
+    sink.write(picture(*size, bits))
+    sink.close()
+    return path
+
+
+def by_the_rule(path):
+    """The checksum as the documentation says it, without the code that checks it."""
+    content, found = bytearray(path.read_bytes()), read_info(path)
+    content[found.file_sha256_at : found.file_sha256_at + 64] = b"0" * 64
+    if found.format == "tiff":
+        content = content[16:] + content[:16]
+    if found.format == "png":
+        begin = content.index(b"iTXtlinfusion\0")
+        end = begin + 4 + int.from_bytes(content[begin - 4 : begin])
+        content[end : end + 4] = zlib.crc32(content[begin:end]).to_bytes(4)
+    return hashlib.sha256(content).hexdigest()
+
+
+def data_of(path):
+    """The first byte of the picture's data, and the byte after its last."""
+    content, format = path.read_bytes(), read_info(path).format
+    if format == "tiff":
+        with tifffile.TiffFile(path) as file:
+            page = file.pages[0]
+            return ifd.HEADER_BYTES, page.dataoffsets[-1] + page.databytecounts[-1]
+    if format == "png":
+        return content.index(b"IDAT") + 4, content.rindex(b"IDAT") - 8
+    return [end for _, _, end in segments(content)][-1], len(content) - 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 32), (65, 97)], ids=str)
+@pytest.mark.parametrize(("format", "compression", "bits"), KINDS)
+def test_what_was_written_is_verified(tmp_path, info, format, compression, bits, size):
+    path = written(tmp_path / "a", format, compression, bits, info, size)
+    found = verify(path)
+    assert found == read_info(path)
+    assert found.file_sha256 == by_the_rule(path)
+    assert found.request == info.request
+
+
+@pytest.mark.parametrize("format", ["tiff", "png", "jpeg"])
+@pytest.mark.parametrize("length", [0, 70_000])
+def test_what_looks_like_a_checksum_is_left_alone(tmp_path, info, format, length):
+    prompt = LOOKALIKE + "é" * length  # longer than a JPEG's segment
+    info = dataclasses.replace(info, prompt=prompt, request={"prompt": prompt}, parameters=prompt)
+    found = verify(written(tmp_path / "a", format, None, 8, info))
+    assert found.request == {"prompt": prompt}
+    assert set(found.file_sha256) <= set("0123456789abcdef") and found.file_sha256 != "0" * 64
+
+
+@pytest.mark.parametrize("format", ["tiff", "png", "jpeg"])
+def test_no_file_is_without_a_checksum(tmp_path, info, format):
+    assert verify(written(tmp_path / "a", format, None, 8, without_prompt(info))).file_sha256
+    nothing = PictureInfo("s", 72.0, {}, "", "", "")
+    found = verify(written(tmp_path / "a", format, None, 8, nothing))
+    assert (found.request, len(found.file_sha256)) == ({}, 64)
+    preview = PreviewSink(tmp_path / f"a.{format}", (60, 45), 16, info, max_side_px=20)
+    preview.write(picture(60, 45, 16))
+    preview.close()
+    assert verify(tmp_path / f"a.{format}").file_sha256
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 70)], ids=str)
+def test_bigtiff(tmp_path, info, monkeypatch, size):
+    monkeypatch.setattr(ifd, "CLASSIC_LIMIT", 20)
+    path = written(tmp_path / "a", "tiff", None, 8, info, size)
+    assert path.read_bytes()[2] == 43
+    assert verify(path).file_sha256 == by_the_rule(path)
+
+
+@pytest.mark.parametrize(("format", "compression"), EIGHT_BITS)
+def test_every_flipped_bit_of_the_picture_is_noticed(tmp_path, info, format, compression):
+    path = written(tmp_path / "a", format, compression, 8, info)
+    content, (begin, end) = path.read_bytes(), data_of(path)
+    assert end - begin > len(content) // 6
+    for bit in np.random.default_rng(1).integers(8 * begin, 8 * end, FLIPS):
+        path.write_bytes(flipped(content, bit))
+        with pytest.raises(DataError) as caught:
+            verify(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("format", "compression"), [("tiff", "none"), ("png", None), ("jpeg", None)])
+def test_flipped_bits_elsewhere_are_noticed_or_cost_the_checksum(tmp_path, info, format, compression):
+    path = written(tmp_path / "a", format, compression, 8, info)
+    content, (begin, end), found = path.read_bytes(), data_of(path), read_info(path)
+    bits = [bit for bit in range(8 * len(content)) if not 8 * begin <= bit < 8 * end]
+    unnoticed = 0
+    for bit in np.random.default_rng(1).choice(bits, FLIPS, replace=False):
+        path.write_bytes(flipped(content, bit))
+        try:
+            assert verify(path).file_sha256 is None
+            unnoticed += 1
+        except DataError:
+            pass
+    assert unnoticed < FLIPS / 30
+    for at in range(found.file_sha256_at, found.file_sha256_at + 64):
+        path.write_bytes(flipped(content, 8 * at + 6))  # no digit any more
+        with pytest.raises(DataError):
+            verify(path)
+
+
+def flipped(content, bit):
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return damaged
+
+
+@pytest.mark.parametrize(("format", "compression"), EIGHT_BITS)
+def test_every_truncation_is_noticed(tmp_path, info, format, compression):
+    path = written(tmp_path / "a", format, compression, 8, info)
+    content = path.read_bytes()
+    for length in np.linspace(0, len(content) - 1, 100).astype(int):
+        path.write_bytes(content[:length])
+        with pytest.raises(DataError):
+            verify(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(DataError):
+        verify(path)
+
+
+def test_the_tile_is_named(tmp_path, info):
+    path = written(tmp_path / "a.tif", "tiff", "deflate", 8, info)
+    with tifffile.TiffFile(path) as file:
+        at = file.pages[0].dataoffsets[2] + 30
+    path.write_bytes(flipped(path.read_bytes(), 8 * at))
+    with pytest.raises(DataError, match=r"a.tif is damaged: tile 3 of 4 does not decode \(\S"):
+        verify(path)
+
+
+def test_the_rows_are_named(tmp_path, info):
+    path = written(tmp_path / "a.png", "png", None, 8, info)
+    begin, end = data_of(path)
+    path.write_bytes(flipped(path.read_bytes(), 4 * (begin + end)))
+    with pytest.raises(DataError, match=r"a.png is damaged: (its data do not inflate|.* follows|.* IDAT chunk)"):
+        verify(path)
+    path = written(tmp_path / "a.jpg", "jpeg", None, 8, info, (60, 500))
+    content = path.read_bytes()
+    begin, end = data_of(path)
+    path.write_bytes(content[: (begin + end) // 2] + content[(begin + end) // 2 + 400 :])
+    with pytest.raises(DataError, match="a.jpg cannot be decoded from row 1 on: Corrupt JPEG data"):
+        verify(path)
+
+
+def test_a_change_that_decodes_is_found_by_the_checksum(tmp_path, info):
+    path = written(tmp_path / "a.tif", "tiff", "none", 8, info)
+    path.write_bytes(flipped(path.read_bytes(), 8 * 1000))
+    with pytest.raises(DataError, match="a.tif is not what was written: its checksum is [0-9a-f]{64}, not the one"):
+        verify(path)
+
+
+@pytest.mark.parametrize(("format", "compression"), EIGHT_BITS)
+def test_memory_does_not_grow_with_the_picture(tmp_path, info, monkeypatch, format, compression):
+    monkeypatch.setattr(tiff, "TILE_PX", 256)
+    rows = picture(2048, 256)
+    for name, height_px in (("short", 1024), ("tall", 5120)):
+        sink = open_sink(tmp_path / name, format, (2048, height_px), 8, info, compression)
+        for _ in range(height_px // 256):
+            sink.write(rows)
+        sink.close()
+
+    def peak(name):
+        tracemalloc.start()
+        verify(tmp_path / name)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak("short")  # imports
+    assert peak("tall") <= 1.25 * peak("short") + 1e6
+
+
+REWRITES = [("add_text", {}), ("add_text", {"zip": True}), ("add_itxt", {"zip": True})]
+
+
+@pytest.mark.parametrize("rewrite", REWRITES, ids=str)
+def test_a_picture_saved_again_with_its_old_request_is_refused(tmp_path, rewrite):
+    texts, (add, options) = PngImagePlugin.PngInfo(), rewrite
+    getattr(texts, add)("linfusion", f'{{"file_sha256": "{"1a" * 32}", "seed": 1}}', **options)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=texts)
+    assert read_info(tmp_path / "a.png").request == {"seed": 1}
+    with pytest.raises(DataError, match="not what was written"):
+        verify(tmp_path / "a.png")
+
+
+def test_not_there(tmp_path):
+    with pytest.raises(InputMissing):
+        verify(tmp_path / "missing.tif")
+
+
+OTHERS = [
+    *(("tiff", mode, {"compression": name}) for mode in ("RGB", "L", "CMYK") for name in ("raw", "tiff_lzw")),
+    *(("tiff", "RGB", {"compression": name}) for name in ("tiff_adobe_deflate", "jpeg", "packbits")),
+    *(("tiff", "1", {"compression": name}) for name in ("raw", "group4")),
+    *(("png", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+    *(("jpeg", mode, {"progressive": True, "quality": 90}) for mode in ("L", "RGB", "CMYK")),
+    ("jpeg", "RGB", {"restart_marker_rows": 1}),
+]
+
+
+@pytest.mark.parametrize(("format", "mode", "options"), OTHERS, ids=str)
+def test_files_of_other_programs_are_decoded(tmp_path, format, mode, options):
+    image = Image.fromarray(picture(61, 170)).convert("RGB" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(picture(61, 170, 16)[..., 0])
+    image.save(tmp_path / "a", format, **options)
+    found = verify(tmp_path / "a")
+    assert (found.width_px, found.height_px, found.file_sha256, found.file_sha256_at) == (61, 170, None, None)
+    assert found.request is None
+
+
+LAYOUTS = [
+    {"tile": (32, 32), "compression": "zlib"},
+    {"tile": (32, 32), "planarconfig": "separate"},
+    {"rowsperstrip": 7, "planarconfig": "separate", "compression": "zstd", "predictor": True},
+    {"rowsperstrip": 7},
+    {"rowsperstrip": 7, "compression": "lzw", "byteorder": ">"},
+    {},
+]
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_other_layouts_of_tiff(tmp_path, options, bits):
+    pixels = picture(61, 90, bits)
+    pixels = np.moveaxis(pixels, -1, 0) if "planarconfig" in options else pixels
+    tifffile.imwrite(tmp_path / "a", pixels, photometric="rgb", metadata=None, **options)
+    assert verify(tmp_path / "a").file_sha256 is None
+    with tifffile.TiffFile(tmp_path / "a", mode="r+") as file:
+        tag = file.pages[0].tags[325 if "tile" in options else 279]
+        tag.overwrite(np.maximum(np.asarray(tag.value) // 2, 1).tolist())
+    with pytest.raises(DataError, match="(tile|strip) 1 of"):
+        verify(tmp_path / "a")
+
+
+def test_a_tile_too_large_to_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("linfusion_cli.images.verify_tiff.MOST_HELD_BYTES", 10 << 20)
+    tifffile.imwrite(tmp_path / "a", np.zeros((2000, 2000, 3), np.uint8), photometric="rgb", compression="deflate")
+    with tifffile.TiffFile(tmp_path / "a", mode="r+") as file:
+        file.pages[0].tags[278].overwrite(2000)
+        for tag in (273, 279):
+            file.pages[0].tags[tag].overwrite(file.pages[0].tags[tag].value[:1])
+    with pytest.raises(DataError, match="11 MiB of it must be decoded at once"):
+        verify(tmp_path / "a")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (61, 90)], ids=str)
+@pytest.mark.parametrize("bands", [1, 3])
+def test_an_interlaced_png_is_decoded(tmp_path, size, bands):
+    pyvips = pytest.importorskip("pyvips")
+    pyvips.Image.new_from_array(picture(*size)[..., :bands]).pngsave(str(tmp_path / "a"), interlace=True)
+    assert (tmp_path / "a").read_bytes()[28] == 1
+    assert verify(tmp_path / "a").height_px == size[1]
+
+
+def png(data, header=(4, 3, 8, 2, 0, 0, 0)):
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *header)), (b"IDAT", data[:9]), (b"IDAT", data[9:]), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(data)) + kind + data + zlib.crc32(kind + data).to_bytes(4) for kind, data in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+ROW = bytes(range(1, 13))
+ROWS = zlib.compress(b"\0" + ROW + b"\1" + ROW + b"\4" + ROW)
+BROKEN = [
+    (png(zlib.compress((b"\0" + ROW) * 2)), "its data end after 2 of 3 rows"),
+    (png(zlib.compress((b"\0" + ROW) * 3 + b"\0")), "more data than its 3 rows have"),
+    (png(zlib.compress(b"\0" + ROW + b"\5" + ROW + b"\0" + ROW)), "a filter that does not exist follows 1 of 3 rows"),
+    (png(ROWS[:-1] + bytes([ROWS[-1] ^ 1])), "its data do not inflate after 0 of 3 rows"),
+    (png(ROWS[:-2]), "its data end after 3 of 3 rows"),
+    (png(ROWS + b"more"), "there are more data after 3 of 3 rows"),
+    (png(ROWS, (4, 3, 8, 5, 0, 0, 0)), "colour type 5 are no picture"),
+    (png(ROWS, (4, 3, 4, 2, 0, 0, 0)), "4 bits in colour type 2"),
+    (png(ROWS, (0, 3, 8, 2, 0, 0, 0)), "0x3 px"),
+    (png(ROWS, (4, 3, 8, 2, 0, 0, 0))[:-20] + b"\0" * 8, "no end mark"),
+]
+
+
+def test_a_png_made_by_hand_is_verified(tmp_path):
+    (tmp_path / "a").write_bytes(png(ROWS))
+    assert verify(tmp_path / "a").height_px == 3
+
+
+@pytest.mark.parametrize(("content", "reason"), BROKEN, ids=[reason for _, reason in BROKEN])
+def test_a_png_that_is_none(tmp_path, content, reason):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        verify(tmp_path / "a")

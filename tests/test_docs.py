@@ -1,0 +1,152 @@
+"""What docs/cron.md tells people to copy is what shells, systemd and this program take."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from linfusion_cli.cli.app import app
+
+TEXT = (Path(__file__).parent.parent / "docs" / "cron.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+PROGRAM = "/usr/local/bin/linfusion"
+
+
+def blocks(language: str) -> list[str]:
+    return [text for found, text in BLOCKS if found == language]
+
+
+def cron_commands() -> list[str]:
+    """What cron hands to the shell: up to the first % that is not escaped, which none may hold."""
+    lines = [line for line in blocks("crontab")[0].splitlines() if re.match(r"[\d*]", line)]
+    commands = [line.split(maxsplit=5)[5] for line in lines]
+    assert not any(re.search(r"(?<!\\)%", command) for command in commands)
+    return [command.replace("\\%", "%") for command in commands]
+
+
+def loop() -> str:
+    return next(text for text in blocks("sh") if "until " in text)
+
+
+def array_script() -> str:
+    return next(text for text in blocks("sh") if "#SBATCH" in text)
+
+
+SCRIPTS = [*blocks("sh"), *cron_commands()]
+STARTED = [re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)[1] for unit in blocks("ini") if "ExecStart" in unit]
+
+
+def test_there_is_something_to_try():
+    assert len(blocks("sh")) == 2 and len(cron_commands()) == 3
+    assert len(blocks("ini")) == 3 and len(STARTED) == 2
+
+
+@pytest.mark.parametrize("shell", ["sh", "dash", "bash"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shells_can_read_it(script, shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    done = subprocess.run([shell, "-n", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def invocations(script: str) -> Iterator[list[str]]:
+    """The words after each `linfusion` of a script, up to the command's end."""
+    lexer = shlex.shlex(script.replace("\\\n", " "), posix=True, punctuation_chars=True)
+    lexer.whitespace_split, words = True, []
+    for word in [*lexer, ";"]:
+        if words and (word == "do" or not set(word) - set(";|&<>(){}")):
+            yield words
+            words = []
+        elif words or Path(word).name == "linfusion":
+            words.append(word)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *STARTED])
+def test_every_command_and_option_exists(script):
+    commands = get_command(app).commands
+    (words,) = list(invocations(script))
+    known = {name for option in commands[words[1]].params for name in option.opts}
+    given = {word.split("=")[0] for word in words if word.startswith("-")}
+    assert len(given) >= 3 and given <= known
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+def test_systemd_takes_the_units(tmp_path):
+    names = []
+    for text in blocks("ini"):
+        names.append(re.match(r"# (\S+)\n", text)[1])
+        (tmp_path / names[-1]).write_text(text.replace(PROGRAM, "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *(f"./{name}" for name in names)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and not [line for line in done.stderr.splitlines() if "linfusion-" in line]
+
+
+def fake(folder: Path, name: str, text: str) -> None:
+    """A program of this name, to be found first."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def run_with_fakes(folder: Path, script: str, **environ: str) -> subprocess.CompletedProcess:
+    environ |= {"PATH": f"{folder}{os.pathsep}{os.defpath}", "PAUSE_SEC": "0"}
+    return subprocess.run(["sh", "-c", script], cwd=folder, env=environ, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "runs"), [("75 143 129 0", 0, 4), ("75 73 0", 73, 2), ("130 0", 130, 1), ("0", 0, 1)]
+)
+def test_the_loop_goes_on_after_what_can_be_gone_on_with(tmp_path, codes, code, runs):
+    fake(tmp_path, "linfusion", f'echo >> runs; n=$(wc -l < runs); set -- {codes}; eval "exit \\$$n"')
+    done = run_with_fakes(tmp_path, loop())
+    assert done.returncode == code and len((tmp_path / "runs").read_text()) == runs, done.stderr
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (3, False), (65, False), (75, True), (143, True)])
+def test_a_member_of_an_array_requeues_itself_or_ends_with_the_code(tmp_path, code, requeued):
+    fake(tmp_path, "linfusion", f'printf "%s\\n" "$@" > given; exit {code}')
+    fake(tmp_path, "srun", 'exec "$@"')
+    fake(tmp_path, "scontrol", 'echo "$@" > requeued')
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_JOB_ID": "4711"}
+    done = run_with_fakes(tmp_path, array_script(), **array)
+    given = (tmp_path / "given").read_text().splitlines()
+    assert "3/4" in given and "pictures-3.log" in given
+    if requeued:
+        assert (done.returncode, (tmp_path / "requeued").read_text()) == (0, "requeue 4711\n")
+    else:
+        assert done.returncode == code and not (tmp_path / "requeued").exists()
+
+
+def test_a_crontab_line_paints_in_crons_environment(tmp_path):
+    """Its first line, with the small model in place of SDXL."""
+    (tmp_path / "pictures").mkdir()
+    command = cron_commands()[0].replace("--preset sdxl --size 4096", "--preset demo --size 64 --steps 1")
+    fake(
+        tmp_path,
+        "linfusion",
+        f'PYTHONPATH={shlex.quote(os.pathsep.join(sys.path))} exec {sys.executable} -m linfusion_cli "$@"',
+    )
+    command = command.replace(" linfusion ", f" {tmp_path}/linfusion ")
+    environ = {"HOME": str(tmp_path), "LOGNAME": "cron", "PATH": "/usr/bin:/bin", "SHELL": "/bin/sh"}
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (picture,) = (tmp_path / "pictures").glob("valley-*.tif")
+    assert re.fullmatch(r"valley-\d{4}-\d\d-\d\d\.tif", picture.name)
+    assert " ended: complete, exit code 0, " in (tmp_path / "pictures" / "night.log").read_text()

@@ -1,0 +1,119 @@
+"""Signals and the time limit, in processes of their own: they belong to a process."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+WORK = """
+import sys, time
+from linfusion_cli import stopping
+from linfusion_cli.errors import Stopped
+
+said = []
+
+def work(sec):
+    if not said:
+        print("ready", flush=True)
+    said.append(sec)
+    end = time.monotonic() + sec
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+stopping.listen()
+try:
+{body}
+except Stopped as stop:
+    print(f"stopped {{stop.exit_code}}", flush=True)
+"""
+
+
+def start(body: str, **more) -> subprocess.Popen:
+    code = WORK.format(body="\n".join("    " + line for line in body.splitlines()))
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **more)
+    assert run.stdout.readline() == "ready\n"
+    return run
+
+
+def ended(run: subprocess.Popen) -> tuple[list[str], float]:
+    began = time.monotonic()
+    out, _ = run.communicate(timeout=30)
+    return out.split("\n")[:-1], time.monotonic() - began
+
+
+STRETCH = """
+with stopping.finishing():
+    work(SEC)
+    print("finished", flush=True)
+print("went on", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_stretch_comes_to_its_end(number, code):
+    run = start(STRETCH.replace("SEC", "0.7"))
+    run.send_signal(number)
+    assert ended(run)[0] == ["finished", f"stopped {code}"]
+
+
+def test_one_that_takes_too_long_does_not():
+    run = start(STRETCH.replace("SEC", "20"))
+    run.send_signal(signal.SIGTERM)
+    said, took = ended(run)
+    assert said == ["stopped 143"] and 1.5 < took < 5
+
+
+def test_elsewhere_it_stops_at_once():
+    run = start("work(20)")
+    run.send_signal(signal.SIGTERM)
+    said, took = ended(run)
+    assert said == ["stopped 143"] and took < 1.5
+
+
+def test_a_second_signal_is_not_asked_to_wait_but_an_echo_is():
+    run = start(STRETCH.replace("SEC", "1.2"))
+    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)  # as `timeout` does
+    assert ended(run)[0] == ["finished", "stopped 143"]
+    run = start(STRETCH.replace("SEC", "20"))
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.8)
+    run.send_signal(signal.SIGINT)
+    said, took = ended(run)
+    assert said == ["stopped 143"] and took < 1
+
+
+def test_stretches_within_a_stretch_are_one():
+    body = """
+with stopping.finishing():
+    with stopping.finishing():
+        work(0.5)
+    print("inner", flush=True)
+    work(0.2)
+print("outer", flush=True)
+"""
+    run = start(body)
+    run.send_signal(signal.SIGTERM)
+    assert ended(run)[0] == ["inner", "stopped 143"]
+
+
+def test_after_a_stretch_that_was_over_it_stops_at_once():
+    run = start("with stopping.finishing():\n    pass\nwork(20)")
+    run.send_signal(signal.SIGINT)
+    said, took = ended(run)
+    assert said == ["stopped 130"] and took < 1.5
+
+
+def test_the_time_limit_is_a_stop_with_75():
+    said, took = ended(start("stopping.stop_after(0.5)\n" + STRETCH.replace("SEC", "1")))
+    assert said == ["finished", "stopped 75"] and took < 3
+    said, took = ended(start("stopping.stop_after(0.5)\n" + STRETCH.replace("SEC", "30")))
+    assert said == ["stopped 75"] and 2 < took < 5
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    run = start("work(0.8)\nprint('done', flush=True)", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    run.send_signal(signal.SIGHUP)
+    assert ended(run)[0] == ["done"]
