@@ -37,8 +37,8 @@ class Moment:
         return choices[choice], Moment(turn, -(-self.count // len(choices)), f"{self.seed}{choice}, ")
 
     def number(self, last: int) -> int:
-        """1 to `last`, each of them met, again and again, if there are as many moments."""
-        return 1 + (self.index % last if self.count >= last else self.index * last // self.count)
+        """1 to `last`: each of them, again and again, if there are as many moments; or some, spread evenly."""
+        return 1 + (self.index % last if self.count >= last else (2 * self.index + 1) * last // (2 * self.count))
 
 
 def side_by_side(test: Callable[..., None]) -> Callable[..., None]:
