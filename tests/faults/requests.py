@@ -37,6 +37,7 @@ class Request:
 
 
 SOURCE = (np.indices((96, 128, 1)).sum(axis=0) * np.array([1, 2, 0.5]) % 256).astype(np.uint8)
+ALL_CALLS = ("phases", "overwrite")  # the requests that between them make every kind of call
 LAKE = ("generate", "a lake at dawn", "--preset", "demo", "--size", "256x192", "--base-size", "128x96", "-o", "a.png")
 REQUESTS = {
     "png": Request((*LAKE, *STEPS, "0"), ("a.png",)),

@@ -4,6 +4,7 @@ import pytest
 
 from tests.faults.calls import SYNCS, Fault
 from tests.faults.moments import Moment, side_by_side
+from tests.faults.requests import ALL_CALLS
 from tests.faults.runs import CANNOT_CREATE, NOT_WRITTEN
 from tests.faults.trials import Lab
 
@@ -11,9 +12,9 @@ FAILING = (*SYNCS, "rename", "replace", "link")
 
 
 @side_by_side
-@pytest.mark.moments(short=2, long=160)
-def test_a_failing_sync_or_rename(lab: Lab, names: list[str], moment: Moment):
-    name, moment = moment.dealt(names)
+@pytest.mark.moments(short=2, long=170)
+def test_a_failing_sync_or_rename(lab: Lab, moment: Moment):
+    name, moment = moment.dealt(ALL_CALLS)
     trial = lab.trial("failing fsync or rename", name)
     failing = [call.split()[1] for call in trial.expected.calls if call.split()[1] in FAILING]
     at = moment.number(len(failing))
