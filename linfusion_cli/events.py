@@ -16,6 +16,15 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class JobStarted:
+    """A batch begins with the `number`-th of its `count` jobs, whose file is `name`."""
+
+    number: int
+    count: int
+    name: str
+
+
+@dataclass(frozen=True)
 class Planned:
     """What the whole run is expected to take: said before it starts. Bytes of the card are None without one."""
 
@@ -48,7 +57,7 @@ class StageFinished:
     seconds: float
 
 
-Event = Notice | Planned | StageStarted | StageAdvanced | StageFinished
+Event = Notice | JobStarted | Planned | StageStarted | StageAdvanced | StageFinished
 
 
 class Observer(Protocol):

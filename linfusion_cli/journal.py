@@ -41,7 +41,7 @@ class Entry:
 
 
 class Journal:
-    """The journal of the run that makes `target`, in `folder`. All but `exists` is for whoever has it `held`.
+    """The journal of the run that makes `target`, in `folder`. What changes it is for whoever has it `held`.
 
     Parts are dicts of JSON values, tensors, and lists and dicts of these.
     """
@@ -50,6 +50,10 @@ class Journal:
         self.target, self.folder = target, neighbour(target, "{}.linfusion")
         self.saved_bytes = 0
         self._files: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}  # name -> the part saved, its record
+
+    def was_begun(self) -> bool:
+        """Whether a run that was killed, or still goes on, has left anything."""
+        return is_folder(self.folder)
 
     def exists(self) -> bool:
         """Whether a run has left a state."""

@@ -56,6 +56,7 @@ class RunReport:
     size: Size | None = None
     format: str | None = None
     file_bytes: int | None = None
+    already_complete: bool = False  # the file was there, of the same request and weights: nothing was made
     total_seconds: float = 0.0
 
     @property

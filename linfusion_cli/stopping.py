@@ -52,6 +52,20 @@ def finishing() -> Iterator[None]:
         raise _Wish.stop
 
 
+@contextmanager
+def honoured() -> Iterator[None]:
+    """Where the run was asked to end, whatever fails within fails by that.
+
+    Compiled code that calls back into Python makes an error of its own of the Stopped that was raised there.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _Wish.stop is None:
+            raise
+        raise _Wish.stop from error
+
+
 def ask(stop: Stopped) -> None:
     """Raise `stop`, now or at the end of the stretch; a second wish is not asked to wait."""
     if _Wish.stop is None:

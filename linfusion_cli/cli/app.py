@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-import traceback
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from linfusion_cli import __version__, device, stopping
-from linfusion_cli.cli import doctor, generate, info, log, models, plan, presets, upscale
+from linfusion_cli.cli import batch, decode, doctor, generate, info, log, models, plan, presets, upscale
+from linfusion_cli.cli.bugs import bug_sentence
 from linfusion_cli.cli.render import announce, answer
-from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped, first_line
+from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped
 
 app = typer.Typer(
     name="linfusion",
@@ -26,6 +24,8 @@ app = typer.Typer(
 )
 app.command("generate")(generate.command)
 app.command("upscale")(upscale.command)
+app.command("batch")(batch.command)
+app.command("decode")(decode.command)
 app.command("plan")(plan.command)
 app.add_typer(presets.app, name="presets")
 app.add_typer(models.app, name="models")
@@ -79,7 +79,8 @@ def guarded() -> int:
 def carried_out() -> int:
     """The exit code of the app, with every error said."""
     try:
-        app()
+        with stopping.honoured():
+            app()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0
     except (LinfusionError, Stopped) as error:
@@ -87,26 +88,10 @@ def carried_out() -> int:
     except Exception as error:  # noqa: BLE001 - the boundary: whatever is left is a bug, and is logged as one
         if device.is_out_of_memory(error):
             return refuse("There is not enough memory for this. Use a smaller --size.", DoesNotFit.exit_code)
-        return report_bug(error)
+        return refuse(bug_sentence(error), EXIT_BUG)
     return 0
 
 
 def refuse(text: str, exit_code: int) -> int:
     announce(f"linfusion: {text}")
     return exit_code
-
-
-def report_bug(error: Exception) -> int:
-    """One line for a person, and the traceback in a file that stays; where no file can be written, its last line."""
-    try:
-        return refuse(f"This is a bug in linfusion ({type(error).__name__}). Log: {write_log()}", EXIT_BUG)
-    except OSError:
-        return refuse(f"This is a bug in linfusion: {first_line(error)} ({type(error).__name__}).", EXIT_BUG)
-
-
-def write_log() -> Path:
-    """The traceback of the present exception, in a file."""
-    options = {"encoding": "utf-8", "errors": "backslashreplace"}
-    with tempfile.NamedTemporaryFile("w", prefix="linfusion-", suffix=".log", delete=False, **options) as file:
-        file.write(f"linfusion {__version__}\n{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
-    return Path(file.name)

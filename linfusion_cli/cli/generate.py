@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from linfusion_cli.cli import log, options, render
-from linfusion_cli.cli.request import quieten_hub, read_request
+from linfusion_cli.cli.request import keep_to, quieten_hub, read_request
 from linfusion_cli.errors import UsageError
 from linfusion_cli.events import Observer
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import GenerateRequest, PictureRequest
+
+Job = Callable[[Any, Mapping[str, str], Observer], RunReport]
+Asked = tuple[dict[str, str], PictureRequest, Job]  # where each setting came from, the request, who carries it out
 
 
 @options.takes_a_request(options.of_generate)
@@ -23,29 +27,35 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     log_file: options.LogFile = None,
+    time_limit: options.TimeLimit = None,
 ) -> None:
     """Make a picture from a prompt and write it to a file."""
     from linfusion_cli.jobs.generate import generate  # numpy and more: not for --help to wait for
 
-    run(given, GenerateRequest, generate, report, as_json, quiet, log_file)
+    run(partial(asked, given, GenerateRequest, generate), given, report, as_json, quiet, log_file, time_limit)
+
+
+def asked(given: dict[str, Any], kind: type[PictureRequest], job: Job, observer: Observer) -> Asked:
+    """The request that `given` options make, and the job that carries it out."""
+    return *read_request(given, observer, kind), job
 
 
 def run(
-    given: dict[str, Any],
-    kind: type[PictureRequest],
-    job: Callable[[Any, Mapping[str, str], Observer], RunReport],
+    ask: Callable[[Observer], Asked],
+    given: Mapping[str, Any],
     report: Path | None,
     as_json: bool,
     quiet: bool,
     log_file: Path | None,
+    time_limit: str | None,
 ) -> None:
-    """Carry out the request that `given` options make, before whoever watches, and say what came of it."""
+    """Carry out what `ask` makes of the `given` options, before whoever watches, and say what came of it."""
     quieten_hub(bool(given["download"]), quiet)
+    keep_to(time_limit)
     with render.watching(quiet, log_file) as observer:
-        origins, request = read_request(given, observer, kind)
-        check_distinct(
-            {"--output": request.output, "--preview": request.preview, "--report": report, "--log-file": log_file}
-        )
+        origins, request, job = ask(observer)
+        files = {"--output": request.output, "--preview": request.preview, "--keep-latents": request.keep_latents}
+        check_distinct(files | {"--report": report, "--log-file": log_file})
         log.write(f"output: {request.output}")
         with report_file(report, request.overwrite) as save:
             result = job(request, origins, observer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -16,6 +16,10 @@ Prompt = Annotated[
 ]
 Image = Annotated[Path, Argument(help="The picture: PNG, JPEG, WebP or TIFF.", show_default=False)]
 ImageOption = Annotated[Path | None, Option("--image", help="Plan `upscale` of this picture, instead of `generate`.")]
+Jobs = Annotated[
+    str | None,
+    Argument(help="The list: .jsonl, .csv, .toml with [[job]] tables, else a prompt a line; - is standard input."),
+]
 PromptOption = Annotated[
     str | None, Option("--prompt", help="What the picture shows; - reads it from standard input. Default: nothing.")
 ]
@@ -285,12 +289,22 @@ def of_plan(prompt: Prompt = None, image: ImageOption = None, background: Backgr
     """What `plan` takes before them."""
 
 
-def takes_a_request(before: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a command: it gets the options of `before` and of a request as one dict, before those of its own."""
+def of_batch(jobs: Jobs = None, background: Background = None) -> None:
+    """What `batch` takes before them."""
+
+
+def takes_a_request(
+    before: Callable[..., None], without: Container[str] = (), own_first: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command: it gets the options of `before` and of a request as one dict, before those of its own.
+
+    It has no options `without`. With `own_first`, its own stand before those of a request in the help.
+    """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         sources = (before, of_a_request, of_its_files)
-        shared = {name: it for f in sources for name, it in inspect.signature(f).parameters.items()}
+        all_of_them = {name: it for f in sources for name, it in inspect.signature(f).parameters.items()}
+        shared = {name: parameter for name, parameter in all_of_them.items() if name not in without}
         own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "given"]
         hints = {
             name: hint for f in (*sources, command) for name, hint in get_type_hints(f, include_extras=True).items()
@@ -300,7 +314,10 @@ def takes_a_request(before: Callable[..., None]) -> Callable[[Callable[..., None
             given = {name: arguments.pop(name) for name in shared}
             command(given, **arguments)
 
-        parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in (*shared.values(), *own)]
+        first = len(inspect.signature(before).parameters) if own_first else len(shared)
+        order = [*list(shared.values())[:first], *own, *list(shared.values())[first:]]
+        by_name = inspect.Parameter.KEYWORD_ONLY  # one without a default may follow one that has one
+        parameters = [parameter.replace(annotation=hints[parameter.name], kind=by_name) for parameter in order]
         with_options.__doc__ = command.__doc__
         with_options.__signature__ = inspect.Signature(parameters)
         with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -19,7 +19,16 @@ from rich.table import Table
 
 from linfusion_cli.cli import log
 from linfusion_cli.errors import WriteFailed
-from linfusion_cli.events import Event, Notice, Observer, Planned, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.events import (
+    Event,
+    JobStarted,
+    Notice,
+    Observer,
+    Planned,
+    StageAdvanced,
+    StageFinished,
+    StageStarted,
+)
 from linfusion_cli.report import RunReport, StageReport
 from linfusion_cli.units import format_bytes, format_seconds
 
@@ -142,6 +151,10 @@ def title(stage: StageStarted) -> str:
     return f"{stage.name} {stage.size}" if stage.size else stage.name
 
 
+def job_title(job: JobStarted) -> str:
+    return f"job {job.number} of {job.count}: {job.name}"
+
+
 def forecast(planned: Planned) -> str:
     """What a run is expected to take, in one line."""
     card = "" if planned.device_bytes is None else f" and {format_bytes(planned.device_bytes)} of the GPU's"
@@ -161,6 +174,7 @@ class Bars:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=Console(stderr=True, highlight=False),
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # a pipe gets its lines
         )
         self._task: TaskID | None = None
         self._total = 0
@@ -176,6 +190,10 @@ class Bars:
         match event:
             case Notice(text):
                 self._progress.console.print(f"linfusion: {log.printable(text)}", markup=False, soft_wrap=True)
+            case JobStarted():
+                for task in self._progress.task_ids:  # of the job before, which would all be drawn on and on
+                    self._progress.remove_task(task)
+                self._progress.console.print(job_title(event), markup=False, soft_wrap=True)
             case Planned():
                 self._progress.console.print(forecast(event), markup=False, soft_wrap=True)
             case StageStarted(total=total, unit=unit):
@@ -215,6 +233,8 @@ class Lines:
             match event:
                 case Notice(text):
                     self._say(f"linfusion: {text}")
+                case JobStarted():
+                    self._say(job_title(event))
                 case Planned():
                     self._say(forecast(event))
                 case StageStarted(size=size):

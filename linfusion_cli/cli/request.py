@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from linfusion_cli import presets
+from linfusion_cli import presets, stopping
 from linfusion_cli.cli import render
 from linfusion_cli.errors import UsageError
 from linfusion_cli.events import Notice, Observer
 from linfusion_cli.models.locate import is_here
 from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest, flag
-from linfusion_cli.units import parse_size
+from linfusion_cli.units import parse_seconds, parse_size
 
 R = TypeVar("R", bound=PictureRequest)
 
+LONGEST_SEC = 1000 * 3600
 SIZES = ("size", "base_size", "original_size", "target_size")
 PHASED = ("steps", "guidance_scale", "strength", "attention")
 WRITTEN = (  # text, for Typer
@@ -52,13 +54,17 @@ def read_request(
 
     Before it, where each of its settings came from.
     """
-    given = dict(given)
+    given = read_options(given)
     preset = given.pop("preset")
     given["prompt"] = read_prompt(given["prompt"])
-    given |= {name: read_text(name, given[name]) for name in WRITTEN if given.get(name) is not None}
-    given |= {name: tuple(given[name]) if given[name] else None for name in REPEATED}
     settings = resolve(given, preset, os.environ, observer, kind)
     return settings.origins(kind), presets.build_request(settings, kind)
+
+
+def read_options(given: dict[str, Any]) -> dict[str, Any]:
+    """What Typer took as text or lists, as a request has it; raises UsageError."""
+    given = given | {name: read_text(name, given[name]) for name in WRITTEN if given.get(name) is not None}
+    return given | {name: tuple(given[name]) if given[name] else None for name in REPEATED}
 
 
 def read_text(setting: str, text: str) -> Any:
@@ -69,6 +75,19 @@ def read_text(setting: str, text: str) -> Any:
         return presets.PARSERS[setting](text)
     except ValueError as error:
         raise UsageError(f"{flag(setting)} {text!r} {error}.", "", setting) from error
+
+
+def keep_to(time_limit: str | None) -> None:
+    """Stop when the time that --time-limit says, from now on, is over; raises UsageError."""
+    if time_limit is None:
+        return
+    try:
+        seconds = parse_seconds(time_limit)
+    except ValueError as error:
+        raise UsageError(f"--time-limit {time_limit!r} {error}.") from error
+    if not 0 < seconds <= LONGEST_SEC:
+        raise UsageError(f"--time-limit {time_limit!r} is not possible.", "Use 1s to 1000h.")
+    stopping.stop_after(seconds)
 
 
 def quieten_hub(download: bool, quiet: bool) -> None:
@@ -102,25 +121,61 @@ def resolve(
     observer: Observer,
     kind: type[PictureRequest],
 ) -> presets.Settings:
-    """All settings, merged; with no preset and no model named anywhere, SDXL if it is here, else the embedded model."""
-    config, config_preset = presets.config_layer(environ)
-    layers = [presets.flag_layer(given), presets.environment_layer(environ), config]
-    named = (preset, environ.get("LINFUSION_PRESET"), config_preset)
-    name = next((name for name in named if name is not None), None)
-    if name is None and not any("model" in layer.values for layer in layers):
-        name = presets.SDXL if is_here(presets.preset_layer(presets.SDXL).values["model"]) else presets.DEMO
-        if name == presets.DEMO:
-            observer(
-                Notice("SDXL with LinFusion's weights is not on this machine: the small embedded demo model paints.")
-            )
-    if name is not None:
-        layer = presets.preset_layer(name)
-        layers.append(without_prompt(layer) if kind is UpscaleRequest else layer)
-    return presets.merge([*layers, output_layer(layers)])
+    """All settings of a run, merged."""
+    return Sources.read(given, preset, environ, observer).settings(kind)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where settings come from: flags, environment and config file, and below them the preset that one of these names.
+
+    With no preset and no model named anywhere, that is SDXL's if SDXL is here, else the embedded model's.
+    """
+
+    layers: list[presets.Layer]
+    preset: str | None
+    observer: Observer
+    found: dict[str, presets.Layer] = field(default_factory=dict)  # presets that were read
+
+    @staticmethod
+    def read(given: Mapping[str, Any], preset: str | None, environ: Mapping[str, str], observer: Observer) -> Sources:
+        """Read all of them; raises UsageError, InputMissing or ConfigError."""
+        config, config_preset = presets.config_layer(environ)
+        layers = [presets.flag_layer(given), presets.environment_layer(environ), config]
+        named = (preset, environ.get("LINFUSION_PRESET"), config_preset)
+        name = next((name for name in named if name is not None), None)
+        return Sources(layers, name, observer, {} if name is None else {name: presets.preset_layer(name)})
+
+    def settings(
+        self, kind: type[PictureRequest], job: presets.Layer | None = None, preset: str | None = None
+    ) -> presets.Settings:
+        """All settings, merged: above all others those of a `job`, whose `preset` is another one."""
+        layers = [job, *self.layers] if job else list(self.layers)
+        name = self.preset if preset is None else preset
+        if name is None and not any("model" in layer.values for layer in layers):
+            name = self._default
+        if name is not None:
+            layer = self._preset_layer(name)
+            layers.append(without_prompt(layer) if kind is UpscaleRequest or job else layer)
+        return presets.merge([*layers, output_layer(layers)])
+
+    @cached_property
+    def _default(self) -> str:
+        if is_here(presets.preset_layer(presets.SDXL).values["model"]):
+            return presets.SDXL
+        self.observer(
+            Notice("SDXL with LinFusion's weights is not on this machine: the small embedded demo model paints.")
+        )
+        return presets.DEMO
+
+    def _preset_layer(self, name: str) -> presets.Layer:
+        if name not in self.found:
+            self.found[name] = presets.preset_layer(name)
+        return self.found[name]
 
 
 def without_prompt(preset: presets.Layer) -> presets.Layer:
-    """A preset for a picture that there is: what the preset's sample prompt says is not in it."""
+    """A preset without its sample prompt: of a picture that there is it says nothing, and no job means it."""
     return replace(preset, values={name: value for name, value in preset.values.items() if name != "prompt"})
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from linfusion_cli.cli import options
-from linfusion_cli.cli.generate import run
+from linfusion_cli.cli.generate import asked, run
 from linfusion_cli.request import UpscaleRequest
 
 
@@ -16,8 +17,9 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     log_file: options.LogFile = None,
+    time_limit: options.TimeLimit = None,
 ) -> None:
     """Grow a picture that you have, and write the larger one to a file."""
     from linfusion_cli.jobs.upscale import upscale  # numpy and more: not for --help to wait for
 
-    run(given, UpscaleRequest, upscale, report, as_json, quiet, log_file)
+    run(partial(asked, given, UpscaleRequest, upscale), given, report, as_json, quiet, log_file, time_limit)

@@ -1,63 +1,84 @@
-"""Whether a file that is there is the one that a request makes: told by its content, not by its name."""
+"""What of a request's files is there already, by what they hold and not by their names."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from linfusion_cli import images
+from linfusion_cli.device import versions
 from linfusion_cli.errors import LinfusionError
+from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs import latents
 from linfusion_cli.jobs.keep import as_json, changes, journal_of
-from linfusion_cli.journal import Damaged, Entry
+from linfusion_cli.jobs.prepare import prepare
+from linfusion_cli.jobs.record import Recorder
+from linfusion_cli.jobs.shelf import Shelf
+from linfusion_cli.jobs.weights import hashed_weights, named_weights, to_json
+from linfusion_cli.journal import Damaged
+from linfusion_cli.models.digest import WeightsFile
+from linfusion_cli.report import RunReport
 from linfusion_cli.request import PictureRequest
 
 # What a file's metadata say of how it was made, and which changes nothing in it.
-NOT_IN_A_FILE = {
-    "output",
-    "overwrite",
-    "preview",
-    "save_phases",
-    "download",
-    "vram",
-    "ram",
-    "keep_latents",
-    "checkpoint_every",
-    "fresh",
-}
+BESIDE = ("output", "overwrite", "preview", "download", "vram", "ram", "keep_latents", "checkpoint_every", "fresh")
 
 
-def left_files(request: PictureRequest) -> set[Path]:
-    """Which files of `request` an earlier run of it has completed before it was killed: its journal is still there."""
-    journal = journal_of(request)
-    if request.fresh or not journal.exists():
-        return set()
-    try:
-        entry = journal.read()
-    except Damaged:
-        return set()
-    if entry is None or changes(entry.head["request"], as_json(request.to_json())):
-        return set()
-    return {path for path in files_of(request) if is_left(path, request, entry)}
+@dataclass(frozen=True)
+class Made:
+    """The files that a run of this very request has made: all of them, some, or none."""
+
+    files: frozenset[Path] = frozenset()
+    is_all: bool = False
+    report: RunReport | None = None  # where it is all
 
 
-def files_of(request: PictureRequest) -> set[Path]:
-    """What there is when the run is over, but for the pictures of phases."""
-    return {path for path in (request.output, request.preview, request.keep_latents) if path is not None}
+def made_before(
+    request: PictureRequest, picture: SourcePicture | None, recorder: Recorder, shelf: Shelf, keep_complete: bool
+) -> Made:
+    """What there is, which is looked at with `keep_complete`, or where a run was killed: its journal is still there.
 
-
-def is_left(path: Path, request: PictureRequest, found: Entry | None) -> bool:
-    """Whether the run that left `found`, of the same request, has completed the file at `path`."""
-    return found is not None and is_made_of(path, request, found.head["weights"])
-
-
-def is_made_of(path: Path, request: PictureRequest, weights: Sequence[Mapping[str, str]]) -> bool:
-    """Whether there is a whole picture, or latents, at `path` that was made from `request` with these `weights`.
-
-    Those are as metadata have them: file and sha256 of each.
+    Raises as `prepare` does.
     """
-    expected = as_json(request.to_json() | {"weights": weights})
+    looks = keep_complete or (journal_of(request).was_begun() and not request.overwrite)
+    if request.fresh or not looks or not os.path.lexists(request.output):
+        return Made()
+    prepared = prepare(request, picture)
+    weights = hashed_weights(prepared, recorder, shelf)
+    wanted = {path for path in (request.output, request.preview, request.keep_latents) if path is not None}
+    found = frozenset(path for path in wanted if is_made_of(path, request, weights))
+    if found != wanted:
+        return Made(found)
+    report = RunReport(request.to_json(), {}, {}, versions(), {}, to_json(weights), recorder.stages)
+    report.already_complete = True
+    return Made(found, True, report)
+
+
+def clear_journal(request: PictureRequest) -> None:
+    """The files of `request` are complete: what a killed run of it has left goes. Raises TryAgain where one goes on."""
+    with (
+        images.PendingFile(request.output, overwrite=True),  # takes over a temporary name, which goes
+        journal_of(request).held() as journal,
+    ):
+        try:
+            entry = journal.read()
+        except Damaged:
+            entry = None
+        if entry is None or not changes(entry.head["request"], as_json(request.to_json())):
+            journal.remove()
+
+
+def may_go(path: Path, request: PictureRequest, weights: Sequence[WeightsFile]) -> bool:
+    """Whether a file at `path` may be replaced: that is wished, or it is the very one that will be made."""
+    return request.overwrite or is_made_of(path, request, weights)
+
+
+def is_made_of(path: Path, request: PictureRequest, weights: Sequence[WeightsFile]) -> bool:
+    """Whether there is a whole picture, or latents, at `path` that was made from `request` with these `weights`."""
+    expected = as_json(request.to_json() | {"weights": named_weights(weights)})
     if path == request.keep_latents:
         found = latents.made_with(path)
     else:
@@ -66,13 +87,13 @@ def is_made_of(path: Path, request: PictureRequest, weights: Sequence[Mapping[st
 
 
 def picture_made_with(path: Path) -> Mapping[str, Any] | None:
-    """The request and weights that the picture at `path` says it was made with; None where there is none, or half."""
+    """The request and weights that the picture at `path` says it was made with; None unless it is whole."""
     try:
-        return images.read_info(path).request
+        return images.verify(path).request
     except LinfusionError:
         return None
 
 
 def told(request: Mapping[str, Any]) -> dict[str, Any]:
     """What of a request decides a file."""
-    return {name: value for name, value in request.items() if name not in NOT_IN_A_FILE}
+    return {name: value for name, value in request.items() if name not in BESIDE}

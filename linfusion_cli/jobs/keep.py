@@ -15,9 +15,9 @@ from linfusion_cli.errors import Stopped, UsageError, WriteFailed
 from linfusion_cli.images.pending import resolved
 from linfusion_cli.jobs.weights import named_weights
 from linfusion_cli.journal import SCHEMA, Damaged, Entry, Journal
-from linfusion_cli.models.digest import WeightsFile, digested
+from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.request import PictureRequest, flag
-from linfusion_cli.stopping import finishing
+from linfusion_cli.stopping import finishing, honoured
 
 if TYPE_CHECKING:
     from linfusion_cli.jobs.reached import Reached
@@ -100,10 +100,9 @@ class Keeper:
         Raises UsageError where files that are read are not those of the run that this one goes on with.
         """
         if self.found is not None:
-            before = self.found.head
-            if changed := [name for name in sorted({*head["files"], *before["files"]}) if unlike(head, before, name)]:
+            if changed := changed_files(self.found.head["weights"], head["weights"]):
                 raise differs(self._journal, changed)
-            for what in elsewhere(before, head):
+            for what in elsewhere(self.found.head, head):
                 self._notice(ELSEWHERE.format(what))
         self.head = head
 
@@ -130,7 +129,8 @@ class Keeper:
     def stoppable(self) -> Iterator[None]:
         """What is stopped within has its state saved, and says so."""
         try:
-            yield
+            with honoured():
+                yield
         except Stopped as stop:
             stop.kept = self._kept()
             raise
@@ -210,8 +210,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name not in MAY_DIFFER and before.get(name) != now.get(name)]
 
 
-def unlike(head: Mapping[str, Any], before: Mapping[str, Any], file: str) -> bool:
-    return head["files"].get(file) != before["files"].get(file)
+def changed_files(before: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
+    """The names of the files that are read now and were not before, or the other way round, or are other files."""
+    return sorted(
+        {file["file"] for files, others in ((before, now), (now, before)) for file in files if file not in others}
+    )
 
 
 def elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -234,7 +237,6 @@ def journal_head(request: PictureRequest, weights: Sequence[WeightsFile], plan: 
     """What a journal says of the run: the request, what it reads, and the plan that is executed."""
     import torch
 
-    files = [*weights, *digested(pictures(request))]
     return as_json(
         {
             "schema": SCHEMA,
@@ -243,7 +245,6 @@ def journal_head(request: PictureRequest, weights: Sequence[WeightsFile], plan: 
             "device": str(plan.machine.device),
             "request": request.to_json(),
             "weights": named_weights(weights),
-            "files": {f"{file.use} {file.path.name}": file.sha256 for file in files},
             "threads": torch.get_num_threads(),
             "stages": [stage_json(stage, plan.machine.device.type) for stage in plan.stages],
         }
@@ -253,15 +254,6 @@ def journal_head(request: PictureRequest, weights: Sequence[WeightsFile], plan: 
 def stage_json(stage: PlannedStage, device: str) -> dict[str, Any]:
     """How a stage is run, on which kind of device."""
     return {"kind": stage.kind, "phase": stage.phase, "device": device, "mode": asdict(stage.mode)}
-
-
-def pictures(request: PictureRequest) -> Iterator[tuple[str, Any]]:
-    """Use and path of the pictures that a request reads."""
-    from pathlib import Path
-
-    for setting in ("image", "ip_image", "control_image"):
-        named = getattr(request, setting, ())
-        yield from ((setting, Path(name)) for name in (named if isinstance(named, tuple) else (named,)))
 
 
 def as_json(values: Any) -> Any:

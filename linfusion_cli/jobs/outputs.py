@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import numpy as np
 from linfusion_cli import __version__, images
 from linfusion_cli.errors import LinfusionError, WriteFailed
 from linfusion_cli.geometry import Size
-from linfusion_cli.jobs.complete import is_left
-from linfusion_cli.jobs.keep import Keeper
+from linfusion_cli.jobs.complete import may_go
 from linfusion_cli.jobs.prepare import Prepared, saved_sizes
 from linfusion_cli.jobs.weights import main_hash, named_weights
 from linfusion_cli.models.digest import WeightsFile
@@ -69,72 +67,63 @@ class Outputs:
             self._preview, self._preview_error = None, error  # a sink that raised has cleaned up after itself
 
 
-@dataclass(frozen=True)
-class Held:
-    """The files of a run under temporary names: nobody else can begin them."""
-
-    picture: images.PendingFile
-    preview: images.PendingFile | None
-    latents: images.PendingFile | None
-
-
 @contextmanager
-def held_outputs(request: PictureRequest, ours: Collection[Path]) -> Iterator[Held]:
-    """The output and the files beside it from before any work; what is not complete at the end is gone.
+def held_picture(request: PictureRequest, made: Collection[Path]) -> Iterator[images.PendingFile]:
+    """The output from before any work; what is not complete at the end is gone.
 
-    Those that are `ours` may be replaced: an earlier run of the same request has made them.
+    One that is among the files that were `made` before, of this very request, may be replaced.
     """
     format = images.format_for(request.output, request.format)
     if request.preview is not None:
         images.format_for(request.preview)
-
-    def may_go(path: Path) -> bool:
-        return request.overwrite or path in ours
-
-    def held(path: Path | None) -> AbstractContextManager[images.PendingFile | None]:
-        return nullcontext() if path is None else images.PendingFile(path, may_go(path))
-
-    how = request.size.pair, request.bits, request.compression, may_go(request.output)
-    with (
-        images.hold(request.output, format, *how) as picture,
-        held(request.preview) as preview,
-        held(request.keep_latents) as latents,
-    ):
-        yield Held(picture, preview, latents)
+    how = request.size.pair, request.bits, request.compression, request.overwrite or request.output in made
+    with images.hold(request.output, format, *how) as file:
+        yield file
 
 
 @contextmanager
-def opened_outputs(request: PictureRequest, held: Held, weights: Sequence[WeightsFile]) -> Iterator[images.RowSink]:
-    """What takes the picture's rows; the files say which weights it was made with."""
+def opened_outputs(
+    request: PictureRequest, file: images.PendingFile, weights: Sequence[WeightsFile]
+) -> Iterator[images.RowSink]:
+    """What takes the rows of the picture, and of its preview; the files say which weights it was made with."""
     info = picture_info(request, request.size, weights)
     with ExitStack() as on_exit:
-        picture, preview = _open_picture(request, held.picture, request.size, info), None
+        picture, preview = _open_picture(request, file, request.size, info), None
         on_exit.callback(picture.abort)
-        if held.preview:
-            preview = images.PreviewSink(held.preview, request.size.pair, request.bits, info)
+        if request.preview:
+            pending = images.PendingFile(request.preview, may_go(request.preview, request, weights))
+            preview = images.PreviewSink(pending, request.size.pair, request.bits, info)
             on_exit.callback(preview.abort)
         yield Outputs(picture, preview)
 
 
 @contextmanager
 def opened_phases(
-    prepared: Prepared, weights: Sequence[WeightsFile], keeper: Keeper
+    prepared: Prepared, weights: Sequence[WeightsFile], first: int
 ) -> Iterator[dict[int, images.RowSink]]:
     """Of the phases whose pictures are to be kept, their files: held from now on, complete when the phase is.
 
-    An earlier run has completed those before the phase that it reached, and may have completed that one.
+    An earlier run has completed those before the phase `first`.
     """
-    request, sinks, first = prepared.request, {}, keeper.found_state().begun.phase
+    request, sinks = prepared.request, {}
     try:
         if request.save_phases:
             for phase, size in list(zip(prepared.phases, saved_sizes(prepared), strict=False))[first:]:
                 path, info = phase_path(request.output, size), picture_info(request, size, weights)
-                may_go = request.overwrite or is_left(path, request, keeper.found)
-                sinks[phase.index] = _open_picture(request, path, size, info, may_go)
+                replaces = may_go(path, request, weights)
+                sinks[phase.index] = _open_picture(request, path, size, info, replaces)
         yield sinks
     finally:
         for sink in sinks.values():
             sink.abort()  # one that is complete stays
+
+
+def held_latents(
+    request: PictureRequest, weights: Sequence[WeightsFile]
+) -> AbstractContextManager[images.PendingFile | None]:
+    """The file for finished latents, if they are to be kept."""
+    path = request.keep_latents
+    return nullcontext() if path is None else images.PendingFile(path, may_go(path, request, weights))
 
 
 def phase_path(output: Path, size: Size) -> Path:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,26 +12,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
-from linfusion_cli.device import limit_device_memory
-from linfusion_cli.jobs.adapter import read_picture
-from linfusion_cli.jobs.attention import load_linear
-from linfusion_cli.jobs.control import ActingControl, acting, load_controls
-from linfusion_cli.jobs.keep import Keeper
+from linfusion_cli.jobs.control import ActingControl, acting
+from linfusion_cli.jobs.loading import Models, load, read_prompts
 from linfusion_cli.jobs.pixels import begun_with, enlarge
-from linfusion_cli.jobs.plan import plan_run
-from linfusion_cli.jobs.prepare import Prepared
-from linfusion_cli.jobs.prompts import literal_notice
 from linfusion_cli.jobs.reached import Begun, Reached, on_device
-from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run, checked
-from linfusion_cli.models.inversion import read_inversions
-from linfusion_cli.models.ip_adapter import encode_pictures, load_adapters
-from linfusion_cli.models.load import Vae, load_unet, load_vae
-from linfusion_cli.models.load_controlnet import LoadedControl
-from linfusion_cli.models.lora import merge_lora
-from linfusion_cli.models.text import Conditioning, SizeConditioning, TextChanges, encode_prompts
+from linfusion_cli.models.load import Vae
+from linfusion_cli.models.text import Conditioning, SizeConditioning
 from linfusion_cli.planning.needs import Mode
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.demofusion import Channels, demofusion
@@ -49,82 +36,9 @@ from linfusion_cli.strips.ops import Strips
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet.predict import InStrips, Whole
 
-UNHEARD = "The {} is too long for the model's text encoder, which did not hear its end: {!r}."
-UNUSED = "Neither prompt has the token {!r} of a textual inversion, which does nothing."
 SMALLER = "Memory ran out: the step is repeated, and the phase goes on, in strips of {} rows and {} tokens, {}."
 PROBED = "The model's config does not say what it predicts: by a probe, {} (its correlation with noise is {:.2f})."
-THREADS = torch.get_num_threads()
 MAPS = {"device": "maps on the device", "skips": "skip connections on the host", "host": "maps on the host"}
-
-
-@dataclass(frozen=True)
-class Models:
-    """The loaded models and what the UNet hears; `linear` is the attention that phases may mount in it."""
-
-    unet: UNet2DConditionModel
-    linear: dict[str, LinearAttention]
-    vae: Vae
-    conditioning: Conditioning
-    controls: list[LoadedControl]
-
-
-def begin(prepared: Prepared, recorder: Recorder, keeper: Keeper) -> Run:
-    """Settle how this run works: as the one that it goes on with, if there is room; raises DoesNotFit."""
-    gc.freeze()  # what the imports made stays: collecting at each stage need not walk a million objects
-    torch.set_num_threads(keeper.threads or THREADS)  # sums depend on how they are shared out
-    run = Run(prepared, plan_run(prepared, keeper.executed), recorder, keeper)
-    keeper.describe = partial(described, run)
-    recorder.device = run.device
-    limit_device_memory(run.device, prepared.request.vram)
-    recorder.planned(run.plan.need, run.plan.need.device_bytes if run.device.type == "cuda" else None)
-    return run
-
-
-def described(run: Run, reached: Reached) -> str:
-    """How far `reached` is, in words."""
-    phase = run.prepared.phases[reached.begun.phase]
-    if reached.is_done:
-        return "the finished latents" if phase is run.prepared.phases[-1] else f"all of phase {phase.name}"
-    steps = run.plan.stage("denoise", phase.index).steps if phase.count else 0
-    return f"step {reached.steps} of {steps} in phase {phase.name}"
-
-
-def read_prompts(run: Run) -> Conditioning:
-    """Both prompts, and pictures, as the UNet hears them; their encoders are freed when this returns."""
-    request, prepared = run.prepared.request, run.prepared
-    prompts = request.prompt, request.negative_prompt
-    with run.recorder.stage("prompt", "text", None, 1, "prompts"):
-        changes = TextChanges(prepared.loras, read_inversions(prepared.inversions), request.clip_skip)
-        conditioning = encode_prompts(prepared.model, prepared.facts, *prompts, run.dtype, run.device, changes)
-        if prepared.adapters:
-            pictures = [read_picture(adapter.image, run.recorder.notice) for adapter in prepared.adapters]
-            conditioning = conditioning.with_images(encode_pictures(prepared.adapters, pictures, run.dtype, run.device))
-    if literal := literal_notice(request):
-        run.recorder.notice(literal)
-    for prompt, end in conditioning.unheard.items():
-        run.recorder.notice(UNHEARD.format(prompt, end))
-    for token in conditioning.unused:
-        run.recorder.notice(UNUSED.format(token))
-    return conditioning
-
-
-def load_decoder(run: Run) -> Vae:
-    """The VAE on the device."""
-    with run.recorder.stage("vae", "load", None, 1, "models"):
-        return load_vae(run.prepared.vae, run.plan.machine.vae_dtype, run.device)
-
-
-def load(run: Run, vae: Vae, conditioning: Conditioning) -> Models:
-    """The UNet and its linear attention, on the CPU until a phase mounts what it needs, beside the `vae`."""
-    prepared = run.prepared
-    with run.recorder.stage("models", "load", None, 1, "models"):
-        unet = load_unet(prepared.model, run.dtype)
-        linear = load_linear(run, unet)
-        for file, weight in prepared.loras:
-            merge_lora(unet, linear, file, weight)
-        load_adapters(unet, prepared.adapters)
-        controls = load_controls(run, linear)
-    return Models(unet, linear, vae, conditioning, controls)
 
 
 def settled(run: Run, models: Models) -> Run:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from linfusion_cli.jobs.attention import check_base
+from linfusion_cli.jobs.kept import OUTLINE, outline_key
 from linfusion_cli.jobs.prepare import Prepared
+from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.planning.machine import survey
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Plan, Wanted, executed_ways, make_plan
@@ -14,8 +17,12 @@ from linfusion_cli.sampling.passes import count_passes
 from linfusion_cli.unet.check import check_control, check_supported
 
 
-def plan_run(prepared: Prepared, executed: Sequence[Mapping[str, Any]] = ()) -> Plan:
-    """The plan for a request, from the model's config files; stages run as they were `executed` before, if they were.
+def plan_run(
+    prepared: Prepared, executed: Sequence[Mapping[str, Any]] = (), kept_bytes: int = 0, shelf: Shelf | None = None
+) -> Plan:
+    """The plan for a request, from the model's config files, or what a job before has made of them, on the `shelf`.
+
+    Stages run as they were `executed` before, if they were. `kept_bytes` of models lie loaded on the host.
 
     Raises DoesNotFit, UsageError for steps that the scheduler cannot take, DataError for a UNet or
     ControlNet that cannot run in strips and should, or what those files are guilty of.
@@ -25,11 +32,14 @@ def plan_run(prepared: Prepared, executed: Sequence[Mapping[str, Any]] = ()) -> 
     held_bytes = prepared.picture.held_bytes if prepared.picture else 0
     controls = prepared.controls
     controlled = (controls.phases, controls.held_bytes)
-    machine = survey(request)
+    machine = survey(request, kept_bytes)
     before = executed_ways(executed, machine)
     wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes, *controlled, before)
     folders = [control.folder for control in controls.found]
-    outline = ModelOutline.read(prepared.model, prepared.linfusion, prepared.vae, prepared.adapters, folders)
+    parts = (prepared.model, prepared.linfusion, prepared.vae, prepared.adapters, folders)
+    outline = (shelf or Shelf(keeps=False)).get(
+        OUTLINE, partial(outline_key, prepared), partial(ModelOutline.read, *parts)
+    )
     if prepared.base is not None:
         check_base(prepared.base, outline.unet)
     if "linear" in wanted.attentions:

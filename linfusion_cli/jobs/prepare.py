@@ -25,6 +25,8 @@ from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
 from linfusion_cli.units import format_bytes
 
+JOURNAL_COPIES = 9  # one of what a phase began with; latents and three of a scheduler, old and new
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -165,11 +167,18 @@ def check_disk(prepared: Prepared) -> None:
 
 
 def disk_bytes(prepared: Prepared) -> int:
-    """The room the files may need, and the picture that waits between two phases."""
+    """The room the files may need, the picture that waits between two phases, and the journal."""
     request = prepared.request
     sizes = [request.size, *(saved_sizes(prepared) if request.save_phases else [])]
     needs = [images.bytes_needed(prepared.format, size.pair, request.bits, request.compression) for size in sizes]
-    return sum(needs) + scratch_bytes(prepared)
+    return sum(needs) + scratch_bytes(prepared) + journal_bytes(prepared)
+
+
+def journal_bytes(prepared: Prepared) -> int:
+    """What the journal may take: the latents a phase began with and those it reached, with what its scheduler keeps,
+    twice while a state is replaced."""
+    facts, size = prepared.facts, prepared.phases[-1].size
+    return JOURNAL_COPIES * 4 * facts.latent_channels * size.divided(facts.vae_factor).area
 
 
 def saved_sizes(prepared: Prepared) -> list[Size]:

@@ -12,6 +12,7 @@ from linfusion_cli.images import RowSink
 from linfusion_cli.jobs.keep import Keeper
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder, Stage
+from linfusion_cli.jobs.shelf import Shelf
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
 class Run:
     """A request that nothing speaks against, the plan to carry it out, and who records how that goes.
 
-    `phase_sinks` are the files of the phases whose pictures are kept, by the phase's index.
+    On the `shelf` lies what a job before has loaded. `phase_sinks` are the files of the phases whose pictures are
+    kept, by the phase's index.
     """
 
     prepared: Prepared
     plan: Plan
     recorder: Recorder
     keeper: Keeper
+    shelf: Shelf = field(default_factory=lambda: Shelf(keeps=False))
     phase_sinks: Mapping[int, RowSink] = field(default_factory=dict)
 
     @property

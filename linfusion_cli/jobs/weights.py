@@ -8,6 +8,7 @@ from typing import Any
 
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder
+from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.models.digest import WeightsFile, digested
 from linfusion_cli.models.locate import LINFUSION_WEIGHTS
 from linfusion_cli.models.parts import PARTS, weights_files
@@ -15,10 +16,13 @@ from linfusion_cli.models.parts import PARTS, weights_files
 WHOLE = "model"  # the use of a file that holds a whole model
 
 
-def hashed_weights(prepared: Prepared, recorder: Recorder) -> list[WeightsFile]:
-    """All of them, with the time that it takes recorded: gigabytes are read, which loading then finds in memory."""
+def hashed_weights(prepared: Prepared, recorder: Recorder, shelf: Shelf) -> list[WeightsFile]:
+    """All of them, with the time that it takes recorded: gigabytes are read, which loading then finds in memory.
+
+    `shelf` has the hashes of the jobs before.
+    """
     with recorder.stage("weights", "hash", None, 1, "hashes"):
-        return digested(weights_read(prepared))
+        return digested(weights_read(prepared), shelf.digests)
 
 
 def weights_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
@@ -41,6 +45,15 @@ def weights_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
     yield from (("textual_inversion", file) for file, _ in prepared.inversions)
     for control in prepared.controls.found:
         yield from (("controlnet", file) for file in weights_files(control.folder))
+    yield from pictures_read(prepared)
+
+
+def pictures_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
+    """Use and path of every picture that goes in: other pixels under the same name are another request."""
+    if prepared.picture is not None:
+        yield "image", prepared.picture.path
+    yield from (("ip_image", adapter.image.path) for adapter in prepared.adapters)
+    yield from (("control_image", control.picture.path) for control in prepared.controls.found)
 
 
 def main_hash(weights: Sequence[WeightsFile]) -> str:

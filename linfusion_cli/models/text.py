@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging as transformers_logging
 
@@ -116,6 +117,32 @@ class TextChanges:
 UNCHANGED = TextChanges()
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder with its tokenizer, changed for good; `words` as `add_words` gives them."""
+
+    network: PreTrainedModel
+    tokenizer: CLIPTokenizer
+    words: Mapping[str, tuple[int, list[int]]]
+
+    @staticmethod
+    def load(model: Model, part: str, dtype: torch.dtype, changes: TextChanges) -> Encoder:
+        """The model's `part`, on the CPU."""
+        network = load_part(ENCODERS[part], model.part(part), dtype, torch.device("cpu"))
+        tokenizer = load_tokenizer(model.folder / part.replace("text_encoder", "tokenizer"), network.config)
+        for file, weight in changes.loras:
+            merge_text_lora(network, part, file, weight)
+        return Encoder(network, tokenizer, add_words(network, tokenizer, part, changes.inversions))
+
+
+Get = Callable[[str, Callable[[], Encoder]], Encoder]  # part of the model, how to load its encoder -> it
+
+
+def anew(part: str, load: Callable[[], Encoder]) -> Encoder:
+    """The encoder of nobody but who asks for it: gone when it has been listened to."""
+    return load()
+
+
 def encode_prompts(
     model: Model,
     facts: ModelFacts,
@@ -124,15 +151,21 @@ def encode_prompts(
     dtype: torch.dtype,
     device: torch.device,
     changes: TextChanges = UNCHANGED,
+    get: Get = anew,
 ) -> Conditioning:
-    """Both prompts through all text encoders of `model`, changed like this; the encoders are gone afterwards.
+    """Both prompts through all text encoders of `model`, changed like this; `get` may have them from before.
 
     Raises DataError for changes that do not fit the model, UsageError for tokens and layers that cannot be.
     """
     texts = [prompt, negative_prompt]
     parts = list(ENCODERS)[: 2 if facts.is_xl else 1]
     changes.check(model, parts)
-    encoded = [_encode(model, part, texts, dtype, device, changes, facts.is_xl) for part in parts]
+    encoded = []
+    for part in parts:
+        encoder = get(part, partial(Encoder.load, model, part, dtype, changes))
+        layer = heard_layer(changes.clip_skip, facts.is_xl, part, encoder.network.config.num_hidden_layers)
+        encoded.append(_encode(encoder, texts, layer, device, facts.is_xl))
+        del encoder  # before the next one is loaded, if nobody else has it
     hidden = torch.cat([by_one.hidden for by_one in encoded], dim=-1)
     pooled = encoded[-1].pooled
     positive, negative = (
@@ -155,27 +188,14 @@ class _Encoded:
     unused: tuple[str, ...]
 
 
-def _encode(
-    model: Model,
-    part: str,
-    texts: list[str],
-    dtype: torch.dtype,
-    device: torch.device,
-    changes: TextChanges,
-    is_xl: bool,
-) -> _Encoded:
-    """`texts` through the text encoder that is the model's `part`."""
-    encoder = load_part(ENCODERS[part], model.part(part), dtype, device)
-    tokenizer = load_tokenizer(model.folder / part.replace("text_encoder", "tokenizer"), encoder.config)
-    layer = heard_layer(changes.clip_skip, is_xl, part, encoder.config.num_hidden_layers)
-    for file, weight in changes.loras:
-        merge_text_lora(encoder, part, file, weight)
-    words = add_words(encoder, tokenizer, part, changes.inversions)
+def _encode(encoder: Encoder, texts: list[str], layer: int, device: torch.device, is_xl: bool) -> _Encoded:
+    """`texts` as this layer of `encoder` hears them, counted from the end."""
+    network, tokenizer, words = encoder.network.to(device), encoder.tokenizer, encoder.words
     tokens = [tokenize(tokenizer, text, dict(words.values())) for text in texts]
     unused = tuple(word for word, (number, _) in words.items() if not any(number in text.words for text in tokens))
     with torch.inference_mode():
-        out = encoder(torch.tensor([text.ids for text in tokens], device=device), output_hidden_states=True)
-        hidden = out.hidden_states[-layer] if is_xl else normalised(encoder, out, layer)
+        out = network(torch.tensor([text.ids for text in tokens], device=device), output_hidden_states=True)
+        hidden = out.hidden_states[-layer] if is_xl else normalised(network, out, layer)
     pooled = out.text_embeds.cpu() if "text_embeds" in out else None
     return _Encoded(hidden.cpu(), pooled, tuple(text.unheard for text in tokens), unused)
 

@@ -29,8 +29,11 @@ class Machine:
     vae_speed: Speed
 
 
-def survey(request: PictureRequest) -> Machine:
-    """This machine as `request` wants to use it; raises UsageError or Unavailable."""
+def survey(request: PictureRequest, kept_bytes: int = 0) -> Machine:
+    """This machine as `request` wants to use it; raises UsageError or Unavailable.
+
+    `kept_bytes` of the host's memory hold models from a job before: they are used again, or go first.
+    """
     device = machine.pick_device(request.device)
     dtype, vae_dtype = (pick(request.dtype, device) for pick in (machine.pick_dtype, machine.pick_vae_dtype))
     if request.vram is not None and device.type != "cuda":
@@ -39,8 +42,8 @@ def survey(request: PictureRequest) -> Machine:
         )
     speed = measured(device, dtype)
     vae_speed = speed if vae_dtype == dtype else measured(device, vae_dtype)
-    resident = machine.resident_bytes()  # with what a card's driver takes of it
-    host = request.ram or resident + int(SHARE_OF_FREE * machine.free_host_bytes())
+    resident = max(0, machine.resident_bytes() - kept_bytes)  # with what a card's driver takes of it
+    host = request.ram or resident + int(SHARE_OF_FREE * (machine.free_host_bytes() + kept_bytes))
     return Machine(device, dtype, vae_dtype, host, device_budget(request, device), resident, speed, vae_speed)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,12 @@ class Speed:
         return flops / self.flops_per_sec + passes / self.passes_per_sec
 
 
+@cache
 def measured(device: torch.device, dtype: torch.dtype) -> Speed:
-    """The rates of `device`: a product of a strip's tokens with a layer's weights, and an activation of as many."""
+    """The rates of `device`: a product of a strip's tokens with a layer's weights, and an activation of as many.
+
+    A process measures each once.
+    """
     tokens, width = (1024, 512) if device.type == "cpu" else (16384, 2048)
     x = torch.randn(tokens, width, device=device, dtype=dtype)
     weights = torch.randn(width, width, device=device, dtype=dtype)

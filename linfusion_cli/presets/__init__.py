@@ -6,6 +6,7 @@ This is the only place where settings are merged. A preset is a TOML file of req
 from linfusion_cli.presets.fields import PARSERS
 from linfusion_cli.presets.files import preset_names, preset_path
 from linfusion_cli.presets.settings import (
+    JOB,
     Layer,
     Settings,
     build_request,
@@ -20,6 +21,7 @@ SDXL, DEMO = "sdxl", "demo"  # what runs when no preset is named: the first if i
 
 __all__ = [
     "DEMO",
+    "JOB",
     "PARSERS",
     "SDXL",
     "Layer",

@@ -24,6 +24,7 @@ from linfusion_cli.units import is_file
 R = TypeVar("R", bound=PictureRequest)
 
 PREFIX = "LINFUSION_"
+JOB = "job"  # the origin of what a job of a batch says itself
 WAYS_TO_GIVE = {
     "prompt": "Write it as the argument, in quotes, or name a --preset that has one.",
     "size": "Add --size 4096, or --size 4096x2048 (width x height).",
@@ -118,7 +119,7 @@ def build_request(settings: Settings, kind: type[R]) -> R:
         return kind(**{name: value for name, value in settings.values.items() if name in names})
     except UsageError as error:
         layer = settings.layers.get(error.setting or "")
-        if layer is None or layer.origin == "flag":
+        if layer is None or layer.origin in ("flag", JOB):
             raise
         if layer.path is None:
             raise UsageError(f"{layer.origin_of(error.setting)}: {error.message}", error.way_out) from error

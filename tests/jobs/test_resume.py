@@ -11,7 +11,7 @@ from linfusion_cli.errors import CannotCreate, Stopped, TryAgain, UsageError, Wr
 from linfusion_cli.events import Notice, StageAdvanced, StageStarted
 from linfusion_cli.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs import keep, paint
+from linfusion_cli.jobs import keep, loading
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.upscale import upscale
 from linfusion_cli.journal import Journal
@@ -131,7 +131,7 @@ def test_upscale_goes_on(xl_model, tmp_path, monkeypatch, make):
     with pytest.raises(Stopped):
         upscale(request, {}, in_second_phase)
     Image.new("RGB", (96, 64)).save("in.png")  # another picture under the same name
-    with pytest.raises(UsageError, match=r"image in\.png changed"):
+    with pytest.raises(UsageError, match=r"image/in\.png changed"):
         upscale(request, {})
 
 
@@ -197,7 +197,7 @@ def test_changed_weights_are_refused(make, xl_model, tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UsageError, match=r"unet diffusion_pytorch_model\.safetensors changed"):
+    with pytest.raises(UsageError, match=r"unet/diffusion_pytorch_model\.safetensors changed"):
         make(model="model")
 
 
@@ -207,7 +207,7 @@ def test_the_plan_that_was_executed_is_executed_again(make, monkeypatch, tmp_pat
     made = Journal(tmp_path / "a.png").read().head
     monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(2, 128),))
     threads = torch.get_num_threads()
-    monkeypatch.setattr(paint, "THREADS", threads + 1)
+    monkeypatch.setattr(loading, "THREADS", threads + 1)
     listener = Listener()
     report = make(listener)
     rows = [stage["mode"]["strips"]["rows"] for stage in report.plan["stages"] if stage["name"] == "2x"]

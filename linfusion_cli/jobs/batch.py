@@ -1,0 +1,139 @@
+"""The story of a batch: job after job, each recorded when it is over, and none the end of another."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from linfusion_cli.device import is_out_of_memory
+from linfusion_cli.errors import EXIT_BUG, CannotCreate, DoesNotFit, LinfusionError, TryAgain, UsageError
+from linfusion_cli.events import JobStarted, Observer
+from linfusion_cli.jobs.complete import made_before
+from linfusion_cli.jobs.fields import shortened
+from linfusion_cli.jobs.joblist import MOST_SAID
+from linfusion_cli.jobs.listing import Job
+from linfusion_cli.jobs.record import Recorder
+from linfusion_cli.jobs.results import Outcome, Record, Status, Tally
+from linfusion_cli.jobs.shelf import Shelf
+from linfusion_cli.jobs.story import make_picture
+from linfusion_cli.jobs.upscale import opened
+from linfusion_cli.report import RunReport
+from linfusion_cli.request import PictureRequest, UpscaleRequest
+
+NO_MEMORY = "There is not enough memory for this. Use a smaller size."
+MOST_KEPT = 10_000  # failures that are remembered until the end: the record has all
+
+Make = Callable[[PictureRequest, Mapping[str, str], Observer, Shelf], RunReport | None]
+
+
+def made(request: PictureRequest, origins: Mapping[str, str], observer: Observer, shelf: Shelf) -> RunReport:
+    """The picture of a job, unless it is there."""
+    request, picture = opened(request) if isinstance(request, UpscaleRequest) else (request, None)
+    return make_picture(request, picture, origins, observer, shelf, keep_complete=True)
+
+
+def looked_for(
+    request: PictureRequest, origins: Mapping[str, str], observer: Observer, shelf: Shelf
+) -> RunReport | None:
+    """As `made`, but what is not there is only told of, with None; raises CannotCreate where another file is."""
+    request, picture = opened(request) if isinstance(request, UpscaleRequest) else (request, None)
+    found = made_before(request, picture, Recorder(observer), shelf, keep_complete=True).report
+    if found is None and os.path.lexists(request.output) and not request.overwrite:
+        raise CannotCreate(f"{request.output} exists, and is another picture.", "Add --overwrite, or name another.")
+    return found
+
+
+@dataclass
+class Batch:
+    """How jobs are carried out, and what has come of them; lists may follow one another, as with --watch.
+
+    `make` makes a picture, or does not, for a dry run, which has no `record`. `told` gets every outcome, with the
+    report of a picture that is complete; `explain` makes a sentence of a bug of ours.
+    """
+
+    make: Make
+    record: Record | None
+    observer: Observer
+    told: Callable[[Outcome, RunReport | None], None]
+    explain: Callable[[Exception], str]
+    stop_on_error: bool = False
+    tally: Tally = field(default_factory=Tally)
+    failures: list[Outcome] = field(default_factory=list)
+    _shelf: Shelf = field(default_factory=Shelf)
+
+    def run(self, jobs: list[Job], source: str) -> Tally:
+        """Carry out the `jobs` of the list `source` -> what came of them; raises Stopped, or WriteFailed of the record.
+
+        With `stop_on_error`, those after the first that fails are left.
+        """
+        tally = Tally()
+        for number, job in enumerate(jobs, 1):
+            if job.name:
+                self.observer(JobStarted(number, len(jobs), job.name))
+            outcome, report = self._carried_out(job, source)
+            if self.record is not None:
+                self.record.append(outcome)
+            for one in (tally, self.tally):
+                one.count(outcome)
+            if outcome.status == "failed" and len(self.failures) < MOST_KEPT:
+                self.failures.append(outcome)
+            self.told(outcome, report)
+            if self.stop_on_error and outcome.status == "failed":
+                break
+        return tally
+
+    def _carried_out(self, job: Job, source: str) -> tuple[Outcome, RunReport | None]:
+        began, report = time.monotonic(), None
+        status: Status = "failed"
+        exit_code, error = 0, None
+        try:
+            report = self._report(job)
+            status = "planned" if report is None else "skipped" if report.already_complete else "done"
+        except LinfusionError as wrong:
+            status = "held" if isinstance(wrong, TryAgain) else "failed"
+            exit_code, error = wrong.exit_code, str(wrong)
+        except Exception as wrong:  # noqa: BLE001 - what one job meets, a bug of ours too, does not end the others
+            self._shelf.drop()  # in which state it is, nobody knows
+            exit_code, error = self._of_a_bug(wrong)
+        outcome = Outcome(
+            list=source,
+            index=job.index,
+            line=job.line,
+            status=status,
+            exit_code=exit_code,
+            error=None if error is None else shortened(error, MOST_SAID),
+            output=None if job.output is None else str(job.output),
+            seconds=round(time.monotonic() - began, 3),
+            peak_host_bytes=report and report.peak_host_bytes,
+            peak_device_bytes=report and report.peak_device_bytes,
+            prompt=job.prompt or None,
+            seed=job.seed,
+            time=datetime.now().astimezone().isoformat(timespec="seconds"),
+        )
+        return outcome, report
+
+    def _report(self, job: Job) -> RunReport | None:
+        """Of the picture of `job`, None where it was not to be made; raises what speaks against it."""
+        if job.problem:
+            raise UsageError(job.problem)
+        origins, request = job.request()
+        if self.record is not None:
+            make_folder(request.output.parent)
+        return self.make(request, origins, self.observer, self._shelf)
+
+    def _of_a_bug(self, wrong: Exception) -> tuple[int, str]:
+        if is_out_of_memory(wrong):
+            return DoesNotFit.exit_code, NO_MEMORY
+        return EXIT_BUG, self.explain(wrong)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a picture, where it is missing; raises CannotCreate."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotCreate(f"The folder {folder} cannot be made ({error.strerror}).", "Name another one.") from error

@@ -1,0 +1,109 @@
+"""From kept latents to a file: what `linfusion decode` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from linfusion_cli import presets
+from linfusion_cli.device import describe, versions
+from linfusion_cli.errors import DataError, UsageError
+from linfusion_cli.events import Observer, nobody
+from linfusion_cli.jobs.keep import Keeper, journal_of
+from linfusion_cli.jobs.latents import KeptLatents
+from linfusion_cli.jobs.outputs import held_picture, opened_outputs
+from linfusion_cli.jobs.prepare import Prepared, check_disk, prepare
+from linfusion_cli.jobs.record import Recorder
+from linfusion_cli.jobs.shelf import Shelf
+from linfusion_cli.jobs.story import finished
+from linfusion_cli.jobs.weights import hashed_weights, to_json
+from linfusion_cli.models.digest import WeightsFile
+from linfusion_cli.report import RunReport
+from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest
+
+VAE_USE = "vae"
+# What a decoding has no part of: where such files lie today is no matter.
+UNUSED: dict[str, Any] = {
+    "linfusion": "none",
+    "linfusion_merge": "auto",
+    "linfusion_base": "auto",
+    "lora": (),
+    "textual_inversion": (),
+    "ip_adapter": (),
+    "ip_image": (),
+    "ip_scale": (1.0,),
+    "controlnet": (),
+    "control_image": (),
+    "control_scale": (1.0,),
+    "control_type": (),
+    "control_phases": ("base",),
+    "attention": ("auto",),
+    "strict_prompt": False,
+}
+
+
+def decode(
+    kept: KeptLatents, request: PictureRequest, origins: Mapping[str, str], observer: Observer = nobody
+) -> RunReport:
+    """Make the file of `request` from the `kept` latents; raises a LinfusionError with nothing left behind."""
+    started = time.perf_counter()
+    recorder = Recorder(observer)
+    with held_picture(request, ()) as file:
+        with recorder.stage("start", "load", None, 1, "start"):
+            prepared = decoding_alone(prepare(replace(request, **UNUSED)), kept)
+            check_disk(prepared)
+            from linfusion_cli.jobs import loading, pixels  # torch and diffusers take seconds to import
+
+            shelf, keeper = Shelf(keeps=False), Keeper(journal_of(request), None, request.checkpoint_every)
+            run = loading.begin(prepared, recorder, keeper, shelf)
+        machine, plan = describe(run.device), run.plan.to_json()
+        read = [weights for weights in hashed_weights(prepared, recorder, shelf) if weights.use == VAE_USE]
+        report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, to_json(read), recorder.stages)
+        with opened_outputs(request, file, weights_with(kept, read)) as sink:
+            vae = loading.load_decoder(run)
+            pixels.write(run, vae, kept.read(), sink)
+    return finished(report, request, started)
+
+
+def decoding_alone(prepared: Prepared, kept: KeptLatents) -> Prepared:
+    """`prepared` with the last phase alone, which has no steps; raises DataError where the latents are not its own."""
+    last, facts = prepared.phases[-1], prepared.facts
+    size_lat = last.size.divided(facts.vae_factor)
+    if (last.size, kept.shape) != (kept.phase_size, (1, facts.latent_channels, size_lat.height, size_lat.width)):
+        reason = f"{kept.path} is no picture of {prepared.request.size} by {prepared.request.model}."
+        raise DataError(reason, "Its model has changed since, or --model names another kind.")
+    return replace(prepared, phases=[replace(last, index=0, count=0)])
+
+
+def weights_with(kept: KeptLatents, vae: Sequence[WeightsFile]) -> list[WeightsFile]:
+    """The weights that the latents were made with, as far as their metadata tell, with the `vae` that decodes them."""
+    files = [(*entry["file"].split("/", 1), entry["sha256"]) for entry in kept.made_with["weights"]]
+    others = [WeightsFile(use, Path(name), 0, sha256) for use, name, sha256 in files if use != VAE_USE]
+    before = next((i for i, (use, *_) in enumerate(files) if use == VAE_USE), len(others))
+    return [*others[:before], *vae, *others[before:]]
+
+
+def request_of(kept: KeptLatents, given: Mapping[str, Any]) -> tuple[dict[str, str], PictureRequest]:
+    """The request that made the latents, with what is `given` instead; before it, where each setting came from.
+
+    Raises DataError for latents that tell no request, UsageError for what is given wrongly.
+    """
+    kind = UpscaleRequest if kept.made_with.get("image") else GenerateRequest
+    try:
+        settings = presets.merge([presets.flag_layer(given), presets.Layer(f"latents {kept.path}", told(kept, kind))])
+        return settings.origins(kind), presets.build_request(settings, kind)
+    except (LookupError, ValueError, TypeError, AttributeError, UsageError) as error:
+        if given.get(getattr(error, "setting", None) or "") is not None:
+            raise
+        raise DataError(f"{kept.path} tells no request of ours ({error}).", "Make it again.") from error
+
+
+def told(kept: KeptLatents, kind: type[PictureRequest]) -> dict[str, Any]:
+    """The settings that the latents were made with; those of other files than the picture are not theirs any more."""
+    made, parsers = kept.made_with, presets.PARSERS
+    values = {name: parsers[name](made[name]) for name in parsers if made.get(name) is not None}
+    values |= {"image": Path(made["image"])} if kind is UpscaleRequest else {}
+    return values | {"save_phases": False, "format": None, "output": kept.path.with_suffix(".tif")}

@@ -1,0 +1,75 @@
+"""What a job of a list may say, and how it is read: the fields of a request, and where its files lie."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from linfusion_cli.errors import UsageError
+from linfusion_cli.presets import PARSERS
+from linfusion_cli.units import user_path
+
+MOST_QUOTED = 60  # letters of what somebody wrote: an answer to 100 kB is one sentence
+EMPTY = "It says nothing: give it a prompt at least."
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("must be text")
+    return value
+
+
+FIELDS: dict[str, Callable[[Any], Any]] = {
+    "output": _text,
+    "preview": _text,
+    "preset": _text,
+    "image": lambda value: user_path(_text(value)),
+    **PARSERS,
+}
+
+
+def read_fields(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a job; raises UsageError naming the first that is wrong."""
+    if not written:
+        raise UsageError(EMPTY)
+    values = {name: _read_field(name, value) for name, value in written.items()}
+    if not values.get("prompt", "-").strip() and "image" not in values:
+        raise UsageError("Its prompt is empty.")
+    return values
+
+
+def _read_field(name: str, value: Any) -> Any:
+    if name not in FIELDS:
+        near = difflib.get_close_matches(name[:MOST_QUOTED], FIELDS, 1)
+        raise UsageError(f"There is no field {quoted(name)}.", f"Is {near[0]} meant?" if near else "")
+    for text in value if isinstance(value, list) else [value]:
+        _check_text(name, text)
+    try:
+        return FIELDS[name](value)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{name} {quoted(value)} {shortened(str(error))}.") from error
+    except UsageError as error:
+        raise UsageError(f"{name} {quoted(value)} is wrong.", error.way_out) from error
+
+
+def _check_text(name: str, text: Any) -> None:
+    if isinstance(text, str) and any(letter == "\0" or 0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+        what = "a NUL character" if "\0" in text else "half of a surrogate pair, which is no character"
+        raise UsageError(f"{name} has {what}.")
+
+
+def quoted(value: Any) -> str:
+    """What was written, in quotes where it is text, cut to a few words."""
+    return shortened(repr(value[:MOST_QUOTED] + "…" if isinstance(value, str) and len(value) > MOST_QUOTED else value))
+
+
+def shortened(text: str, most: int = MOST_QUOTED + 8) -> str:
+    """`text`, cut to so many letters, in one line that does nothing to a terminal; a word takes two thirds at most."""
+    words = (cut(word, most * 2 // 3) for word in text.split())
+    return cut("".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(words)), most)
+
+
+def cut(text: str, most: int) -> str:
+    """The first letters of it."""
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,0 +1,221 @@
+"""Lists of jobs: JSONL, CSV, TOML with [[job]] tables, or text, a prompt a line. A wrong job harms no other."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import tomllib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from linfusion_cli.errors import DataError, InputMissing, LinfusionError, UsageError, first_line
+from linfusion_cli.jobs.fields import FIELDS, quoted, read_fields, shortened
+from linfusion_cli.jobs.lines import MOST_BYTES, TOO_LONG, Line, lines_of
+from linfusion_cli.units import user_path
+
+STDIN = "-"
+MOST_SAID = 300  # letters of what is wrong with a job
+TABLE = re.compile(r"\s*\[\[\s*job\s*\]\]\s*(#.*)?")
+TOML_PLACE = re.compile(r" \(at .*\)$")
+OUTSIDE = "It stands before the first [[job]]."
+NESTED = "It is nested too deeply."
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One job of a list: the line it begins on and what it says, or the `problem` why that cannot be read."""
+
+    line: int
+    values: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+def read_list(source: str) -> Iterator[Entry]:
+    """The jobs of a file, by its suffix, or of standard input; raises InputMissing or DataError."""
+    if source == STDIN:
+        if sys.stdin is not None:
+            yield from from_stdin(lines_of(sys.stdin.buffer))
+        return
+    path = user_path(source)
+    reader = READERS.get(path.suffix.lower(), from_text)
+    with _opened(path) as file:
+        try:
+            yield from reader(lines_of(file))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}).", "Check the disk.") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder.", "Name a list of jobs, or use --watch.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputMissing(f"The list of jobs {path} cannot be read ({reason}).", "Check the path.") from error
+
+
+def from_stdin(lines: Iterator[Line]) -> Iterator[Entry]:
+    """JSONL if the first character that is not blank is `{`, else text."""
+    blank = []
+    for line in lines:
+        blank.append(line)
+        if line.problem or line.text.strip():
+            break
+    is_json = bool(blank) and blank[-1].text.lstrip().startswith("{")
+    yield from (from_json if is_json else from_text)(chain(blank, lines))
+
+
+def from_text(lines: Iterator[Line]) -> Iterator[Entry]:
+    """A prompt a line; those that are blank or begin with # say nothing."""
+    for line in lines:
+        text = line.text.strip()
+        if line.problem or (text and not text.startswith("#")):
+            yield entry(line, lambda text: {"prompt": text.strip()})
+
+
+def from_json(lines: Iterator[Line]) -> Iterator[Entry]:
+    """An object a line."""
+    for line in lines:
+        if line.problem or line.text.strip():
+            yield entry(line, json_object)
+
+
+def entry(line: Line, read: Callable[[str], dict[str, Any]]) -> Entry:
+    """What `read` makes of the line, or what is wrong with it."""
+    if line.problem:
+        return Entry(line.number, problem=line.problem)
+    try:
+        return Entry(line.number, read_fields(read(line.text)))
+    except LinfusionError as error:
+        return Entry(line.number, problem=shortened(str(error), MOST_SAID))
+    except RecursionError:
+        return Entry(line.number, problem=NESTED)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object in a line; raises UsageError."""
+    try:
+        value = json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"It is not JSON: {error.msg}, at letter {error.colno}.") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UsageError(f"It is not JSON that can be read: {shortened(str(error))}.") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"It is no JSON object, but {quoted(value)}.")
+    return value
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise UsageError(f"{quoted(next(name for name in names if names.count(name) > 1))} is given twice.")
+    return values
+
+
+def _no_number(name: str) -> None:
+    raise UsageError(f"It is not JSON: {name} is no number there.")
+
+
+def from_toml(lines: Iterator[Line]) -> Iterator[Entry]:
+    """A [[job]] table each, read apart from the others, so that what is wrong with one stays with it."""
+    table = _Table(0)
+    for line in lines:
+        if TABLE.fullmatch(line.text):
+            yield from table.entries()
+            table = _Table(line.number)
+        else:
+            table.add(line)
+    yield from table.entries()
+
+
+@dataclass
+class _Table:
+    """The lines below a [[job]] on line `number`, or those before the first one, where that is 0."""
+
+    number: int
+    body: list[str] = field(default_factory=list)
+    length: int = 0
+    problem: str = ""
+
+    def add(self, line: Line) -> None:
+        if not self.number:
+            says = bool(line.problem) or not re.match(r"\s*(#|$)", line.text)
+            self.number, self.problem = (line.number, OUTSIDE) if says else (0, "")
+            return
+        self.length += len(line.text) + 1
+        self.problem = self.problem or line.problem or (TOO_LONG if self.length > MOST_BYTES else "")
+        if not self.problem:
+            self.body.append(line.text)
+
+    def entries(self) -> Iterator[Entry]:
+        """The job, if there is one."""
+        if self.number:
+            yield entry(Line(self.number, "\n".join(self.body), self.problem), toml_table)
+
+
+def toml_table(text: str) -> dict[str, Any]:
+    """What stands in a table; raises UsageError."""
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise UsageError(f"It is not TOML: {shortened(TOML_PLACE.sub('', str(error)))}.") from error
+
+
+def from_csv(lines: Iterator[Line]) -> Iterator[Entry]:
+    """A record each, whose fields the first one names; raises DataError where that names what is none."""
+    records = csv_records(lines)
+    head, names = next(((line, cells) for line, cells in records if line.problem or any(cells)), (None, []))
+    if head is None:
+        return
+    wrong = [name for name in names if name not in FIELDS]
+    if head.problem or wrong or len(set(names)) < len(names):
+        what = head.problem or (f"There is no field {quoted(wrong[0])}." if wrong else "It names a field twice.")
+        raise DataError(f"The head of the table, line {head.number}, is wrong.", what)
+    for line, cells in records:
+        if line.problem or any(cells):
+            yield entry(line, lambda _, cells=cells: csv_values(names, cells))
+
+
+def csv_values(names: list[str], cells: list[str]) -> dict[str, Any]:
+    """The cells that are not empty, by name; raises UsageError for more cells than names."""
+    if len(cells) > len(names):
+        raise UsageError(f"It has {len(cells)} cells, and the head of the table {len(names)}.")
+    return {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+
+
+def csv_records(lines: Iterator[Line]) -> Iterator[tuple[Line, list[str]]]:
+    """The line on which each record begins, and its cells. A quote that nobody closes spoils its own line only."""
+    waiting: deque[Line] = deque()
+    while True:
+        taken: list[Line] = []
+        try:
+            cells = next(csv.reader(_taking(taken, waiting, lines), strict=True), None)
+        except (csv.Error, UsageError) as error:
+            waiting.extendleft(reversed(taken[1:]))
+            yield Line(taken[0].number, "", taken[0].problem or f"It is not CSV: {shortened(str(error))}."), []
+            continue
+        if cells is None:
+            return
+        yield taken[0], [cell.strip() for cell in cells]
+
+
+def _taking(taken: list[Line], waiting: deque[Line], lines: Iterator[Line]) -> Iterator[str]:
+    """The text of line after line, all of which `taken` gets; raises UsageError where a record cannot go on."""
+    length = 0
+    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+        taken.append(line)
+        length += len(line.text)
+        if line.problem or length > MOST_BYTES:
+            raise UsageError("a quote is not closed")
+        yield line.text + "\n"
+
+
+READERS = {".jsonl": from_json, ".ndjson": from_json, ".csv": from_csv, ".toml": from_toml}

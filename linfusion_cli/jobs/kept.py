@@ -1,0 +1,112 @@
+"""The models that a batch keeps from one job to the next, and what tells whether they are the next one's, too."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.jobs.prepare import Prepared
+from linfusion_cli.jobs.run import Run
+from linfusion_cli.jobs.shelf import Shelf
+from linfusion_cli.jobs.weights import WHOLE, weights_read
+from linfusion_cli.models.digest import identity
+from linfusion_cli.models.load import Vae
+from linfusion_cli.models.load_controlnet import LoadedControl
+from linfusion_cli.models.text import ENCODERS, Encoder
+from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.units import is_file
+
+# What is kept under which name; text encoders have those of their parts.
+VAE, NETWORKS, OUTLINE = "vae", "networks", "outline"
+NETWORK_USES = (WHOLE, "unet", "linfusion", "linfusion_base", "lora", "ip_adapter", "controlnet")
+TEXT_USES = (WHOLE, "text_encoder", "text_encoder_2", "lora", "textual_inversion")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The UNet, the linear attention that phases may mount in it, and ControlNets."""
+
+    unet: UNet2DConditionModel
+    linear: dict[str, LinearAttention]
+    controls: list[LoadedControl]
+
+
+def networks_key(run: Run) -> Hashable:
+    """All that decides the UNet with its linear attention, LoRAs, IP-Adapters and ControlNets."""
+    prepared, request = run.prepared, run.prepared.request
+    return (
+        files_key(prepared, NETWORK_USES),
+        (prepared.linfusion, prepared.base, prepared.is_base, request.linfusion, request.linfusion_merge),
+        tuple(prepared.loras),
+        tuple((adapter.weights.file, adapter.scale) for adapter in prepared.adapters),
+        tuple(control.folder for control in prepared.controls.found),
+        (run.dtype, run.device),
+    )
+
+
+def outline_key(prepared: Prepared) -> Hashable:
+    """All that decides the shapes of UNet, VAE and ControlNets: their files, of which configs and headers are read."""
+    adapters, controls = prepared.adapters, prepared.controls.found
+    parts = (prepared.linfusion, *(adapter.weights.file for adapter in adapters), *(found.folder for found in controls))
+    return files_key(prepared, (*NETWORK_USES, "vae")), parts
+
+
+def vae_key(run: Run) -> Hashable:
+    """All that decides the VAE."""
+    return files_key(run.prepared, ("vae",)), run.plan.machine.vae_dtype, run.device
+
+
+def text_key(run: Run) -> Hashable:
+    """All that decides the text encoders."""
+    prepared = run.prepared
+    return files_key(prepared, TEXT_USES), tuple(prepared.loras), tuple(prepared.inversions), run.dtype
+
+
+def files_key(prepared: Prepared, uses: tuple[str, ...]) -> Hashable:
+    """Files of these uses, the configs beside them, and those of the model: as they are now."""
+    files = [(use, path) for use, path in weights_read(prepared) if use in uses]
+    configs = [path.parent / "config.json" for _, path in files]
+    configs += [prepared.vae.config, *(prepared.model.part(use).config for use in ("unet", *uses))]
+    found = [identity(path) for path in dict.fromkeys(configs) if is_file(path)]
+    weights = tuple((use, identity(path)) for use, path in files if is_file(path))  # loading names one that is not
+    return prepared.model, weights, tuple(found)
+
+
+def to_host(shelf: Shelf) -> int:
+    """Move all that is kept off the card, as between jobs -> the bytes it takes of the host's memory."""
+    kept = [network for thing in shelf.things() for network in networks_in(thing)]
+    for network in kept:
+        network.to("cpu")
+    return weights_bytes(kept)
+
+
+def settle_text(run: Run) -> None:
+    """Keep the text encoders, on the host, if the run has room for them beside all that it was planned with."""
+    encoders = [thing.network for thing in run.shelf.things() if isinstance(thing, Encoder)]
+    for encoder in encoders:
+        encoder.to("cpu")
+    if run.plan.need.host_bytes + weights_bytes(encoders) > run.plan.machine.host_bytes:
+        run.shelf.drop(*ENCODERS)
+
+
+def networks_in(thing: Vae | Networks | Encoder | ModelOutline) -> list[nn.Module]:
+    """The networks that are kept as one thing, none for their outline, which has no weights."""
+    match thing:
+        case Networks(unet, linear, controls):
+            of_controls = (network for control in controls for network in (control.net, *control.linear.values()))
+            return [unet, *linear.values(), *of_controls]
+        case Encoder(network=network):
+            return [network]
+        case ModelOutline():
+            return []
+    return [thing]
+
+
+def weights_bytes(networks: Iterable[nn.Module]) -> int:
+    """What their weights take, those that several share once."""
+    weights = {id(parameter): parameter for network in networks for parameter in network.parameters()}
+    return sum(parameter.numel() * parameter.itemsize for parameter in weights.values())

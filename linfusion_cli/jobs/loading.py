@@ -1,0 +1,148 @@
+"""What is made ready before a run paints: the run itself, what its prompts say, and its networks."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.device import limit_device_memory
+from linfusion_cli.jobs.adapter import read_picture
+from linfusion_cli.jobs.attention import load_linear
+from linfusion_cli.jobs.control import load_controls
+from linfusion_cli.jobs.keep import Keeper
+from linfusion_cli.jobs.kept import NETWORKS, VAE, Networks, networks_key, settle_text, text_key, to_host, vae_key
+from linfusion_cli.jobs.plan import plan_run
+from linfusion_cli.jobs.prepare import Prepared
+from linfusion_cli.jobs.prompts import literal_notice
+from linfusion_cli.jobs.reached import Reached
+from linfusion_cli.jobs.record import Recorder
+from linfusion_cli.jobs.run import Run
+from linfusion_cli.jobs.shelf import Shelf
+from linfusion_cli.models.inversion import read_inversions
+from linfusion_cli.models.ip_adapter import encode_pictures, load_adapters
+from linfusion_cli.models.load import Vae, load_unet, load_vae
+from linfusion_cli.models.load_controlnet import LoadedControl
+from linfusion_cli.models.lora import merge_lora
+from linfusion_cli.models.text import Conditioning, Encoder, TextChanges, encode_prompts
+
+UNHEARD = "The {} is too long for the model's text encoder, which did not hear its end: {!r}."
+UNUSED = "Neither prompt has the token {!r} of a textual inversion, which does nothing."
+THREADS = torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class Models:
+    """The loaded models and what the UNet hears; `linear` is the attention that phases may mount in it."""
+
+    unet: UNet2DConditionModel
+    linear: dict[str, LinearAttention]
+    vae: Vae
+    conditioning: Conditioning
+    controls: list[LoadedControl]
+
+
+def begin(prepared: Prepared, recorder: Recorder, keeper: Keeper, shelf: Shelf) -> Run:
+    """Settle how this run works: as the one that it goes on with, if there is room; raises DoesNotFit.
+
+    What it can use of the `shelf` stays there.
+    """
+    freeze_imports()
+    torch.set_num_threads(keeper.threads or THREADS)  # sums depend on how they are shared out
+    run = Run(prepared, plan_run(prepared, keeper.executed, to_host(shelf), shelf), recorder, keeper, shelf)
+    keeper.describe = partial(described, run)
+    shelf.expect(NETWORKS, partial(networks_key, run))
+    shelf.expect(VAE, partial(vae_key, run))
+    recorder.device = run.device
+    limit_device_memory(run.device, prepared.request.vram)
+    recorder.planned(run.plan.need, run.plan.need.device_bytes if run.device.type == "cuda" else None)
+    return run
+
+
+def described(run: Run, reached: Reached) -> str:
+    """How far `reached` is, in words."""
+    phase = run.prepared.phases[reached.begun.phase]
+    if reached.is_done:
+        return "the finished latents" if phase is run.prepared.phases[-1] else f"all of phase {phase.name}"
+    steps = run.plan.stage("denoise", phase.index).steps if phase.count else 0
+    return f"step {reached.steps} of {steps} in phase {phase.name}"
+
+
+@cache
+def freeze_imports() -> None:
+    """What is there before the first run stays: collecting at each stage need not walk a million objects.
+
+    Once in a process: what jobs of a batch leave must not stay.
+    """
+    gc.freeze()
+
+
+def read_prompts(run: Run) -> Conditioning:
+    """Both prompts, and pictures, as the UNet hears them; their encoders are off the device when this returns.
+
+    A batch keeps text encoders where the run has room for them beside all else that it was planned with.
+    """
+    request, prepared = run.prepared.request, run.prepared
+    prompts = request.prompt, request.negative_prompt
+    with run.recorder.stage("prompt", "text", None, 1, "prompts"):
+        changes = TextChanges(prepared.loras, read_inversions(prepared.inversions), request.clip_skip)
+        conditioning = encode_prompts(
+            prepared.model, prepared.facts, *prompts, run.dtype, run.device, changes, partial(encoder, run)
+        )
+        if prepared.adapters:
+            pictures = [read_picture(adapter.image, run.recorder.notice) for adapter in prepared.adapters]
+            conditioning = conditioning.with_images(encode_pictures(prepared.adapters, pictures, run.dtype, run.device))
+    if literal := literal_notice(request):
+        run.recorder.notice(literal)
+    settle_text(run)
+    for prompt, end in conditioning.unheard.items():
+        run.recorder.notice(UNHEARD.format(prompt, end))
+    for token in conditioning.unused:
+        run.recorder.notice(UNUSED.format(token))
+    return conditioning
+
+
+def load(run: Run, vae: Vae, conditioning: Conditioning) -> Models:
+    """The UNet and its linear attention, on the CPU until a phase mounts what it needs, beside the `vae`."""
+    with run.recorder.stage("models", "load", None, 1, "models"):
+        networks = run.shelf.get(NETWORKS, partial(networks_key, run), partial(load_networks, run))
+    return Models(networks.unet, networks.linear, vae, conditioning, networks.controls)
+
+
+def encoder(run: Run, part: str, load: Callable[[], Encoder]) -> Encoder:
+    """The text encoder that is the model's `part`, from the job before if that had the same."""
+    return run.shelf.get(part, partial(text_key, run), load)
+
+
+def load_decoder(run: Run) -> Vae:
+    """The VAE on the device."""
+    with run.recorder.stage("vae", "load", None, 1, "models"):
+        return planned_vae(run)
+
+
+def planned_vae(run: Run) -> Vae:
+    """The VAE on the device, loaded again if a job before went on in another dtype."""
+    dtype, get = run.plan.machine.vae_dtype, partial(run.shelf.get, VAE, partial(vae_key, run))
+    make = partial(load_vae, run.prepared.vae, dtype, run.device)
+    vae = get(make)
+    if vae.dtype != dtype:
+        del vae
+        run.shelf.drop(VAE)
+        vae = get(make)
+    return vae.to(run.device)
+
+
+def load_networks(run: Run) -> Networks:
+    """The UNet, its linear attention and ControlNets on the CPU, with all that is to change them."""
+    prepared = run.prepared
+    unet = load_unet(prepared.model, run.dtype)
+    linear = load_linear(run, unet)
+    for file, weight in prepared.loras:
+        merge_lora(unet, linear, file, weight)
+    load_adapters(unet, prepared.adapters)
+    return Networks(unet, linear, load_controls(run, linear))

@@ -1,0 +1,97 @@
+"""A folder into which lists of jobs are put: taken when nobody writes them any more, put aside when they are done."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, count
+from pathlib import Path
+from typing import NoReturn
+
+from linfusion_cli.errors import CannotCreate, InputMissing
+from linfusion_cli.units import is_folder
+
+POLL_SEC = 1.0
+UNFINISHED = (".part", ".tmp")  # as what is being copied here is called
+DONE, FAILED = "done", "failed"
+
+Stamp = tuple[int, int, int]
+
+
+class Inbox:
+    """The folder, and what its files looked like when it was last looked into."""
+
+    def __init__(self, folder: Path):
+        """Makes the folders for what is done; raises InputMissing or CannotCreate."""
+        if not is_folder(folder):
+            raise InputMissing(f"The folder {folder} does not exist.", "Create it first.")
+        try:
+            for name in (DONE, FAILED):
+                (folder / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise CannotCreate(f"{folder} refuses a folder ({error.strerror}).", "Name another one.") from error
+        self._folder = folder
+        self._seen: dict[Path, Stamp] = {}
+        self._left: dict[Path, Stamp] = {}  # those that could not be put aside, which are not to be done again
+
+    def ready(self) -> list[Path]:
+        """The lists that have stood still since the last look, in the order of their names."""
+        now = dict(self._looks())
+        still = [path for path, stamp in now.items() if self._seen.get(path) == stamp != self._left.get(path)]
+        self._seen = now
+        return sorted(still)
+
+    def put_aside(self, path: Path, name: str) -> None:
+        """Move a list that was seen into the folder `name`, unless it has changed meanwhile: then it is another one."""
+        stamp = self._seen[path]
+        if dict(self._looks()).get(path) != stamp:
+            return
+        try:
+            next(filter(lambda free: moved(path, free), free_names(self._folder / name / path.name)))
+        except OSError:
+            self._left[path] = stamp
+
+    def _looks(self) -> Iterator[tuple[Path, Stamp]]:
+        try:
+            found = list(os.scandir(self._folder))
+        except OSError:  # a share that is away for a moment
+            return
+        for one in found:
+            if one.name.startswith(".") or one.name.endswith(UNFINISHED):
+                continue
+            try:
+                stat = one.stat()
+                if one.is_file():
+                    yield Path(one.path), (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+            except OSError:  # gone already
+                continue
+
+
+def free_names(path: Path) -> Iterator[Path]:
+    """a.csv, a-2.csv, a-3.csv …"""
+    return chain([path], (path.with_stem(f"{path.stem}-{number}") for number in count(2)))
+
+
+def moved(path: Path, target: Path) -> bool:
+    """Whether `path` is called `target` now, which nobody was before; OSError where it cannot be."""
+    try:
+        target.hardlink_to(path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if os.path.lexists(target):
+            return False
+        path.rename(target)
+        return True
+    path.unlink()
+    return True
+
+
+def watch(folder: Path, carried_out: Callable[[Path], bool], pause: Callable[[float], None] = time.sleep) -> NoReturn:
+    """Hand `carried_out` every list that appears, which says whether all went well; ends by what stops the process."""
+    inbox = Inbox(folder)
+    while True:
+        for path in inbox.ready():
+            inbox.put_aside(path, DONE if carried_out(path) else FAILED)
+        pause(POLL_SEC)

@@ -1,0 +1,75 @@
+"""Batches in small: what makes requests of jobs, and who listens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from linfusion_cli.events import Observer, nobody
+from linfusion_cli.geometry import Size
+from linfusion_cli.jobs.batch import Batch, Make
+from linfusion_cli.jobs.joblist import Entry
+from linfusion_cli.jobs.listing import Build, Listing
+from linfusion_cli.jobs.naming import TEMPLATE, Template
+from linfusion_cli.jobs.results import Record
+from linfusion_cli.report import RunReport
+from linfusion_cli.request import GenerateRequest
+
+
+class Told:
+    """Whoever hears of outcomes."""
+
+    def __init__(self) -> None:
+        self.outcomes = []
+
+    def __call__(self, outcome, report) -> None:
+        self.outcomes.append(outcome)
+
+    def status(self) -> dict[int, str]:
+        """By line."""
+        return {outcome.line: outcome.status for outcome in self.outcomes}
+
+
+def builder(**defaults: object) -> Build:
+    """What makes a request of a job that says this, small unless it says otherwise."""
+
+    def build(values):
+        standing = {"prompt": "a hill", "size": Size(64, 64), "output": Path("x.png"), "model": "demo", "steps": (1,)}
+        return {}, GenerateRequest(**standing | {"format": "png"} | defaults | values)
+
+    return build
+
+
+def entries(count: int, **values: object) -> list[Entry]:
+    """Jobs that say this, each with a prompt of its own."""
+    return [Entry(line, {"prompt": f"hill {line}"} | values) for line in range(1, count + 1)]
+
+
+def carried_out(
+    folder: Path,
+    jobs: list[Entry],
+    make: Make,
+    observer: Observer = nobody,
+    build: Build | None = None,
+    stop_on_error: bool = False,
+    **listed: object,
+) -> tuple[Told, Batch]:
+    """What was told of these jobs, carried out in `folder`, and the batch."""
+    listing = Listing(build or builder(), folder, Template.parse(TEMPLATE), **listed)
+    told = Told()
+    record = Record(folder / listing.shard.record)
+    batch = Batch(make, record, observer, told, lambda error: f"bug {error}", stop_on_error)
+    batch.run(listing.jobs(jobs), "jobs.jsonl")
+    return told, batch
+
+
+def failing(errors: dict[str, BaseException], ran: list | None = None) -> Make:
+    """Makes nothing, and raises what `errors` have for a prompt; `ran` gets every request."""
+
+    def make(request, origins, observer, shelf):
+        if ran is not None:
+            ran.append(request)
+        if request.prompt in errors:
+            raise errors[request.prompt]
+        return RunReport(request.to_json(), {}, {}, {}, output=str(request.output))
+
+    return make

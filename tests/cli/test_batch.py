@@ -1,0 +1,196 @@
+"""`linfusion batch` as a person or a script meets it."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from linfusion_cli.images import read_info
+
+
+@pytest.fixture
+def quick(xl_model):
+    """Options that make a picture in a moment."""
+    return ["--output-dir", "out", "--model", xl_model, "--size", 64, "--steps", 1, "--format", "png"]
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def test_a_list_makes_its_pictures_and_the_same_command_skips_them(cli, quick, tmp_path):
+    write(
+        tmp_path / "jobs.jsonl",
+        {"prompt": "a hill"},
+        "{",
+        {"prompt": "a sea", "seed": 5, "size": "128x64"},
+        {"output": "b"},
+    )
+    code, out, err = cli("batch", "jobs.jsonl", *quick)
+    assert (code, out) == (3, "out/0001-a-hill-0.png\nout/0003-a-sea-5.png\n")
+    assert "job 3 of 4: 0001-a-hill-0.png" in err and "batch: 2 done, 2 failed" in err
+    assert "  jobs.jsonl:2: It is not JSON" in err and "  jobs.jsonl:4: It has no prompt." in err
+    info = read_info(tmp_path / "out/0003-a-sea-5.png")
+    assert (info.width_px, info.height_px, info.request["seed"], info.request["steps"]) == (128, 64, 5, [1])
+    code, out, err = cli("batch", "jobs.jsonl", *quick, "--json", "-q")
+    found = json.loads(out)
+    assert code == 3 and (found["skipped"], found["done"], found["failed"]) == (2, 0, 2)
+    assert [failure["line"] for failure in found["failures"]] == [2, 4] and "base" not in err
+    lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["failed"] * 2 + ["done"] * 2 + ["failed"] * 2 + ["skipped"] * 2
+
+
+def test_a_dry_run_tells_and_makes_nothing(cli, quick, tmp_path, monkeypatch):
+    write(tmp_path / "jobs.txt", "a hill", "a sea", "", "# no job")
+    assert cli("batch", "jobs.txt", *quick, "--name", "{slug}")[0] == 0
+    (tmp_path / "out/a-sea.png").unlink()
+    before = (tmp_path / "out/results.jsonl").read_bytes()
+    monkeypatch.setattr("linfusion_cli.jobs.batch.make_picture", None)
+    code, out, _ = cli("batch", "jobs.txt", *quick, "--name", "{slug}", "--dry-run")
+    assert (code, out) == (0, "skipped\tout/a-hill.png\nplanned\tout/a-sea.png\n")
+    code, out, _ = cli("batch", "jobs.txt", *quick, "--name", "{slug}", "--dry-run", "--json")
+    assert [job["status"] for job in json.loads(out)["outputs"]] == ["skipped", "planned"]
+    code, out, err = cli("batch", "jobs.txt", *quick, "--name", "{slug}", "--dry-run", "--dpi", 72)
+    assert code == 3 and "out/a-hill.png exists, and is another picture" in err
+    assert (tmp_path / "out/results.jsonl").read_bytes() == before
+
+
+def test_what_a_job_says_wins_over_flags_environment_and_preset(cli, quick, tmp_path, monkeypatch):
+    monkeypatch.setenv("LINFUSION_NEGATIVE_PROMPT", "fog")
+    monkeypatch.setenv("LINFUSION_SEED", "7")
+    write(tmp_path / "jobs.csv", "prompt,steps,negative_prompt,preset", "a hill,2,,", "a sea,,rain,demo")
+    assert cli("batch", "jobs.csv", *quick, "--reports")[0] == 0
+    one, other = (
+        json.loads((tmp_path / f"out/{name}-7.png.json").read_text()) for name in ("0001-a-hill", "0002-a-sea")
+    )
+    assert (one["request"]["steps"], one["request"]["negative_prompt"], one["request"]["guidance_scale"]) == (
+        [2],
+        "fog",
+        [5.0],
+    )
+    assert (other["request"]["steps"], other["request"]["negative_prompt"], other["request"]["guidance_scale"]) == (
+        [1],
+        "rain",
+        [4.0],
+    )
+    assert {one["settings"][name] for name in ("steps", "prompt")} == {"job"} and one["settings"]["size"] == "flag"
+    assert one["settings"]["seed"] == "LINFUSION_SEED" and other["settings"]["guidance_scale"] == "preset demo"
+
+
+def test_pictures_grow_in_a_batch(cli, quick, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "p.png")
+    write(
+        tmp_path / "jobs.toml", "[[job]]", "image = 'p.png'", "size = 128", "[[job]]", "image = 'no.png'", "size = 128"
+    )
+    code, out, err = cli("batch", "jobs.toml", *quick)
+    assert (code, out) == (3, "out/0001-picture-0.png\n") and "jobs.toml:4: no.png does not exist" in err
+    assert cli("batch", "jobs.toml", *quick, "-q")[1] == out
+    Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(tmp_path / "p.png")
+    assert "out/0001-picture-0.png exists" in cli("batch", "jobs.toml", *quick)[2]
+
+
+def test_standard_input_seeds_and_shards(cli, quick, tmp_path, monkeypatch):
+    made = []
+    for number in (1, 2):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "a hill"}\n')))
+        code, out, err = cli("batch", "-", *quick, "--seeds", "1-3", "--shard", f"{number}/2", "-q")
+        assert (code, err) == (0, "")
+        made += out.splitlines()
+    assert sorted(made) == [f"out/0001-a-hill-{seed}.png" for seed in (1, 2, 3)]
+    assert {path.name for path in (tmp_path / "out").glob("*.jsonl")} == {
+        "results-1-of-2.jsonl",
+        "results-2-of-2.jsonl",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        ([], 2, "either a list of jobs or --watch"),
+        (["jobs.txt", "--watch", "."], 2, "either a list of jobs or --watch"),
+        (["--watch", ".", "--dry-run"], 2, "--watch and --dry-run"),
+        (["--watch", "nowhere"], 66, "nowhere does not exist"),
+        (["nowhere.jsonl"], 66, "nowhere.jsonl cannot be read"),
+        (["."], 65, "is a folder"),
+        (["jobs.txt", "--seeds", "x"], 2, "--seeds 'x'"),
+        (["jobs.txt", "--seeds", "1", "--seed", "1"], 2, "--seed and --seeds"),
+        (["jobs.txt", "--shard", "3/2"], 2, "--shard '3/2'"),
+        (["jobs.txt", "--name", "{prompt}"], 2, "the field 'prompt'"),
+        (["jobs.txt", "--preset", "nope"], 2, "no preset 'nope'"),
+        (["jobs.txt", "--size", "x"], 2, "'x' is not a size"),
+        (["jobs.txt", "--output", "a.png"], 2, "--output"),
+        (["wrong.csv"], 65, "head of the table, line 1, is wrong. There is no field 'promt'"),
+        (["jobs.txt", "--output-dir", "jobs.txt"], 73, "jobs.txt"),
+    ],
+)
+def test_what_a_person_gets_wrong_is_one_sentence(cli, quick, tmp_path, options, code, says):
+    write(tmp_path / "jobs.txt", "a hill")
+    write(tmp_path / "wrong.csv", "promt", "a hill")
+    found, out, err = cli("batch", *quick, *options)
+    assert (found, out) == (code, "") and says in err and "Traceback" not in err
+
+
+def test_a_bug_is_logged_and_the_next_job_runs(cli, quick, tmp_path, monkeypatch):
+    from linfusion_cli.jobs import story
+
+    real = story.prepare
+
+    def fail(request, picture):
+        if request.seed == 1:
+            raise ZeroDivisionError("oops")
+        return real(request, picture)
+
+    monkeypatch.setattr(story, "prepare", fail)
+    write(tmp_path / "jobs.jsonl", {"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 2})
+    code, out, err = cli("batch", "jobs.jsonl", *quick)
+    assert (code, out) == (3, "out/0002-b-2.png\n") and "bug in linfusion (ZeroDivisionError). Log: " in err
+    log = Path(err.split("Log: ")[1].split()[0])
+    assert "ZeroDivisionError: oops" in log.read_text()
+    log.unlink()
+
+
+def start(tmp_path: Path, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "linfusion_cli", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True, env=environment)
+
+
+def test_a_signal_ends_a_batch_with_its_code_and_what_was_done_on_record(tmp_path, quick):
+    write(tmp_path / "jobs.jsonl", {"prompt": "a"}, {"prompt": "b", "steps": 1000, "size": 512}, {"prompt": "c"})
+    run = start(tmp_path, "batch", "jobs.jsonl", *quick)
+    while "job 2 of 3" not in run.stderr.readline():
+        assert run.poll() is None
+    time.sleep(0.5)
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    assert (
+        (run.returncode, out) == (143, "out/0001-a-0.png\n") and "batch: 1 done" in err and "Stopped by SIGTERM" in err
+    )
+    lines = (tmp_path / "out/results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in lines] == [1]
+
+
+def test_a_watched_folder_takes_lists_until_a_signal(tmp_path, quick):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in/one.txt", "a hill")
+    (tmp_path / "in/two.csv").write_bytes(b"promt\n\xff\n")
+    run = start(tmp_path, "batch", "--watch", "in", *quick)
+    assert run.stdout.readline() == "out/0001-a-hill-0.png\n"
+    write(tmp_path / "in/.three", "a sea").rename(tmp_path / "in/three.txt")
+    assert run.stdout.readline() == "out/0001-a-sea-0.png\n"
+    time.sleep(0.3)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 143 and "two.csv" not in {path.name for path in (tmp_path / "in").iterdir()}
+    assert "Traceback" not in err and "head of the table, line 1, is wrong" in err and "batch: 2 done" in err
+    names = {str(path.relative_to(tmp_path / "in")) for path in (tmp_path / "in").rglob("*.*")}
+    assert names == {"done/one.txt", "failed/two.csv", "done/three.txt"}

@@ -1,0 +1,222 @@
+"""What a batch keeps loaded changes no picture and takes no more memory; what is complete is not made again."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from linfusion_cli.device import free_memory, resident_bytes
+from linfusion_cli.events import nobody
+from linfusion_cli.geometry import Size
+from linfusion_cli.images import PendingFile
+from linfusion_cli.jobs import loading, paint
+from linfusion_cli.jobs.batch import looked_for, made
+from linfusion_cli.jobs.generate import generate
+from linfusion_cli.jobs.joblist import Entry
+from linfusion_cli.jobs.kept import VAE
+from linfusion_cli.models.tokens import load_tokenizer
+from tests.batches import builder, carried_out, entries
+from tests.control_in_small import small_control, write_control
+from tests.ip_in_small import write_adapter, write_encoder, write_picture
+from tests.models_in_small import small_xl_unet
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """`carried_out` in tmp_path/out."""
+    return partial(carried_out, tmp_path / "out")
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often each kind of model is loaded."""
+    counts = {"unet": 0, "vae": 0, "text": 0}
+
+    def counting(name, function):
+        def load(*arguments):
+            counts[name] += 1
+            return function(*arguments)
+
+        return load
+
+    monkeypatch.setattr(loading, "load_unet", counting("unet", loading.load_unet))
+    monkeypatch.setattr(loading, "load_vae", counting("vae", loading.load_vae))
+    monkeypatch.setattr("linfusion_cli.models.text.load_tokenizer", counting("text", load_tokenizer))
+    return counts
+
+
+@pytest.fixture(scope="module")
+def guides(tmp_path_factory):
+    """An IP-Adapter, its encoder, a ControlNet for the small SDXL, and a picture."""
+    folder = tmp_path_factory.mktemp("guides")
+    write_encoder(folder / "image_encoder")
+    write_adapter(folder / "adapter.safetensors", small_xl_unet())
+    write_control(folder / "control", small_control(small_xl_unet(), 1))
+    write_picture(folder / "a.png", width=64, height=64)
+    return folder
+
+
+def guided(guides: Path) -> dict[str, dict]:
+    """What a job says to be guided by a picture."""
+    picture, adapter = (str(guides / "a.png"),), (str(guides / "adapter.safetensors"),)
+    return {
+        "ip": {"ip_adapter": adapter, "ip_image": picture},
+        "ip more": {"ip_adapter": adapter, "ip_image": picture, "ip_scale": (0.4,)},
+        "control": {"controlnet": (str(guides / "control"),), "control_image": picture, "control_phases": ("all",)},
+    }
+
+
+def variety(xl: Path, sd: Path, lora: Path, guides: dict[str, dict]) -> list[dict]:
+    """Jobs that share models, or parts of them, or nothing."""
+    xl, sd = {"model": str(xl)}, {"model": str(sd), "linfusion": "none"}
+    return [
+        {"prompt": "a hill", "seed": 1, **xl},
+        {"prompt": "a sea", "seed": 2, "size": Size(128, 64), **xl},
+        {"prompt": "a sea", "seed": 2, **sd},
+        {"prompt": "a sea", "seed": 2, "lora": (f"{lora}:0.5",), **xl},
+        {"prompt": "a hill", "seed": 1, "attention": ("original",), "clip_skip": 1, **xl},
+        {"prompt": "a hill", "seed": 3, "guidance_scale": (1.0,), "vae_statistics": "sampled", **xl},
+        {"prompt": "a sea", "seed": 2, "size": Size(72, 64), "upscaler": "demofusion", "dilated_min": 0.0, **xl},
+        *({"prompt": "a sea", "size": Size(128, 128), **xl, **guide} for guide in guides.values()),
+    ]
+
+
+@pytest.fixture
+def small_lora(tmp_path):
+    torch.manual_seed(3)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    shapes = {layer: (16, 16), text: (16, 16)}
+    tensors = {f"{name}.lora_{half}.weight": torch.randn(*size) for name, (out, into) in shapes.items()
+               for half, size in (("A", (2, into)), ("B", (out, 2)))}  # fmt: skip
+    save_file(tensors, tmp_path / "lora.safetensors")
+    return tmp_path / "lora.safetensors"
+
+
+def test_a_job_gives_the_picture_it_gives_alone_whatever_ran_before(
+    batch, tmp_path, xl_model, sd_model, small_lora, guides
+):
+    jobs = variety(xl_model, sd_model, small_lora, guided(guides))
+    alone = []
+    for number, values in enumerate(jobs):
+        _, request = builder(strength=(0.5,), output=tmp_path / f"{number}.png")(values)
+        generate(request, {}, nobody)
+        alone.append(pixels(tmp_path / f"{number}.png"))
+    order = [3, 7, 0, 9, 1, 5, 2, 6, 8, 4, 0, 3]  # some again, in other company
+    told, _ = batch(
+        [Entry(line, jobs[number]) for line, number in enumerate(order, 1)], made, build=builder(strength=(0.5,))
+    )
+    assert set(told.status().values()) == {"done"}, [outcome.error for outcome in told.outcomes]
+    for outcome in told.outcomes:
+        assert np.array_equal(pixels(Path(outcome.output)), alone[order[outcome.line - 1]]), outcome.line
+
+
+def test_models_are_loaded_once_for_all_jobs_that_share_them(batch, counted, xl_model, sd_model):
+    models = [str(xl_model), str(sd_model), str(xl_model), str(sd_model), str(xl_model)]
+    jobs = [Entry(line, {"model": model, "prompt": f"hill {line}"}) for line, model in enumerate(models, 1)]
+    told, _ = batch(jobs, made, build=builder(linfusion="none"))
+    assert set(told.status().values()) == {"done"} and counted == {"unet": 2, "vae": 2, "text": 3}
+
+
+def test_a_vae_that_went_on_in_another_dtype_is_loaded_again(batch, counted, xl_model):
+    def make(request, origins, observer, shelf):
+        report = made(request, origins, observer, shelf)
+        shelf._things[VAE][1].to(torch.float64)
+        return report
+
+    told, _ = batch(entries(2, model=str(xl_model)), make)
+    assert set(told.status().values()) == {"done"} and counted == {"unet": 1, "vae": 2, "text": 2}
+
+
+def test_what_is_complete_is_skipped_by_content_and_nothing_is_loaded(batch, tmp_path, counted, xl_model):
+    jobs = entries(3, model=str(xl_model))
+    batch(jobs, made)
+    before = counted.copy()
+    (tmp_path / "out/0002-hill-2-0.png").unlink()
+    whole = (tmp_path / "out/0003-hill-3-0.png").read_bytes()
+    (tmp_path / "out/0003-hill-3-0.png").write_bytes(whole[:-30])
+    told, _ = batch(jobs, looked_for)
+    assert told.status() == {1: "skipped", 2: "planned", 3: "failed"} and counted == before
+    told, _ = batch(jobs, made, build=builder(overwrite=True, ram=8 << 30))
+    assert told.status() == {1: "skipped", 2: "done", 3: "done"}
+    assert len((tmp_path / "out/0003-hill-3-0.png").read_bytes()) > len(whole) - 30
+
+
+def test_another_request_under_the_same_name_is_refused(batch, tmp_path, xl_model):
+    jobs = [Entry(1, {"model": str(xl_model), "output": "a.png"})]
+    batch(jobs, made)
+    before = (tmp_path / "out/a.png").read_bytes()
+    for changed in ({"seed": 1}, {"prompt": "a sea"}, {"steps": (2,)}, {"linfusion": "none"}, {"dpi": 72.0}):
+        told, _ = batch(jobs, made, build=builder(**changed))
+        assert told.outcomes[0].exit_code == 73 and "a.png exists" in told.outcomes[0].error
+    assert (tmp_path / "out/a.png").read_bytes() == before
+    told, _ = batch(jobs, made, build=builder(seed=1, overwrite=True))
+    assert told.status() == {1: "done"} and (tmp_path / "out/a.png").read_bytes() != before
+
+
+def test_other_weights_or_another_picture_under_the_same_name_are_another_request(batch, tmp_path, xl_model):
+    model = shutil.copytree(xl_model, tmp_path / "model")
+    jobs = entries(1, model=str(model))
+    batch(jobs, made)
+    assert batch(jobs, made)[0].status() == {1: "skipped"}
+    weights = model / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["decoder.conv_out.bias"] += 0.5
+    save_file(state, weights, {"format": "pt"})
+    assert batch(jobs, made)[0].outcomes[0].exit_code == 73
+
+
+def test_memory_after_fifty_jobs_is_that_after_two(batch, sd_model):
+    """The memory of the process, after what can be freed was freed, with models that stay loaded."""
+    measured = []
+
+    def make(request, origins, observer, shelf):
+        report = made(request, origins, observer, shelf)
+        free_memory(None)
+        measured.append(resident_bytes())
+        return report
+
+    told, _ = batch(entries(50), make, build=builder(model=str(sd_model), guidance_scale=(1.0,)))
+    assert set(told.status().values()) == {"done"} and len(measured) == 50
+    assert measured[-1] - measured[1] < 16 << 20
+
+
+def test_text_encoders_stay_only_where_there_is_room_for_them(batch, counted, monkeypatch, sd_model):
+    jobs = entries(3, model=str(sd_model))
+    batch(jobs[:2], made, build=builder(ram=8 << 30))
+    assert counted["text"] == 1
+    monkeypatch.setattr("linfusion_cli.jobs.kept.weights_bytes", lambda networks: 8 << 30)
+    told, _ = batch(jobs, made, build=builder(ram=8 << 30, seed=1))
+    assert set(told.status().values()) == {"done"} and counted["text"] == 4
+
+
+def test_what_another_run_is_making_is_held(batch, tmp_path, sd_model):
+    jobs = entries(2, model=str(sd_model))
+    (tmp_path / "out").mkdir()
+    with PendingFile(tmp_path / "out/0001-hill-1-0.png"):
+        told, carried = batch(jobs, made)
+    assert told.status() == {1: "held", 2: "done"} and carried.tally.exit_code == 75
+    assert batch(jobs, made)[1].tally.exit_code == 0
+
+
+def test_after_a_bug_models_are_loaded_anew(batch, counted, monkeypatch, sd_model):
+    real, calls = paint.settled, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError("oops")
+        return real(*arguments)
+
+    monkeypatch.setattr(paint, "settled", fail)
+    told, _ = batch(entries(3, model=str(sd_model)), made)
+    assert told.status() == {1: "done", 2: "failed", 3: "done"} and counted == {"unet": 2, "vae": 2, "text": 2}

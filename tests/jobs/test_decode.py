@@ -1,0 +1,108 @@
+"""Latents that were kept become the very picture that their run made, or another file of it."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from linfusion_cli.errors import CannotCreate, DataError, InputMissing
+from linfusion_cli.geometry import Size
+from linfusion_cli.images import read_info
+from linfusion_cli.jobs.decode import decode, request_of
+from linfusion_cli.jobs.generate import generate
+from linfusion_cli.jobs.latents import kept_latents
+from linfusion_cli.jobs.upscale import upscale
+from linfusion_cli.request import GenerateRequest, UpscaleRequest
+
+
+@pytest.fixture
+def made(xl_model, tmp_path, monkeypatch):
+    """A picture a.png of 96 x 112 px, and its latents."""
+    monkeypatch.chdir(tmp_path)
+    values = {"prompt": "a hill", "size": Size(96, 112), "model": str(xl_model), "steps": (3,), "strength": (0.5,)}
+    request = GenerateRequest(**values, output=Path("a.png"), keep_latents=Path("a.safetensors"), dither=True, seed=4)
+    generate(request, {})
+    return request
+
+
+def decoded(path="a.safetensors", **given):
+    kept = kept_latents(Path(path))
+    origins, request = request_of(kept, given)
+    return decode(kept, request, origins)
+
+
+def seen(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_the_picture_is_that_of_the_run(made, tmp_path):
+    report = decoded(output=Path("b.png"))
+    assert np.array_equal(seen("b.png"), seen("a.png"))
+    one, other = read_info("a.png").request, read_info("b.png").request
+    assert {name for name in one if one[name] != other[name]} == {"output", "keep_latents"}
+    assert [stage.kind for stage in report.stages] == ["load", "hash", "load", "decode", "write"]
+    assert report.settings["bits"].startswith("latents") and report.settings["output"] == "flag"
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"a.png", "a.safetensors", "b.png"}
+
+
+def test_another_format_and_another_vae(made, xl_model):
+    vae = shutil.copytree(xl_model / "vae", Path("vae"))
+    report = decoded(output=Path("b.tif"), bits=16, compression="zstd", vae=str(vae), prompt_metadata=False)
+    info = read_info("b.tif")
+    assert (info.bits, info.compression, info.width_px, info.height_px) == (16, "zstd", 96, 112)
+    assert "prompt" not in info.request and info.request["vae"] == str(vae)
+    assert [weights["path"] for weights in report.weights] == [str(vae / "diffusion_pytorch_model.safetensors")]
+    assert decoded().output == "a.tif"
+
+
+def test_what_made_them_need_not_be_here_any_more(xl_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.effect_mandelbrot((96, 64), (-2, -1, 1, 1), 90).convert("RGB").save("in.png")
+    values = {"image": Path("in.png"), "size": Size(96, 64), "model": str(xl_model), "steps": (2,)}
+    upscale(UpscaleRequest(**values, output=Path("a.png"), keep_latents=Path("a.safetensors")), {})
+    Path("in.png").unlink()
+    decoded(output=Path("b.png"))
+    assert np.array_equal(seen("b.png"), seen("a.png"))
+
+
+def test_a_picture_below_the_base_is_reduced_again(xl_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"prompt": "x", "size": Size(72, 64), "model": str(xl_model), "steps": (2,)}
+    generate(GenerateRequest(**values, output=Path("a.png"), keep_latents=Path("a.safetensors")), {})
+    decoded(output=Path("b.png"))
+    assert np.array_equal(seen("b.png"), seen("a.png"))
+
+
+def test_what_is_there_is_refused(made):
+    with pytest.raises(CannotCreate, match="exists"):
+        decoded(output=Path("a.png"))
+
+
+def test_latents_of_another_model_are_refused(made, sd_model):
+    with pytest.raises(DataError, match=r"a\.safetensors is no picture of 96x112 by"):
+        decoded(output=Path("b.png"), model=str(sd_model))
+
+
+def test_other_files_are_refused(made, xl_model):
+    with pytest.raises(InputMissing):
+        kept_latents(Path("nowhere.safetensors"))
+    with pytest.raises(DataError, match="not a whole safetensors"):
+        kept_latents(Path("a.png"))
+    with pytest.raises(DataError, match="holds no latents"):
+        kept_latents(xl_model / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+def test_no_damage_is_a_bug(made):
+    """Cut or flipped anywhere: refused, or a file like another; never an error that is none of ours."""
+    whole = Path("a.safetensors").read_bytes()
+    header = int.from_bytes(whole[:8], "little") + 8
+    for at in range(0, header, 7):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        Path("bad.safetensors").write_bytes(damaged if at % 3 else whole[:at])
+        try:
+            request_of(kept_latents(Path("bad.safetensors")), {})
+        except DataError:
+            pass

@@ -1,0 +1,239 @@
+"""Lists of jobs: every format, and hundreds of wrong lines, each told by its number and none harming another."""
+
+import io
+import random
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from linfusion_cli.errors import DataError, InputMissing
+from linfusion_cli.geometry import Size
+from linfusion_cli.jobs import joblist
+from linfusion_cli.jobs.fields import FIELDS, shortened
+from linfusion_cli.jobs.joblist import MOST_SAID, Entry, read_list
+
+GOOD = b'{"prompt": "a hill", "seed": 3}'
+DEEP = 15_000
+
+
+def hostile_json() -> list[tuple[bytes, str]]:
+    """Lines, each with a piece of the reason why it is none."""
+    broken = [b"{", b"}", b'{"prompt"}', b'{"prompt": }', b'{"prompt": "a}', b"{'prompt': 'a'}", b"prompt: a", b"[1,"]
+    broken += [b'{"prompt": "a",}', b'{"prompt": "a"} {"prompt": "b"}', b'{"prompt": "\t"}', b'{"seed": 01}', b"nul"]
+    broken += [b'{"prompt": "\\x41"}', b'{"seed": NaN}', b'{"seed": Infinity}', b'{"seed": ' + b"9" * 5000 + b"}"]
+    broken += [GOOD[:cut] for cut in range(1, len(GOOD))]
+    others = [b"[]", b"1", b'"a hill"', b"null", b"true", b"[[]]", b'["prompt", "a"]', b"-0.5"]
+    unknown = [b"promt", b"Prompt", b"", b"__class__", b"prompt ", b"overwrite", b"download", b"x" * 5000, b"..", b"0"]
+    wrong = [b"null", b"true", b"[]", b"{}", b'"x"', b"[1, [2]]", b'{"a": 1}', b"1.5", b'""', b'"1e5"', b"1e400"]
+    sizes = ["0", "-1", "63", "99999999", "1e9", "64x", "x64", "64x64x64", "64×0", "½", "inf", "١٢٨", "0x80", " "]
+    truths = [b"2", b'"maybe"', b"null", b"[]", b"{}", b"1.0"]
+    nul = [
+        b'{"prompt": "a\\u0000b"}',
+        b'{"model": "\\u0000"}',
+        b'{"lora": ["a", "\\u0000"]}',
+        b'{"output": "\\u0000.png"}',
+    ]
+    halves = [
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "\\udfff a"}',
+        b'{"negative_prompt": "\\ud83d"}',
+        b'{"model": "\\udcff"}',
+    ]
+    bad_bytes = [
+        b'{"prompt": "' + byte + b'"}' for byte in (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"caf\xe9")
+    ]
+    deep = [opening * DEEP for opening in (b"[", b'{"a":')] + [b'{"steps": ' + b"[" * DEEP + b"]" * DEEP + b"}"]
+    fields = [(name, value) for name in FIELDS if name != "prompt" for value in ("null", '{"a": []}')]
+    return [
+        (b"{}", "says nothing"),
+        *((f'{{"prompt": "a", "{name}": {value}}}'.encode(), name) for name, value in fields),
+        *((line, "JSON") for line in broken),
+        *((line, "no JSON object") for line in others),
+        *((b'{"prompt": "a", "%s": 1}' % name, "no field") for name in unknown),
+        *((b'{"prompt": "a", "seed": %s}' % value, "seed") for value in wrong),
+        *((b'{"prompt": %s}' % value, "prompt") for value in (b"null", b"1", b"[]", b"{}", b"true", b'""', b'"  "')),
+        *((b'{"prompt": "a", "output": %s}' % value, "output") for value in (b"null", b"1", b"[]", b'""', b'"\\n"')),
+        *((f'{{"prompt": "a", "size": "{size}"}}'.encode(), "size") for size in sizes),
+        *((b'{"prompt": "a", "dither": %s}' % value, "dither") for value in truths),
+        *((b'{"prompt": "a", "steps": %s}' % value, "steps") for value in (b"null", b'"a"', b"[1, null]", b"1.5")),
+        *((b'{"prompt": "a", "dpi": %s}' % value, "dpi") for value in (b"null", b'"a"', b"[]", b"{}")),
+        *((b'{"prompt": "a", "ram": %s}' % value, "ram") for value in (b"null", b'"much"', b'"-1GiB"', b"1e30")),
+        *((line, "NUL") for line in nul),
+        *((line, "surrogate") for line in halves),
+        *((line, "not valid UTF-8") for line in bad_bytes),
+        *((line, "nested") for line in deep),
+        (b'{"prompt": "a", "prompt": "b"}', "given twice"),
+        (b'{"seed": 1, "prompt": "a", "seed": 1}', "'seed' is given twice"),
+        (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', "longer than 100 kB"),
+        (b'{"prompt": "' + b"a" * 100_000 + b'"}', "longer than 100 kB"),
+        (b"\0" * 50, "JSON"),
+        (b"\x1b[31mred", "JSON"),
+    ]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """The entries of a list with these bytes."""
+
+    def entries(data: bytes | str, name: str = "jobs.jsonl") -> list[Entry]:
+        path = tmp_path / name
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return list(read_list(str(path)))
+
+    return entries
+
+
+def told(entries: list[Entry]) -> list[tuple[int, object]]:
+    """Line and values of each, or what is wrong."""
+    return [(entry.line, entry.problem or entry.values) for entry in entries]
+
+
+def test_two_hundred_hostile_lines_are_told_by_number_and_harm_no_other(read):
+    hostile = hostile_json()
+    assert len(hostile) >= 200
+    lines = list(hostile)
+    random.Random(0).shuffle(lines)
+    data = b"\n".join(piece for line, _ in lines for piece in (line, GOOD)) + b"\n"
+    entries = read(data)
+    assert len(entries) == 2 * len(lines)
+    for number, (entry, (line, reason)) in enumerate(zip(entries[::2], lines, strict=True)):
+        assert entry.line == 2 * number + 1 and reason in entry.problem, (line[:80], entry.problem)
+        assert len(entry.problem) <= MOST_SAID and "\n" not in entry.problem and not entry.values
+    for number, entry in enumerate(entries[1::2]):
+        assert entry == Entry(2 * number + 2, {"prompt": "a hill", "seed": 3})
+
+
+def test_jsonl(read):
+    data = (
+        '\ufeff{"prompt": "a [cat] 😀", "size": "128x64"}\r\n\n   \n{"image": "a.png", "size": 4096, "steps": [4, 2]}'
+    )
+    assert told(read(data)) == [
+        (1, {"prompt": "a [cat] 😀", "size": Size(128, 64)}),
+        (4, {"image": Path("a.png"), "size": Size(4096, 4096), "steps": (4, 2)}),
+    ]
+    assert read(b"") == read(b"\n\n") == []
+
+
+def test_text_is_a_prompt_a_line(read):
+    data = b"a hill\n\n# not this\n  a sea, at dawn  \r\n\xff\n#nor this\na # sea\n" + b"x" * 200_000 + b"\nlast"
+    assert told(read(data, "prompts.txt")) == [
+        (1, {"prompt": "a hill"}),
+        (4, {"prompt": "a sea, at dawn"}),
+        (5, "It is not valid UTF-8."),
+        (7, {"prompt": "a # sea"}),
+        (8, "It is longer than 100 kB, which no job may be."),
+        (9, {"prompt": "last"}),
+    ]
+
+
+def test_csv_with_records_over_lines_empty_cells_and_quotes_that_nobody_closes(read):
+    data = (
+        '\ufeffprompt, seed,size,lora\r\n"a hill,\nat dawn",3,,\na sea,,128x64,"a,b:0.5"\n,,,\n\n'
+        'a,1,64,x,too many\n"never closed,1,64,\na wood,x,,\n"a ""quoted"" word",4,,\n"bad" end,5,,\nfew\n'
+    )
+    found = told(read(data, "jobs.csv"))
+    assert found[:2] == [
+        (2, {"prompt": "a hill,\nat dawn", "seed": 3}),
+        (4, {"prompt": "a sea", "size": Size(128, 64), "lora": ("a", "b:0.5")}),
+    ]
+    assert [line for line, _ in found[2:]] == [7, 8, 9, 10, 11, 12]
+    assert "5 cells" in found[2][1] and "CSV" in found[3][1] and "seed 'x'" in found[4][1] and "CSV" in found[6][1]
+    assert found[5][1] == {"prompt": 'a "quoted" word', "seed": 4} and found[7][1] == {"prompt": "few"}
+
+
+def test_csv_that_is_hostile(read):
+    quote = b'"' + b"a\n" * 60_000
+    found = told(read(b"prompt,seed\ngood,1\n" + quote + b"good,2\n\xff,3\ngood,4\n\0,5\ngood,6\n", "jobs.csv"))
+    lines = 2 + 60_000
+    assert found[0] == (2, {"prompt": "good", "seed": 1}) and found[1][0] == 3 and "CSV" in found[1][1]
+    assert found[2] == (4, {"prompt": "a"}) and len(found) == 60_000 + 6
+    assert found[-5:] == [
+        (lines + 1, {"prompt": "good", "seed": 2}),
+        (lines + 2, "It is not valid UTF-8."),
+        (lines + 3, {"prompt": "good", "seed": 4}),
+        (lines + 4, "prompt has a NUL character."),
+        (lines + 5, {"prompt": "good", "seed": 6}),
+    ]
+
+
+@pytest.mark.parametrize("head", ["promt,seed", "prompt,prompt", "prompt,,seed", "prompt;seed", '"prompt', "\udcff"])
+def test_a_csv_whose_head_is_wrong_is_refused(read, head):
+    with pytest.raises(DataError, match="head of the table, line 1"):
+        read(head.encode("utf-8", "surrogateescape") + b"\na,1\n", "jobs.csv")
+
+
+def test_toml_tables_are_read_apart(read):
+    data = (
+        b"# mine\n\n[[job]]\nprompt = 'a hill'\nseed = 3\n\n[[job]] # broken\nprompt = \nseed = 4\n[[job]]\n[[ job ]]\n"
+        b"prompt = '''\nover\nlines'''\nsize = '128x64'\n[[job]]\nprompt = 'a'\nprompt = 'b'\n[[job]]\nprompt = 'a'\n"
+        b"[other]\nx = 1\n[[job]]\nprompt = '\xff'\n[[job]]\nseed = 1979-05-27\n[[job]]\nsteps = "
+        + b"[" * 40_000
+        + b"\n[[job]]\nprompt = '"
+        + b"x\n" * 60_000
+        + b"'\n[[job]]\nprompt = 'last'\nimage = 'a.png'\n"
+    )
+    found = told(read(data, "jobs.toml"))
+    assert [line for line, _ in found][:9] == [3, 7, 10, 11, 16, 19, 23, 25, 27]
+    assert found[0][1] == {"prompt": "a hill", "seed": 3}
+    assert found[3][1] == {"prompt": "over\nlines", "size": Size(128, 64)}
+    reasons = ["not TOML", "says nothing", None, "not TOML", "no field 'other'", "UTF-8", "seed", "nested", "100 kB"]
+    for (_, problem), reason in zip(found[1:], reasons, strict=False):
+        assert reason is None or reason in problem
+    assert found[-1][1] == {"prompt": "last", "image": Path("a.png")} and len(found) == 11
+
+
+def test_toml_outside_of_a_table_is_one_wrong_job(read):
+    assert told(read("\n# x\nprompt = 'a'\nseed = 2\n[[job]]\nprompt = 'b'\n", "jobs.toml")) == [
+        (3, "It stands before the first [[job]]."),
+        (5, {"prompt": "b"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "values"),
+    [
+        (b'\n\n  {"prompt": "a", "seed": 1}\n', [(3, {"prompt": "a", "seed": 1})]),
+        (b"# first\n{a}\n", [(2, {"prompt": "{a}"})]),
+        (b"a hill\n{b}\n", [(1, {"prompt": "a hill"}), (2, {"prompt": "{b}"})]),
+        (b"", []),
+    ],
+)
+def test_standard_input_is_json_if_it_begins_so(monkeypatch, data, values):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert told(list(read_list("-"))) == values
+
+
+def test_what_is_no_list(read, tmp_path):
+    with pytest.raises(InputMissing, match="cannot be read"):
+        list(read_list(str(tmp_path / "nowhere.jsonl")))
+    with pytest.raises(InputMissing):
+        list(read_list("a\0b"))
+    with pytest.raises(DataError, match="is a folder"):
+        list(read_list(str(tmp_path)))
+
+
+def test_long_lists_are_read_in_bounded_memory(tmp_path):
+    path = tmp_path / "jobs.jsonl"
+    path.write_bytes((GOOD + b"\n") * 20_000 + b'{"prompt": "' + b"a" * 10_000_000 + b'"}\n' + GOOD)
+    tracemalloc.start()
+    began = time.monotonic()
+    count = sum(1 for _ in read_list(str(path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 20_002 and peak < 2_000_000 and time.monotonic() - began < 20
+
+
+def test_what_is_told_is_short_keeps_its_reason_and_does_nothing_to_a_terminal():
+    assert shortened("a\n\x1b[31m b", 20) == "a \ufffd[31m b"
+    told = shortened(f"--model {'x' * 50_000}: there is no such folder.", MOST_SAID)
+    assert len(told) < MOST_SAID and told.startswith("--model xxx") and told.endswith("there is no such folder.")
+    assert shortened("word " * 1000, 30) == "word word word word word word…"[:29] + "…"
+
+
+def test_the_limits_are_those_of_the_lines(read):
+    prompt = "a" * (joblist.MOST_BYTES - len('{"prompt": ""}'))
+    assert read(f'{{"prompt": "{prompt}"}}\n')[0].values == {"prompt": prompt}
+    assert "longer than" in read(f'{{"prompt": "{prompt}a"}}\n')[0].problem
