@@ -4,7 +4,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := out/demo-2048.png
 
-.PHONY: demo test check clean
+ONLY ?= *
+
+.PHONY: demo test faults check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +20,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# All faults at all their moments, which takes half an hour; of one kind with ONLY=kill, say.
+faults: $(READY)
+	$(BIN)/python -m pytest -v --faults=long tests/faults/test_$(ONLY).py
 
 check: $(READY)
 	$(BIN)/ruff check .
