@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST, LOCK, TENSORS, UNFINISHED = "journal.json", "lock", ".safetensors", ".part"
+OURS = re.compile(rf"\d+{re.escape(TENSORS)}|{re.escape(MANIFEST + UNFINISHED)}")
 TENSOR_KEY = "tensor"  # {"tensor": NAME} stands in the manifest for a tensor of a part's file
 
 
@@ -173,7 +175,7 @@ class Journal:
         with suppress(OSError, ValueError, LookupError, TypeError):  # one that cannot be read keeps them all
             named = {record["file"] for record in self._manifest()["entry"]["parts"].values()} if self.exists() else ()
             for path in list(self.folder.iterdir()):
-                if path.name not in named and path.suffix in (TENSORS, UNFINISHED):
+                if path.name not in named and OURS.fullmatch(path.name):
                     path.unlink(missing_ok=True)
 
     @contextmanager

@@ -176,7 +176,7 @@ class Shown:
 
     def __call__(self, outcome: Outcome, report: RunReport | None) -> None:
         """An outcome."""
-        if outcome.status == "done" and self.reports:
+        if outcome.status in ("done", "skipped") and self.reports and not self.is_dry:
             self._write_report(Path(outcome.output), report)
         if outcome.status in ("failed", "held"):
             self.observer(Notice(f"line {outcome.line} {outcome.status}: {outcome.error}"))
@@ -216,10 +216,25 @@ def failures_shown(failures: list[Outcome]) -> list[str]:
 
 
 def write_report(output: Path, report: RunReport) -> None:
-    """The report beside the picture, in place of an older one."""
+    """The report beside the picture, in place of an older one; of a picture that was there, only where none is.
+
+    Raises CannotCreate where another file is in its place.
+    """
     from linfusion_cli.images import PendingFile
     from linfusion_cli.jobs.listing import REPORT_SUFFIX
 
-    with PendingFile(output.with_name(output.name + REPORT_SUFFIX), overwrite=True) as file:
+    path = output.with_name(output.name + REPORT_SUFFIX)
+    ours = is_report(path)
+    if report.already_complete and ours:
+        return
+    with PendingFile(path, overwrite=ours) as file:
         file.write(json.dumps(report.to_json(), indent=2).encode() + b"\n")
         file.commit()
+
+
+def is_report(path: Path) -> bool:
+    """Whether there is a report of a run at `path`."""
+    try:
+        return {"schema", "request", "stages"} <= json.loads(path.read_bytes()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False

@@ -138,14 +138,14 @@ class PendingFile:
     def _explain(self, error: OSError) -> tuple[str, str]:
         folder = self.target.parent
         if error.errno == errno.EFBIG:
-            return f"{self.target} is larger than files may be in {folder}.", "Raise ulimit -f, or use another disk."
+            return f"{self.target} is larger than files may be in {folder}.", "Raise ulimit -f."
         if error.errno not in NO_SPACE:
             return f"Writing {self.target} failed: {error.strerror}.", "Check the disk."
         missing = max(self._bytes_needed - self.position, 0)
         more = f"up to {format_bytes(missing)} more are needed" if missing else "more is needed"
         reason = "the disk quota is used up" if error.errno == errno.EDQUOT else f"{_free(folder)} free"
         message = f"No space left in {folder} for {self.target.name}: {reason}, {format_bytes(self.position)} written"
-        return f"{message}, {more}.", "Free some space or name another folder."
+        return f"{message}, {more}.", "Free some space."
 
 
 def resolved(path: Path) -> Path:

@@ -18,7 +18,7 @@ from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.weights import hashed_weights, named_weights, to_json
-from linfusion_cli.journal import Damaged
+from linfusion_cli.journal import Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import PictureRequest
@@ -43,13 +43,14 @@ def made_before(
 
     Raises as `prepare` does.
     """
-    looks = keep_complete or (journal_of(request).was_begun() and not request.overwrite)
-    if request.fresh or not looks or not os.path.lexists(request.output):
+    killed = journal_of(request).was_begun() and not (request.overwrite or request.fresh)
+    if not (keep_complete or killed) or not os.path.lexists(request.output):
         return Made()
     prepared = prepare(request, picture)
     weights = hashed_weights(prepared, recorder, shelf)
     wanted = {path for path in (request.output, request.preview, request.keep_latents) if path is not None}
-    found = frozenset(path for path in wanted if is_made_of(path, request, weights))
+    proven = read_of(journal_of(request), request) is not None
+    found = frozenset(path for path in wanted if is_made_of(path, request, weights, proven))
     if found != wanted:
         return Made(found)
     report = RunReport(request.to_json(), {}, {}, versions(), {}, to_json(weights), recorder.stages)
@@ -63,21 +64,32 @@ def clear_journal(request: PictureRequest) -> None:
         images.PendingFile(request.output, overwrite=True),  # takes over a temporary name, which goes
         journal_of(request).held() as journal,
     ):
-        try:
-            entry = journal.read()
-        except Damaged:
-            entry = None
-        if entry is None or not changes(entry.head["request"], as_json(request.to_json())):
+        if not journal.exists() or read_of(journal, request) is not None:
             journal.remove()
 
 
-def may_go(path: Path, request: PictureRequest, weights: Sequence[WeightsFile]) -> bool:
+def read_of(journal: Journal, request: PictureRequest) -> Entry | None:
+    """What `journal` says, if it is whole and of this request."""
+    try:
+        entry = journal.read()
+    except Damaged:
+        return None
+    return None if entry is None or changes(entry.head["request"], as_json(request.to_json())) else entry
+
+
+def may_go(path: Path, request: PictureRequest, weights: Sequence[WeightsFile], proven: bool) -> bool:
     """Whether a file at `path` may be replaced: that is wished, or it is the very one that will be made."""
-    return request.overwrite or is_made_of(path, request, weights)
+    return request.overwrite or is_made_of(path, request, weights, proven)
 
 
-def is_made_of(path: Path, request: PictureRequest, weights: Sequence[WeightsFile]) -> bool:
-    """Whether there is a whole picture, or latents, at `path` that was made from `request` with these `weights`."""
+def is_made_of(path: Path, request: PictureRequest, weights: Sequence[WeightsFile], proven: bool) -> bool:
+    """Whether there is a whole picture, or latents, at `path` that was made from `request` with these `weights`.
+
+    A file that names no prompts could be of others, unless it is `proven` by a journal that a run of this request was
+    at work here.
+    """
+    if not (request.prompt_metadata or proven):
+        return False
     expected = as_json(request.to_json() | {"weights": named_weights(weights)})
     if path == request.keep_latents:
         found = latents.made_with(path)

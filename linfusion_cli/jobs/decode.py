@@ -57,7 +57,7 @@ def decode(
             check_disk(prepared)
             from linfusion_cli.jobs import loading, pixels  # torch and diffusers take seconds to import
 
-            shelf, keeper = Shelf(keeps=False), Keeper(journal_of(request), None, request.checkpoint_every)
+            shelf, keeper = Shelf(keeps=False), Keeper(journal_of(request), None, request)
             run = loading.begin(prepared, recorder, keeper, shelf)
         machine, plan = describe(run.device), run.plan.to_json()
         read = [weights for weights in hashed_weights(prepared, recorder, shelf) if weights.use == VAE_USE]

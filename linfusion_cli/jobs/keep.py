@@ -64,12 +64,17 @@ class Keeper:
     """
 
     def __init__(
-        self, journal: Journal, found: Entry | None, every_sec: float, notice: Callable[[str], None] = lambda _: None
+        self,
+        journal: Journal,
+        found: Entry | None,
+        request: PictureRequest,
+        notice: Callable[[str], None] = lambda _: None,
     ):
         self.saves, self.head, self.found = Saves(), {}, found
         self.reached: Reached | None = None
         self.describe: Callable[[Reached], str] = str  # until the phases are known
-        self._journal, self._every_sec, self._notice = journal, every_sec, notice
+        self._journal, self._every_sec, self._notice = journal, request.checkpoint_every, notice
+        self._goes_on = ("without --fresh " if request.fresh else "") + "the same command goes on from there"
         self._saved: Reached | None = None
         self._saved_at, self._took_sec = time.monotonic(), 0.0
 
@@ -127,12 +132,15 @@ class Keeper:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """What is stopped within has its state saved, and says so."""
+        """What is stopped within has its state saved, and says so; so does a file that cannot be written."""
         try:
             with honoured():
                 yield
         except Stopped as stop:
             stop.kept = self._kept()
+            raise
+        except WriteFailed as error:
+            error.way_out = f"{error.way_out} {self._kept()}".strip()
             raise
 
     def complete(self) -> None:
@@ -166,9 +174,11 @@ class Keeper:
             self._save()
         except WriteFailed as error:
             failed = f"{error} "
-        if self._saved is None:
-            return f"{failed}Nothing was reached that could be saved."
-        return f"{failed}Saved: {self.describe(self._saved)}; the same command goes on from there."
+        if self._saved is not None:
+            return f"{failed}Saved: {self.describe(self._saved)}; {self._goes_on}."
+        if self.found is not None:
+            return f"{failed}What an earlier run has reached is still saved; {self._goes_on}."
+        return f"{failed}Nothing was reached that could be saved."
 
 
 def journal_of(request: PictureRequest) -> Journal:
@@ -185,7 +195,7 @@ def opened_keeper(request: PictureRequest, notice: Callable[[str], None]) -> Ite
     with journal_of(request).held() as journal:
         if request.fresh:
             journal.remove()
-        yield Keeper(journal, usable(journal, request, notice), request.checkpoint_every, notice)
+        yield Keeper(journal, usable(journal, request, notice), request, notice)
 
 
 def usable(journal: Journal, request: PictureRequest, notice: Callable[[str], None]) -> Entry | None:

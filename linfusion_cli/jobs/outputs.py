@@ -83,15 +83,18 @@ def held_picture(request: PictureRequest, made: Collection[Path]) -> Iterator[im
 
 @contextmanager
 def opened_outputs(
-    request: PictureRequest, file: images.PendingFile, weights: Sequence[WeightsFile]
+    request: PictureRequest, file: images.PendingFile, weights: Sequence[WeightsFile], resumed: bool = False
 ) -> Iterator[images.RowSink]:
-    """What takes the rows of the picture, and of its preview; the files say which weights it was made with."""
+    """What takes the rows of the picture, and of its preview; the files say which weights it was made with.
+
+    A run that is `resumed` may find a preview that it made before.
+    """
     info = picture_info(request, request.size, weights)
     with ExitStack() as on_exit:
         picture, preview = _open_picture(request, file, request.size, info), None
         on_exit.callback(picture.abort)
         if request.preview:
-            pending = images.PendingFile(request.preview, may_go(request.preview, request, weights))
+            pending = images.PendingFile(request.preview, may_go(request.preview, request, weights, resumed))
             preview = images.PreviewSink(pending, request.size.pair, request.bits, info)
             on_exit.callback(preview.abort)
         yield Outputs(picture, preview)
@@ -99,7 +102,7 @@ def opened_outputs(
 
 @contextmanager
 def opened_phases(
-    prepared: Prepared, weights: Sequence[WeightsFile], first: int
+    prepared: Prepared, weights: Sequence[WeightsFile], first: int, resumed: bool
 ) -> Iterator[dict[int, images.RowSink]]:
     """Of the phases whose pictures are to be kept, their files: held from now on, complete when the phase is.
 
@@ -110,7 +113,7 @@ def opened_phases(
         if request.save_phases:
             for phase, size in list(zip(prepared.phases, saved_sizes(prepared), strict=False))[first:]:
                 path, info = phase_path(request.output, size), picture_info(request, size, weights)
-                replaces = may_go(path, request, weights)
+                replaces = may_go(path, request, weights, resumed)
                 sinks[phase.index] = _open_picture(request, path, size, info, replaces)
         yield sinks
     finally:
@@ -119,11 +122,11 @@ def opened_phases(
 
 
 def held_latents(
-    request: PictureRequest, weights: Sequence[WeightsFile]
+    request: PictureRequest, weights: Sequence[WeightsFile], resumed: bool
 ) -> AbstractContextManager[images.PendingFile | None]:
     """The file for finished latents, if they are to be kept."""
     path = request.keep_latents
-    return nullcontext() if path is None else images.PendingFile(path, may_go(path, request, weights))
+    return nullcontext() if path is None else images.PendingFile(path, may_go(path, request, weights, resumed))
 
 
 def phase_path(output: Path, size: Size) -> Path:

@@ -47,7 +47,11 @@ def make_picture(
         clear_journal(request)
         return finished(replace(made.report, settings=dict(origins)), request, started)
     # 1. hold file and journal, so that nobody else does: refused before any work; see what an earlier run has left
-    with held_picture(request, made.files) as file, opened_keeper(request, recorder.notice) as keeper:
+    with (
+        held_picture(request, made.files) as file,
+        opened_keeper(request, recorder.notice) as keeper,
+        keeper.stoppable(),
+    ):
         with recorder.stage("start", "load", None, 1, "start"):
             prepared = prepare(request, picture)  # 2. find the model, settle the phases, check disk and memory
             check_disk(prepared)
@@ -61,11 +65,11 @@ def make_picture(
             request.to_json(), dict(origins), machine, versions(), plan, to_json(weights), recorder.stages
         )
         report.resumed_from = keeper.was_found
+        first, resumed = keeper.found_state().begun.phase, keeper.found is not None
         with (
-            opened_outputs(request, file, weights) as sink,
-            opened_phases(prepared, weights, keeper.found_state().begun.phase) as phase_sinks,
-            held_latents(request, weights) as kept,
-            keeper.stoppable(),
+            opened_outputs(request, file, weights, resumed) as sink,
+            opened_phases(prepared, weights, first, resumed) as phase_sinks,
+            held_latents(request, weights, resumed) as kept,
         ):
             run = replace(run, phase_sinks=phase_sinks)
             vae = loading.load_decoder(run)

@@ -194,3 +194,25 @@ def test_a_watched_folder_takes_lists_until_a_signal(tmp_path, quick):
     assert "Traceback" not in err and "head of the table, line 1, is wrong" in err and "batch: 2 done" in err
     names = {str(path.relative_to(tmp_path / "in")) for path in (tmp_path / "in").rglob("*.*")}
     assert names == {"done/one.txt", "failed/two.csv", "done/three.txt"}
+
+
+def test_reports_replace_reports_alone_and_come_later_too(cli, tmp_path, quick):
+    write(tmp_path / "jobs.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    report, notes = tmp_path / "out/0001-a-0.png.json", tmp_path / "out/0002-b-0.png.json"
+    (tmp_path / "out").mkdir()
+    notes.write_text('{"mine": 1}')
+    assert cli("batch", "jobs.jsonl", *quick)[0] == 0 and not report.exists()
+    code, _, err = cli("batch", "jobs.jsonl", *quick, "--reports")
+    assert code == 0 and json.loads(report.read_text())["already_complete"] is True
+    assert notes.read_text() == '{"mine": 1}' and "0002-b-0.png.json exists" in err
+
+
+def test_fresh_skips_what_is_complete_all_the_same(cli, tmp_path, quick):
+    write(tmp_path / "jobs.jsonl", {"prompt": "a"})
+    assert [cli("batch", "jobs.jsonl", *quick, "--fresh")[0] for _ in range(2)] == [0, 0]
+
+
+def test_without_prompts_in_the_files_none_is_taken_for_that_of_another(cli, tmp_path, quick):
+    for prompt, code in (("a red house", 0), ("a blue sea", 3)):
+        write(tmp_path / "jobs.jsonl", {"prompt": prompt})
+        assert cli("batch", "jobs.jsonl", *quick, "--name", "{index}", "--no-prompt-metadata")[0] == code

@@ -316,3 +316,31 @@ def test_a_journal_that_cannot_be_used_is_set_aside(make, tmp_path, damage):
     (told,) = [notice.text for notice in listener.of(Notice) if "begins anew" in notice.text]
     assert ("another version" if damage == "version" else "damaged") in told
     assert (tmp_path / "a.png.linfusion.aside-1").is_dir() and not folder.exists()
+
+
+def test_without_prompts_in_files_the_journal_proves_whose_they_are(make, tmp_path, monkeypatch):
+    hidden = {"prompt_metadata": False, "preview": Path("small.png")}
+    with monkeypatch.context() as patch:
+        patch.setattr(keep.Keeper, "complete", lambda self: None)
+        make(**hidden)
+    journal = Journal(tmp_path / "a.png").read()
+    assert make(**hidden).already_complete
+    with Journal(tmp_path / "a.png").held() as left:
+        left.save(journal.head, journal.parts)
+    with pytest.raises(CannotCreate):  # of the same settings, which are all that the file tells
+        make(prompt="a sea", **hidden)
+
+
+def test_a_stop_before_the_first_step_tells_of_what_is_saved(make):
+    with pytest.raises(Stopped):
+        make(in_second_phase)
+    with pytest.raises(Stopped, match="What an earlier run has reached is still saved; the same command goes on"):
+        make(stopping_at("vae"))
+    with pytest.raises(Stopped, match="step 2 of 3 in phase 2x; without --fresh the same command goes on"):
+        make(in_second_phase, fresh=True)
+
+
+def test_a_failed_write_tells_that_the_latents_are_kept(make, monkeypatch):
+    monkeypatch.setattr("linfusion_cli.images.PendingFile.commit", no_space)
+    with pytest.raises(WriteFailed, match=r"No space left\. Saved: the finished latents; the same command goes on"):
+        make()
