@@ -1,6 +1,16 @@
-"""`python -m linfusion_cli` is `linfusion`."""
+"""`linfusion`, and `python -m linfusion_cli`."""
 
-from linfusion_cli.cli.app import main
+import signal
+
+
+def main() -> None:
+    """Run the program; until it listens to signals itself, Ctrl-C ends it without a traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from linfusion_cli.cli import app
+
+    app.main()
+
 
 if __name__ == "__main__":
     main()

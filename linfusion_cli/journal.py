@@ -43,13 +43,13 @@ class Entry:
 
 
 class Journal:
-    """The journal of the run that makes `target`, in `folder`. What changes it is for whoever has it `held`.
+    """The journal of the run that makes `target`, in `folder`, or beside it. To change it one must have it `held`.
 
     Parts are dicts of JSON values, tensors, and lists and dicts of these.
     """
 
-    def __init__(self, target: Path):
-        self.target, self.folder = target, neighbour(target, "{}.linfusion")
+    def __init__(self, target: Path, folder: Path | None = None):
+        self.target, self.folder = target, folder or neighbour(target, "{}.linfusion")
         self.saved_bytes = 0
         self._files: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}  # name -> the part saved, its record
 

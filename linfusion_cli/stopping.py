@@ -34,6 +34,13 @@ def listen() -> None:
             signal.signal(number, _on_signal)
 
 
+def over() -> None:
+    """The work is done, whatever is asked from now on: an exit code that is settled must not be lost."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def stop_after(seconds: float) -> None:
     """Stop the run when so much time is over, as a signal would."""
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -53,7 +53,9 @@ def main() -> None:
     have_streams()
     show_anything()
     stopping.listen()
-    sys.exit(guarded())
+    exit_code = guarded()
+    stopping.over()
+    sys.exit(exit_code)
 
 
 def have_streams() -> None:

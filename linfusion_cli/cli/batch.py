@@ -154,7 +154,7 @@ def watch_folder(batch: Batch, listing: Listing, folder: Path) -> None:
 
     def carried_out(path: Path) -> bool:
         try:
-            return carry_out(batch, listing, str(path)).exit_code == 0
+            return not carry_out(batch, listing, str(path)).failed  # what another run has begun, that will end
         except LinfusionError as error:
             render.announce(f"linfusion: {error}")
             return False

@@ -13,7 +13,10 @@ from linfusion_cli.cli.generate import Asked, run
 from linfusion_cli.cli.request import read_text
 from linfusion_cli.events import Observer
 
-Latents = Annotated[Path, typer.Argument(help="A file of --keep-latents.", show_default=False)]
+Latents = Annotated[
+    Path,
+    typer.Argument(help="A file of --keep-latents, or the .linfusion folder that a run has left.", show_default=False),
+]
 Model = Annotated[str | None, typer.Option(help="The model, where it lies elsewhere now.")]
 
 

@@ -11,7 +11,7 @@ from linfusion_cli.images.metadata import (
     without_prompt,
 )
 from linfusion_cli.images.pending import PendingFile
-from linfusion_cli.images.preview import PreviewSink
+from linfusion_cli.images.preview import PreviewSink, preview_size
 from linfusion_cli.images.read import read_info
 from linfusion_cli.images.sink import RowSink
 from linfusion_cli.images.verify import verify
@@ -29,6 +29,7 @@ __all__ = [
     "format_for",
     "hold",
     "open_sink",
+    "preview_size",
     "read_info",
     "request_json",
     "scrubbed",

@@ -10,6 +10,14 @@ from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.stream import check_rows
 
 BAND_ROWS = 64
+MAX_SIDE_PX = 2048
+
+
+def preview_size(size_px: tuple[int, int], max_side_px: int = MAX_SIDE_PX) -> tuple[int, int]:
+    """Width and height of the preview of a picture of `size_px`."""
+    shrink = min(1.0, max_side_px / max(size_px))
+    width_px, height_px = (max(1, round(side * shrink)) for side in size_px)
+    return width_px, height_px
 
 
 class PreviewSink:
@@ -27,15 +35,13 @@ class PreviewSink:
         size_px: tuple[int, int],
         bits: int,
         info: PictureInfo,
-        max_side_px: int = 2048,
+        max_side_px: int = MAX_SIDE_PX,
         overwrite: bool = False,
     ):
-        longest = max(size_px)
-        self._factor = max(1, longest // max_side_px)
+        self._factor = max(1, max(size_px) // max_side_px)
         self._bits = bits
         self._size_px = size_px
-        shrink = min(1.0, max_side_px / longest)
-        self.size_px = tuple(max(1, round(side * shrink)) for side in size_px)
+        self.size_px = preview_size(size_px, max_side_px)
         width_px, height_px = (-(-side // self._factor) for side in size_px)
         self._reduced = np.empty((height_px, width_px, 3), np.uint8)
         self._band = np.empty((self._factor * max(1, BAND_ROWS // self._factor), size_px[0], 3), np.uint8)

@@ -11,20 +11,69 @@ from typing import Any
 from linfusion_cli import images
 from linfusion_cli.device import versions
 from linfusion_cli.errors import LinfusionError
+from linfusion_cli.geometry import Size
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs import latents
 from linfusion_cli.jobs.keep import as_json, changes, journal_of
 from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
-from linfusion_cli.jobs.weights import hashed_weights, named_weights, to_json
+from linfusion_cli.jobs.weights import hashed_weights, made_with, to_json
 from linfusion_cli.journal import Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import PictureRequest
+from linfusion_cli.units import is_file
 
 # What a file's metadata say of how it was made, and which changes nothing in it.
-BESIDE = ("output", "overwrite", "preview", "download", "vram", "ram", "keep_latents", "checkpoint_every", "fresh")
+BESIDE = {
+    "output",
+    "image",  # told by what is in it
+    "overwrite",
+    "preview",
+    "download",
+    "vram",
+    "ram",
+    "keep_latents",
+    "checkpoint_every",
+    "fresh",
+}
+
+
+@dataclass(frozen=True)
+class Making:
+    """What a run makes its files of: a request and weights.
+
+    A file that names no prompts could be of others, unless it is `proven` by a journal that a run of this request was
+    at work here.
+    """
+
+    request: PictureRequest
+    weights: Sequence[WeightsFile]
+    proven: bool
+
+    def may_go(self, path: Path, size: Size) -> bool:
+        """Whether a file at `path` may be replaced: that is wished, or it is the very one that will be made."""
+        return self.request.overwrite or self.made(path, size)
+
+    def made(self, path: Path, size: Size) -> bool:
+        """Whether there is a whole picture of this `size`, or latents, at `path` that was made of these.
+
+        Pictures of phases and previews say the same of themselves as the picture does: only sizes tell them apart.
+        """
+        if not (self.request.prompt_metadata or self.proven):
+            return False
+        if path == self.request.keep_latents:
+            found, expected = latents.made_with(path), self.told
+        else:
+            found = picture_made_with(path, size)
+            expected = self.told if self.request.prompt_metadata else images.scrubbed(self.told)
+        return found is not None and decisive(found) == decisive(expected)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a file says that is made of these, as it is read back."""
+        return as_json(made_with(self.request, self.weights))
 
 
 @dataclass(frozen=True)
@@ -48,14 +97,21 @@ def made_before(
         return Made()
     prepared = prepare(request, picture)
     weights = hashed_weights(prepared, recorder, shelf)
-    wanted = {path for path in (request.output, request.preview, request.keep_latents) if path is not None}
-    proven = read_of(journal_of(request), request) is not None
-    found = frozenset(path for path in wanted if is_made_of(path, request, weights, proven))
-    if found != wanted:
+    making = Making(request, weights, read_of(journal_of(request), request) is not None)
+    wanted = files_of(request)
+    found = frozenset(path for path, size in wanted.items() if making.made(path, size))
+    if found != wanted.keys():
         return Made(found)
     report = RunReport(request.to_json(), {}, {}, versions(), {}, to_json(weights), recorder.stages)
     report.already_complete = True
     return Made(found, True, report)
+
+
+def files_of(request: PictureRequest) -> dict[Path, Size]:
+    """What there is when a run is over, but for the pictures of phases, and the size of each picture."""
+    preview = Size(*images.preview_size(request.size.pair))
+    files = {request.keep_latents: request.size, request.preview: preview, request.output: request.size}
+    return {path: size for path, size in files.items() if path is not None}
 
 
 def clear_journal(request: PictureRequest) -> None:
@@ -77,35 +133,17 @@ def read_of(journal: Journal, request: PictureRequest) -> Entry | None:
     return None if entry is None or changes(entry.head["request"], as_json(request.to_json())) else entry
 
 
-def may_go(path: Path, request: PictureRequest, weights: Sequence[WeightsFile], proven: bool) -> bool:
-    """Whether a file at `path` may be replaced: that is wished, or it is the very one that will be made."""
-    return request.overwrite or is_made_of(path, request, weights, proven)
-
-
-def is_made_of(path: Path, request: PictureRequest, weights: Sequence[WeightsFile], proven: bool) -> bool:
-    """Whether there is a whole picture, or latents, at `path` that was made from `request` with these `weights`.
-
-    A file that names no prompts could be of others, unless it is `proven` by a journal that a run of this request was
-    at work here.
-    """
-    if not (request.prompt_metadata or proven):
-        return False
-    expected = as_json(request.to_json() | {"weights": named_weights(weights)})
-    if path == request.keep_latents:
-        found = latents.made_with(path)
-    else:
-        found, expected = picture_made_with(path), expected if request.prompt_metadata else images.scrubbed(expected)
-    return found is not None and told(found) == told(expected)
-
-
-def picture_made_with(path: Path) -> Mapping[str, Any] | None:
-    """The request and weights that the picture at `path` says it was made with; None unless it is whole."""
+def picture_made_with(path: Path, size: Size) -> Mapping[str, Any] | None:
+    """What the picture at `path` says it was made with; None unless it is whole, and of this size."""
+    if not is_file(path):  # a pipe would be waited for
+        return None
     try:
-        return images.verify(path).request
+        found = images.read_info(path)
+        return images.verify(path).request if (found.width_px, found.height_px) == size.pair else None
     except LinfusionError:
         return None
 
 
-def told(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a request decides a file."""
-    return {name: value for name, value in request.items() if name not in BESIDE}
+def decisive(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What of that decides a file."""
+    return {name: value for name, value in told.items() if name not in BESIDE}

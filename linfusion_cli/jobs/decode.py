@@ -12,6 +12,7 @@ from linfusion_cli import presets
 from linfusion_cli.device import describe, versions
 from linfusion_cli.errors import DataError, UsageError
 from linfusion_cli.events import Observer, nobody
+from linfusion_cli.jobs.complete import Making
 from linfusion_cli.jobs.keep import Keeper, journal_of
 from linfusion_cli.jobs.latents import KeptLatents
 from linfusion_cli.jobs.outputs import held_picture, opened_outputs
@@ -62,7 +63,7 @@ def decode(
         machine, plan = describe(run.device), run.plan.to_json()
         read = [weights for weights in hashed_weights(prepared, recorder, shelf) if weights.use == VAE_USE]
         report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, to_json(read), recorder.stages)
-        with opened_outputs(request, file, weights_with(kept, read)) as sink:
+        with opened_outputs(file, Making(request, weights_with(kept, read), proven=False)) as sink:
             vae = loading.load_decoder(run)
             pixels.write(run, vae, kept.read(), sink)
     return finished(report, request, started)

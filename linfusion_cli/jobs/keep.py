@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
@@ -15,14 +16,19 @@ from linfusion_cli.errors import Stopped, UsageError, WriteFailed
 from linfusion_cli.images.pending import resolved
 from linfusion_cli.jobs.weights import named_weights
 from linfusion_cli.journal import SCHEMA, Damaged, Entry, Journal
-from linfusion_cli.models.digest import WeightsFile
+from linfusion_cli.models.digest import WeightsFile, digested
+from linfusion_cli.models.parts import PARTS
 from linfusion_cli.request import PictureRequest, flag
 from linfusion_cli.stopping import finishing, honoured
 
 if TYPE_CHECKING:
+    from linfusion_cli.jobs.prepare import Prepared
     from linfusion_cli.jobs.reached import Reached
     from linfusion_cli.planning.plan import Plan, PlannedStage
 
+MOST_SHOWN = 60
+CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2")  # parts of a model that have no weights
+CONFIG_SUFFIXES = (".json", ".txt", ".model")
 LARGEST_SHARE = 0.02  # of the time that saving may take: on a slow disk it is done more seldom
 # What may differ when a run goes on: it changes the file, or how the run goes about it, and not the latents.
 MAY_DIFFER = {
@@ -41,6 +47,7 @@ MAY_DIFFER = {
     "keep_latents",
     "checkpoint_every",
     "fresh",
+    "image",  # told by what is in it
 }
 ASIDE = "{} {}: it is now {}, and the run begins anew."
 OTHER_VERSION = "was made by another version of linfusion ({})"
@@ -105,8 +112,10 @@ class Keeper:
         Raises UsageError where files that are read are not those of the run that this one goes on with.
         """
         if self.found is not None:
-            if changed := changed_files(self.found.head["weights"], head["weights"]):
-                raise differs(self._journal, changed)
+            if changed := [
+                name for kind in ("weights", "configs") for name in changed_files(self.found.head[kind], head[kind])
+            ]:
+                raise differs(self._journal, [f"{', '.join(changed)} with other content"])
             for what in elsewhere(self.found.head, head):
                 self._notice(ELSEWHERE.format(what))
         self.head = head
@@ -163,6 +172,8 @@ class Keeper:
         self._saved_at = began  # also where it fails: it is not tried at every step
         self._journal.save(self.head, self.reached.parts)
         self._saved, self._took_sec = self.reached, time.monotonic() - began
+        if self.found is not None:
+            self.found = replace(self.found, parts={})  # which are of the past, and take memory
         self.saves.count += 1
         self.saves.seconds += self._took_sec
         self.saves.bytes += self._journal.saved_bytes - bytes_before
@@ -210,14 +221,20 @@ def usable(journal: Journal, request: PictureRequest, notice: Callable[[str], No
         notice(ASIDE.format(journal.folder, reason, journal.set_aside()))
         return None
     if entry is not None and (changed := changes(entry.head["request"], as_json(request.to_json()))):
-        raise differs(journal, [flag(setting) for setting in changed])
+        raise differs(journal, changed)
     return entry
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that decide the latents and are not what they were."""
-    names = [*now, *(name for name in before if name not in now)]
-    return [name for name in names if name not in MAY_DIFFER and before.get(name) != now.get(name)]
+    """The settings that decide the latents and are not what they were, each in words."""
+    names = [name for name in {**now, **before} if name not in MAY_DIFFER and before.get(name) != now.get(name)]
+    return [f"{flag(name)} {shown(now.get(name))} instead of {shown(before.get(name))}" for name in names]
+
+
+def shown(value: Any) -> str:
+    """A setting's value in few characters."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return repr(textwrap.shorten(text, MOST_SHOWN, placeholder=" …")) if isinstance(value, str) else text[:MOST_SHOWN]
 
 
 def changed_files(before: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
@@ -239,11 +256,11 @@ def elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
 
 
 def differs(journal: Journal, names: Sequence[str]) -> UsageError:
-    reason = f"{journal.folder} holds a run that began otherwise: {', '.join(names)} changed."
+    reason = f"{journal.folder} holds a run that began otherwise: now {'; '.join(names)}."
     return UsageError(reason, "Give it what it had, add --fresh to begin anew, or name another file with -o.")
 
 
-def journal_head(request: PictureRequest, weights: Sequence[WeightsFile], plan: Plan) -> dict[str, Any]:
+def journal_head(prepared: Prepared, weights: Sequence[WeightsFile], plan: Plan) -> dict[str, Any]:
     """What a journal says of the run: the request, what it reads, and the plan that is executed."""
     import torch
 
@@ -253,12 +270,22 @@ def journal_head(request: PictureRequest, weights: Sequence[WeightsFile], plan: 
             "linfusion": __version__,
             "versions": versions(),
             "device": str(plan.machine.device),
-            "request": request.to_json(),
+            "request": prepared.request.to_json(),
             "weights": named_weights(weights),
+            "configs": configs_of(prepared),
+            "last": {"phase": plan.stages[-1].phase, "size": str(plan.stages[-1].size)},
             "threads": torch.get_num_threads(),
             "stages": [stage_json(stage, plan.machine.device.type) for stage in plan.stages],
         }
     )
+
+
+def configs_of(prepared: Prepared) -> list[dict[str, str]]:
+    """The model's configs and tokenizers, as metadata have weights: they decide as much."""
+    folders = [*(prepared.model.folder / name for name in (*PARTS, *CONFIGURED)), prepared.vae.folder]
+    paths = [path for folder in dict.fromkeys(folders) if folder.is_dir() for path in sorted(folder.iterdir())]
+    texts = [(f"{path.parent.name}/{path.name}", path) for path in paths if path.suffix in CONFIG_SUFFIXES]
+    return [{"file": file.use, "sha256": file.sha256} for file in digested(texts)]
 
 
 def stage_json(stage: PlannedStage, device: str) -> dict[str, Any]:

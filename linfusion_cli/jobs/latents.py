@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli.errors import DataError, InputMissing, LinfusionError, UsageError
 from linfusion_cli.geometry import Size
 from linfusion_cli.images import PendingFile
+from linfusion_cli.journal import Damaged, Journal
 from linfusion_cli.models.header import Header, read_header
-from linfusion_cli.units import is_file, parse_size
+from linfusion_cli.units import is_file, is_folder, parse_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,18 +24,13 @@ LATENTS, NOTE = "latents", "linfusion"  # one note: several are written in any o
 
 @dataclass(frozen=True)
 class KeptLatents:
-    """What a file of latents says: the request and weights that made them, and the size of their picture in px."""
+    """Finished latents [1, C, h, w], the request and weights that made them, and the size of their picture in px."""
 
     path: Path
     made_with: Mapping[str, Any]
     phase_size: Size
     shape: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        """The latents [1, C, h, w] in fp32."""
-        from safetensors.torch import load_file
-
-        return load_file(self.path)[LATENTS].clone()
+    read: Callable[[], Tensor]
 
 
 def write_latents(file: PendingFile, latents: Tensor, phase_size: Size, made_with: Mapping[str, Any]) -> None:
@@ -46,15 +43,38 @@ def write_latents(file: PendingFile, latents: Tensor, phase_size: Size, made_wit
 
 
 def kept_latents(path: Path) -> KeptLatents:
-    """What the file at `path` holds; raises InputMissing, or DataError for other files."""
+    """What the file, or journal, at `path` holds; raises InputMissing, or DataError for what holds none."""
+    if is_folder(path):
+        return left_latents(path)
     if not is_file(path):
         raise InputMissing(f"{path} does not exist.")
     header = read_header(path)
     try:
         note = json.loads(header.notes[NOTE])
-        return KeptLatents(path, dict(note["made_with"]), parse_size(note["phase_size"]), checked_shape(header))
+        size, shape = parse_size(note["phase_size"]), checked_shape(header)
+        return KeptLatents(path, dict(note["made_with"]), size, shape, partial(read_latents, path))
     except (LookupError, ValueError, TypeError, UsageError) as error:
         raise DataError(f"{path} holds no latents of a finished picture.", "Make one with --keep-latents.") from error
+
+
+def read_latents(path: Path) -> Tensor:
+    """The latents in a file, in fp32."""
+    from safetensors.torch import load_file
+
+    return load_file(path)[LATENTS].clone()
+
+
+def left_latents(folder: Path) -> KeptLatents:
+    """The finished latents that a run has left in its journal; raises DataError where it has not."""
+    try:
+        entry = Journal(folder, folder).read()
+    except Damaged as damage:
+        raise DataError(f"{folder} is no whole journal ({damage}).", "Run its command again.") from damage
+    reached, last = ({}, {}) if entry is None else (entry.parts["reached"], entry.head["last"])
+    if not reached.get("is_done") or entry.parts["begun"]["phase"] != last["phase"]:
+        raise DataError(f"{folder} holds no finished latents.", "Run its command again: it goes on from there.")
+    latents, made_with = reached["latents"], entry.head["request"] | {"weights": entry.head["weights"]}
+    return KeptLatents(folder, made_with, parse_size(last["size"]), tuple(latents.shape), lambda: latents)
 
 
 def checked_shape(header: Header) -> tuple[int, ...]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from linfusion_cli import __version__, images
 from linfusion_cli.errors import LinfusionError, WriteFailed
 from linfusion_cli.geometry import Size
-from linfusion_cli.jobs.complete import may_go
+from linfusion_cli.jobs.complete import Making
 from linfusion_cli.jobs.prepare import Prepared, saved_sizes
-from linfusion_cli.jobs.weights import main_hash, named_weights
+from linfusion_cli.jobs.weights import made_with, main_hash
 from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.request import PictureRequest
 
@@ -82,28 +81,23 @@ def held_picture(request: PictureRequest, made: Collection[Path]) -> Iterator[im
 
 
 @contextmanager
-def opened_outputs(
-    request: PictureRequest, file: images.PendingFile, weights: Sequence[WeightsFile], resumed: bool = False
-) -> Iterator[images.RowSink]:
-    """What takes the rows of the picture, and of its preview; the files say which weights it was made with.
-
-    A run that is `resumed` may find a preview that it made before.
-    """
-    info = picture_info(request, request.size, weights)
+def opened_outputs(file: images.PendingFile, making: Making) -> Iterator[images.RowSink]:
+    """What takes the rows of the picture, and of its preview; the files say what they were made of."""
+    request = making.request
+    info = picture_info(request, request.size, making.weights)
     with ExitStack() as on_exit:
         picture, preview = _open_picture(request, file, request.size, info), None
         on_exit.callback(picture.abort)
         if request.preview:
-            pending = images.PendingFile(request.preview, may_go(request.preview, request, weights, resumed))
+            replaces = making.may_go(request.preview, Size(*images.preview_size(request.size.pair)))
+            pending = images.PendingFile(request.preview, replaces)
             preview = images.PreviewSink(pending, request.size.pair, request.bits, info)
             on_exit.callback(preview.abort)
         yield Outputs(picture, preview)
 
 
 @contextmanager
-def opened_phases(
-    prepared: Prepared, weights: Sequence[WeightsFile], first: int, resumed: bool
-) -> Iterator[dict[int, images.RowSink]]:
+def opened_phases(prepared: Prepared, making: Making, first: int) -> Iterator[dict[int, images.RowSink]]:
     """Of the phases whose pictures are to be kept, their files: held from now on, complete when the phase is.
 
     An earlier run has completed those before the phase `first`.
@@ -112,21 +106,18 @@ def opened_phases(
     try:
         if request.save_phases:
             for phase, size in list(zip(prepared.phases, saved_sizes(prepared), strict=False))[first:]:
-                path, info = phase_path(request.output, size), picture_info(request, size, weights)
-                replaces = may_go(path, request, weights, resumed)
-                sinks[phase.index] = _open_picture(request, path, size, info, replaces)
+                path, info = phase_path(request.output, size), picture_info(request, size, making.weights)
+                sinks[phase.index] = _open_picture(request, path, size, info, making.may_go(path, size))
         yield sinks
     finally:
         for sink in sinks.values():
             sink.abort()  # one that is complete stays
 
 
-def held_latents(
-    request: PictureRequest, weights: Sequence[WeightsFile], resumed: bool
-) -> AbstractContextManager[images.PendingFile | None]:
+def held_latents(making: Making) -> AbstractContextManager[images.PendingFile | None]:
     """The file for finished latents, if they are to be kept."""
-    path = request.keep_latents
-    return nullcontext() if path is None else images.PendingFile(path, may_go(path, request, weights, resumed))
+    path = making.request.keep_latents
+    return nullcontext() if path is None else images.PendingFile(path, making.may_go(path, making.request.size))
 
 
 def phase_path(output: Path, size: Size) -> Path:
@@ -150,11 +141,6 @@ def _open_picture(
         compression=request.compression,
         overwrite=overwrite,
     )
-
-
-def made_with(request: PictureRequest, weights: Sequence[WeightsFile]) -> dict[str, Any]:
-    """The full request and its weights: what makes the same picture again."""
-    return request.to_json() | {"weights": named_weights(weights)}
 
 
 def picture_info(request: PictureRequest, size: Size, weights: Sequence[WeightsFile]) -> images.PictureInfo:

@@ -11,10 +11,10 @@ from linfusion_cli import images
 from linfusion_cli.device import describe, versions
 from linfusion_cli.events import Observer
 from linfusion_cli.images.source import SourcePicture
-from linfusion_cli.jobs.complete import clear_journal, made_before
+from linfusion_cli.jobs.complete import Making, clear_journal, made_before
 from linfusion_cli.jobs.keep import journal_head, opened_keeper
 from linfusion_cli.jobs.latents import write_latents
-from linfusion_cli.jobs.outputs import held_latents, held_picture, made_with, opened_outputs, opened_phases
+from linfusion_cli.jobs.outputs import held_latents, held_picture, opened_outputs, opened_phases
 from linfusion_cli.jobs.prepare import check_disk, prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
@@ -60,22 +60,22 @@ def make_picture(
             run = loading.begin(prepared, recorder, keeper, shelf)
         machine, plan = describe(run.device), run.plan.to_json()
         weights = hashed_weights(prepared, recorder, shelf)
-        keeper.begin(journal_head(request, weights, run.plan))
+        keeper.begin(journal_head(prepared, weights, run.plan))
         report = RunReport(
             request.to_json(), dict(origins), machine, versions(), plan, to_json(weights), recorder.stages
         )
         report.resumed_from = keeper.was_found
-        first, resumed = keeper.found_state().begun.phase, keeper.found is not None
+        making = Making(request, weights, proven=keeper.found is not None)
         with (
-            opened_outputs(request, file, weights, resumed) as sink,
-            opened_phases(prepared, weights, first, resumed) as phase_sinks,
-            held_latents(request, weights, resumed) as kept,
+            opened_outputs(file, making) as sink,
+            opened_phases(prepared, making, keeper.found_state().begun.phase) as phase_sinks,
+            held_latents(making) as kept,
         ):
             run = replace(run, phase_sinks=phase_sinks)
             vae = loading.load_decoder(run)
             latents = paint.painted(run, vae)  # 3. the base, and up the ladder
             if kept is not None:
-                write_latents(kept, latents, prepared.phases[-1].size, made_with(request, weights))
+                write_latents(kept, latents, prepared.phases[-1].size, making.told)
             pixels.write(run, vae, latents, sink)  # 4. stream into the files, which get their names
         keeper.complete()
     report.checkpoints = asdict(keeper.saves)

@@ -12,6 +12,7 @@ from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.models.digest import WeightsFile, digested
 from linfusion_cli.models.locate import LINFUSION_WEIGHTS
 from linfusion_cli.models.parts import PARTS, weights_files
+from linfusion_cli.request import PictureRequest
 
 WHOLE = "model"  # the use of a file that holds a whole model
 
@@ -64,6 +65,11 @@ def main_hash(weights: Sequence[WeightsFile]) -> str:
 def named_weights(weights: Sequence[WeightsFile]) -> list[dict[str, str]]:
     """As a picture's metadata have it."""
     return [{"file": file.name, "sha256": file.sha256} for file in weights]
+
+
+def made_with(request: PictureRequest, weights: Sequence[WeightsFile]) -> dict[str, Any]:
+    """The full request and its weights: what makes the same picture again."""
+    return request.to_json() | {"weights": named_weights(weights)}
 
 
 def to_json(weights: Sequence[WeightsFile]) -> list[dict[str, Any]]:

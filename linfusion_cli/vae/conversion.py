@@ -18,7 +18,7 @@ from linfusion_cli.vae.statistics import Method, grown, settle
 Notify = Callable[[str], None]
 IN_FP32 = "The VAE gave NaN in {}: from row {} on, it runs in float32."
 SMALLER = "Memory ran out: from row {} on, the VAE runs with {} rows at a time{}."
-OTHER_WEIGHTS = "The weights are damaged, or the latents are: try another --vae, or another --model."
+OTHER_WEIGHTS = "The weights are damaged, or the latents are: try `linfusion decode` with another --vae."
 
 
 def nobody(_: str) -> None:

@@ -1,13 +1,14 @@
 """Latents that were kept become the very picture that their run made, or another file of it."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from linfusion_cli.errors import CannotCreate, DataError, InputMissing
+from linfusion_cli.errors import CannotCreate, DataError, InputMissing, WriteFailed
 from linfusion_cli.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs.decode import decode, request_of
@@ -73,6 +74,26 @@ def test_a_picture_below_the_base_is_reduced_again(xl_model, tmp_path, monkeypat
     generate(GenerateRequest(**values, output=Path("a.png"), keep_latents=Path("a.safetensors")), {})
     decoded(output=Path("b.png"))
     assert np.array_equal(seen("b.png"), seen("a.png"))
+
+
+def test_what_a_run_has_left_in_its_journal_does_too(made, monkeypatch):
+    def fail(self):
+        raise WriteFailed("No space left.")
+
+    unfinished = replace(made, output=Path("c.png"), keep_latents=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("linfusion_cli.images.PendingFile.commit", fail)
+        with pytest.raises(WriteFailed):
+            generate(unfinished, {})
+    decoded("c.png.linfusion", output=Path("b.png"))
+    assert np.array_equal(seen("b.png"), seen("a.png"))
+    manifest = Path("c.png.linfusion/journal.json")
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    with pytest.raises(DataError, match="no whole journal"):
+        kept_latents(Path("c.png.linfusion"))
+    manifest.unlink()
+    with pytest.raises(DataError, match="no finished latents"):
+        kept_latents(Path("c.png.linfusion"))
 
 
 def test_what_is_there_is_refused(made):

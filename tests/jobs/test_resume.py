@@ -131,7 +131,7 @@ def test_upscale_goes_on(xl_model, tmp_path, monkeypatch, make):
     with pytest.raises(Stopped):
         upscale(request, {}, in_second_phase)
     Image.new("RGB", (96, 64)).save("in.png")  # another picture under the same name
-    with pytest.raises(UsageError, match=r"image/in\.png changed"):
+    with pytest.raises(UsageError, match=r"image/in\.png with other content"):
         upscale(request, {})
 
 
@@ -182,7 +182,7 @@ def test_a_changed_request_is_refused_by_the_names_of_what_changed(make, tmp_pat
     with pytest.raises(Stopped):
         make(in_second_phase)
     before = (tmp_path / "a.png.linfusion" / "journal.json").read_bytes()
-    with pytest.raises(UsageError, match=r"began otherwise: --seed, --steps changed\..*--fresh"):
+    with pytest.raises(UsageError, match=r"now --seed 3 instead of 0; --steps 5 instead of 4\..*--fresh"):
         make(seed=3, steps=(5,))
     assert (tmp_path / "a.png.linfusion" / "journal.json").read_bytes() == before
     report = make(ram=8 << 30, dpi=72.0, preview=Path("small.jpg"))  # which change no latents
@@ -197,7 +197,7 @@ def test_changed_weights_are_refused(make, xl_model, tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UsageError, match=r"unet/diffusion_pytorch_model\.safetensors changed"):
+    with pytest.raises(UsageError, match=r"unet/diffusion_pytorch_model\.safetensors with other content"):
         make(model="model")
 
 
@@ -344,3 +344,34 @@ def test_a_failed_write_tells_that_the_latents_are_kept(make, monkeypatch):
     monkeypatch.setattr("linfusion_cli.images.PendingFile.commit", no_space)
     with pytest.raises(WriteFailed, match=r"No space left\. Saved: the finished latents; the same command goes on"):
         make()
+
+
+def test_a_phase_s_picture_is_not_taken_for_the_picture(make, tmp_path):
+    """It says the same of itself, and is smaller."""
+    make(save_phases=True, output=Path("b.png"))
+    (tmp_path / "b-64x64.png").rename(tmp_path / "a.png")
+    (tmp_path / "a.png.linfusion").mkdir()  # as if a run had been killed here
+    with pytest.raises(CannotCreate):
+        make(save_phases=True)
+
+
+def test_the_same_picture_by_another_path_is_the_same(xl_model, tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 90).convert("RGB").save("in.png")
+    values = {"size": Size(128, 128), "model": str(xl_model), "steps": (4,), "output": tmp_path / "a.png"}
+    with pytest.raises(Stopped):
+        upscale(UpscaleRequest(image=Path("in.png"), checkpoint_every=0, **values), {}, stopping_at("write"))
+    report = upscale(UpscaleRequest(image=tmp_path / "in.png", checkpoint_every=0, **values), {})
+    assert report.resumed_from == "the finished latents"
+
+
+def test_changed_configs_are_refused(make, xl_model, tmp_path):
+    folder = shutil.copytree(xl_model, tmp_path / "model")
+    with pytest.raises(Stopped):
+        make(in_second_phase, model="model")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("scaled_linear", "linear"))
+    with pytest.raises(UsageError, match=r"scheduler/scheduler_config\.json with other content"):
+        make(model="model")
