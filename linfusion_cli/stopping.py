@@ -27,10 +27,13 @@ class _Wish:
 
 
 def listen() -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP stop the run; an ignored SIGHUP (nohup) stays ignored."""
+    """From now on SIGINT, SIGTERM and SIGHUP stop the run.
+
+    What is ignored stays ignored: SIGHUP under nohup, SIGINT in a job that a script has started with &.
+    """
     signal.signal(signal.SIGALRM, _on_alarm)
     for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _on_signal)
 
 

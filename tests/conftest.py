@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as where the tests run in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or the processes that are tested would ignore it, too
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,9 @@ def test_the_time_limit_is_a_stop_with_75():
     assert said == ["stopped 75"] and 2 < took < 5
 
 
-def test_a_signal_that_nohup_ignores_stays_ignored():
-    run = start("work(0.8)\nprint('done', flush=True)", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    run.send_signal(signal.SIGHUP)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_is_ignored_stays_ignored(number):
+    """By nohup, and in what a script starts with &."""
+    run = start("work(0.8)\nprint('done', flush=True)", preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+    run.send_signal(number)
     assert ended(run)[0] == ["done"]

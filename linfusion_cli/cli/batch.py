@@ -16,7 +16,7 @@ from linfusion_cli import presets
 from linfusion_cli.cli import log, options, render
 from linfusion_cli.cli.bugs import bug_sentence
 from linfusion_cli.cli.request import Sources, keep_to, quieten_hub, read_options
-from linfusion_cli.errors import LinfusionError, UsageError
+from linfusion_cli.errors import LinfusionError, UsageError, WriteFailed
 from linfusion_cli.events import Notice, Observer
 from linfusion_cli.jobs.naming import TEMPLATE, Template
 from linfusion_cli.jobs.spread import Shard as Part
@@ -155,6 +155,8 @@ def watch_folder(batch: Batch, listing: Listing, folder: Path) -> None:
     def carried_out(path: Path) -> bool:
         try:
             return not carry_out(batch, listing, str(path)).failed  # what another run has begun, that will end
+        except WriteFailed:  # of the record: no list is to blame
+            raise
         except LinfusionError as error:
             render.announce(f"linfusion: {error}")
             return False
