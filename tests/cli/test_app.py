@@ -210,10 +210,11 @@ def test_a_prompt_on_stdin_that_is_none(tmp_path, xl_model, bytes_in):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_run_with_its_code_its_state_and_no_file(tmp_path, xl_model, number, code):
-    run = start(tmp_path, "generate", "x", "--model", xl_model, "--size", 256, "--steps", 1000, "-o", "a.png")
-    while " ready: " not in run.stderr.readline():
+    arguments = ["--size", 256, "--steps", 1000, "--checkpoint-every", 0, "-o", "a.png"]
+    run = start(tmp_path, "generate", "x", "--model", xl_model, *arguments)
+    while not (tmp_path / "a.png.linfusion" / "journal.json").exists():  # in the base, which takes far longer
         assert run.poll() is None
-    time.sleep(0.3)  # well into the base, which takes far longer
+        time.sleep(0.01)
     for _ in range(3):  # as an impatient person, or `timeout`, which signals the group as well
         run.send_signal(number)
     out, err = run.communicate(timeout=60)
