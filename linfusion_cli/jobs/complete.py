@@ -14,7 +14,7 @@ from linfusion_cli.errors import LinfusionError
 from linfusion_cli.geometry import Size
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs import latents
-from linfusion_cli.jobs.keep import as_json, changes, journal_of
+from linfusion_cli.jobs.keep import BESIDE, as_json, changes, journal_of
 from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
@@ -24,20 +24,6 @@ from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.units import is_file
-
-# What a file's metadata say of how it was made, and which changes nothing in it.
-BESIDE = {
-    "output",
-    "image",  # told by what is in it
-    "overwrite",
-    "preview",
-    "download",
-    "vram",
-    "ram",
-    "keep_latents",
-    "checkpoint_every",
-    "fresh",
-}
 
 
 @dataclass(frozen=True)

@@ -30,25 +30,21 @@ MOST_SHOWN = 60
 CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2")  # parts of a model that have no weights
 CONFIG_SUFFIXES = (".json", ".txt", ".model")
 LARGEST_SHARE = 0.02  # of the time that saving may take: on a slow disk it is done more seldom
-# What may differ when a run goes on: it changes the file, or how the run goes about it, and not the latents.
-MAY_DIFFER = {
+# Settings that decide neither a picture nor what is in its file.
+BESIDE = {
     "output",
+    "image",  # told by what is in it
     "overwrite",
     "preview",
-    "compression",
-    "bits",
-    "dither",
-    "dpi",
-    "prompt_metadata",
-    "strict_prompt",
     "download",
     "vram",
     "ram",
     "keep_latents",
     "checkpoint_every",
     "fresh",
-    "image",  # told by what is in it
 }
+# What may differ when a run goes on: those, and what changes the file and not the latents.
+MAY_DIFFER = BESIDE | {"format", "compression", "bits", "dither", "dpi", "prompt_metadata", "strict_prompt"}
 ASIDE = "{} {}: it is now {}, and the run begins anew."
 OTHER_VERSION = "was made by another version of linfusion ({})"
 ELSEWHERE = "The run goes on with {}: its picture equals that of a run in one go up to rounding."
