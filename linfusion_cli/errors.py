@@ -91,10 +91,11 @@ class Stopped(BaseException):
     what of the run is saved, as a sentence.
     """
 
+    kept = "No unfinished file is left."
+
     def __init__(self, signal_number: int):
         self.reason = f"Stopped by {signal.Signals(signal_number).name}"
         self.exit_code = 128 + signal_number
-        self.kept = "No unfinished file is left."
 
     def __str__(self) -> str:
         return f"{self.reason}. {self.kept}"
@@ -106,4 +107,3 @@ class TimeIsUp(Stopped):
     def __init__(self):
         self.reason = "Stopped by --time-limit"
         self.exit_code = TryAgain.exit_code
-        self.kept = "No unfinished file is left."

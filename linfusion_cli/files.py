@@ -6,12 +6,15 @@ import errno
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from linfusion_cli.errors import CannotCreate, TryAgain
 from linfusion_cli.units import is_folder
 
 NAME_BYTES = 255  # of a file, on every file system that matters
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 # Some cluster file systems (Lustre without -o flock, old NFS) have no locks: there we go on without one.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -34,6 +37,31 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def renamed(path: Path, target: Path) -> bool:
+    """Whether `path` is called `target` now: a link, unlike a rename, never replaces what has that name.
+
+    False where that is taken; raises OSError.
+    """
+    try:
+        target.hardlink_to(path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(target):
+            return False
+        path.rename(target)
+        return True
+    path.unlink()
+    return True
+
+
+def spare_names(path: Path) -> Iterator[Path]:
+    """a-2.tif, a-3.tif … for a.tif."""
+    return (path.with_stem(f"{path.stem}-{number}") for number in count(2))
 
 
 def open_locked(path: Path, target: Path) -> int:

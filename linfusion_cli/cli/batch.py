@@ -15,6 +15,7 @@ import typer
 from linfusion_cli import presets
 from linfusion_cli.cli import log, options, render
 from linfusion_cli.cli.bugs import bug_sentence
+from linfusion_cli.cli.generate import report_file
 from linfusion_cli.cli.request import Sources, keep_to, quieten_hub, read_options
 from linfusion_cli.errors import LinfusionError, UsageError, WriteFailed
 from linfusion_cli.events import Notice, Observer
@@ -222,16 +223,14 @@ def write_report(output: Path, report: RunReport) -> None:
 
     Raises CannotCreate where another file is in its place.
     """
-    from linfusion_cli.images import PendingFile
     from linfusion_cli.jobs.listing import REPORT_SUFFIX
 
     path = output.with_name(output.name + REPORT_SUFFIX)
     ours = is_report(path)
     if report.already_complete and ours:
         return
-    with PendingFile(path, overwrite=ours) as file:
-        file.write(json.dumps(report.to_json(), indent=2).encode() + b"\n")
-        file.commit()
+    with report_file(path, overwrite=ours) as save:
+        save(report)
 
 
 def is_report(path: Path) -> bool:

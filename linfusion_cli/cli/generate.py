@@ -61,7 +61,7 @@ def run(
             result = job(request, origins, observer)
             save(result)
     render.show_report(result, quiet)
-    render.answer(json.dumps(result.to_json(), indent=2) if as_json else result.output)
+    render.answer(as_text(result) if as_json else result.output)
 
 
 def check_distinct(files: Mapping[str, Path | None]) -> None:
@@ -83,7 +83,12 @@ def report_file(path: Path | None, overwrite: bool) -> Iterator[Callable[[RunRep
     with PendingFile(path, overwrite) as file:
 
         def save(report: RunReport) -> None:
-            file.write(json.dumps(report.to_json(), indent=2).encode() + b"\n")
+            file.write(as_text(report).encode() + b"\n")
             file.commit()
 
         yield save
+
+
+def as_text(report: RunReport) -> str:
+    """The report as JSON for a person's eyes."""
+    return json.dumps(report.to_json(), indent=2)

@@ -6,17 +6,15 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from linfusion_cli.errors import CannotCreate, WriteFailed
-from linfusion_cli.files import neighbour, open_locked, same_file, sync_folder
+from linfusion_cli.files import neighbour, open_locked, renamed, same_file, spare_names, sync_folder
 from linfusion_cli.units import format_bytes
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 class PendingFile:
@@ -108,25 +106,9 @@ class PendingFile:
             if self.overwrite:
                 self._check_target()
                 self.path.replace(self.target)
-            elif not self._named(self.target):
-                spare = next(name for name in _spare_names(self.target) if self._named(name))
+            elif not renamed(self.path, self.target):
+                spare = next(name for name in spare_names(self.target) if renamed(self.path, name))
                 raise CannotCreate(f"{self.target} appeared while it was being made.", f"The finished file is {spare}.")
-
-    def _named(self, name: Path) -> bool:
-        """Whether the file is called `name` now: a link, unlike a rename, never replaces what has that name."""
-        try:
-            name.hardlink_to(self.path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            if os.path.lexists(name):
-                return False
-            self.path.rename(name)
-            return True
-        self.path.unlink()
-        return True
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -154,11 +136,6 @@ def resolved(path: Path) -> Path:
         return path.resolve() if path.is_symlink() else path.absolute()
     except (OSError, RuntimeError) as error:  # a loop of symlinks
         raise CannotCreate(f"{path} cannot be created: {getattr(error, 'strerror', error)}.") from error
-
-
-def _spare_names(target: Path) -> Iterator[Path]:
-    """a-2.tif, a-3.tif … for a.tif."""
-    return (target.with_stem(f"{target.stem}-{number}") for number in count(2))
 
 
 def _open_empty(path: Path, target: Path) -> int:

@@ -64,11 +64,10 @@ class Making:
 
 @dataclass(frozen=True)
 class Made:
-    """The files that a run of this very request has made: all of them, some, or none."""
+    """The files that a run of this very request has made; where those are all of them, the `report` that says so."""
 
     files: frozenset[Path] = frozenset()
-    is_all: bool = False
-    report: RunReport | None = None  # where it is all
+    report: RunReport | None = None
 
 
 def made_before(
@@ -90,7 +89,7 @@ def made_before(
         return Made(found)
     report = RunReport(request.to_json(), {}, {}, versions(), {}, to_json(weights), recorder.stages)
     report.already_complete = True
-    return Made(found, True, report)
+    return Made(found, report)
 
 
 def files_of(request: PictureRequest) -> dict[Path, Size]:

@@ -43,7 +43,7 @@ def make_picture(
     started = time.perf_counter()
     recorder, shelf = Recorder(observer), shelf or Shelf(keeps=False)
     made = made_before(request, picture, recorder, shelf, keep_complete)
-    if made.is_all:
+    if made.report is not None:
         clear_journal(request)
         return finished(replace(made.report, settings=dict(origins)), request, started)
     # 1. hold file and journal, so that nobody else does: refused before any work; see what an earlier run has left

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
 from linfusion_cli.errors import CannotCreate, InputMissing
+from linfusion_cli.files import renamed, spare_names
 from linfusion_cli.units import is_folder
 
 POLL_SEC = 1.0
@@ -48,7 +49,8 @@ class Inbox:
         if dict(self._looks()).get(path) != stamp:
             return
         try:
-            next(filter(lambda free: moved(path, free), free_names(self._folder / name / path.name)))
+            free = self._folder / name / path.name
+            next(filter(lambda name: renamed(path, name), chain([free], spare_names(free))))
         except OSError:
             self._left[path] = stamp
 
@@ -66,26 +68,6 @@ class Inbox:
                     yield Path(one.path), (stat.st_size, stat.st_mtime_ns, stat.st_ino)
             except OSError:  # gone already
                 continue
-
-
-def free_names(path: Path) -> Iterator[Path]:
-    """a.csv, a-2.csv, a-3.csv …"""
-    return chain([path], (path.with_stem(f"{path.stem}-{number}") for number in count(2)))
-
-
-def moved(path: Path, target: Path) -> bool:
-    """Whether `path` is called `target` now, which nobody was before; OSError where it cannot be."""
-    try:
-        target.hardlink_to(path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
-        if os.path.lexists(target):
-            return False
-        path.rename(target)
-        return True
-    path.unlink()
-    return True
 
 
 def watch(folder: Path, carried_out: Callable[[Path], bool], pause: Callable[[float], None] = time.sleep) -> NoReturn:
