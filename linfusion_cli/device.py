@@ -34,18 +34,22 @@ OUT_OF_MEMORY = (
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` … -> a device that is there; raises UsageError or Unavailable."""
+    """`auto`, `cpu`, `cuda`, `cuda:1` … -> a device that is there; raises UsageError or Unavailable.
+
+    A CUDA device always has an index: `torch.cuda.set_per_process_memory_fraction` refuses one without.
+    """
     import torch
 
-    match = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,9}))?", name)
+    match = re.fullmatch(r"auto|cpu|cuda(?::(0|[1-9][0-9]{0,8}))?", name)
     if match is None:
         raise UsageError(f"--device {name!r} is unknown.", "Use auto, cpu, cuda or cuda:N.", "device")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    index = int(match[1] or 0)
     # Asked by number, as torch.device wraps large ones around.
-    if name.startswith("cuda") and int(match[1] or 0) >= torch.cuda.device_count():
+    if name != "auto" and index >= torch.cuda.device_count():
         raise Unavailable(f"--device {name} is not on this machine: {_cuda_state()}.", "Use --device cpu or auto.")
-    return torch.device(name)
+    return torch.device("cuda", index)
 
 
 def _cuda_state() -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from linfusion_cli.geometry import Size
 from linfusion_cli.models.families import ModelFacts
 from linfusion_cli.planning.machine import Machine
-from linfusion_cli.planning.outline import ModelOutline, count
+from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.strips.cost import Ledger
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
@@ -108,7 +108,7 @@ class Reckoner:
         on_card = self.machine.device.type == "cuda"
         numbers = self.outline.numbers(attention) if on_card else self.outline.all_numbers
         numbers += self.outline.control_numbers if controlled or not on_card else 0
-        return numbers * self.machine.dtype.itemsize + count(self.outline.vae) * self.machine.vae_dtype.itemsize
+        return numbers * self.machine.dtype.itemsize + self.outline.vae_numbers * self.machine.vae_dtype.itemsize
 
     def _need(self, host: int, device: int, seconds: float) -> Need:
         """On a CPU the device's memory is the host's; with a card, what is not used waits on the host."""

@@ -46,18 +46,39 @@ class ModelOutline:
         nets = {folder: LoadedControl.outline(folder, linear) for folder in controls}  # each is loaded once
         return ModelOutline(unet, linear, outline(vae_kind(vae), vae), tuple(nets[folder] for folder in controls))
 
+    # Counted once each: a plan asks again for every way to run every stage.
     def numbers(self, attention: str) -> int:
         """How many weights the UNet has with this attention."""
-        whole = count(self.unet)
         if attention == "original":
-            return whole
-        replaced = sum(count(module) for module in self_attentions(self.unet).values())
-        return whole - replaced + sum(count(module) for module in self.linear.values())
+            return self._unet_numbers
+        return self._unet_numbers - self._replaced_numbers + self._linear_numbers
+
+    @property
+    def all_numbers(self) -> int:
+        """How many weights the UNet has with both kinds of attention."""
+        return self._unet_numbers + self._linear_numbers
 
     @cached_property
     def control_numbers(self) -> int:
         """How many weights the ControlNets have; their linear attention adds none."""
         return sum(count(net) for net in {control.net for control in self.controls})
+
+    @cached_property
+    def vae_numbers(self) -> int:
+        """How many weights the VAE has."""
+        return count(self.vae)
+
+    @cached_property
+    def _unet_numbers(self) -> int:
+        return count(self.unet)
+
+    @cached_property
+    def _replaced_numbers(self) -> int:
+        return sum(count(module) for module in self_attentions(self.unet).values())
+
+    @cached_property
+    def _linear_numbers(self) -> int:
+        return sum(count(module) for module in self.linear.values())
 
     @contextmanager
     def with_attention(self, attention: str) -> Iterator[None]:
@@ -67,11 +88,6 @@ class ModelOutline:
                 for network, linear in ((self.unet, self.linear), *((of.net, of.linear) for of in self.controls)):
                     stack.enter_context(mounted(network, linear))
             yield
-
-    @property
-    def all_numbers(self) -> int:
-        """How many weights the UNet has with both kinds of attention."""
-        return count(self.unet) + sum(count(module) for module in self.linear.values())
 
 
 def count(module: nn.Module) -> int:
