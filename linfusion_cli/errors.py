@@ -3,6 +3,7 @@
     LinfusionError
     ├── UsageError            2   a flag, a size or a value is wrong
     ├── DataError            65   a model, weights file or input picture is corrupt, unsafe or of the wrong kind
+    │   └── NonFinite        65   a network gives NaN or Inf
     ├── InputMissing         66   an input file is not there
     ├── Unavailable          69   the model is not on this machine, or the device is not there
     ├── DoesNotFit           71   not enough memory, even at the smallest setting
@@ -54,6 +55,10 @@ class UsageError(LinfusionError):
 
 class DataError(LinfusionError):
     exit_code = 65
+
+
+class NonFinite(DataError):
+    """A network gives NaN or Inf. The last good state is kept: another dtype or repaired weights may go on from it."""
 
 
 class InputMissing(LinfusionError):

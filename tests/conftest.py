@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as where the tests run in the background of a script
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # or the processes that are tested would ignore it, too
+# As where the tests run under nohup or in the background of a script: the processes that are tested would ignore them,
+# and the tests would wait for ever.
+for ignored, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        signal.signal(ignored, handler)
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +30,22 @@ def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.models_in_small import write_small_sd
 
     return write_small_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run the program in tmp_path -> (exit code, stdout, stderr)."""
+    from linfusion_cli.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["linfusion", *map(str, arguments)])
+        code = app.guarded()
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -49,9 +49,7 @@ def fractions(monkeypatch) -> list[tuple[float, int]]:
 @pytest.mark.parametrize(("vram", "share"), [(None, 1.0), (8 * GIB, 1 / 3), (80 * GIB, 1.0)])
 def test_a_run_starts_on_every_name_of_a_device(monkeypatch, fractions, name, index, vram, share):
     monkeypatch.setattr(machine, "measured", lambda device, dtype: Speed(1e12, 1e10))  # which runs kernels
-    request = GenerateRequest(
-        prompt="a hill", size=Size(64, 64), output="a.png", model="demo", device=name, vram=vram
-    )
+    request = GenerateRequest(prompt="a hill", size=Size(64, 64), output="a.png", model="demo", device=name, vram=vram)
     found = machine.survey(request)
     device.limit_device_memory(found.device, request.vram)
     device.PeakMemory(found.device)

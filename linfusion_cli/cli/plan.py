@@ -10,6 +10,7 @@ from rich.table import Table
 
 from linfusion_cli.cli import options, render
 from linfusion_cli.cli.request import quieten_hub, read_request
+from linfusion_cli.events import Notice
 from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest
 from linfusion_cli.units import format_bytes, format_seconds
 
@@ -31,6 +32,8 @@ def command(given: dict[str, Any], as_json: options.Json = False) -> None:
 
     request, picture = (request, None) if kind is GenerateRequest else opened(request)
     prepared = prepare(request, picture)
+    for warning in prepared.facts.warnings:
+        render.notices_only(Notice(warning))
     plan, disk = plan_run(prepared), disk_bytes(prepared)
     if as_json:
         values = {"request": request.to_json(), "settings": origins, "disk_bytes": disk}

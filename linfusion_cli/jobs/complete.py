@@ -14,11 +14,11 @@ from linfusion_cli.errors import LinfusionError
 from linfusion_cli.geometry import Size
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs import latents
-from linfusion_cli.jobs.keep import BESIDE, as_json, changes, journal_of
+from linfusion_cli.jobs.keep import BESIDE, as_json, changes_since, journal_of
 from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
-from linfusion_cli.jobs.weights import hashed_weights, made_with, to_json
+from linfusion_cli.jobs.weights import DTYPES, hashed_weights, made_with, to_json
 from linfusion_cli.journal import Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.report import RunReport
@@ -28,7 +28,7 @@ from linfusion_cli.units import is_file
 
 @dataclass(frozen=True)
 class Making:
-    """What a run makes its files of: a request and weights.
+    """What a run makes its files of: a request and weights; `dtypes` are those in which steps were computed.
 
     A file that names no prompts could be of others, unless it is `proven` by a journal that a run of this request was
     at work here.
@@ -37,6 +37,7 @@ class Making:
     request: PictureRequest
     weights: Sequence[WeightsFile]
     proven: bool
+    dtypes: Sequence[Mapping[str, Any]] = ()
 
     def may_go(self, path: Path, size: Size) -> bool:
         """Whether a file at `path` may be replaced: that is wished, or it is the very one that will be made."""
@@ -59,7 +60,7 @@ class Making:
     @property
     def told(self) -> dict[str, Any]:
         """What a file says that is made of these, as it is read back."""
-        return as_json(made_with(self.request, self.weights))
+        return as_json(made_with(self.request, self.weights, self.dtypes))
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def read_of(journal: Journal, request: PictureRequest) -> Entry | None:
         entry = journal.read()
     except Damaged:
         return None
-    return None if entry is None or changes(entry.head["request"], as_json(request.to_json())) else entry
+    return None if entry is None or changes_since(entry, request) else entry
 
 
 def picture_made_with(path: Path, size: Size) -> Mapping[str, Any] | None:
@@ -131,4 +132,4 @@ def picture_made_with(path: Path, size: Size) -> Mapping[str, Any] | None:
 
 def decisive(told: Mapping[str, Any]) -> dict[str, Any]:
     """What of that decides a file."""
-    return {name: value for name, value in told.items() if name not in BESIDE}
+    return {name: value for name, value in told.items() if name not in (*BESIDE, DTYPES)}

@@ -20,7 +20,7 @@ from linfusion_cli.jobs.prepare import Prepared, check_disk, prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.story import finished
-from linfusion_cli.jobs.weights import hashed_weights, to_json
+from linfusion_cli.jobs.weights import DTYPES, hashed_weights, to_json
 from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest
@@ -63,7 +63,9 @@ def decode(
         machine, plan = describe(run.device), run.plan.to_json()
         read = [weights for weights in hashed_weights(prepared, recorder, shelf) if weights.use == VAE_USE]
         report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, to_json(read), recorder.stages)
-        with opened_outputs(file, Making(request, weights_with(kept, read), proven=False)) as sink:
+        report.dtypes = list(kept.made_with.get(DTYPES, ()))
+        making = Making(request, weights_with(kept, read), proven=False, dtypes=report.dtypes)
+        with opened_outputs(file, making) as sink:
             vae = loading.load_decoder(run)
             pixels.write(run, vae, kept.read(), sink)
     return finished(report, request, started)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
 from linfusion_cli.device import versions
-from linfusion_cli.errors import Stopped, UsageError, WriteFailed
+from linfusion_cli.errors import NonFinite, Stopped, UsageError, WriteFailed
 from linfusion_cli.images.pending import resolved
 from linfusion_cli.jobs.weights import named_weights
 from linfusion_cli.journal import SCHEMA, Damaged, Entry, Journal
@@ -49,6 +49,9 @@ ASIDE = "{} {}: it is now {}, and the run begins anew."
 OTHER_VERSION = "was made by another version of linfusion ({})"
 ELSEWHERE = "The run goes on with {}: its picture equals that of a run in one go up to rounding."
 UNSAVED = "{} The run goes on, and tries again later."
+NON_FINITE = "non_finite"  # in a journal's head: what it says was reached before a network gave NaN or Inf
+REPAIRED = "{} changed since the model gave NaN or Inf: the run goes on with the new content."
+OTHERWISE = ", also with another --dtype or repaired files of the same names"
 
 
 @dataclass
@@ -79,6 +82,7 @@ class Keeper:
         self._journal, self._every_sec, self._notice = journal, request.checkpoint_every, notice
         self._goes_on = ("without --fresh " if request.fresh else "") + "the same command goes on from there"
         self._saved: Reached | None = None
+        self._saved_head: Mapping[str, Any] = {}
         self._saved_at, self._took_sec = time.monotonic(), 0.0
 
     @property
@@ -98,6 +102,11 @@ class Keeper:
         return None if self.found is None else self.found.head["threads"]
 
     @property
+    def dtypes(self) -> list[dict[str, Any]]:
+        """In which dtypes the steps of this run are computed, those of earlier runs included: see `_dtypes`."""
+        return self.head["dtypes"]
+
+    @property
     def executed(self) -> list[dict[str, Any]]:
         """How the stages of an earlier run were run: kind, phase and mode of each."""
         return [] if self.found is None else self.found.head["stages"]
@@ -108,13 +117,28 @@ class Keeper:
         Raises UsageError where files that are read are not those of the run that this one goes on with.
         """
         if self.found is not None:
-            if changed := [
-                name for kind in ("weights", "configs") for name in changed_files(self.found.head[kind], head[kind])
-            ]:
-                raise differs(self._journal, [f"{', '.join(changed)} with other content"])
-            for what in elsewhere(self.found.head, head):
-                self._notice(ELSEWHERE.format(what))
-        self.head = head
+            self._compare(self.found.head, head)
+        self.head = head | {"dtypes": self._dtypes(head)}
+
+    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Say what differs; raises UsageError for files with other content, unless the model had given NaN or Inf."""
+        changed = [name for kind in ("weights", "configs") for name in changed_files(before[kind], now[kind])]
+        if changed and NON_FINITE not in before:
+            raise differs(self._journal, [f"{', '.join(changed)} with other content"])
+        if changed:
+            self._notice(REPAIRED.format(", ".join(changed)))
+        for what in elsewhere(before, now):
+            self._notice(ELSEWHERE.format(what))
+
+    def _dtypes(self, head: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The dtypes in which steps were computed: each with the phase, and its steps done, from which on it holds."""
+        state, before = self.found_state(), [] if self.found is None else self.found.head.get("dtypes", [])
+        is_over = state.is_done and state.begun.phase == head["last"]["phase"]
+        if before and (is_over or before[-1]["dtype"] == head["dtype"]):
+            return before
+        now = {"phase": state.begun.phase, "step": state.steps, "dtype": head["dtype"]}
+        unused = [entry for entry in before if (entry["phase"], entry["step"]) == (now["phase"], now["step"])]
+        return [*(entry for entry in before if entry not in unused), now]
 
     def runs_so(self, kind: str, phase: int, mode: Any) -> None:
         """This stage runs in another way than was planned, from now on."""
@@ -137,12 +161,17 @@ class Keeper:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """What is stopped within has its state saved, and says so; so does a file that cannot be written."""
+        """What is stopped within has its state saved, and says so; so has a model that gives NaN or Inf, the last good
+        one, and a file that cannot be written."""
         try:
             with honoured():
                 yield
         except Stopped as stop:
             stop.kept = self._kept()
+            raise
+        except NonFinite as error:
+            self.head = self.head | {NON_FINITE: str(error)}
+            error.way_out = f"{error.way_out} {self._kept(OTHERWISE)}".strip()
             raise
         except WriteFailed as error:
             error.way_out = f"{error.way_out} {self._kept()}".strip()
@@ -162,27 +191,36 @@ class Keeper:
             self._notice(UNSAVED.format(error))
 
     def _save(self) -> None:
-        if self.reached is None or self.reached is self._saved:
+        if self.reached is None or self._is_saved():
             return
+        if not self.reached.is_finite:
+            self.reached = self._saved
+            raise NonFinite("The latents contain NaN or Inf.", "Use --dtype float32, another scheduler or fewer steps.")
         began, bytes_before = time.monotonic(), self._journal.saved_bytes
         self._saved_at = began  # also where it fails: it is not tried at every step
         self._journal.save(self.head, self.reached.parts)
-        self._saved, self._took_sec = self.reached, time.monotonic() - began
+        self._saved, self._saved_head, self._took_sec = self.reached, self.head, time.monotonic() - began
         if self.found is not None:
             self.found = replace(self.found, parts={})  # which are of the past, and take memory
         self.saves.count += 1
         self.saves.seconds += self._took_sec
         self.saves.bytes += self._journal.saved_bytes - bytes_before
 
-    def _kept(self) -> str:
-        """Save what a stop would lose -> what there is to go on from."""
+    def _is_saved(self) -> bool:
+        """Whether the state is on the disk, and with it that the model gave NaN or Inf, if it did."""
+        return self.reached is self._saved and (NON_FINITE in self.head) == (NON_FINITE in self._saved_head)
+
+    def _kept(self, also: str = "") -> str:
+        """Save what would be lost -> what there is to go on from, and in which way `also`."""
         failed = ""
         try:
+            if self.reached is None and self.found is not None and also:
+                self.reached = self.found_state()  # which gets the mark that the model gave NaN or Inf
             self._save()
-        except WriteFailed as error:
+        except (WriteFailed, NonFinite) as error:
             failed = f"{error} "
         if self._saved is not None:
-            return f"{failed}Saved: {self.describe(self._saved)}; {self._goes_on}."
+            return f"{failed}Saved: {self.describe(self._saved)}; {self._goes_on}{also}."
         if self.found is not None:
             return f"{failed}What an earlier run has reached is still saved; {self._goes_on}."
         return f"{failed}Nothing was reached that could be saved."
@@ -216,14 +254,28 @@ def usable(journal: Journal, request: PictureRequest, notice: Callable[[str], No
         reason = OTHER_VERSION.format(entry.head.get("linfusion"))
         notice(ASIDE.format(journal.folder, reason, journal.set_aside()))
         return None
-    if entry is not None and (changed := changes(entry.head["request"], as_json(request.to_json()))):
+    from linfusion_cli.jobs.reached import Reached
+
+    if entry is not None and not Reached.of(entry.parts).is_finite:
+        notice(ASIDE.format(journal.folder, "holds latents with NaN or Inf", journal.set_aside()))
+        return None
+    if entry is not None and (changed := changes_since(entry, request)):
         raise differs(journal, changed)
     return entry
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that decide the latents and are not what they were, each in words."""
-    names = [name for name in {**now, **before} if name not in MAY_DIFFER and before.get(name) != now.get(name)]
+def changes_since(entry: Entry, request: PictureRequest) -> list[str]:
+    """What of `request` keeps it from going on from a journal's `entry`, each in words.
+
+    After the model has given NaN or Inf, another dtype may go on.
+    """
+    allowed = MAY_DIFFER | ({"dtype"} if NON_FINITE in entry.head else set())
+    return changes(entry.head["request"], as_json(request.to_json()), allowed)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
+    """The settings that are not what they were, but those that are `allowed` to change, each in words."""
+    names = [name for name in {**now, **before} if name not in allowed and before.get(name) != now.get(name)]
     return [f"{flag(name)} {shown(now.get(name))} instead of {shown(before.get(name))}" for name in names]
 
 
@@ -247,6 +299,8 @@ def elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
             yield f"{name} {version} instead of {before['versions'].get(name)}"
     if before["device"] != now["device"]:
         yield f"{now['device']} instead of {before['device']}"
+    if "dtypes" in before and before["dtypes"][-1]["dtype"] != now["dtype"]:
+        yield f"{now['dtype']} instead of {before['dtypes'][-1]['dtype']}"
     if before["stages"] != now["stages"]:
         yield "another plan, as the executed one does not fit here"
 
@@ -266,6 +320,7 @@ def journal_head(prepared: Prepared, weights: Sequence[WeightsFile], plan: Plan)
             "linfusion": __version__,
             "versions": versions(),
             "device": str(plan.machine.device),
+            "dtype": str(plan.machine.dtype).removeprefix("torch."),
             "request": prepared.request.to_json(),
             "weights": named_weights(weights),
             "configs": configs_of(prepared),

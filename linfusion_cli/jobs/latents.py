@@ -73,7 +73,8 @@ def left_latents(folder: Path) -> KeptLatents:
     reached, last = ({}, {}) if entry is None else (entry.parts["reached"], entry.head["last"])
     if not reached.get("is_done") or entry.parts["begun"]["phase"] != last["phase"]:
         raise DataError(f"{folder} holds no finished latents.", "Run its command again: it goes on from there.")
-    latents, made_with = reached["latents"], entry.head["request"] | {"weights": entry.head["weights"]}
+    latents, head = reached["latents"], entry.head
+    made_with = head["request"] | {"weights": head["weights"], "dtypes": head.get("dtypes", [])}
     return KeptLatents(folder, made_with, parse_size(last["size"]), tuple(latents.shape), lambda: latents)
 
 

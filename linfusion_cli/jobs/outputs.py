@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
@@ -13,8 +13,7 @@ from linfusion_cli.errors import LinfusionError, WriteFailed
 from linfusion_cli.geometry import Size
 from linfusion_cli.jobs.complete import Making
 from linfusion_cli.jobs.prepare import Prepared, saved_sizes
-from linfusion_cli.jobs.weights import made_with, main_hash
-from linfusion_cli.models.digest import WeightsFile
+from linfusion_cli.jobs.weights import main_hash
 from linfusion_cli.request import PictureRequest
 
 A1111_HASH_DIGITS = 10
@@ -84,7 +83,7 @@ def held_picture(request: PictureRequest, made: Collection[Path]) -> Iterator[im
 def opened_outputs(file: images.PendingFile, making: Making) -> Iterator[images.RowSink]:
     """What takes the rows of the picture, and of its preview; the files say what they were made of."""
     request = making.request
-    info = picture_info(request, request.size, making.weights)
+    info = picture_info(making, request.size)
     with ExitStack() as on_exit:
         picture, preview = _open_picture(request, file, request.size, info), None
         on_exit.callback(picture.abort)
@@ -106,7 +105,7 @@ def opened_phases(prepared: Prepared, making: Making, first: int) -> Iterator[di
     try:
         if request.save_phases:
             for phase, size in list(zip(prepared.phases, saved_sizes(prepared), strict=False))[first:]:
-                path, info = phase_path(request.output, size), picture_info(request, size, making.weights)
+                path, info = phase_path(request.output, size), picture_info(making, size)
                 sinks[phase.index] = _open_picture(request, path, size, info, making.may_go(path, size))
         yield sinks
     finally:
@@ -143,9 +142,9 @@ def _open_picture(
     )
 
 
-def picture_info(request: PictureRequest, size: Size, weights: Sequence[WeightsFile]) -> images.PictureInfo:
+def picture_info(making: Making, size: Size) -> images.PictureInfo:
     """What a file of this size says of itself: the full request and its weights, and the same as others read it."""
-    software = f"linfusion {__version__}"
+    request, software = making.request, f"linfusion {__version__}"
     parameters = images.a1111_parameters(
         request.prompt,
         request.negative_prompt,
@@ -156,10 +155,8 @@ def picture_info(request: PictureRequest, size: Size, weights: Sequence[WeightsF
         size_px=size.pair,
         model=request.model,
         version=software,
-        model_hash=main_hash(weights)[:A1111_HASH_DIGITS],
+        model_hash=main_hash(making.weights)[:A1111_HASH_DIGITS],
         more={} if request.clip_skip is None else {"Clip skip": request.clip_skip},
     )
-    info = images.PictureInfo(
-        software, request.dpi, made_with(request, weights), request.prompt, request.negative_prompt, parameters
-    )
+    info = images.PictureInfo(software, request.dpi, making.told, request.prompt, request.negative_prompt, parameters)
     return info if request.prompt_metadata else images.without_prompt(info)

@@ -13,11 +13,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from linfusion_cli.attention.mount import mounted, self_attentions
+from linfusion_cli.errors import NonFinite
 from linfusion_cli.jobs.control import ActingControl, acting
 from linfusion_cli.jobs.loading import Models, load, read_prompts
 from linfusion_cli.jobs.pixels import begun_with, enlarge
 from linfusion_cli.jobs.reached import Begun, Reached, on_device
-from linfusion_cli.jobs.run import Run, checked
+from linfusion_cli.jobs.run import Run
 from linfusion_cli.models.load import Vae
 from linfusion_cli.models.text import Conditioning, SizeConditioning
 from linfusion_cli.planning.needs import Mode
@@ -38,6 +39,8 @@ from linfusion_cli.unet.predict import InStrips, Whole
 
 SMALLER = "Memory ran out: the step is repeated, and the phase goes on, in strips of {} rows and {} tokens, {}."
 PROBED = "The model's config does not say what it predicts: by a probe, {} (its correlation with noise is {:.2f})."
+USE_FLOAT32 = "Use --dtype float32."
+CHECK_WEIGHTS = "Check the weights and LoRAs with `linfusion models check`, or use others."
 MAPS = {"device": "maps on the device", "skips": "skip connections on the host", "host": "maps on the host"}
 
 
@@ -50,7 +53,8 @@ def settled(run: Run, models: Models) -> Run:
     noise = phase_noise(0, 0, facts.latent_channels, side, side).to(run.device)
     schedule = phase_schedule(run.prepared.request, facts.scheduler_config, phase)
     uncontrolled = replace(models, controls=[])  # whose pictures are of another size
-    with prediction(run, uncontrolled, replace(phase, guidance_scale=1.0), schedule) as (predict, _):
+    unguided = replace(phase, guidance_scale=1.0)
+    with prediction(run, uncontrolled, unguided, schedule) as (predict, _), explained_non_finite(run):
         correlation = noise_correlation(predict, noise, schedule.training_steps)
     run.recorder.notice(PROBED.format(prediction_type(correlation), correlation))
     return run.predicting(prediction_type(correlation))
@@ -155,15 +159,25 @@ def stepped(
     """What is reached when all `steps` are done, with the stage recorded; `state` is what goes on with latents."""
     with run.stage("denoise", phase.index, reached.steps) as stage, torch.inference_mode():
         while True:
-            with finishing():
+            with finishing(), explained_non_finite(run, phase):
                 latents = next(steps, None)
                 if latents is None:
                     break
                 reached = Reached(reached.begun, reached.steps + 1, latents, False, *state())
                 run.keeper.step(reached)
             stage.advance(reached.steps)
-    checked(reached.latents, f"The model gave NaN in {phase.name}.")
     return Reached(reached.begun, reached.steps, reached.latents.cpu(), is_done=True)
+
+
+@contextmanager
+def explained_non_finite(run: Run, phase: Phase | None = None) -> Iterator[None]:
+    """Within, a NonFinite prediction is told with its phase, its dtype and what helps."""
+    try:
+        yield
+    except NonFinite as error:
+        where = "" if phase is None else f" in phase {phase.name}"
+        hint = CHECK_WEIGHTS if run.dtype == torch.float32 else USE_FLOAT32
+        raise NonFinite(f"{error.message.rstrip('.')}{where} ({run.dtype_name}).", hint) from error
 
 
 @contextmanager

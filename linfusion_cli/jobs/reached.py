@@ -52,6 +52,12 @@ class Reached:
     noise: Tensor | None = None
 
     @property
+    def is_finite(self) -> bool:
+        """Whether neither its latents nor those that the phase began with have NaN or Inf."""
+        found = (self.latents, self.begun.encoded)
+        return all(bool(latents.isfinite().all()) for latents in found if latents is not None)
+
+    @property
     def parts(self) -> dict[str, dict[str, Any]]:
         """As a journal keeps it."""
         names = ("steps", "latents", "is_done", "scheduler", "noise")

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from linfusion_cli.errors import DataError
 from linfusion_cli.images import RowSink
 from linfusion_cli.jobs.keep import Keeper
 from linfusion_cli.jobs.prepare import Prepared
@@ -44,6 +43,11 @@ class Run:
         """The UNet's and the text encoders'; the VAE has its own."""
         return self.plan.machine.dtype
 
+    @property
+    def dtype_name(self) -> str:
+        """Its name as --dtype takes it."""
+        return str(self.dtype).removeprefix("torch.")
+
     def predicting(self, prediction_type: str) -> Run:
         """This run with a model that predicts this."""
         prepared = replace(self.prepared, facts=self.prepared.facts.predicting(prediction_type))
@@ -54,10 +58,3 @@ class Run:
         planned = self.plan.stage(kind, phase)
         total, unit = (planned.steps, "steps") if planned.steps else (planned.size.height, "rows")
         return self.recorder.stage(planned.name, kind, planned.size, total, unit, planned=planned.need, done=done)
-
-
-def checked(values: torch.Tensor, message: str) -> torch.Tensor:
-    """`values`, or DataError if one of them is not a number: a black picture after hours helps nobody."""
-    if not values.isfinite().all():
-        raise DataError(message, "Try --dtype float32; if that gives the same, the weights are damaged.")
-    return values

@@ -55,6 +55,8 @@ def make_picture(
         with recorder.stage("start", "load", None, 1, "start"):
             prepared = prepare(request, picture)  # 2. find the model, settle the phases, check disk and memory
             check_disk(prepared)
+            for warning in prepared.facts.warnings:
+                recorder.notice(warning)
             from linfusion_cli.jobs import loading, paint, pixels  # torch and diffusers take seconds to import
 
             run = loading.begin(prepared, recorder, keeper, shelf)
@@ -65,7 +67,8 @@ def make_picture(
             request.to_json(), dict(origins), machine, versions(), plan, to_json(weights), recorder.stages
         )
         report.resumed_from = keeper.was_found
-        making = Making(request, weights, proven=keeper.found is not None)
+        report.dtypes = keeper.dtypes
+        making = Making(request, weights, keeper.found is not None, keeper.dtypes)
         with (
             opened_outputs(file, making) as sink,
             opened_phases(prepared, making, keeper.found_state().begun.phase) as phase_sinks,

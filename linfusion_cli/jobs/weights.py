@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from linfusion_cli.models.locate import LINFUSION_WEIGHTS
 from linfusion_cli.models.parts import PARTS, weights_files
 from linfusion_cli.request import PictureRequest
 
+DTYPES = "dtypes"  # in metadata: where the dtype of the request is auto, or was changed on the way
 WHOLE = "model"  # the use of a file that holds a whole model
 
 
@@ -67,9 +68,11 @@ def named_weights(weights: Sequence[WeightsFile]) -> list[dict[str, str]]:
     return [{"file": file.name, "sha256": file.sha256} for file in weights]
 
 
-def made_with(request: PictureRequest, weights: Sequence[WeightsFile]) -> dict[str, Any]:
-    """The full request and its weights: what makes the same picture again."""
-    return request.to_json() | {"weights": named_weights(weights)}
+def made_with(
+    request: PictureRequest, weights: Sequence[WeightsFile], dtypes: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The full request, its weights, and the dtypes that steps were computed in: what makes the same picture again."""
+    return request.to_json() | {"weights": named_weights(weights), DTYPES: list(dtypes)}
 
 
 def to_json(weights: Sequence[WeightsFile]) -> list[dict[str, Any]]:

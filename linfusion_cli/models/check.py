@@ -126,7 +126,7 @@ def check_model(model: Model) -> Found:
         load_tokenizer(model.folder / f"tokenizer{suffix}", outline(kind, model.part(f"text_encoder{suffix}")).config)
     predicts = facts.prediction_type or "what a probe will tell"
     what = f"{FAMILY_NAMES[facts.family]} family, {facts.native_px} px, predicts {predicts}"
-    return Found(what, parts, [linfusion_remark(model, facts.family)])
+    return Found(what, parts, [*facts.warnings, linfusion_remark(model, facts.family)])
 
 
 def linfusion_remark(model: Model, family: str) -> str:

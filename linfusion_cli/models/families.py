@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.models.compatibility import KINDS, POOLED_TEXT, UNET, ZERO_SNR, check_compatible, prediction_in
 from linfusion_cli.models.header import Header, read_header
 from linfusion_cli.models.parts import Model, Part
 
 FAMILY_NAMES = {"sdxl": "SDXL", "sd21": "SD 2.1", "sd15": "SD 1.5"}
-KINDS = "Use a text-to-image model of the SDXL, SD 2.1 or SD 1.5 family."
-# In a single file: what the names of its networks begin with, and those that only SDXL, or its refiner, has.
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-POOLED_TEXT, IN_REFINER = f"{UNET}label_emb.0.0.weight", "conditioner.embedders.0.model."
+# In a single file: what the names of the VAE begin with, and those that only SDXL's refiner has.
+VAE, IN_REFINER = "first_stage_model.", "conditioner.embedders.0.model."
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class ModelFacts:
 
     `native_px` is the side of the square it was trained on, `vae_factor` pixels per latent, `multiple_px` what the
     sides of a picture must be a multiple of; `is_xl` says that it takes two text encoders and size conditioning.
+    `warnings` are what a user should know of it, a sentence each.
     """
 
     family: str
@@ -36,6 +36,7 @@ class ModelFacts:
     vae_native_px: int
     zeros_for_empty_prompt: bool
     scheduler_config: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
     @property
     def prediction_type(self) -> str | None:
@@ -43,8 +44,8 @@ class ModelFacts:
         return self.scheduler_config.get("prediction_type")
 
     def predicting(self, prediction_type: str) -> ModelFacts:
-        """The same of a model that predicts this."""
-        return replace(self, scheduler_config=self.scheduler_config | {"prediction_type": prediction_type})
+        """The same of a model that predicts this, whatever it says of it itself."""
+        return replace(self, scheduler_config=self.scheduler_config | {"prediction_type": prediction_type}, warnings=())
 
 
 def read_facts(model: Model, vae_part: Part | None = None) -> ModelFacts:
@@ -54,6 +55,9 @@ def read_facts(model: Model, vae_part: Part | None = None) -> ModelFacts:
     own_vae = read_config(model.part("vae").config)
     vae = own_vae if vae_part is None else read_config(vae_part.config)
     check_kind(model, index, unet, vae)
+    header = None if model.file is None else read_header(model.file)
+    scheduler, warnings = scheduler_config(model, header)
+    check_compatible(model, unet, scheduler, header)
     try:
         vae_factor = factor(vae)
         if vae_factor != factor(own_vae):
@@ -68,30 +72,28 @@ def read_facts(model: Model, vae_part: Part | None = None) -> ModelFacts:
             latent_channels=unet["in_channels"],
             vae_native_px=vae.get("sample_size", 512),
             zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
-            scheduler_config=scheduler_config(model),
+            scheduler_config=scheduler,
+            warnings=warnings,
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"The configs in {model.folder} lack {error}.", KINDS) from error
 
 
-def scheduler_config(model: Model) -> dict[str, Any]:
-    """Its noise schedule; of a single file that of its family, but what its header says of it."""
+def scheduler_config(model: Model, header: Header | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Its noise schedule, of a single file that of its family but for what its `header` says; and warnings about it."""
     config = read_config(model.folder / "scheduler" / "scheduler_config.json")
-    return config if model.file is None else scheduled_by(config, read_header(model.file))
+    if header is None:
+        return config, ()
+    predicted, warning = prediction_in(header)
+    return scheduled_by(config, header, predicted), () if warning is None else (warning,)
 
 
-def scheduled_by(config: Mapping[str, Any], header: Header) -> dict[str, Any]:
-    """A family's noise schedule as it is for one file; what that predicts its family does not tell.
-
-    `modelspec.prediction_type` is the Model Metadata Standard's; tensors called `v_pred` and `ztsnr` are marks that
-    trainers leave in files which predict v, and whose noise ends without any signal.
-    """
+def scheduled_by(config: Mapping[str, Any], header: Header, predicted: str | None) -> dict[str, Any]:
+    """A family's noise schedule as it is for one file; what that predicts its family does not tell."""
     kept = {name: value for name, value in config.items() if name != "prediction_type"}
-    said = header.notes.get("modelspec.prediction_type") or ("v" if "v_pred" in header.shapes else "")
-    known = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(said.lower())
-    if "ztsnr" in header.shapes:
+    if ZERO_SNR in header.shapes:
         kept |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return kept | ({"prediction_type": known} if known else {})
+    return kept | ({"prediction_type": predicted} if predicted else {})
 
 
 def check_kind(model: Model, index: dict[str, Any], unet: dict[str, Any], vae: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from linfusion_cli.errors import DataError
-from linfusion_cli.models.families import UNET, VAE
+from linfusion_cli.models.compatibility import UNET
+from linfusion_cli.models.families import VAE
 from linfusion_cli.models.header import Header
 
 CLIP = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from linfusion_cli.errors import DataError, UsageError, first_line
+from linfusion_cli.errors import DataError, NonFinite, UsageError, first_line
 
 ASKED = "randn_tensor"
 Draw = Callable[[int], Tensor]  # index of a step -> the noise [1, C, h, w] that a scheduler adds in it
@@ -28,25 +28,29 @@ Draw = Callable[[int], Tensor]  # index of a step -> the noise [1, C, h, w] that
 
 @dataclass(frozen=True)
 class Solver:
-    """A scheduler of diffusers, and what distinguishes it from its like; `anywhere`: it can start at any step."""
+    """A scheduler of diffusers, and what distinguishes it from its like.
+
+    `anywhere`: it can start at any step; `takes_sample`: models that predict the sample itself can be run.
+    """
 
     kind: type
     options: Mapping[str, Any]
     anywhere: bool = True
+    takes_sample: bool = True
 
 
 LATENTS = {"clip_sample": False, "thresholding": False}  # the others' defaults are for pixels between -1 and 1
 DPMPP = {"algorithm_type": "dpmsolver++", "solver_order": 2, "thresholding": False}
 SOLVERS = {
     "euler": Solver(EulerDiscreteScheduler, {}),
-    "euler-a": Solver(EulerAncestralDiscreteScheduler, {}),
+    "euler-a": Solver(EulerAncestralDiscreteScheduler, {}, takes_sample=False),
     "ddim": Solver(DDIMScheduler, LATENTS),
     "dpmpp-2m": Solver(DPMSolverMultistepScheduler, DPMPP | {"use_karras_sigmas": False}),
     "dpmpp-2m-karras": Solver(DPMSolverMultistepScheduler, DPMPP | {"use_karras_sigmas": True}),
     "dpmpp-2m-sde": Solver(DPMSolverMultistepScheduler, DPMPP | {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": Solver(UniPCMultistepScheduler, {"thresholding": False}),
     "lcm": Solver(LCMScheduler, LATENTS),
-    "pndm": Solver(PNDMScheduler, {"skip_prk_steps": True}, anywhere=False),
+    "pndm": Solver(PNDMScheduler, {"skip_prk_steps": True}, anywhere=False, takes_sample=False),
 }
 
 
@@ -94,7 +98,12 @@ class Schedule:
         return self.scheduler.scale_model_input(latents, self.timesteps[step])
 
     def stepped(self, prediction: Tensor, step: int, latents: Tensor) -> Tensor:
-        """`latents` after `step`, by the model's `prediction` for them."""
+        """`latents` after `step`, by the model's `prediction` for them.
+
+        Raises NonFinite for a prediction with NaN or Inf, before it reaches the scheduler: its state stays good.
+        """
+        if not prediction.isfinite().all():
+            raise NonFinite(f"The model predicts NaN or Inf at step {step + 1} of {len(self)}.")
         with noise_supplied(self.scheduler, lambda: self.draw(step)):
             return self.scheduler.step(prediction, self.timesteps[step], latents).prev_sample
 
@@ -154,6 +163,9 @@ def make_schedule(
 def make_scheduler(name: str, config: Mapping[str, Any], spacing: str) -> Any:
     """The scheduler `name`, without steps yet."""
     solver = SOLVERS[name]
+    if config.get("prediction_type") == "sample" and not solver.takes_sample:
+        reason = f"--scheduler {name} cannot run a model that predicts the sample."
+        raise UsageError(reason, "Use ddim, or leave --scheduler out.", "scheduler")
     spaced = {} if spacing == "auto" else {"timestep_spacing": spacing}
     try:
         return solver.kind.from_config(dict(config), **solver.options, **spaced)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linfusion_cli.device import free_memory, is_out_of_memory
-from linfusion_cli.errors import DataError
+from linfusion_cli.errors import NonFinite
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import Stage, reach, streamed
 from linfusion_cli.vae.patches import Source
@@ -47,7 +47,7 @@ class Conversion:
 
     @torch.inference_mode()
     def rows(self) -> Iterator[Tensor]:
-        """Rows [n, W, C] in fp32 on the CPU, top to bottom, each once; raises DataError where they stay NaN."""
+        """Rows [n, W, C] in fp32 on the CPU, top to bottom, each once; raises NonFinite where they stay NaN."""
         while not self._done:
             error = None
             try:
@@ -89,7 +89,7 @@ class Conversion:
 
     def _use_fp32(self) -> None:
         if self._vae.dtype == torch.float32:
-            raise DataError("The VAE gives NaN, even in float32.", OTHER_WEIGHTS)
+            raise NonFinite("The VAE gives NaN, even in float32.", OTHER_WEIGHTS)
         self._notify(IN_FP32.format(str(self._vae.dtype).removeprefix("torch."), self._top))
         self._vae.float()
         self._settled = False

@@ -17,7 +17,7 @@ from linfusion_cli.vae.statistics import Method
 def decode_rows(vae: Vae, latents: Tensor, method: Method, notify: Notify = nobody) -> Iterator[Tensor]:
     """Latents [1, C, h, w] -> rows [rows, W, 3] in fp32 on the CPU, 0 to 1, top to bottom, each once.
 
-    Raises DataError for a VAE with unknown parts, or one that gives NaN in fp32.
+    Raises DataError for a VAE with unknown parts, NonFinite for one that gives NaN in fp32.
     """
 
     def source_of(storage: Storage) -> Source:

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from linfusion_cli.errors import NonFinite
 from linfusion_cli.sampling.noise import phase_noise
 from linfusion_cli.sampling.probe import noise_correlation, prediction_type
 
@@ -32,3 +33,8 @@ def test_it_is_asked_once_and_at_the_last_timestep():
     asked = []
     noise_correlation(lambda x, t: asked.append(t.item()) or x, NOISE, 1000)
     assert asked == [999]
+
+
+def test_a_model_that_answers_nan_is_not_taken_for_v_prediction():
+    with pytest.raises(NonFinite, match="NaN or Inf for pure noise"):
+        noise_correlation(lambda x, t: x * math.nan, NOISE, 1000)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from linfusion_cli.errors import DataError, UsageError
+from linfusion_cli.errors import DataError, NonFinite, UsageError
 from linfusion_cli.request import SCHEDULERS
 from linfusion_cli.sampling.denoise import denoise, sdedit
 from linfusion_cli.sampling.noise import InTurn
@@ -108,3 +108,17 @@ def test_timesteps_are_spread_as_asked():
 def test_an_unknown_noise_schedule_is_refused():
     with pytest.raises(DataError, match="scheduler_config"):
         schedule(config=CONFIG | {"beta_schedule": "zigzag"})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_prediction_with_nan_or_inf_never_reaches_the_scheduler(name, value):
+    found = schedule(name, draw=lambda step: torch.ones(1, 4, 8, 8))
+    latents = found.stepped(torch.ones(1, 4, 8, 8), 0, torch.ones(1, 4, 8, 8))
+    before, bad = found.state(), torch.ones(1, 4, 8, 8)
+    bad[0, 3, 7, 7] = value
+    with pytest.raises(NonFinite, match=f"at step 2 of {len(found)}"):
+        found.stepped(bad, 1, latents)
+    after = found.state()
+    assert before.keys() == after.keys() and all(str(before[key]) == str(after[key]) for key in before)
+    assert found.stepped(torch.ones(1, 4, 8, 8), 1, latents).isfinite().all()

@@ -1,0 +1,179 @@
+"""Models that would be sampled with the wrong settings are rejected by name, the same way by every command."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from linfusion_cli.errors import DataError
+from linfusion_cli.models.families import read_facts
+from linfusion_cli.models.locate import FAMILY_BASES, find_model
+from tests.models.test_locate import put_in_hub
+from tests.models_in_small import scheduler_config
+from tests.original_in_small import without_weights, write_original
+
+BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
+NO_BETAS = dict.fromkeys(BETAS)
+
+UNETS = {
+    "time_cond_proj_dim": {"time_cond_proj_dim": 256},
+    "class_embed_type": {"class_embed_type": "projection"},
+    "num_class_embeds": {"num_class_embeds": 1000},
+    "encoder_hid_dim_type": {"encoder_hid_dim_type": "text_image_proj"},
+    "encoder_hid_dim": {"encoder_hid_dim": 4096},
+    "addition_embed_type": {"addition_embed_type": "image_hint"},
+    "addition_embed_type 'text'": {"addition_embed_type": "text"},
+    "time_embedding_type": {"time_embedding_type": "fourier"},
+    "takes 4 channels and gives 8": {"out_channels": 8},
+}
+SCHEDULERS = {
+    "EDMEulerScheduler": {"_class_name": "EDMEulerScheduler"},
+    "EDMDPMSolverMultistepScheduler": {"_class_name": "EDMDPMSolverMultistepScheduler"} | NO_BETAS,
+    "FlowMatchEulerDiscreteScheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"} | NO_BETAS,
+    "FlowMatchHeunDiscreteScheduler": {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+    "CosineDPMSolverMultistepScheduler": {"_class_name": "CosineDPMSolverMultistepScheduler"},
+    "no betas": NO_BETAS,
+    "has no betas": {"_class_name": "EulerDiscreteScheduler", "beta_schedule": None},
+    "beta_start 0.02 and beta_end 0.01": {"beta_start": 0.02, "beta_end": 0.01},
+    "beta_start 'a'": {"beta_start": "a"},
+    "beta_end 1.5": {"beta_end": 1.5},
+    "beta_end inf": {"beta_end": float("inf")},
+    "beta_schedule 'cosine'": {"beta_schedule": "cosine"},
+    "trained_betas": {"trained_betas": []},
+    "flow-matching": {"use_flow_sigmas": True},
+    "continuous": {"timestep_type": "continuous"},
+    "num_train_timesteps 0": {"num_train_timesteps": 0},
+    "prediction_type 'flow_prediction'": {"prediction_type": "flow_prediction"},
+}
+
+
+@pytest.fixture
+def model(xl_model, tmp_path) -> Path:
+    return shutil.copytree(xl_model, tmp_path / "model")
+
+
+def change(config: Path, changes: dict) -> None:
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+
+def change_unet(model: Path, changes: dict) -> None:
+    change(model / "unet" / "config.json", changes)
+
+
+def change_scheduler(model: Path, changes: dict) -> None:
+    change(model / "scheduler" / "scheduler_config.json", changes)
+
+
+@pytest.mark.parametrize("named", UNETS)
+def test_a_unet_with_other_conditioning_is_rejected_by_name(model, named):
+    change_unet(model, UNETS[named])
+    with pytest.raises(DataError, match=named):
+        read_facts(find_model(str(model)))
+
+
+@pytest.mark.parametrize("named", SCHEDULERS)
+def test_another_noise_schedule_is_rejected_by_name(model, named):
+    change_scheduler(model, SCHEDULERS[named])
+    with pytest.raises(DataError, match=named):
+        read_facts(find_model(str(model)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_class_name": "DDIMScheduler"},
+        {"_class_name": "LCMScheduler"},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": False},
+        {"trained_betas": [0.001, 0.002], "num_train_timesteps": 2} | dict.fromkeys(BETAS[:3]),
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        {"prediction_type": None},
+    ],
+)
+def test_what_people_have_is_not_rejected(model, changes):
+    change_scheduler(model, changes)
+    change_unet(model, {"time_cond_proj_dim": None, "class_embed_type": None, "num_class_embeds": 0})
+    assert read_facts(find_model(str(model))).scheduler_config["_class_name"]
+
+
+@pytest.fixture
+def write_file(sd_model, tmp_path):
+    """A single file of SD 1.5's make with more tensors, or other ones, and notes in its header."""
+    put_in_hub(without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
+
+    def write(notes: dict | None = None, **more: torch.Tensor) -> Path:
+        file = write_original(sd_model, tmp_path / "one.safetensors", "sd15", notes)
+        save_file(load_file(file) | more, file, notes)
+        return file
+
+    return write
+
+
+@pytest.mark.parametrize("marker", ["edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std"])
+def test_a_single_file_with_edm_markers_is_rejected(write_file, marker):
+    with pytest.raises(DataError, match=f"its tensor {marker} marks EDM"):
+        read_facts(find_model(str(write_file(**{marker: torch.ones(1)}))))
+
+
+def test_a_single_file_of_a_whole_lcm_is_rejected(write_file):
+    file = write_file(**{"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(8, 256)})
+    with pytest.raises(DataError, match="conditioned on the guidance scale"):
+        read_facts(find_model(str(file)))
+
+
+def test_a_single_file_for_inpainting_is_rejected(write_file):
+    file = write_file(**{"model.diffusion_model.input_blocks.0.0.weight": torch.ones(8, 9, 3, 3)})
+    with pytest.raises(DataError, match="takes 9 channels, and 4 in a text-to-image model"):
+        read_facts(find_model(str(file)))
+
+
+@pytest.mark.parametrize("note", ["modelspec.prediction_type", "modelspec.predict_key"])
+@pytest.mark.parametrize("markers", [("v_pred",), ("ztsnr",), ("v_pred", "ztsnr")])
+def test_tensors_that_mark_v_prediction_win_over_a_header_that_says_epsilon(write_file, markers, note):
+    file = write_file({note: "epsilon"}, **{marker: torch.zeros(0) for marker in markers})
+    facts = read_facts(find_model(str(file)))
+    assert facts.prediction_type == "v_prediction"
+    (warning,) = facts.warnings
+    assert f"its tensor {markers[0]} marks v_prediction" in warning and "\n" not in warning
+    assert facts.predicting("epsilon").warnings == ()
+
+
+@pytest.mark.parametrize(("said", "marker"), [("v", "v_pred"), ("v_prediction", "ztsnr"), ("epsilon", None)])
+def test_what_agrees_is_no_warning(write_file, said, marker):
+    more = {} if marker is None else {marker: torch.zeros(0)}
+    assert read_facts(find_model(str(write_file({"modelspec.prediction_type": said}, **more)))).warnings == ()
+
+
+@pytest.mark.parametrize("change_model", [change_unet, change_scheduler])
+def test_every_command_rejects_it_with_the_same_sentence(cli, model, change_model):
+    changes = {change_unet: UNETS["class_embed_type"], change_scheduler: SCHEDULERS["EDMEulerScheduler"]}
+    change_model(model, changes[change_model])
+    request = ("a hill", "--model", model, "--size", 64, "--steps", 2, "-o", "a.png")
+    found = [cli(*command) for command in (("generate", *request), ("plan", *request[:-2]), ("models", "check", model))]
+    assert [code for code, _, _ in found] == [65] * 3
+    assert len({err.splitlines()[-1].split("linfusion: ", 1)[1] for _, _, err in found}) == 1  # after the time
+    assert f"{model} is not supported: its " in found[0][2] and not Path("a.png").exists()
+
+
+def test_every_command_warns_of_a_file_that_contradicts_itself(cli, write_file):
+    file = write_file({"modelspec.prediction_type": "epsilon"}, v_pred=torch.zeros(0))
+    request = ("a hill", "--model", file, "--linfusion", "none", "--size", 64, "--steps", 1)
+    for command in (("generate", *request, "-o", "a.png"), ("plan", *request), ("models", "check", file)):
+        code, out, err = cli(*command)
+        assert code == 0 and (out + err).count("contradicts itself") == 1
+    code, out, err = cli("plan", *request, "--prediction-type", "epsilon")
+    assert code == 0 and "contradicts" not in out + err
+
+
+@pytest.mark.parametrize("scheduler", ["euler-a", "pndm"])
+def test_a_scheduler_that_cannot_take_a_prediction_of_the_sample_is_usage(cli, model, scheduler):
+    change_scheduler(model, {"prediction_type": "sample"})
+    code, _, err = cli("generate", "a", "--model", model, "--size", 64, "--steps", 2, "--scheduler", scheduler)
+    assert code == 2 and "predicts the sample" in err
+
+
+def test_the_schedule_of_the_tests_is_supported():
+    assert {"beta_start", "beta_end", "beta_schedule"} <= scheduler_config().keys()
