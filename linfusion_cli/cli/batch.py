@@ -42,7 +42,10 @@ Shard = Annotated[str | None, typer.Option(metavar="I/N", help="Only the I-th of
 StopOnError = Annotated[bool, typer.Option("--stop-on-error", help="End with the first job that fails.")]
 Watch = Annotated[
     Path | None,
-    typer.Option(help="Instead of one list, every list that appears in this folder, until stopped by a signal."),
+    typer.Option(
+        help="Instead of one list, every list that appears in this folder, until stopped by a signal. Files with other "
+        "suffixes stay there."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the jobs, their files, and what is there already.")]
 Reports = Annotated[bool, typer.Option("--reports", help="Write each picture's report beside it, as FILE.json.")]
@@ -66,6 +69,8 @@ def command(
     time_limit: options.TimeLimit = None,
 ) -> None:
     """Make many pictures from a list of jobs, each with any setting of its own; options hold for those without.
+
+    Lists are files that end in .jsonl, .ndjson, .csv, .toml or .txt, pipes, and standard input.
 
     The same command again skips what is complete and goes on with the rest. 0: all are; 3: some failed.
     """
@@ -143,14 +148,19 @@ def opened_batch(listing: Listing, observer: Observer, shown: Shown, stop_on_err
 
 
 def carry_out(batch: Batch, listing: Listing, source: str) -> Tally:
-    """The jobs of one list."""
-    from linfusion_cli.jobs.joblist import read_list
+    """The jobs of one list; raises InputMissing, or DataError for what is no list or has no jobs."""
+    from linfusion_cli.jobs.joblist import STDIN, read_list
+    from linfusion_cli.jobs.prompts import OptionsInList
 
-    return batch.run(listing.jobs(read_list(source)), Path(source).name)
+    options_found, name = OptionsInList(), Path(source).name
+    jobs = listing.jobs(options_found.counted(read_list(source)))
+    if notice := options_found.notice("standard input" if source == STDIN else name):
+        batch.observer(Notice(notice))
+    return batch.run(jobs, name)
 
 
 def watch_folder(batch: Batch, listing: Listing, folder: Path) -> None:
-    """The jobs of every list that appears, for ever; a list that cannot be read is told of."""
+    """The jobs of every list that appears, for ever; a list that cannot be read is told of, as is what is no list."""
     from linfusion_cli.jobs.watch import watch
 
     def carried_out(path: Path) -> bool:
@@ -162,7 +172,7 @@ def watch_folder(batch: Batch, listing: Listing, folder: Path) -> None:
             render.announce(f"linfusion: {error}")
             return False
 
-    watch(folder, carried_out)
+    watch(folder, carried_out, observer=batch.observer)
 
 
 @dataclass

@@ -18,7 +18,10 @@ Image = Annotated[Path, Argument(help="The picture: PNG, JPEG, WebP or TIFF.", s
 ImageOption = Annotated[Path | None, Option("--image", help="Plan `upscale` of this picture, instead of `generate`.")]
 Jobs = Annotated[
     str | None,
-    Argument(help="The list: .jsonl, .csv, .toml with [[job]] tables, else a prompt a line; - is standard input."),
+    Argument(
+        help="The list: .jsonl or .ndjson, .csv, .toml with [[job]] tables, or .txt with a prompt a line; no other "
+        "suffix. The format of standard input (-), of a pipe and of a file without a suffix is told by its first lines."
+    ),
 ]
 PromptOption = Annotated[
     str | None, Option("--prompt", help="What the picture shows; - reads it from standard input. Default: nothing.")

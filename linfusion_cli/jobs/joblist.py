@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import re
+import stat
 import sys
 import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -17,14 +21,20 @@ from typing import Any, BinaryIO
 from linfusion_cli.errors import DataError, InputMissing, LinfusionError, UsageError, first_line
 from linfusion_cli.jobs.fields import FIELDS, quoted, read_fields, shortened
 from linfusion_cli.jobs.lines import MOST_BYTES, TOO_LONG, Line, lines_of
+from linfusion_cli.jobs.list_format import SEPARATORS, TABLE, Format, check_suffix, recognised
 from linfusion_cli.units import user_path
 
 STDIN = "-"
 MOST_SAID = 300  # letters of what is wrong with a job
-TABLE = re.compile(r"\s*\[\[\s*job\s*\]\]\s*(#.*)?")
 TOML_PLACE = re.compile(r" \(at .*\)$")
 OUTSIDE = "It stands before the first [[job]]."
 NESTED = "It is nested too deeply."
+WAYS_OUT: dict[Format, str] = {  # of a list without jobs
+    "JSONL": 'Write one object per line: {"prompt": "a hill"}',
+    "CSV": "Write one job per line below the names of the columns.",
+    "TOML": "Begin each job with a line [[job]].",
+    "text": "Write one prompt per line; lines that begin with # are comments.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +47,30 @@ class Entry:
 
 
 def read_list(source: str) -> Iterator[Entry]:
-    """The jobs of a file, by its suffix, or of standard input; raises InputMissing or DataError."""
-    if source == STDIN:
-        if sys.stdin is not None:
-            yield from from_stdin(lines_of(sys.stdin.buffer))
-        return
-    path = user_path(source)
-    reader = READERS.get(path.suffix.lower(), from_text)
-    with _opened(path) as file:
+    """The jobs of a file, of a pipe, or for `-` of standard input, of which there is one at least.
+
+    The format is that of a file's suffix; pipes and files without one are told by their first lines. Raises
+    InputMissing, or DataError for what is no list or has no jobs.
+    """
+    path = None if source == STDIN else user_path(source)
+    name = "Standard input" if path is None else f"The list {path}"
+    with _standard_input() if path is None else _opened(path) as file:
         try:
-            yield from reader(lines_of(file))
+            if path is not None and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                check_suffix(path)
+            yield from _jobs("" if path is None else path.suffix, file, name)
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}).", "Check the disk.") from error
+            reason = error.strerror or first_line(error)
+            raise DataError(f"{name} cannot be read ({reason}).", "Check where it comes from.") from error
+
+
+def _jobs(suffix: str, file: BinaryIO, name: str) -> Iterator[Entry]:
+    list_format, lines = recognised(suffix, lines_of(file, name), name)
+    jobs = READERS[list_format](lines)
+    first = next(jobs, None)
+    if first is None:
+        raise DataError(f"{name} has no jobs.", WAYS_OUT[list_format])
+    yield from chain([first], jobs)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -61,15 +83,10 @@ def _opened(path: Path) -> BinaryIO:
         raise InputMissing(f"The list of jobs {path} cannot be read ({reason}).", "Check the path.") from error
 
 
-def from_stdin(lines: Iterator[Line]) -> Iterator[Entry]:
-    """JSONL if the first character that is not blank is `{`, else text."""
-    blank = []
-    for line in lines:
-        blank.append(line)
-        if line.problem or line.text.strip():
-            break
-    is_json = bool(blank) and blank[-1].text.lstrip().startswith("{")
-    yield from (from_json if is_json else from_text)(chain(blank, lines))
+def _standard_input() -> AbstractContextManager[BinaryIO]:
+    """It stays open; one that is closed is empty."""
+    is_open = sys.stdin is not None and not sys.stdin.closed
+    return nullcontext(sys.stdin.buffer if is_open else io.BytesIO())
 
 
 def from_text(lines: Iterator[Line]) -> Iterator[Entry]:
@@ -125,15 +142,19 @@ def _no_number(name: str) -> None:
 
 
 def from_toml(lines: Iterator[Line]) -> Iterator[Entry]:
-    """A [[job]] table each, read apart from the others, so that what is wrong with one stays with it."""
-    table = _Table(0)
+    """A [[job]] table each, read apart from the others, so that what is wrong with one stays with it.
+
+    What stands before the first one is a wrong job; a file without any has no jobs.
+    """
+    table, tables = _Table(0), 0
     for line in lines:
-        if TABLE.fullmatch(line.text):
+        if TABLE.fullmatch(line.text) and not line.problem:
             yield from table.entries()
-            table = _Table(line.number)
+            table, tables = _Table(line.number), tables + 1
         else:
             table.add(line)
-    yield from table.entries()
+    if tables:
+        yield from table.entries()
 
 
 @dataclass
@@ -177,11 +198,16 @@ def from_csv(lines: Iterator[Line]) -> Iterator[Entry]:
         return
     wrong = [name for name in names if name not in FIELDS]
     if head.problem or wrong or len(set(names)) < len(names):
-        what = head.problem or (f"There is no field {quoted(wrong[0])}." if wrong else "It names a field twice.")
+        what = head.problem or (_wrong_field(wrong[0]) if wrong else "It names a field twice.")
         raise DataError(f"The head of the table, line {head.number}, is wrong.", what)
     for line, cells in records:
         if line.problem or any(cells):
             yield entry(line, lambda _, cells=cells: csv_values(names, cells))
+
+
+def _wrong_field(name: str) -> str:
+    way_out = " Separate the columns by commas." if SEPARATORS.search(name) else ""
+    return f"There is no field {quoted(name)}.{way_out}"
 
 
 def csv_values(names: list[str], cells: list[str]) -> dict[str, Any]:
@@ -218,4 +244,9 @@ def _taking(taken: list[Line], waiting: deque[Line], lines: Iterator[Line]) -> I
         yield line.text + "\n"
 
 
-READERS = {".jsonl": from_json, ".ndjson": from_json, ".csv": from_csv, ".toml": from_toml}
+READERS: dict[Format, Callable[[Iterator[Line]], Iterator[Entry]]] = {
+    "JSONL": from_json,
+    "CSV": from_csv,
+    "TOML": from_toml,
+    "text": from_text,
+}

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 from linfusion_cli.errors import UsageError
-from linfusion_cli.models.syntax import commands_in, plain_brackets_in
+from linfusion_cli.jobs.fields import MOST_QUOTED, cut
+from linfusion_cli.jobs.joblist import Entry
+from linfusion_cli.models.syntax import commands_in, option_in, plain_brackets_in
 from linfusion_cli.request import PictureRequest, flag
 
 MOST_NAMED = 4
 LITERAL = (
-    "Prompts are read literally, also what would be a weight or a command elsewhere: {}. --strict-prompt refuses it."
+    "Prompts are read literally, also what would be a weight, an option or a command elsewhere: {}. "
+    "--strict-prompt refuses it."
+)
+OPTIONS = (
+    "{name}: {count} options of other tools, first {word!r} in line {line}; they are read literally, not as settings. "
+    'Put settings into JSONL fields, such as {{"prompt": "a hill", "steps": 20}}.'
 )
 
 
@@ -25,6 +35,32 @@ def literal_notice(request: PictureRequest) -> str | None:
     """What to say of commands that are read literally; None where there are none."""
     found = commands_in(request.prompt) + commands_in(request.negative_prompt)
     return LITERAL.format(named(list(dict.fromkeys(found)))) if found else None
+
+
+@dataclass
+class OptionsInList:
+    """The prompts of a list that have words like `--steps`: how many jobs, and the first line and word."""
+
+    jobs: int = 0
+    line: int = 0
+    word: str = ""
+
+    def counted(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """The same entries; those that pass are counted."""
+        for entry in entries:
+            texts = (entry.values.get(setting, "") for setting in ("prompt", "negative_prompt"))
+            if word := next(filter(None, map(option_in, texts)), None):
+                if not self.jobs:
+                    self.line, self.word = entry.line, word
+                self.jobs += 1
+            yield entry
+
+    def notice(self, name: str) -> str | None:
+        """What to say of them, once for the list called `name`; None where there are none."""
+        if not self.jobs:
+            return None
+        count = "1 prompt has" if self.jobs == 1 else f"{self.jobs} prompts have"
+        return OPTIONS.format(name=name, count=count, word=cut(self.word, MOST_QUOTED), line=self.line)
 
 
 def named(found: list[str]) -> str:

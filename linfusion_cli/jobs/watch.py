@@ -1,4 +1,7 @@
-"""A folder into which lists of jobs are put: taken when nobody writes them any more, put aside when they are done."""
+"""A folder into which lists of jobs are put: taken when nobody writes them any more, put aside when they are done.
+
+Lists are known by their suffixes. Other files, notes or images, stay where they are.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,24 @@ from pathlib import Path
 from typing import NoReturn
 
 from linfusion_cli.errors import CannotCreate, InputMissing
+from linfusion_cli.events import Notice, Observer, nobody
 from linfusion_cli.files import renamed, spare_names
+from linfusion_cli.jobs.list_format import LIST_NAMES, has_list_suffix
+from linfusion_cli.jobs.naming import RESULTS
 from linfusion_cli.units import is_folder
 
 POLL_SEC = 1.0
 UNFINISHED = (".part", ".tmp")  # as what is being copied here is called
 DONE, FAILED = "done", "failed"
+NO_LIST = "{} is not a list of jobs, and stays where it is. " + LIST_NAMES
 
 Stamp = tuple[int, int, int]
 
 
 class Inbox:
-    """The folder, and what its files looked like when it was last looked into."""
+    """The folder, and what its files looked like when it was last looked into. `observer` hears of what is no list."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, observer: Observer):
         """Makes the folders for what is done; raises InputMissing or CannotCreate."""
         if not is_folder(folder):
             raise InputMissing(f"The folder {folder} does not exist.", "Create it first.")
@@ -32,16 +39,26 @@ class Inbox:
                 (folder / name).mkdir(exist_ok=True)
         except OSError as error:
             raise CannotCreate(f"{folder} refuses a folder ({error.strerror}).", "Name another one.") from error
-        self._folder = folder
+        self._folder, self._observer = folder, observer
         self._seen: dict[Path, Stamp] = {}
-        self._left: dict[Path, Stamp] = {}  # those that could not be put aside, which are not to be done again
+        self._left: dict[Path, Stamp] = {}  # what stays until it changes: no lists, and lists that cannot be moved
 
     def ready(self) -> list[Path]:
         """The lists that have stood still since the last look, in the order of their names."""
         now = dict(self._looks())
         still = [path for path, stamp in now.items() if self._seen.get(path) == stamp != self._left.get(path)]
         self._seen = now
-        return sorted(still)
+        return [path for path in sorted(still) if self._is_list(path)]
+
+    def _is_list(self, path: Path) -> bool:
+        """Whether `path` may be a list; if not, it is warned about, and left until it changes."""
+        is_record = RESULTS.fullmatch(path.name) is not None  # our own, where --output-dir is this folder
+        if has_list_suffix(path.name) and not is_record:
+            return True
+        self._left[path] = self._seen[path]
+        if not is_record:
+            self._observer(Notice(NO_LIST.format(path)))
+        return False
 
     def put_aside(self, path: Path, name: str) -> None:
         """Move a list that was seen into the folder `name`, unless it has changed meanwhile: then it is another one."""
@@ -70,9 +87,17 @@ class Inbox:
                 continue
 
 
-def watch(folder: Path, carried_out: Callable[[Path], bool], pause: Callable[[float], None] = time.sleep) -> NoReturn:
-    """Hand `carried_out` every list that appears, which says whether all went well; ends by what stops the process."""
-    inbox = Inbox(folder)
+def watch(
+    folder: Path,
+    carried_out: Callable[[Path], bool],
+    pause: Callable[[float], None] = time.sleep,
+    observer: Observer = nobody,
+) -> NoReturn:
+    """Hand `carried_out` every list that appears, which says whether all went well; ends by what stops the process.
+
+    `observer` hears once of each file that is no list, and again if it changes.
+    """
+    inbox = Inbox(folder, observer)
     while True:
         for path in inbox.ready():
             inbox.put_aside(path, DONE if carried_out(path) else FAILED)

@@ -2,7 +2,7 @@
 
 A1111 weighs words by brackets, `(word:1.3)`, `((word))`, `[word]`, mixes and splits prompts by the words AND and BREAK,
 and loads LoRAs by `<lora:name:0.8>`; compel weighs them by signs and numbers, `word++`, `(two words)1.2`. In both a
-backslash makes a bracket plain.
+backslash makes a bracket plain. Midjourney and A1111's lists of prompts take options, `--ar 16:9`, `--steps 20`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ RATIO = re.compile(r"\d:\d+\s*$")  # 16:9, 10:30
 BEHIND = re.compile(rf"{NUMBER}(?!\w)|\++|-+(?![\w-])")
 NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
 SIGNS = re.compile(r"\w{2,}(?:\+{2,}|-{2,}(?=[\s,.;:)]|$))")  # C++ is a language
+OPTION = re.compile(r"(?<!\S)--[^\W\d_][\w-]*")  # not word--word, C-- or a dash of its own
 SPLITS = re.compile(r"\b(?:BREAK|AND)\b")
 CLOSING = {"(": ")", "[": "]"}
 
@@ -35,9 +36,15 @@ def commands_in(prompt: str) -> list[str]:
     """
     pairs = brackets_in(prompt)
     spans = [Span(pair.start, pair.end + behind(prompt, pair)) for pair in pairs if weighs(prompt, pair, pairs)]
-    patterns = (NETWORK, SIGNS) if prompt.isupper() else (NETWORK, SIGNS, SPLITS)
+    patterns = (NETWORK, SIGNS, OPTION) if prompt.isupper() else (NETWORK, SIGNS, OPTION, SPLITS)
     spans += [Span(*match.span()) for pattern in patterns for match in pattern.finditer(prompt)]
     return texts(prompt, spans)
+
+
+def option_in(prompt: str) -> str | None:
+    """The first word of `prompt` that is written like an option, `--steps`."""
+    match = OPTION.search(prompt)
+    return match and match[0]
 
 
 def plain_brackets_in(prompt: str) -> list[str]:

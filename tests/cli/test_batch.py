@@ -129,14 +129,27 @@ def test_standard_input_seeds_and_shards(cli, quick, tmp_path, monkeypatch):
         (["jobs.txt", "--size", "x"], 2, "'x' is not a size"),
         (["jobs.txt", "--output", "a.png"], 2, "--output"),
         (["wrong.csv"], 65, "head of the table, line 1, is wrong. There is no field 'promt'"),
+        (["jobs.json"], 65, "jobs.json is not a list of jobs: it ends in '.json'. Lists end in .jsonl"),
+        (["array.jsonl"], 65, "array.jsonl looks like a JSON array (line 1: '[{"),
+        (["array.jsonl", "--dry-run"], 65, "Write JSONL, one object per line"),
+        (["nul.txt"], 65, "nul.txt has a NUL byte in line 3"),
+        (["nul.txt", "--dry-run", "-q"], 65, "nul.txt has a NUL byte in line 3"),
+        (["comments.txt"], 65, "comments.txt has no jobs"),
+        (["comments.txt", "--shard", "2/2", "--seeds", "1-3"], 65, "comments.txt has no jobs"),
+        (["/dev/null"], 65, "/dev/null has no jobs"),
         (["jobs.txt", "--output-dir", "jobs.txt"], 73, "jobs.txt"),
     ],
 )
 def test_what_a_person_gets_wrong_is_one_sentence(cli, quick, tmp_path, options, code, says):
     write(tmp_path / "jobs.txt", "a hill")
     write(tmp_path / "wrong.csv", "promt", "a hill")
+    write(tmp_path / "jobs.json", {"prompt": "a hill"})
+    write(tmp_path / "array.jsonl", [{"prompt": "a hill"}])
+    write(tmp_path / "nul.txt", "a hill", "a sea", "a\0b")
+    write(tmp_path / "comments.txt", "# a hill", "")
     found, out, err = cli("batch", *quick, *options)
     assert (found, out) == (code, "") and says in err and "Traceback" not in err
+    assert not list(tmp_path.glob("out/*.png"))
 
 
 def test_a_bug_is_logged_and_the_next_job_runs(cli, quick, tmp_path, monkeypatch):
@@ -183,7 +196,10 @@ def test_a_watched_folder_takes_lists_until_a_signal(tmp_path, quick):
     (tmp_path / "in").mkdir()
     write(tmp_path / "in/one.txt", "a hill")
     (tmp_path / "in/two.csv").write_bytes(b"promt\n\xff\n")
-    run = start(tmp_path, "batch", "--watch", "in", *quick)
+    write(tmp_path / "in/notes.md", "a sea")
+    write(tmp_path / "in/array.jsonl", [{"prompt": "a hill"}])
+    (tmp_path / "in/empty.txt").touch()
+    run = start(tmp_path, "batch", "--watch", "in", *quick, "--log-file", "log")
     assert run.stdout.readline() == "out/0001-a-hill-0.png\n"
     write(tmp_path / "in/.three", "a sea").rename(tmp_path / "in/three.txt")
     assert run.stdout.readline() == "out/0001-a-sea-0.png\n"
@@ -193,7 +209,11 @@ def test_a_watched_folder_takes_lists_until_a_signal(tmp_path, quick):
     assert run.returncode == 143 and "two.csv" not in {path.name for path in (tmp_path / "in").iterdir()}
     assert "Traceback" not in err and "head of the table, line 1, is wrong" in err and "batch: 2 done" in err
     names = {str(path.relative_to(tmp_path / "in")) for path in (tmp_path / "in").rglob("*.*")}
-    assert names == {"done/one.txt", "failed/two.csv", "done/three.txt"}
+    failed = {"failed/two.csv", "failed/array.jsonl", "failed/empty.txt"}
+    assert names == {"done/one.txt", "done/three.txt", "notes.md"} | failed
+    assert "in/array.jsonl looks like a JSON array" in err and "in/empty.txt has no jobs" in err
+    for said in (err, (tmp_path / "log").read_text()):
+        assert said.count("in/notes.md is not a list of jobs, and stays where it is.") == 1
 
 
 def test_reports_replace_reports_alone_and_come_later_too(cli, tmp_path, quick):
@@ -216,3 +236,55 @@ def test_without_prompts_in_the_files_none_is_taken_for_that_of_another(cli, tmp
     for prompt, code in (("a red house", 0), ("a blue sea", 3)):
         write(tmp_path / "jobs.jsonl", {"prompt": prompt})
         assert cli("batch", "jobs.jsonl", *quick, "--name", "{index}", "--no-prompt-metadata")[0] == code
+
+
+def test_a_pipe_and_standard_input_are_told_by_their_first_lines(cli, quick, monkeypatch):
+    data = b"# mine\n[[job]]\nprompt = 'a hill'\nseed = 3\n"
+    reading, writing = os.pipe()
+    os.write(writing, data)
+    os.close(writing)
+    planned = (0, "planned\tout/0001-a-hill-3.png\n")
+    assert cli("batch", f"/dev/fd/{reading}", *quick, "--dry-run")[:2] == planned  # as the shell's <(make-list)
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert cli("batch", "-", *quick, "--dry-run")[:2] == planned
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'[\n{"prompt": "a hill"}\n]\n')))
+    code, out, err = cli("batch", "-", *quick, "--dry-run")
+    assert (code, out) == (65, "") and "Standard input looks like a JSON array (line 1: '['). Write JSONL" in err
+
+
+def test_a_shard_without_jobs_of_a_list_that_has_some_is_complete(cli, quick, tmp_path):
+    write(tmp_path / "jobs.txt", "a hill")
+    assert cli("batch", "jobs.txt", *quick, "--shard", "2/2")[:2] == (0, "")
+
+
+A1111 = ("# mine", "a hill", '--prompt "a fjord" --steps 20', "a hill --ar 16:9 --v 5", "the sea -- at dawn, C--, a--b")
+OPTIONS_SAID = "jobs.txt: 2 prompts have options of other tools, first '--prompt' in line 3; they are read literally"
+
+
+@pytest.mark.parametrize("more", [[], ["--seeds", "1-3"], ["--shard", "2/2"], ["--json"]])
+def test_options_in_prompts_are_told_of_once_a_list(cli, quick, tmp_path, more):
+    write(tmp_path / "jobs.txt", *A1111)
+    code, out, err = cli("batch", "jobs.txt", *quick, "--dry-run", "-q", *more)
+    assert (
+        code == 0 and err.count("\n") == 1 and OPTIONS_SAID in err and "JSONL fields" in err and "linfusion" not in out
+    )
+
+
+def test_options_in_prompts_are_told_of_before_any_job_runs(cli, quick, tmp_path):
+    write(tmp_path / "jobs.jsonl", {"prompt": "a hill --v 5"}, {"prompt": "a sea", "negative_prompt": "--no fog"})
+    code, _, err = cli("batch", "jobs.jsonl", *quick)
+    said = "jobs.jsonl: 2 prompts have options of other tools, first '--v' in line 1"
+    assert code == 0 and err.count(said) == 1 and err.index(said) < err.index("job 1 of 2")
+    assert "elsewhere: '--v'. --strict-prompt refuses it" in err
+    code, _, err = cli("batch", "jobs.jsonl", *quick, "--strict-prompt", "--fresh", "--name", "strict-{index}")
+    assert code == 3 and "The prompt has '--v', which would be read literally" in err and "--negative-prompt has" in err
+    write(tmp_path / "jobs.jsonl", {"prompt": "a sea--side, 16:9 -- C--"})
+    assert "options of other tools" not in cli("batch", "jobs.jsonl", *quick, "--dry-run")[2]
+    write(tmp_path / "jobs.jsonl", {"prompt": "a sea --v 5"})
+    assert "1 prompt has options of other tools" in cli("batch", "jobs.jsonl", *quick, "--dry-run")[2]
+
+
+def test_help_names_the_suffixes_of_lists(cli):
+    help_text = cli("batch", "--help")[1]
+    assert all(suffix in help_text for suffix in (".jsonl", ".ndjson", ".csv", ".toml", ".txt"))

@@ -69,7 +69,6 @@ def hostile_json() -> list[tuple[bytes, str]]:
         (b'{"seed": 1, "prompt": "a", "seed": 1}', "'seed' is given twice"),
         (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', "longer than 100 kB"),
         (b'{"prompt": "' + b"a" * 100_000 + b'"}', "longer than 100 kB"),
-        (b"\0" * 50, "JSON"),
         (b"\x1b[31mred", "JSON"),
     ]
 
@@ -114,7 +113,6 @@ def test_jsonl(read):
         (1, {"prompt": "a [cat] 😀", "size": Size(128, 64)}),
         (4, {"image": Path("a.png"), "size": Size(4096, 4096), "steps": (4, 2)}),
     ]
-    assert read(b"") == read(b"\n\n") == []
 
 
 def test_text_is_a_prompt_a_line(read):
@@ -146,16 +144,14 @@ def test_csv_with_records_over_lines_empty_cells_and_quotes_that_nobody_closes(r
 
 def test_csv_that_is_hostile(read):
     quote = b'"' + b"a\n" * 60_000
-    found = told(read(b"prompt,seed\ngood,1\n" + quote + b"good,2\n\xff,3\ngood,4\n\0,5\ngood,6\n", "jobs.csv"))
+    found = told(read(b"prompt,seed\ngood,1\n" + quote + b"good,2\n\xff,3\ngood,4\n", "jobs.csv"))
     lines = 2 + 60_000
     assert found[0] == (2, {"prompt": "good", "seed": 1}) and found[1][0] == 3 and "CSV" in found[1][1]
-    assert found[2] == (4, {"prompt": "a"}) and len(found) == 60_000 + 6
-    assert found[-5:] == [
+    assert found[2] == (4, {"prompt": "a"}) and len(found) == 60_000 + 4
+    assert found[-3:] == [
         (lines + 1, {"prompt": "good", "seed": 2}),
         (lines + 2, "It is not valid UTF-8."),
         (lines + 3, {"prompt": "good", "seed": 4}),
-        (lines + 4, "prompt has a NUL character."),
-        (lines + 5, {"prompt": "good", "seed": 6}),
     ]
 
 
@@ -198,7 +194,6 @@ def test_toml_outside_of_a_table_is_one_wrong_job(read):
         (b'\n\n  {"prompt": "a", "seed": 1}\n', [(3, {"prompt": "a", "seed": 1})]),
         (b"# first\n{a}\n", [(2, {"prompt": "{a}"})]),
         (b"a hill\n{b}\n", [(1, {"prompt": "a hill"}), (2, {"prompt": "{b}"})]),
-        (b"", []),
     ],
 )
 def test_standard_input_is_json_if_it_begins_so(monkeypatch, data, values):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from linfusion_cli.models.syntax import commands_in, plain_brackets_in
+from linfusion_cli.models.syntax import commands_in, option_in, plain_brackets_in
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,10 @@ from linfusion_cli.models.syntax import commands_in, plain_brackets_in
         ("a cat <lora:name:0.8> <hypernet:x:1>", ["<lora:name:0.8>", "<hypernet:x:1>"]),
         (r"\((a:1.2)\)", ["(a:1.2)"]),
         (r"(a \) b:1.2)", [r"(a \) b:1.2)"]),
+        ("a hill --ar 16:9 --v 5 --ar 4:3", ["--ar", "--v"]),
+        ('--prompt "a fjord" --negative_prompt "fog"\n--cfg-scale=7', ["--prompt", "--negative_prompt", "--cfg-scale"]),
+        ("A HILL\t--NO FOG", ["--NO"]),
+        ("(a hill:1.2) --größe 3", ["(a hill:1.2)", "--größe"]),
     ],
 )
 def test_commands_are_found(prompt, found):
@@ -40,12 +44,14 @@ def test_commands_are_found(prompt, found):
         r"artoria \(fate\), \(a:1.2\), \[word\]",
         "CATS AND DOGS",
         "SANDY beach, cats and dogs, break",
-        "C++ code, 18+ only, rock-n-roll -- black, e-mail, --ar",
+        "C++ code, 18+ only, rock-n-roll -- black, e-mail, a hill--ar",
         ":) :( (-: <3 a <b> [] ()",
         "(open:1.2",
         "a) [b",
         "it is 5:00, (:1 ratio",
         "\\",
+        "a hill -- the sea, a hill--the sea, C--, C-- --, --- a, ---a, -v 5, --5, (--a), -- steps",
+        "a hill — the sea –steps —steps",
         "",
     ],
 )
@@ -60,3 +66,14 @@ def test_plain_brackets_are_known_apart():
 def test_a_long_line_of_brackets_takes_no_time():
     assert commands_in("(" * 3_000 + "a" + ")" * 3_000)
     assert commands_in("[(" * 3_000) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"), [("a hill --ar 16:9 --v 5", "--ar"), ("--v", "--v"), ("a hill--top C-- -- 5", None), ("", None)]
+)
+def test_the_first_option_is_found(prompt, word):
+    assert option_in(prompt) == word
+
+
+def test_a_long_line_of_dashes_takes_no_time():
+    assert option_in("-" * 50_000 + " -" * 25_000 + "--" * 25_000) is None
