@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from linfusion_cli.errors import CannotCreate, TryAgain
+from linfusion_cli.errors import CannotCreate, TryAgain, UsageError
 from linfusion_cli.units import is_folder
 
+PART = ".{}.part"  # the temporary file of an output, by the output's name
 NAME_BYTES = 255  # of a file, on every file system that matters
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 # Some cluster file systems (Lustre without -o flock, old NFS) have no locks: there we go on without one.
@@ -67,9 +68,10 @@ def spare_names(path: Path) -> Iterator[Path]:
 def open_locked(path: Path, target: Path) -> int:
     """The descriptor of `path`, which is made if it is missing, and locked for the run that makes `target`.
 
-    Raises TryAgain where another process has the lock, CannotCreate where there can be no such file. A lock cannot be
-    left behind: it ends with its process. The file of a finished run may vanish between opening and locking: then the
-    lock is on a file without a name, and we try again.
+    Raises TryAgain where another process has the lock, UsageError where this one has it itself, which would wait for
+    ever, and CannotCreate where there can be no such file. A lock cannot be left behind: it ends with its process. The
+    file of a finished run may vanish between opening and locking: then the lock is on a file without a name, and we try
+    again.
     """
     while True:
         try:
@@ -77,8 +79,12 @@ def open_locked(path: Path, target: Path) -> int:
         except OSError as error:
             raise refused(target.parent, error) from error
         try:
+            if _is_locked_here(fd):
+                reason = f"{target} would be written twice by this run: two of its files have this name."
+                raise UsageError(reason, "Name another file.")
             _lock(fd, target)
             if same_file(fd, path):
+                _locked_here[_inode(fd)] = fd
                 return fd
         except BaseException:
             os.close(fd)
@@ -99,6 +105,24 @@ def same_file(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), path.lstat())
     except FileNotFoundError:
         return False
+
+
+# Inode -> the descriptor that this process locked it by. One that was closed since has no inode, or another one.
+_locked_here: dict[tuple[int, int], int] = {}
+
+
+def _is_locked_here(fd: int) -> bool:
+    """Whether this process has a lock on the file that `fd` has opened."""
+    holder = _locked_here.get(_inode(fd))
+    try:
+        return holder not in (None, fd) and _inode(holder) == _inode(fd)  # numbers of both kinds come again
+    except OSError:  # it was closed
+        return False
+
+
+def _inode(fd: int) -> tuple[int, int]:
+    stat = os.fstat(fd)
+    return stat.st_dev, stat.st_ino
 
 
 def _lock(fd: int, target: Path) -> None:

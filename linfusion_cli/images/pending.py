@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from linfusion_cli.errors import CannotCreate, WriteFailed
-from linfusion_cli.files import neighbour, open_locked, renamed, same_file, spare_names, sync_folder
+from linfusion_cli.files import PART, neighbour, open_locked, renamed, same_file, spare_names, sync_folder
 from linfusion_cli.units import format_bytes
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -31,7 +31,7 @@ class PendingFile:
         self.overwrite = overwrite
         self._bytes_needed = bytes_needed
         self._check_target()
-        self.path = neighbour(self.target, ".{}.part")
+        self.path = neighbour(self.target, PART)
         self._fd = _open_empty(self.path, self.target)
         self._open = True
         self.position = 0

@@ -118,6 +118,8 @@ class Listing:
         output = entry.values.get("output") or self.template.name(index, request)
         names.take(output, entry.line)
         images.format_for(output, request.format)
+        if request.save_phases:
+            names.take_phases(output, entry.line)
         if self.reports:
             names.take(output + REPORT_SUFFIX, entry.line)
         preview = entry.values.get("preview", "")

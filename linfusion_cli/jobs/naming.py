@@ -21,6 +21,7 @@ PATH_BYTES = 1000
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}  # a TIFF's is .tif
 PICTURES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 SPEC = re.compile(r"[<>^]?\d{0,2}[ds]?")  # a width of digits at most: no format can be large, or run anything
+PHASE_NAME = re.compile(r"(.+)-[0-9]+x[0-9]+")  # the stem of a phase's picture, by that of the output
 RESULTS = re.compile(r"results.*\.jsonl", re.IGNORECASE)
 SAMPLE = {"index": 1, "slug": NO_SLUG, "seed": 0, "size": "64x64", "width": 64, "height": 64}
 
@@ -32,6 +33,11 @@ def slug(prompt: str) -> str:
     if len(words) > SLUG_LETTERS:
         words = words[: SLUG_LETTERS + 1].rpartition("-")[0] or words[:SLUG_LETTERS]
     return words or NO_SLUG
+
+
+def phase_path(output: Path, size: Size) -> Path:
+    """Where --save-phases keeps the picture of a phase: valley.tif -> valley-2048x2048.tif."""
+    return output.with_name(f"{output.stem}-{size}{output.suffix}")
 
 
 @dataclass(frozen=True)
@@ -80,25 +86,50 @@ class Names:
 
     def __init__(self, folder: Path):
         self._folder, self._inside = folder, folder.resolve()
-        self._taken: dict[str, int] = {}
+        self._taken: dict[Path, int] = {}
+        # Outputs whose phases are kept, and outputs that the names of taken files would be phases of. Which sizes the
+        # phases have, only the model tells, so every size counts.
+        self._phased: dict[Path, int] = {}
+        self._like_phases: dict[Path, int] = {}
 
     def take(self, name: str, line: int) -> Path:
         """The file `name` in the folder, from now on this job's; raises UsageError where it cannot be."""
         check_name(name)
         path = self._folder / name
-        if not self._is_inside(path):
+        if (resolved := self._resolved(path)) is None:
             raise UsageError(f"Its file {quoted(name)} would lie elsewhere, by a link in the folder.", "Name another.")
-        if name in self._taken:
-            reason = f"Its file {quoted(name)} is that of line {self._taken[name]}."
+        if resolved in self._taken:
+            reason = f"Its file {quoted(name)} is that of line {self._taken[resolved]}."
             raise UsageError(reason, "Name another, or let --name have {index} and {seed}.")
-        self._taken[name] = line
+        if (output := _output_of(resolved)) is not None:
+            if self._phased.get(output, line) != line:
+                reason = f"Its file {quoted(name)} could be a phase of line {self._phased[output]}, by --save-phases."
+                raise UsageError(reason, "Name another.")
+            self._like_phases.setdefault(output, line)
+        self._taken[resolved] = line
         return path
 
-    def _is_inside(self, path: Path) -> bool:
+    def take_phases(self, output: str, line: int) -> None:
+        """The pictures of the phases of `output`, which was taken: from now on this job's; raises UsageError."""
+        resolved = self._resolved(self._folder / output)
+        if self._like_phases.get(resolved, line) != line:
+            reason = f"Its phases, which --save-phases keeps, could be the file of line {self._like_phases[resolved]}."
+            raise UsageError(reason, "Name another.")
+        self._phased[resolved] = line
+
+    def _resolved(self, path: Path) -> Path | None:
+        """Where a file lies; None if that is not in the folder."""
         try:
-            return path.resolve().is_relative_to(self._inside)
+            resolved = path.resolve()
         except (OSError, RuntimeError):  # a loop of links
-            return False
+            return None
+        return resolved if resolved.is_relative_to(self._inside) else None
+
+
+def _output_of(path: Path) -> Path | None:
+    """The output that `path` would be a phase of, by its name; None for other names."""
+    match = PHASE_NAME.fullmatch(path.stem)
+    return None if match is None else path.with_name(match[1] + path.suffix)
 
 
 def check_name(name: str) -> None:

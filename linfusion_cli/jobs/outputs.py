@@ -12,6 +12,7 @@ from linfusion_cli import __version__, images
 from linfusion_cli.errors import LinfusionError, WriteFailed
 from linfusion_cli.geometry import Size
 from linfusion_cli.jobs.complete import Making
+from linfusion_cli.jobs.naming import phase_path
 from linfusion_cli.jobs.prepare import Prepared, saved_sizes
 from linfusion_cli.jobs.weights import main_hash
 from linfusion_cli.request import PictureRequest
@@ -117,11 +118,6 @@ def held_latents(making: Making) -> AbstractContextManager[images.PendingFile | 
     """The file for finished latents, if they are to be kept."""
     path = making.request.keep_latents
     return nullcontext() if path is None else images.PendingFile(path, making.may_go(path, making.request.size))
-
-
-def phase_path(output: Path, size: Size) -> Path:
-    """Where a phase's picture is kept: valley.tif -> valley-2048x2048.tif."""
-    return output.with_name(f"{output.stem}-{size}{output.suffix}")
 
 
 def _open_picture(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from linfusion_cli import images
 from linfusion_cli.device import pick_device, pick_dtype
 from linfusion_cli.errors import UsageError, WriteFailed
+from linfusion_cli.files import PART, neighbour
 from linfusion_cli.geometry import MOST_BEND, Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs.adapter import find_adapters
 from linfusion_cli.jobs.find_controls import Controls, find_controls
+from linfusion_cli.jobs.naming import phase_path
 from linfusion_cli.jobs.prompts import check_prompts
 from linfusion_cli.models.adapter_files import find_inversion, find_lora, split_token, split_weight
 from linfusion_cli.models.base import base_here, find_base
@@ -98,7 +101,7 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
     if used and linfusion is not None:
         base = merged_base(request, model, linfusion, facts.family)
-    return Prepared(
+    prepared = Prepared(
         request=request,
         format=file_format,
         picture=picture,
@@ -113,6 +116,23 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
         phases=phases,
         controls=controls,
     )
+    check_distinct_outputs(prepared)
+    return prepared
+
+
+def check_distinct_outputs(prepared: Prepared) -> None:
+    """Raise UsageError where two of the files that the run writes would be one, or one another's temporary file."""
+    request, occupied = prepared.request, {}
+    files = {"--output": request.output, "--preview": request.preview, "--keep-latents": request.keep_latents}
+    if request.save_phases:
+        sizes = saved_sizes(prepared)
+        files |= {f"the {size} phase of --save-phases": phase_path(request.output, size) for size in sizes}
+    for name, path in files.items():
+        for place in () if path is None else (path, neighbour(path, PART)):
+            with suppress(OSError, RuntimeError):  # a loop of links, which opening refuses
+                place = place.resolve()
+            if (other := occupied.setdefault(place, name)) != name:
+                raise UsageError(f"{other} and {name} would both write {place}.", "Name another file.")
 
 
 def merged_base(request: PictureRequest, model: Model, linfusion: Path, family: str) -> Path | None:

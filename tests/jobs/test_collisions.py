@@ -1,0 +1,113 @@
+"""No two files of a run, or of a batch, have one name: a run would wait for its own lock for ever."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from linfusion_cli import files
+from linfusion_cli.errors import TryAgain, UsageError
+from linfusion_cli.images import PendingFile
+from linfusion_cli.jobs.naming import Names
+
+SMALL = ("a hill", "--size", "128", "--steps", "2", "--strength", "0.5", "--save-phases", "-o", "v.png")
+
+
+@pytest.fixture
+def small(cli, xl_model):
+    """Generate, two phases of 64 and 128 px, of which the first is kept as v-64x64.png."""
+    return lambda *more: cli("generate", *SMALL, "--model", xl_model, *more)
+
+
+@pytest.mark.parametrize("option", ["--preview", "--keep-latents", "--report"])
+@pytest.mark.parametrize("name", ["v-64x64.png", "./v-64x64.png", "sub/../v-64x64.png", "link/v-64x64.png"])
+def test_a_file_with_the_name_of_a_phase_is_usage(small, tmp_path, option, name):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to(".")
+    code, _, err = small(option, name)
+    assert code == 2 and "v-64x64.png" in err and "another run" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "sub"]
+
+
+@pytest.mark.parametrize("name", [".v.png.part", ".v-64x64.png.part"])
+def test_a_file_with_the_name_of_a_temporary_one_is_usage(small, tmp_path, name):
+    code, _, err = small("--keep-latents", name)
+    assert code == 2 and name in err and not list(tmp_path.iterdir())
+
+
+def test_a_name_that_only_looks_like_a_phase_is_none(small):
+    assert small("--preview", "v-99x99.png")[0] == 0
+    assert {path.name for path in Path().iterdir()} == {"v.png", "v-64x64.png", "v-99x99.png"}
+
+
+def test_plan_says_so_too(cli, xl_model):
+    code, _, err = cli("plan", *SMALL, "--model", xl_model, "--preview", "v-64x64.png")
+    assert code == 2 and "v-64x64.png" in err
+
+
+def test_a_lock_that_this_process_has_is_not_waited_for(tmp_path):
+    with PendingFile(tmp_path / "a.png"):
+        with pytest.raises(UsageError, match="written twice by this run"):
+            PendingFile(tmp_path / "a.png")
+        (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+        with pytest.raises(UsageError, match="written twice by this run"):
+            PendingFile(tmp_path / "b.png")
+    with PendingFile(tmp_path / "a.png") as file:  # what was held before is free again
+        file.write(b"x")
+        file.commit()
+
+
+def test_the_lock_of_another_process_still_is(tmp_path):
+    """A descriptor of the same file, locked by a child."""
+    part = tmp_path / ".a.png.part"
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        files.open_locked(part, tmp_path / "a.png")
+        os.write(ready[1], b"1")
+        os.read(done[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    with pytest.raises(TryAgain):
+        PendingFile(tmp_path / "a.png")
+    os.write(done[1], b"1")
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(
+    ("phased", "other"),
+    [("a.png", "a-64x64.png"), ("sub/a.png", "sub/a-640x320.png"), ("a-1x1.png", "a-1x1-2x2.png")],
+)
+def test_no_file_of_a_batch_can_be_a_phase_of_another(tmp_path, phased, other):
+    names = Names(tmp_path)
+    names.take(phased, 1)
+    names.take_phases(phased, 1)
+    with pytest.raises(UsageError, match="could be a phase of line 1"):
+        names.take(other, 2)
+    names = Names(tmp_path)
+    names.take(other, 1)
+    names.take(phased, 2)
+    with pytest.raises(UsageError, match="could be the file of line 1"):
+        names.take_phases(phased, 2)
+    names.take(phased.replace("a", "b"), 3)
+    names.take_phases(phased.replace("a", "b"), 3)
+
+
+def test_one_file_by_two_names_is_one(tmp_path):
+    (tmp_path / "sub").symlink_to(".")
+    names = Names(tmp_path)
+    names.take("a.png", 1)
+    with pytest.raises(UsageError, match="is that of line 1"):
+        names.take("sub/a.png", 2)
+
+
+def test_a_batch_records_collisions_as_usage_and_does_the_rest(cli, xl_model):
+    jobs = [{"prompt": "a", "output": "v.png"}, {"prompt": "b", "output": "v-64x64.png"}, {"prompt": "c", "seed": 2}]
+    jobs += [{"prompt": "d", "output": "w.png", "preview": "w-64x64.png"}]
+    Path("jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    options = ("--size", "128", "--steps", "1", "--strength", "0.5", "--save-phases", "--model", xl_model)
+    code, out, err = cli("batch", "jobs.jsonl", "--output-dir", "out", *options)
+    results = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
+    assert code == 3 and {(job["line"], job["exit_code"]) for job in results} == {(1, 0), (2, 2), (3, 0), (4, 2)}
+    assert Path("out/v-64x64.png").exists() and not Path("out/w.png").exists()
