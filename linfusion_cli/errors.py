@@ -12,7 +12,8 @@
     ├── TryAgain             75   another run holds this output, or the time limit was reached
     └── ConfigError          78   a preset or config file is wrong
 
-    Stopped       129, 130, 143   by SIGHUP, SIGINT or SIGTERM: no error, and no Exception
+    Stopped            128 + N   by SIGHUP (129), SIGINT (130), SIGUSR1 (138), SIGUSR2 (140) or SIGTERM (143):
+    │                            no error, and no Exception
     └── TimeIsUp             75   by --time-limit
 
 Anything else that reaches the command line is a bug of ours and exits 70. The numbers are those of sysexits.h.

@@ -13,7 +13,8 @@ from types import FrameType
 
 from linfusion_cli.errors import Stopped, TimeIsUp
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# SIGUSR1 and SIGUSR2 as batch systems send them before the time is over: `sbatch --signal=USR1@120`.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_SEC = 2.0  # how long a stretch may go on once a stop was asked for
 ECHO_SEC = 0.5  # `timeout` signals its child and then the group, which is one wish and not two
 
@@ -27,7 +28,7 @@ class _Wish:
 
 
 def listen() -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP stop the run.
+    """From now on SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop the run.
 
     What is ignored stays ignored: SIGHUP under nohup, SIGINT in a job that a script has started with &.
     """

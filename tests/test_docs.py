@@ -109,7 +109,7 @@ def run_with_fakes(folder: Path, script: str, **environ: str) -> subprocess.Comp
 
 
 @pytest.mark.parametrize(
-    ("codes", "code", "runs"), [("75 143 129 0", 0, 4), ("75 73 0", 73, 2), ("130 0", 130, 1), ("0", 0, 1)]
+    ("codes", "code", "runs"), [("75 143 129 138 140 0", 0, 6), ("75 73 0", 73, 2), ("130 0", 130, 1), ("0", 0, 1)]
 )
 def test_the_loop_goes_on_after_what_can_be_gone_on_with(tmp_path, codes, code, runs):
     fake(tmp_path, "linfusion", f'echo >> runs; n=$(wc -l < runs); set -- {codes}; eval "exit \\$$n"')
@@ -117,17 +117,22 @@ def test_the_loop_goes_on_after_what_can_be_gone_on_with(tmp_path, codes, code, 
     assert done.returncode == code and len((tmp_path / "runs").read_text()) == runs, done.stderr
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (3, False), (65, False), (75, True), (143, True)])
+@pytest.mark.parametrize(
+    ("code", "requeued"),
+    [(0, False), (3, False), (65, False), (130, False), (75, True), (138, True), (140, True), (143, True)],
+)
 def test_a_member_of_an_array_requeues_itself_or_ends_with_the_code(tmp_path, code, requeued):
     fake(tmp_path, "linfusion", f'printf "%s\\n" "$@" > given; exit {code}')
     fake(tmp_path, "srun", 'exec "$@"')
     fake(tmp_path, "scontrol", 'echo "$@" > requeued')
-    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_JOB_ID": "4711"}
+    # The last member of an array has the array's own id: requeueing that would requeue all members.
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4"}
+    array |= {"SLURM_JOB_ID": "4711", "SLURM_ARRAY_JOB_ID": "4711"}
     done = run_with_fakes(tmp_path, array_script(), **array)
     given = (tmp_path / "given").read_text().splitlines()
     assert "3/4" in given and "pictures-3.log" in given
     if requeued:
-        assert (done.returncode, (tmp_path / "requeued").read_text()) == (0, "requeue 4711\n")
+        assert (done.returncode, (tmp_path / "requeued").read_text()) == (0, "requeue 4711_3\n")
     else:
         assert done.returncode == code and not (tmp_path / "requeued").exists()
 

@@ -51,7 +51,16 @@ print("went on", flush=True)
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+STOPS = [
+    (signal.SIGINT, 130),
+    (signal.SIGTERM, 143),
+    (signal.SIGHUP, 129),
+    (signal.SIGUSR1, 138),
+    (signal.SIGUSR2, 140),
+]
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
 def test_a_stretch_comes_to_its_end(number, code):
     run = start(STRETCH.replace("SEC", "0.7"))
     run.send_signal(number)

@@ -6,7 +6,6 @@ import errno
 import os
 import platform
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from linfusion_cli import __version__
 from linfusion_cli.errors import CannotCreate, TryAgain
+from linfusion_cli.stopping import SIGNALS
 from linfusion_cli.units import format_seconds, user_path
 
 # A named pipe that nobody reads must not stop a run: neither at its opening nor when it is full.
@@ -24,7 +24,6 @@ HEAD_BYTES = 512
 START_CHARACTERS, END_CHARACTERS = 600, 390
 # Line ends, terminal commands, directions of writing; and surrogates other than those that stand for a path's bytes.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]")
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 ENDINGS = {0: "complete", 3: "some jobs failed", TryAgain.exit_code: "not complete, run it again"} | {
     128 + number: f"stopped by {number.name}" for number in SIGNALS
 }

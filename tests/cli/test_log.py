@@ -169,6 +169,8 @@ def test_processes_that_share_a_log_which_rotates_tear_no_line_and_lose_none(tmp
         (3, "some jobs failed"),
         (73, "failed"),
         (75, "not complete, run it again"),
+        (138, "stopped by SIGUSR1"),
+        (140, "stopped by SIGUSR2"),
         (143, "stopped by SIGTERM"),
     ],
 )

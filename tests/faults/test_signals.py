@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: the run saves its state and ends with 128 + N; the same command goes on."""
+"""SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2: the run saves its state and ends with 128 + N; the same command goes on."""
 
 import signal
 import time
@@ -14,11 +14,11 @@ SOON_SEC = 5.0
 ECHO_SEC = 0.7  # two signals closer together than this may be one wish
 AT_ONCE_SEC = 1.0  # less than what is left of the grace that the first signal gives
 SOONER = 0.98  # where a run that was to be stopped has ended before
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @side_by_side
-@pytest.mark.moments(short=3, long=150)
+@pytest.mark.moments(short=5, long=250)
 def test_a_signal(lab: Lab, names: list[str], moment: Moment):
     """Also where the state is saved so seldom that only the signal saves it."""
     number, moment = moment.dealt(STOPS)
