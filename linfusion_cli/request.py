@@ -160,7 +160,7 @@ class PictureRequest:
         _in_range("dilated_min", self.dilated_min, 0, 1)
         interval = self.guidance_interval
         rising = not interval or (len(interval) == 2 and 0 <= interval[0] < interval[1])  # no NaN is, either
-        _check(rising, "guidance_interval", interval, "Give two noise levels, such as 0.28,5.42.")
+        _check(rising, "guidance_interval", interval, "Give two noise levels, such as 0.28,5.42 or 0.28,inf.")
         corner = self.crop_top_left
         _check(
             len(corner) == 2 and all(0 <= side <= MOST_PX for side in corner), "crop_top_left", corner, "Use TOP,LEFT."
@@ -190,7 +190,7 @@ class PictureRequest:
 
     def to_json(self) -> dict[str, Any]:
         """The request as JSON values: what metadata and reports carry."""
-        return {key: str(value) if isinstance(value, Path | Size) else value for key, value in self._values().items()}
+        return {key: _json_value(value) for key, value in self._values().items()}
 
     def _values(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -239,6 +239,14 @@ ARGUMENTS = {"prompt": "The prompt", "image": "The picture"}
 def flag(setting: str) -> str:
     """How a setting is called on the command line: "guidance_scale" -> "--guidance-scale"."""
     return ARGUMENTS.get(setting) or "--" + setting.replace("_", "-")
+
+
+def _json_value(value: Any) -> Any:
+    """`value` as JSON has it: no Infinity, which an interval's upper end may be, but text that is read back as that."""
+    if isinstance(value, tuple):
+        return tuple(map(_json_value, value))
+    infinite = isinstance(value, float) and math.isinf(value)
+    return str(value) if infinite or isinstance(value, Path | Size) else value
 
 
 def _check(holds: bool, setting: str, value: object, way_out: str) -> None:

@@ -122,3 +122,29 @@ def test_a_config_file_that_names_no_preset_is_wrong_in_that_line(tmp_path, valu
     path.write_text(f"seed = 1\npreset = {value}")
     with pytest.raises(ConfigError, match=r"config\.toml:2: there is no preset"):
         presets.config_layer({"LINFUSION_CONFIG": str(path)})
+
+
+FILES = ("lora", "textual_inversion", "ip_adapter", "ip_image", "controlnet", "control_image")
+
+
+@pytest.mark.parametrize("setting", FILES)
+def test_a_comma_is_part_of_a_files_name_everywhere(tmp_path, setting):
+    """In a preset, a config file, the environment and a job; several files are a list."""
+    from linfusion_cli.jobs.fields import read_fields
+
+    name = "My Style, v2.safetensors"
+    path = tmp_path / "mine.toml"
+    path.write_text(f'{setting} = "{name}"')
+    assert presets.preset_layer(str(path)).values == {setting: (name,)}
+    assert presets.config_layer({"LINFUSION_CONFIG": str(path)})[0].values == {setting: (name,)}
+    assert presets.environment_layer({f"LINFUSION_{setting.upper()}": name}).values == {setting: (name,)}
+    assert read_fields({setting: name}) == {setting: (name,)}
+    assert read_fields({setting: [name, " b, c "]}) == {setting: (name, "b, c")}
+
+
+def test_a_comma_still_separates_numbers_and_words():
+    from linfusion_cli.jobs.fields import read_fields
+
+    values = {"steps": "50, 30", "attention": "original,linear", "ip_scale": "0.5,1", "control_phases": "0,2"}
+    expected = {"steps": (50, 30), "attention": ("original", "linear"), "ip_scale": (0.5, 1.0)}
+    assert read_fields(values) == expected | {"control_phases": ("0", "2")}

@@ -5,6 +5,7 @@ import pytest
 
 from linfusion_cli.errors import UsageError
 from linfusion_cli.geometry import Size
+from linfusion_cli.presets import PARSERS
 from linfusion_cli.request import GenerateRequest, UpscaleRequest
 
 
@@ -57,6 +58,19 @@ def request(**changed) -> GenerateRequest:
         ("guidance_interval", (5.0, 0.3)),
         ("guidance_interval", (0.3, float("nan"))),
         ("guidance_interval", (0.3,)),
+        ("guidance_interval", (float("inf"),)),
+        ("guidance_interval", (float("inf"), float("inf"))),
+        ("guidance_interval", (float("inf"), 1.0)),
+        ("guidance_interval", (-float("inf"), 1.0)),
+        ("guidance_interval", (0.3, 5.0, float("inf"))),
+        ("dpi", float("inf")),
+        ("dpi", float("nan")),
+        ("guidance_scale", (float("inf"),)),
+        ("guidance_rescale", float("nan")),
+        ("strength", (-float("inf"),)),
+        ("blur_sigma", float("inf")),
+        ("dilated_min", float("nan")),
+        ("checkpoint_every", float("inf")),
         ("crop_top_left", (-1, 0)),
         ("crop_top_left", (1,)),
     ],
@@ -76,6 +90,14 @@ def test_json_holds_every_field():
     values = json.loads(json.dumps(request(preview=Path("p.jpg")).to_json()))
     assert set(values) == set(GenerateRequest.__dataclass_fields__)
     assert (values["size"], values["output"], values["preview"]) == ("64x65", "a.png", "p.jpg")
+
+
+def test_an_interval_without_an_upper_end_is_valid_json_and_read_back():
+    written = request(guidance_interval=(0.28, float("inf"))).to_json()
+    values = json.loads(json.dumps(written, allow_nan=False))
+    assert values["guidance_interval"] == [0.28, "inf"]
+    assert PARSERS["guidance_interval"](values["guidance_interval"]) == (0.28, float("inf"))
+    assert request().to_json()["guidance_interval"] == ()
 
 
 def test_a_background_that_is_no_colour_is_refused_at_once():

@@ -52,7 +52,7 @@ def kept_latents(path: Path) -> KeptLatents:
     try:
         note = json.loads(header.notes[NOTE])
         size, shape = parse_size(note["phase_size"]), checked_shape(header)
-        return KeptLatents(path, dict(note["made_with"]), size, shape, partial(read_latents, path))
+        return KeptLatents(path, checked_metadata(note["made_with"]), size, shape, partial(read_latents, path))
     except (LookupError, ValueError, TypeError, UsageError) as error:
         raise DataError(f"{path} holds no latents of a finished picture.", "Make one with --keep-latents.") from error
 
@@ -84,6 +84,20 @@ def checked_shape(header: Header) -> tuple[int, ...]:
     if len(shape) != 4 or shape[0] != 1 or header.types[LATENTS] != "F32":
         raise ValueError("not [1, C, h, w] in fp32")
     return shape
+
+
+def checked_metadata(made_with: Any) -> dict[str, Any]:
+    """The request, with weights and dtypes as `jobs.weights.made_with` writes them; raises ValueError or TypeError.
+
+    Latents of version 0.1 have no dtypes.
+    """
+    made_with = {"dtypes": []} | made_with
+    weights, dtypes = made_with["weights"], made_with["dtypes"]
+    if not isinstance(weights, list) or not all("/" in file["file"] and str(file["sha256"]) for file in weights):
+        raise ValueError("no weights")
+    if not isinstance(dtypes, list) or not all(isinstance(entry, dict) for entry in dtypes):
+        raise ValueError("no dtypes")
+    return made_with
 
 
 def made_with(path: Path) -> Mapping[str, Any] | None:

@@ -61,21 +61,26 @@ def _several(one: Callable[[Any], Any]) -> Callable[[Any], tuple]:
     return read
 
 
+def _repeated(value: Any) -> tuple[str, ...]:
+    """Reads one text or a list of them: a comma is part of a file's name."""
+    return tuple(_text(part).strip() for part in (value if isinstance(value, list | tuple) else [value]))
+
+
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "model": _text,
     "linfusion": _text,
     "linfusion_merge": _text,
     "linfusion_base": _text,
     "vae": _text,
-    "lora": _several(_text),
-    "textual_inversion": _several(_text),
+    "lora": _repeated,
+    "textual_inversion": _repeated,
     "clip_skip": _whole,
-    "ip_adapter": _several(_text),
-    "ip_image": _several(_text),
+    "ip_adapter": _repeated,
+    "ip_image": _repeated,
     "ip_scale": _several(_number),
     "ip_image_encoder": _text,
-    "controlnet": _several(_text),
-    "control_image": _several(_text),
+    "controlnet": _repeated,
+    "control_image": _repeated,
     "control_scale": _several(_number),
     "control_type": _several(_text),
     "control_phases": _several(_phase),

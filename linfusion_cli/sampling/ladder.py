@@ -58,7 +58,7 @@ def ladder(request: PictureRequest, rungs: Rungs) -> list[Phase]:
     return [
         Phase(
             index=i,
-            name="base" if i < first else f"{size.width / rungs.start.width:.2g}x",
+            name="base" if i < first else times(size.width / rungs.start.width),
             size=size,
             from_noise=i < first,
             steps=steps[i],
@@ -69,6 +69,12 @@ def ladder(request: PictureRequest, rungs: Rungs) -> list[Phase]:
         )
         for i, size in enumerate(sizes)
     ]
+
+
+def times(ratio: float) -> str:
+    """1.5 -> 1.5x, 128.0 -> 128x: two digits, or all before the point, and never an exponent."""
+    digits = 2 if ratio < 10 else 1 + math.floor(math.log10(ratio))
+    return np.format_float_positional(ratio, precision=digits, fractional=False, trim="-") + "x"
 
 
 def each_phase(request: PictureRequest, setting: str, phases: int) -> list:
@@ -104,7 +110,7 @@ def dilation(size: Size, base: Size) -> int:
 
 
 def attentions(request: PictureRequest, sizes: Sequence[Size], native: Size) -> list[str]:
-    """The attention of each phase: `auto` is the model's own up to its native size, where it is faster, then linear."""
+    """The attention of each phase: `auto` is the model's own up to its native size, as trained, then linear."""
     kinds = each_phase(request, "attention", len(sizes))
     if "linear" in kinds and request.linfusion == "none":
         raise UsageError("--attention linear needs LinFusion's weights.", "Leave --linfusion none out.", "attention")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from linfusion_cli.images import read_info
+from tests.test_stopping import STOPS
 
 
 @pytest.fixture
@@ -33,6 +34,26 @@ def test_json_on_stdout_is_the_report_and_the_report_file_the_same(cli, quick, t
     assert report["settings"]["steps"] == "flag" and report["settings"]["seed"] == "default"
     assert report["request"]["prompt"] == "a hill" and report["file_bytes"] > 0
     assert {stage["kind"] for stage in report["stages"]} == {"load", "hash", "text", "denoise", "decode", "write"}
+
+
+def valid_json(text: str) -> dict:
+    """JSON as other programs read it: Python's own would take Infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_guidance_without_an_upper_limit_is_valid_json_everywhere(cli, quick, tmp_path):
+    upper = ("--guidance-interval", "0.28,inf")
+    paths = ("-o", "a.png", "--report", "r.json", "--keep-latents", "a.safetensors")
+    planned = cli("plan", *quick[1:], *upper, "--json")
+    made = cli(*quick, *upper, *paths, "--json")
+    decoded = cli("decode", "a.safetensors", "-o", "b.tif", "--json")
+    assert [code for code, *_ in (planned, made, decoded)] == [0, 0, 0]
+    texts = [planned[1], made[1], (tmp_path / "r.json").read_text(), decoded[1]]
+    texts += [cli("info", name, "--json")[1] for name in ("a.png", "b.tif")]
+    assert [valid_json(text)["request"]["guidance_interval"] for text in texts] == [[0.28, "inf"]] * 6
+    (tmp_path / "mine.toml").write_text("guidance_interval = [0.28, inf]\n")
+    preset = cli("plan", *quick[1:], "--preset", "mine.toml", "--json")[1]
+    assert valid_json(preset)["request"] == valid_json(planned[1])["request"]
 
 
 def test_quiet_is_quiet(cli, quick):
@@ -208,7 +229,7 @@ def test_a_prompt_on_stdin_that_is_none(tmp_path, xl_model, bytes_in):
     assert run.returncode == 2 and b"prompt" in err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), STOPS)
 def test_a_signal_ends_a_run_with_its_code_its_state_and_no_file(tmp_path, xl_model, number, code):
     arguments = ["--size", 256, "--steps", 1000, "--checkpoint-every", 0, "-o", "a.png"]
     run = start(tmp_path, "generate", "x", "--model", xl_model, *arguments)

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2: the run saves its state and ends with 128 + N; the same command goes on."""
+"""A signal that stops: the run saves its state and ends with 128 + N; the same command goes on."""
 
 import signal
 import time

@@ -1,5 +1,6 @@
 """Latents that were kept become the very picture that their run made, or another file of it."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from linfusion_cli.errors import CannotCreate, DataError, InputMissing, WriteFailed
 from linfusion_cli.geometry import Size
@@ -127,3 +129,52 @@ def test_no_damage_is_a_bug(made):
             request_of(kept_latents(Path("bad.safetensors")), {})
         except DataError:
             pass
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weights", MISSING),
+        ("weights", None),
+        ("weights", {}),
+        ("weights", ["unet/a.safetensors"]),
+        ("weights", [{"file": "unet/a.safetensors"}]),
+        ("weights", [{"file": "a.safetensors", "sha256": "0"}]),
+        ("weights", [{"file": 5, "sha256": "0"}]),
+        ("dtypes", None),
+        ("dtypes", 5),
+        ("dtypes", ["float32"]),
+        ("prompt", MISSING),
+        ("model", 5),
+        ("size", [1, 2]),
+        ("steps", "many"),
+    ],
+)
+def test_latents_whose_metadata_are_not_ours_are_data(made, name, value):
+    """From the request to the report: whatever `decode` reads of them is checked before it begins."""
+    latents = kept_latents(Path("a.safetensors"))
+    told = dict(latents.made_with)
+    told.pop(name) if value is MISSING else told.update({name: value})
+    note = json.dumps({"phase_size": str(latents.phase_size), "made_with": told})
+    save_file({"latents": latents.read()}, "b.safetensors", {"linfusion": note})
+    with pytest.raises(DataError, match=r"b\.safetensors"):
+        decoded("b.safetensors", output=Path("b.png"))
+
+
+@pytest.mark.parametrize("notes", [None, {}, {"format": "pt"}, {"linfusion": "[]"}, {"linfusion": "null"}])
+def test_latents_without_metadata_are_data(made, notes):
+    save_file({"latents": kept_latents(Path("a.safetensors")).read()}, "b.safetensors", notes)
+    with pytest.raises(DataError, match=r"b\.safetensors holds no latents"):
+        decoded("b.safetensors", output=Path("b.png"))
+
+
+def test_latents_of_version_0_1_have_no_dtypes(made):
+    latents = kept_latents(Path("a.safetensors"))
+    told = {name: value for name, value in latents.made_with.items() if name != "dtypes"}
+    note = json.dumps({"phase_size": str(latents.phase_size), "made_with": told})
+    save_file({"latents": latents.read()}, "b.safetensors", {"linfusion": note})
+    decoded("b.safetensors", output=Path("b.png"))
+    assert np.array_equal(seen("b.png"), seen("a.png"))

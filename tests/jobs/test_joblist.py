@@ -135,7 +135,7 @@ def test_csv_with_records_over_lines_empty_cells_and_quotes_that_nobody_closes(r
     found = told(read(data, "jobs.csv"))
     assert found[:2] == [
         (2, {"prompt": "a hill,\nat dawn", "seed": 3}),
-        (4, {"prompt": "a sea", "size": Size(128, 64), "lora": ("a", "b:0.5")}),
+        (4, {"prompt": "a sea", "size": Size(128, 64), "lora": ("a,b:0.5",)}),
     ]
     assert [line for line, _ in found[2:]] == [7, 8, 9, 10, 11, 12]
     assert "5 cells" in found[2][1] and "CSV" in found[3][1] and "seed 'x'" in found[4][1] and "CSV" in found[6][1]

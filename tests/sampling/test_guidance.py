@@ -57,6 +57,12 @@ def test_an_interval_of_noise_levels_is_open_below_and_closed_above():
     assert not any(map(where_guided(schedule, 1.0, ()), schedule.timesteps))
 
 
+def test_an_interval_may_have_no_upper_end():
+    schedule = make_schedule("euler", scheduler_config(), 8, no_noise)
+    applies = where_guided(schedule, 7.5, (schedule.sigmas[5], float("inf")))
+    assert [applies(timestep) for timestep in schedule.timesteps] == [True] * 5 + [False] * 3
+
+
 def test_rescaling_equals_diffusers():
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 

@@ -51,6 +51,26 @@ def test_a_ladder_from_a_picture_has_no_base():
     assert [phase.dilation for phase in found] == [2, 4, 8, 16]
 
 
+@pytest.mark.parametrize(
+    ("start", "width", "name"),
+    [
+        (1024, 1536, "1.5x"),
+        (1024, 1500, "1.5x"),
+        (1024, 2048, "2x"),
+        (1024, 10200, "10x"),
+        (1024, 12288, "12x"),
+        (100, 9960, "100x"),
+        (1024, 102400, "100x"),
+        (128, 16384, "128x"),
+        (64, 100_032, "1563x"),
+        (1_000_000, 64, "0.000064x"),
+    ],
+)
+def test_a_phase_is_named_after_how_much_larger_it_is_than_the_start(start, width, name):
+    (found,) = phases([Size(width, width)], from_noise=False, start=Size(start, start))
+    assert found.name == name
+
+
 def test_sdedit_dilates_nothing():
     assert {phase.dilation for phase in phases(upscaler="sdedit")} == {1}
 
