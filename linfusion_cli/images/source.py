@@ -18,9 +18,9 @@ import numpy as np
 from linfusion_cli.errors import DataError, first_line
 from linfusion_cli.geometry import Size
 from linfusion_cli.images.colour import to_srgb
-from linfusion_cli.images.fileinfo import truncated
 from linfusion_cli.images.read import MAGIC_BYTES, format_of, reading
 from linfusion_cli.images.resize import ReadRegion
+from linfusion_cli.images.source_tiff import bytes_held_by_tiff
 
 LARGEST_SIDE_PX = 1_000_000
 # Some files can only be decoded whole. 2 GiB lets the largest WebP pass, and 16384 x 16384 in the other formats.
@@ -30,9 +30,6 @@ FETCH_PX = 1 << 20  # decoded at a time: the numbers of a whole band would wait 
 BITS = {"uchar": 8, "ushort": 16}
 EVERY_LOG_LEVEL = 0xFF  # GLib's, with its flags for what is fatal or recursive
 COLOUR_CHANNELS = {"b-w": 1, "grey16": 1, "srgb": 3, "rgb16": 3, "cmyk": 4}
-# What libtiff decodes in every build: none, CCITT, LZW, JPEG, deflate, PackBits.
-TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
-YCBCR, JPEG_IN_TIFF = 6, (6, 7)
 # By EXIF orientation: where the first row and the first column of the stored picture are seen.
 ROWS_UPWARDS, COLUMNS_LEFTWARDS, TRANSPOSED = (3, 4, 7, 8), (2, 3, 6, 7), (5, 6, 7, 8)
 
@@ -68,7 +65,8 @@ def inspect_source(path: str | os.PathLike[str]) -> SourcePicture:
 
     Raises InputMissing when there is no file to read, and DataError when it is no picture, or none that `source_rows`
     can read: other samples than 8 or 16 bits, other channels than grey, RGB or CMYK (and alpha), sides beyond
-    1,000,000 px, or one that must be decoded whole and is too large for that.
+    1,000,000 px, one that must be decoded whole and is too large for that, a camera raw file, or a TIFF whose first
+    page is not the image.
     """
     path = Path(path)
     with reading(path), _decoding(path):
@@ -76,7 +74,7 @@ def inspect_source(path: str | os.PathLike[str]) -> SourcePicture:
             format = format_of(path, file.read(MAGIC_BYTES))
         if format is None:
             raise DataError(f"{path} is not a PNG, JPEG, WebP or TIFF picture.", "Convert it to one of these.")
-        held_bytes = _bytes_held_by_tiff(path) if format == "tiff" else 0
+        held_bytes = bytes_held_by_tiff(path) if format == "tiff" else 0
         image = _opened(path, format)
         return _described(path, format, image, held_bytes or _bytes_held(format, image))
 
@@ -174,7 +172,7 @@ def _opened(path: Path, format: str) -> Any:
     # libjpeg calls it a warning when it paints grey what is damaged.
     options: dict[str, Any] = {"access": "sequential", "fail_on": "warning" if format == "jpeg" else "error"}
     if format == "tiff":
-        options["unlimited"] = True  # or strips of more than 10 MiB are refused; `_bytes_held_by_tiff` sets the limit
+        options["unlimited"] = True  # or strips of more than 10 MiB are refused; `bytes_held_by_tiff` sets the limit
     if format == "webp":
         options["memory"] = True  # or a large one waits in a temporary file, where nobody has counted it
     return load(_source(path, format), **options)
@@ -232,35 +230,6 @@ def _bytes_held(format: str, image: Any) -> int:
     if image.get_typeof("interlaced") or (image.get_typeof("jpeg-multiscan") and image.get("jpeg-multiscan")):
         return samples * (2 if format == "jpeg" else BITS.get(image.format, 8) // 8)  # a coefficient has 16 bits
     return 0
-
-
-def _bytes_held_by_tiff(path: Path) -> int:
-    """What must be held at once: a compressed strip or tile, and a row of tiles; raises DataError for a compression
-    or colours that libtiff would get wrong."""
-    import tifffile
-
-    from linfusion_cli.images.read_tiff import silent_tifffile
-
-    with silent_tifffile(), tifffile.TiffFile(path) as file:
-        page = _first_page(path, file)
-        compression = page.compression
-        if compression not in TIFF_COMPRESSIONS:
-            name = getattr(compression, "name", str(compression))
-            raise DataError(f"{path} has the compression {name}.", "Save it with deflate, LZW or no compression.")
-        if page.photometric == YCBCR and compression not in JPEG_IN_TIFF:
-            raise DataError(f"{path} has YCbCr colours that are not JPEG's.", "Convert it to RGB.")
-        packed = max(page.databytecounts, default=0) if compression != 1 else 0
-        row_bytes = page.imagewidth * page.samplesperpixel * -(-int(page.bitspersample) // 8)
-        if page.is_tiled:
-            return packed + 2 * page.tilelength * row_bytes
-        return packed + (2 * min(page.rowsperstrip, page.imagelength) * row_bytes if page.planarconfig == 2 else 0)
-
-
-def _first_page(path: Path, file: Any) -> Any:
-    try:
-        return file.pages[0]
-    except IndexError as error:
-        raise truncated(path, "it has no directory of its strips or tiles") from error
 
 
 def _bands(image: Any, path: Path, background: tuple[int, int, int]) -> Iterator[np.ndarray]:

@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from linfusion_cli.images import read_info
+from tests.control_in_small import small_control, write_control
+from tests.models_in_small import small_xl_unet
 
 
 @pytest.fixture
@@ -64,6 +67,27 @@ def test_what_is_wrong_is_one_sentence(cli, photo, tmp_path, xl_model, options, 
     more = [] if "--size" in options else ["--size", 144]
     found, out, err = cli("upscale", *options, *more, "--model", xl_model)
     assert (found, out) == (code, "") and says in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"subfiletype": 1}, "a reduced-resolution image as its first page"),
+        ({"extratags": [(50706, 1, 4, b"\1\4\0\0", True)]}, "raw.tif is a camera raw file. Develop it to TIFF,"),
+    ],
+    ids=["thumbnail", "dng"],
+)
+def test_no_reader_of_images_takes_a_camera_raw_file_for_its_thumbnail(cli, tmp_path, xl_model, options, says):
+    write_control(tmp_path / "net", small_control(small_xl_unet()))
+    tifffile.imwrite(tmp_path / "raw.tif", np.zeros((64, 64, 3), np.uint8), photometric="rgb", **options)
+    for command in (
+        ("upscale", "raw.tif"),
+        ("plan", "--image", "raw.tif"),
+        ("generate", "a hill", "--controlnet", "net", "--control-image", "raw.tif"),
+        ("generate", "a hill", "--ip-adapter", "a.safetensors", "--ip-image", "raw.tif"),
+    ):
+        code, out, err = cli(*command, "--model", xl_model, "--size", 128, "--steps", 2)
+        assert (code, out) == (65, "") and says in err.splitlines()[-1], command
 
 
 @pytest.mark.parametrize(

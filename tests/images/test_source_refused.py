@@ -11,10 +11,12 @@ from linfusion_cli.images.source import inspect_source, source_rows
 from tests.images.conftest import picture
 from tests.images.sources import (
     FORMATS,
+    HEIGHT,
     LAB_PROFILE,
     PIXELS,
     SAVING,
     TRANSPARENT,
+    WIDTH,
     read,
     saved,
     swapped_profile,
@@ -66,6 +68,131 @@ def test_a_tiff_of_another_kind_is_refused(tmp_path, dtype, options):
     tifffile.imwrite(tmp_path / "a", np.ones((40, 40, 3), dtype), **({"photometric": "rgb"} | options))
     with pytest.raises(DataError, match="a (has|cannot)") as caught:
         inspect_source(tmp_path / "a")
+    assert caught.value.way_out
+
+
+THUMBNAIL, SENSOR = PIXELS[::2, ::2], np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
+BAYER = [(33421, 3, 2, (2, 2), True), (33422, 1, 4, b"\0\1\1\2", True)]
+DNG_VERSION = [(50706, 1, 4, b"\1\4\0\0", True)]
+IN_EVERY_FORM = pytest.mark.parametrize("form", [{}, {"bigtiff": True}, {"byteorder": ">"}], ids=str)
+
+
+def write_pages(path, pages, form):
+    """TIFF pages, each `(pixels, options)`; those after one with `subifds` are its SubIFDs."""
+    with tifffile.TiffWriter(path, **form) as file:
+        for pixels, options in pages:
+            file.write(pixels, **({"photometric": "rgb", "metadata": None} | options))
+    return path
+
+
+def set_tag(path, code, value):
+    """Writes over the value of a tag of the first page."""
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages[0].tags[code].overwrite(value)
+    return path
+
+
+SENSOR_PAGE = (SENSOR, {"photometric": 32803, "extratags": BAYER})
+RAW = {
+    "dng": [(THUMBNAIL, {"subfiletype": 1, "subifds": 1, "extratags": DNG_VERSION}), SENSOR_PAGE],
+    "dng, linear, in full": [(PIXELS, {"photometric": 34892, "extratags": DNG_VERSION})],
+    "dng, a preview in full": [(PIXELS, {"extratags": DNG_VERSION})],
+    "nef": [(THUMBNAIL, {"subfiletype": 1, "subifds": 2}), (PIXELS, {"subfiletype": 1}), SENSOR_PAGE],
+    "thumbnail without a mark": [(THUMBNAIL, {"subifds": 1}), SENSOR_PAGE],
+    "sensor first": [SENSOR_PAGE],
+    "sensor as another page": [(THUMBNAIL, {}), SENSOR_PAGE],
+}
+
+
+@IN_EVERY_FORM
+@pytest.mark.parametrize("pages", RAW.values(), ids=RAW)
+def test_a_camera_raw_file_is_not_its_thumbnail(tmp_path, pages, form):
+    path = write_pages(tmp_path / "a.tif", pages, form)
+    with pytest.raises(DataError, match="a.tif is a camera raw file") as caught:
+        inspect_source(path)
+    assert (caught.value.exit_code, caught.value.way_out) == (65, "Develop it to TIFF, PNG or JPEG first.")
+
+
+def test_a_cr2_is_told_by_its_mark(tmp_path):
+    """Its first page is a small JPEG, in the old style, and the directory of the sensor's data has no mark."""
+    tags = {256: 96, 257: 64, 258: 8, 259: 6, 262: 6, 273: 200, 277: 3, 278: 64, 279: 100}
+    entries = b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in tags.items())
+    header = b"II*\0\x10\0\0\0CR\2\0\0\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    (tmp_path / "a").write_bytes(header.ljust(300, b"\0"))
+    with pytest.raises(DataError, match="a is a camera raw file"):
+        inspect_source(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "magic", [b"IIRO\x08\0\0\0", b"IIRS\x08\0\0\0", b"IIU\0\x18\0\0\0", b"FUJIFILMCCD-RAW ", b"\0\0\0\x18ftypcrx "]
+)
+def test_raw_files_with_a_magic_of_their_own_are_refused(tmp_path, magic):
+    """ORF (two of them), RW2, RAF and CR3."""
+    (tmp_path / "a").write_bytes(magic.ljust(500, b"\1"))
+    with pytest.raises(DataError, match="a is not a PNG, JPEG, WebP or TIFF"):
+        inspect_source(tmp_path / "a")
+
+
+@IN_EVERY_FORM
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (1, "a reduced-resolution image"),
+        (3, "a reduced-resolution image"),
+        (0x10001, "a reduced-resolution image"),
+        (4, "a mask"),
+        (6, "a mask"),
+        (8, "a part of an image"),
+        (16, "a part of an image"),
+    ],
+)
+def test_a_first_page_that_is_not_the_image_is_refused(tmp_path, kind, says, form):
+    path = write_pages(tmp_path / "a", [(THUMBNAIL, {"subfiletype": 1}), (PIXELS, {})], form)
+    with pytest.raises(DataError, match=f"a has {says}.* as its first page") as caught:
+        inspect_source(set_tag(path, 254, kind))
+    assert "first page" in caught.value.way_out
+
+
+def test_the_subfile_type_of_tiff_5_counts_too(tmp_path):
+    for kind in (1, 3):
+        path = write_pages(tmp_path / "a", [(PIXELS, {"extratags": [(255, 3, 1, kind, True)]})], {})
+        assert inspect_source(path).width_px == WIDTH
+    with pytest.raises(DataError, match="a has a reduced-resolution image as its first page"):
+        inspect_source(set_tag(path, 255, 2))
+
+
+def test_a_larger_image_below_the_first_page_makes_that_a_thumbnail(tmp_path):
+    path = write_pages(tmp_path / "a", [(THUMBNAIL, {"subifds": 1}), (PIXELS, {})], {})
+    with pytest.raises(DataError, match="a has a reduced-resolution image as its first page"):
+        inspect_source(path)
+
+
+LEVELS = [(PIXELS[:: 2**level, :: 2**level], {"subfiletype": 1}) for level in (1, 2)]
+WHOLE = {
+    "pyramid": [(PIXELS, {"subifds": 2, "tile": (32, 32)}), *LEVELS],
+    "pyramid of pages": [(PIXELS, {"subfiletype": 0}), *LEVELS],
+    "one of several pages": [(PIXELS, {"subfiletype": 2}), (np.tile(PIXELS, (2, 2, 1)), {"subfiletype": 2})],
+    "mask behind it": [(PIXELS, {}), (PIXELS[..., 0] > 99, {"photometric": "mask", "subfiletype": 4})],
+}
+
+
+@IN_EVERY_FORM
+@pytest.mark.parametrize("pages", WHOLE.values(), ids=WHOLE)
+def test_a_first_page_that_is_the_image_is_read_whatever_follows(tmp_path, pages, form):
+    np.testing.assert_allclose(read(write_pages(tmp_path / "a", pages, form)), PIXELS, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0x7FFFFFF0, 0, 8, 9])
+def test_a_damaged_pyramid_is_read_if_its_first_page_is_whole(tmp_path, offset):
+    path = write_pages(tmp_path / "a", [(PIXELS, {"subifds": 2}), *LEVELS], {})
+    np.testing.assert_allclose(read(set_tag(path, 330, (offset, offset))), PIXELS, atol=1e-4)
+
+
+def test_old_style_jpeg_in_a_tiff_is_not_a_blank_image(tmp_path):
+    path = write_pages(tmp_path / "a", [(PIXELS, {"compression": "jpeg"})], {})
+    assert inspect_source(path).width_px == WIDTH
+    with pytest.raises(DataError, match="a has the compression old-style JPEG") as caught:
+        inspect_source(set_tag(path, 259, 6))
     assert caught.value.way_out
 
 
