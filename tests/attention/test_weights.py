@@ -32,19 +32,26 @@ def sdxl_unet_on_meta() -> UNet2DConditionModel:
 
 
 def write_published_layout(folder, unet):
-    """Config and tensors written out by hand, in the names and shapes of the published files."""
+    """Config and tensors written out by hand, in the names and shapes of the published LinFusion-XL."""
     generator = torch.Generator().manual_seed(0)
     entries, tensors = [], {}
     for i, (path, old) in enumerate(self_attentions(unet).items()):
         dim = old.to_q.in_features
-        entries.append({"module_name": path, "dim_n": dim, "heads": old.heads, "projection_mid_dim": None})
+        mid = dim // 16
+        entries.append({"module_name": path, "dim_n": dim, "heads": old.heads, "projection_mid_dim": mid})
         square = torch.randn(dim, dim, generator=generator).half()
-        for name in ("to_q", "to_k", "to_v", "to_out.0", "to_q_.0", "to_q_.3", "to_k_.0", "to_k_.3"):
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
             tensors[f"{i}.{name}.weight"] = square.roll(len(tensors), 0)
-        for name in ("to_out.0", "to_q_.0", "to_q_.1", "to_q_.3", "to_k_.0", "to_k_.1", "to_k_.3"):
+        for name in ("to_q_.0", "to_k_.0"):
+            tensors[f"{i}.{name}.weight"] = square.roll(len(tensors), 0)[:mid].clone()
+        for name in ("to_q_.3", "to_k_.3"):
+            tensors[f"{i}.{name}.weight"] = square.roll(len(tensors), 0)[:, :mid].clone()
+        for name in ("to_out.0", "to_q_.3", "to_k_.3"):
             tensors[f"{i}.{name}.bias"] = square[len(tensors) % dim].clone()
+        for name in ("to_q_.0", "to_q_.1", "to_k_.0", "to_k_.1"):
+            tensors[f"{i}.{name}.bias"] = square[len(tensors) % dim, :mid].clone()
         for name in ("to_q_.1", "to_k_.1"):
-            tensors[f"{i}.{name}.weight"] = square[0].clone()
+            tensors[f"{i}.{name}.weight"] = square[0, :mid].clone()
     save_file(tensors, folder / WEIGHTS_NAME)
     config = {"_class_name": "LinFusion", "_diffusers_version": "0.27.0", "modules_list": entries}
     (folder / CONFIG_NAME).write_text(json.dumps(config))

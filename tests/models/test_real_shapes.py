@@ -1,5 +1,7 @@
 """The three families in their real shapes, on the meta device: single files key by key, and LinFusion's layout."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,15 +11,19 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.weights import ModuleSpec, check_specs, spec_of
+from linfusion_cli.attention import weights
+from linfusion_cli.attention.weights import CONFIG_NAME, ModuleSpec, check_specs, empty, spec_of
 from linfusion_cli.errors import DataError
 from linfusion_cli.models.families import family_of, family_of_file
 from linfusion_cli.models.header import Header
 from linfusion_cli.models.load import fitting_state
 from linfusion_cli.models.original import depths_in
+from linfusion_cli.planning.outline import ModelOutline, count
+from linfusion_cli.strips.ops import StripSize
+from linfusion_cli.unet.cost import Setting, reckon
 from tests.attention.test_weights import sdxl_unet_on_meta
 from tests.original_in_small import original_clip, original_open_clip, original_unet, original_vae
+from tools.bench.shapes import linear_attentions
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
@@ -131,7 +137,10 @@ def test_every_tensor_of_every_network_is_found_in_the_single_file(real):
 
 
 def published_modules(family):
-    """Path, width and heads of the modules in the published `modules_list`, in its order: down, up, middle."""
+    """The entries of the published `modules_list`, in its order: down, up, middle.
+
+    `projection_mid_dim` is a sixteenth of the channels in SDXL's, and null, which means all of them, in the others.
+    """
     if family == "sdxl":
         places = [(f"down_blocks.1.attentions.{i}", 2, 640, 10) for i in (0, 1)]
         places += [(f"down_blocks.2.attentions.{i}", 10, 1280, 20) for i in (0, 1)]
@@ -145,13 +154,14 @@ def published_modules(family):
         places += [(f"up_blocks.{b}.attentions.{i}", 1, c, heads[c]) for b, c in up for i in (0, 1, 2)]
         places += [("mid_block.attentions.0", 1, 1280, heads[1280])]
     return [
-        ModuleSpec(f"{path}.transformer_blocks.{block}.attn1", width, heads)
+        ModuleSpec(f"{path}.transformer_blocks.{block}.attn1", width, heads, width // 16 if family == "sdxl" else None)
         for path, blocks, width, heads in places
         for block in range(blocks)
     ]
 
 
 COUNTS = {"sdxl": 70, "sd21": 16, "sd15": 16}
+NUMBERS = {"sdxl": 435_480_800, "sd21": 99_235_520, "sd15": 99_235_520}  # 871 and 198 MB in fp16, as on the hub
 
 
 def test_linear_attention_fits_key_by_key(real):
@@ -160,19 +170,53 @@ def test_linear_attention_fits_key_by_key(real):
     specs = published_modules(family)
     assert len(specs) == COUNTS[family]
     check_specs(Path("published"), specs, unet)
-    with torch.device("meta"):
-        modules = [LinearAttention(spec.dim_n, spec.heads, spec.projection_mid_dim) for spec in specs]
+    modules = [empty(spec) for spec in specs]
+    assert sum(map(count, modules)) == NUMBERS[family]
     assert [spec_of(spec.module_name, module) for spec, module in zip(specs, modules, strict=True)] == specs
     shapes = {name: tuple(tensor.shape) for name, tensor in nn.ModuleList(modules).state_dict().items()}
     expected = {}
     for i, spec in enumerate(specs):
-        square, line = (spec.dim_n, spec.dim_n), (spec.dim_n,)
-        expected |= {f"{i}.{name}.weight": square for name in ("to_q", "to_k", "to_v", "to_out.0")}
-        expected |= {f"{i}.{name}_.{j}.weight": square for name in ("to_q", "to_k") for j in (0, 3)}
-        expected |= {f"{i}.{name}_.1.weight": line for name in ("to_q", "to_k")}
-        expected |= {f"{i}.{name}_.{j}.bias": line for name in ("to_q", "to_k") for j in (0, 1, 3)}
-        expected |= {f"{i}.to_out.0.bias": line}
+        width, middle = spec.dim_n, spec.projection_mid_dim or spec.dim_n
+        expected |= {f"{i}.{name}.weight": (width, width) for name in ("to_q", "to_k", "to_v", "to_out.0")}
+        expected |= {f"{i}.to_out.0.bias": (width,)}
+        for name in (f"{i}.to_q_", f"{i}.to_k_"):
+            expected |= {f"{name}.0.weight": (middle, width), f"{name}.3.weight": (width, middle)}
+            expected |= {f"{name}.1.weight": (middle,), f"{name}.3.bias": (width,)}
+            expected |= {f"{name}.{j}.bias": (middle,) for j in (0, 1)}
     assert shapes == expected
+
+
+def published_config(family):
+    """`config.json` as it is published."""
+    entries = [asdict(spec) for spec in published_modules(family)]
+    return json.dumps({"_class_name": "LinFusion", "_diffusers_version": "0.27.0", "modules_list": entries})
+
+
+@pytest.fixture
+def sdxl(tmp_path):
+    """SDXL's outline, with the linear attention that the published config describes."""
+    (tmp_path / CONFIG_NAME).write_text(published_config("sdxl"))
+    unet = sdxl_unet_on_meta()
+    return ModelOutline(unet, weights.outline(tmp_path, unet), vae_on_meta())
+
+
+def test_sdxl_s_unet_with_linear_attention_takes_4_83_gib_in_fp16(sdxl):
+    assert sdxl.all_numbers - sdxl.numbers("original") == NUMBERS["sdxl"]
+    assert sdxl.numbers("linear") == 2_593_261_284
+    assert sdxl.numbers("linear") * 2 / 2**30 == pytest.approx(4.83, abs=0.005)
+
+
+def test_a_forward_of_sdxl_at_16k_is_1547_tflop(sdxl):
+    with sdxl.with_attention("linear"):
+        found = reckon(sdxl.unet, Setting(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
+    assert found.flops == pytest.approx(1547e12, rel=0.005)
+
+
+def test_benchmarks_run_linear_attention_as_published():
+    unet = sdxl_unet_on_meta()
+    with torch.device("meta"):
+        modules = linear_attentions(unet)
+    assert [spec_of(path, module) for path, module in modules.items()] == published_modules("sdxl")
 
 
 @pytest.mark.parametrize("other", UNETS)
@@ -180,8 +224,9 @@ def test_another_familys_linear_attention_is_refused_by_its_first_layer(real, ot
     family, (unet, *_), _ = real
     if other == family:
         return
-    theirs = {spec.module_name: spec for spec in published_modules(other)}
-    first = next(spec for spec in published_modules(family) if theirs.get(spec.module_name) != spec)
+    theirs = {spec.module_name: (spec.dim_n, spec.heads) for spec in published_modules(other)}
+    own = published_modules(family)
+    first = next(spec for spec in own if theirs.get(spec.module_name) != (spec.dim_n, spec.heads))
     with pytest.raises(DataError) as caught:
         check_specs(Path("published"), published_modules(other), unet)
     assert f": {first.module_name} has " in caught.value.message

@@ -26,11 +26,11 @@ def sdxl():
 
 def test_sdxl_at_16k_takes_the_products_of_the_design(sdxl):
     found = reckon(sdxl, Setting(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
-    assert found.flops == pytest.approx(1773e12, rel=0.001)
+    assert found.flops == pytest.approx(1547e12, rel=0.001)
     assert found.live == {"device": 0, "host": 0, "nowhere": 0}
 
 
-@pytest.mark.parametrize(("place", "most_gib"), [("device", 21), ("skips", 13), ("host", 8)])
+@pytest.mark.parametrize(("place", "most_gib"), [("device", 17), ("skips", 12), ("host", 6)])
 def test_sdxl_at_16k_fits_the_cards_that_are_promised(sdxl, place, most_gib):
     weights = 2 * sum(parameter.numel() for parameter in sdxl.parameters())
     found = reckon(sdxl, Setting(StripSize(16, 8192), place, 1, 2048, 2048, 2))

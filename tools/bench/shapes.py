@@ -11,6 +11,7 @@ from linfusion_cli.unet.forward import Condition
 
 TEXT_TOKENS, POOLED = 77, 1280
 SDXL_KEYS = 16384  # pixels that the attention in its VAE was trained to see: 1024 px
+MID_DIVISOR = 16  # f_q and f_k of the published LinFusion-XL: `projection_mid_dim` is a sixteenth of the channels
 
 
 def sdxl_unet(divisor: int = 1) -> UNet2DConditionModel:
@@ -33,9 +34,14 @@ def sdxl_unet(divisor: int = 1) -> UNet2DConditionModel:
 
 
 def linear_attentions(unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
-    """Random linear attention for every self-attention of `unet`."""
+    """Random linear attention for every self-attention of `unet`, in the shapes of the published LinFusion-XL."""
     modules = self_attentions(unet).items()
-    return {path: LinearAttention(module.to_q.in_features, module.heads) for path, module in modules}
+    return {path: linear_attention(module.to_q.in_features, module.heads) for path, module in modules}
+
+
+def linear_attention(dim: int, heads: int) -> LinearAttention:
+    """For `dim` channels, which are too few to be divided where the UNet is narrow."""
+    return LinearAttention(dim, heads, mid_dim=max(1, dim // MID_DIVISOR))
 
 
 def random_condition(unet: UNet2DConditionModel) -> Condition:
