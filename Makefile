@@ -5,8 +5,11 @@ READY := $(VENV)/.ready
 DEMO := out/demo-2048.png
 
 ONLY ?= *
+NAMES ?=
+# A process per core, each with one thread (tests/conftest.py); a file's tests stay together and share its fixtures.
+PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile
 
-.PHONY: demo test faults check clean
+.PHONY: demo test test-slow faults mutants check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,7 +22,14 @@ demo: $(READY)
 	$(BIN)/linfusion generate --preset demo --size 2048 --output $(DEMO) --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
+
+# Small wrong edits of the code, each of which some test must notice; some of them with NAMES="M05 M06".
+mutants: $(READY)
+	$(BIN)/python -m tools.mutants $(NAMES)
 
 # All faults at all their moments, which takes half an hour; of one kind with ONLY=kill, say.
 faults: $(READY)

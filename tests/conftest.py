@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread for each process, before torch and numpy are imported: on tensors this small more only cost time, and
+# `make test` runs a process per core.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # As where the tests run under nohup or in the background of a script: the processes that are tested would ignore them,
 # and the tests would wait for ever.
 for ignored, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

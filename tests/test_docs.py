@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from typer.main import get_command
 
 from linfusion_cli.cli.app import app
+from tests.system_packages import needs
 
 TEXT = (Path(__file__).parent.parent / "docs" / "cron.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
@@ -50,11 +50,9 @@ def test_there_is_something_to_try():
     assert len(blocks("ini")) == 3 and len(STARTED) == 2
 
 
-@pytest.mark.parametrize("shell", ["sh", "dash", "bash"])
+@pytest.mark.parametrize("shell", ["sh", pytest.param("dash", marks=needs("dash")), "bash"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shells_can_read_it(script, shell):
-    if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} here")
     done = subprocess.run([shell, "-n", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -80,7 +78,7 @@ def test_every_command_and_option_exists(script):
     assert len(given) >= 3 and given <= known
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+@needs("systemd-analyze")
 def test_systemd_takes_the_units(tmp_path):
     names = []
     for text in blocks("ini"):

@@ -1,5 +1,6 @@
 """Which way to run is chosen for a budget, and what is said when there is none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,28 @@ def test_what_is_named_as_the_smallest_budget_does_and_less_does_not(kind):
     margin = MARGIN_BYTES if kind == "cpu" else 0
     with pytest.raises(DoesNotFit):
         plan(on(named - margin - GIB // 10))  # it is named with one decimal, rounded up
+
+
+LARGER_BYTES = 50 << 20  # by which a process may be larger than the one that named a budget
+
+
+@pytest.mark.parametrize(
+    ("flag", "on"),
+    [
+        ("--ram", lambda budget: machine("cpu", budget)),
+        ("--ram", lambda budget: machine("cuda", budget, 16 * GIB)),
+        ("--vram", lambda budget: machine("cuda", 64 * GIB, budget)),
+    ],
+    ids=["cpu", "cuda, host", "cuda, card"],
+)
+def test_the_budget_that_is_named_is_enough_for_a_second_process_which_is_somewhat_larger(flag, on):
+    """From several sizes of the first process, as rounding the budget up may hide a margin that is missing."""
+    for resident in range(300 << 20, 400 << 20, 25 << 20):
+        with pytest.raises(DoesNotFit) as refused:
+            plan(replace(on(GIB // 8), resident_bytes=resident))
+        words = refused.value.way_out.split()
+        assert words[1] == flag
+        plan(replace(on(parse_bytes(words[2])), resident_bytes=resident + LARGER_BYTES))
 
 
 def test_with_less_room_on_the_card_maps_move_to_the_host():

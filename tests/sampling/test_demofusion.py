@@ -146,6 +146,14 @@ def test_the_dilated_pass_is_left_out_below_its_least_weight_and_at_dilation_1(r
     assert timesteps == (heavy if r > 1 else []) and 0 < len(heavy) < COUNT
 
 
+def test_the_dilated_pass_runs_at_exactly_its_least_weight():
+    schedule = make_schedule("euler", CONFIG, STEPS, None, COUNT)
+    timestep = float(schedule.timesteps[2])
+    weight = cosines(timestep, 1000, (3, 1, 1))[1]
+    assert DemoFusion(4, dilated_min=weight).is_dilated(timestep, 1000)
+    assert not DemoFusion(4, dilated_min=math.nextafter(weight, 1)).is_dilated(timestep, 1000)
+
+
 def test_a_phase_draws_nothing_itself_and_changes_nothing_it_was_given():
     network, (z, noise) = Network(), torch.randn(2, 1, 4, 16, 16)
     before, state = (z.clone(), noise.clone()), torch.get_rng_state()

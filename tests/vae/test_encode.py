@@ -9,6 +9,7 @@ from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.patches import READ_ROWS
 from linfusion_cli.vae.stages import encoder_stages
 from linfusion_cli.vae.statistics import Method, last_normed, starts
+from tests.vae.conftest import deep_vae
 from tools.bench.vae import demo_vae
 from tools.demo_model.scenes import scene
 
@@ -53,6 +54,19 @@ def test_a_draw_is_mean_and_deviation_with_the_noise_given(deep):
     true = (found.mean + found.std * noise) * deep.config.scaling_factor
     drawn = encoded(deep, pixels, exact(deep), noise=lambda top, bottom: noise[:, :, top:bottom])
     assert apart(drawn, true) <= 1e-5
+
+
+@pytest.mark.parametrize("logvar", [-100.0, 100.0, 200.0])
+def test_a_draw_has_the_deviation_that_diffusers_gives_it_however_far_off_the_variance_is(logvar):
+    """Unlimited, e^100 would be infinite in fp32, e^50 be far too large, and e^-50 far too small."""
+    vae, noise = deep_vae(), torch.randn(1, 4, 8, 12)
+    with torch.no_grad():
+        vae.quant_conv.weight.zero_()
+        vae.quant_conv.bias.copy_(torch.tensor([0.0, logvar]).repeat_interleave(4))
+    pixels = torch.rand(64, 96, 3)
+    true = plain(vae, pixels).std * noise * vae.config.scaling_factor
+    drawn = encoded(vae, pixels, exact(vae), noise=lambda top, bottom: noise[:, :, top:bottom])
+    assert drawn.isfinite().all() and apart(drawn, true) <= 1e-5
 
 
 def test_no_seam_strips_of_three_rows_and_one_piece_differ_by_rounding_only(deep):

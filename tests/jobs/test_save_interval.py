@@ -1,0 +1,81 @@
+"""How often a run saves its state: as asked, but so that on a slow disk saving takes 2 % of the time at most."""
+
+import time
+
+import pytest
+
+from linfusion_cli.geometry import Size
+from linfusion_cli.jobs.keep import Keeper
+from linfusion_cli.jobs.reached import Reached
+from linfusion_cli.journal import Journal
+from linfusion_cli.request import GenerateRequest
+
+STEP_SEC, STEPS = 1.0, 10_000
+
+
+class SlowJournal(Journal):
+    """A journal on a disk on which every save takes `save_sec`, by a clock that nothing else but `now` advances."""
+
+    def __init__(self, target, save_sec: float):
+        super().__init__(target)
+        self.save_sec, self.now, self.saved_at = save_sec, 0.0, []
+
+    def save(self, head, parts):
+        self.saved_at.append(self.now)
+        self.now += self.save_sec
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """The journal of a run of many steps, each of a second, after its last."""
+
+    def run(every_sec: float, save_sec: float, borders: tuple[int, ...] = ()) -> SlowJournal:
+        output = tmp_path / "a.png"
+        journal = SlowJournal(output, save_sec)
+        monkeypatch.setattr(time, "monotonic", lambda: journal.now)
+        request = GenerateRequest(
+            prompt="a hill", size=Size(64, 64), output=output, model="demo", checkpoint_every=every_sec
+        )
+        keeper = Keeper(journal, None, request)
+        for step in range(1, STEPS + 1):
+            journal.now += STEP_SEC
+            reached = Reached(steps=step)
+            keeper.border(reached) if step in borders else keeper.step(reached)
+        assert keeper.saves.count == len(journal.saved_at)
+        return journal
+
+    return run
+
+
+def gaps(journal: SlowJournal) -> list[float]:
+    """The seconds from the beginning of each save to that of the next."""
+    return [later - earlier for earlier, later in zip(journal.saved_at, journal.saved_at[1:], strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("every_sec", "save_sec", "gap_sec"),
+    [
+        (60.0, 0.0, 60),
+        (60.0, 1.0, 60),  # 1.7 % of the time
+        (60.0, 1.5, 75),  # 2.5 %, so more seldom
+        (60.0, 30.0, 1500),
+        (5.0, 1.0, 50),
+        (600.0, 1.0, 600),
+    ],
+)
+def test_saving_takes_two_per_cent_of_the_time_at_most(saved, every_sec, save_sec, gap_sec):
+    journal = saved(every_sec, save_sec)
+    assert journal.saved_at[0] == every_sec  # what a save takes is known from then on
+    assert all(gap_sec <= gap <= gap_sec + STEP_SEC for gap in gaps(journal))
+    assert len(journal.saved_at) * save_sec <= 0.02 * journal.now + save_sec
+
+
+def test_each_step_is_saved_where_that_is_asked_for_on_any_disk(saved):
+    assert len(saved(every_sec=0.0, save_sec=30.0).saved_at) == STEPS
+
+
+def test_the_end_of_a_phase_is_saved_at_once_and_counts(saved):
+    journal = saved(60.0, 30.0, borders=(100, 2000, 2001))
+    # After the first, the border at step 100; 1500 s later; the borders at steps 2000 and 2001, three saves later.
+    assert journal.saved_at[:5] == [60, 100 + 30, 1630, 2000 + 3 * 30, 2001 + 4 * 30]
+    assert all(gap >= 1500 for gap in gaps(journal)[4:])
