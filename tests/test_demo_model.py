@@ -16,6 +16,8 @@ from tools.demo_model.scenes import scene
 from tools.demo_model.store import MODEL
 from tools.demo_model.vae import measure
 
+pytestmark = pytest.mark.slow
+
 SEEDS = 5
 
 

@@ -135,6 +135,7 @@ def test_a_member_of_an_array_requeues_itself_or_ends_with_the_code(tmp_path, co
         assert done.returncode == code and not (tmp_path / "requeued").exists()
 
 
+@pytest.mark.slow
 def test_a_crontab_line_paints_in_crons_environment(tmp_path):
     """Its first line, with the small model in place of SDXL."""
     (tmp_path / "pictures").mkdir()

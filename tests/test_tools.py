@@ -11,6 +11,8 @@ from tools.demo_model.finetune import KINDS
 from tools.demo_model.merges import figures
 from tools.demo_model.scenes import numbered, scene
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_scene_is_made_again_from_its_number():
     first, caption = scene(7, (128, 192))

@@ -124,7 +124,7 @@ GuidanceScale = Annotated[
 GuidanceRescale = Annotated[float | None, Option(help="0 to 1; about 0.7 mends burnt colours at high guidance.")]
 GuidanceInterval = Annotated[
     str | None,
-    Option(metavar="LO,HI", help="Guidance only at noise levels above LO, up to HI: faster. 0.28,5.42 for SDXL."),
+    Option(metavar="LO,HI", help="Guidance only at noise levels above LO, up to HI (or inf): 0.28,5.42 for SDXL."),
 ]
 Upscaler = Annotated[
     str | None,

@@ -58,6 +58,7 @@ def write_published_layout(folder, unet):
     return tensors
 
 
+@pytest.mark.slow
 def test_sdxls_seventy_modules_are_read(tmp_path):
     unet = sdxl_unet_on_meta()
     tensors = write_published_layout(tmp_path, unet)

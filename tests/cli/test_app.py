@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from linfusion_cli.images import read_info
+from tests.marks import mostly_slow
 from tests.test_stopping import STOPS
 
 
@@ -229,7 +230,7 @@ def test_a_prompt_on_stdin_that_is_none(tmp_path, xl_model, bytes_in):
     assert run.returncode == 2 and b"prompt" in err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "code"), STOPS)
+@pytest.mark.parametrize(("number", "code"), mostly_slow(STOPS, quick=[(signal.SIGTERM, 143), (signal.SIGUSR1, 138)]))
 def test_a_signal_ends_a_run_with_its_code_its_state_and_no_file(tmp_path, xl_model, number, code):
     arguments = ["--size", 256, "--steps", 1000, "--checkpoint-every", 0, "-o", "a.png"]
     run = start(tmp_path, "generate", "x", "--model", xl_model, *arguments)
@@ -246,6 +247,7 @@ def test_a_signal_ends_a_run_with_its_code_its_state_and_no_file(tmp_path, xl_mo
     assert [path.name for path in tmp_path.iterdir()] == ["a.png.linfusion"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after_sec", [0.1, 0.8, 1.6, 2.4, 3.2])
 def test_a_signal_while_libraries_are_imported_is_a_signal(tmp_path, xl_model, after_sec):
     """They catch every Exception that passes, and a run that was to stop would call itself a bug."""
@@ -258,6 +260,7 @@ def test_a_signal_while_libraries_are_imported_is_a_signal(tmp_path, xl_model, a
     assert run.returncode == 143 and "Stopped by SIGTERM" in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_empty_environment_and_a_c_locale_do(tmp_path, xl_model):
     arguments = ["generate", "猫 [cat] 😀", "--model", xl_model, "--size", 64, "--steps", 1, "-o", "a.png"]
     run = start(tmp_path, *arguments, env={"LC_ALL": "POSIX", "PATH": os.defpath}, stdin=subprocess.DEVNULL)
@@ -267,6 +270,7 @@ def test_an_empty_environment_and_a_c_locale_do(tmp_path, xl_model):
     assert "Warning" not in err and "warn" not in err
 
 
+@pytest.mark.slow
 def test_closed_streams_do_not_end_a_run(tmp_path, xl_model):
     """As `>&- 2>&-` in a script leaves them."""
     command = f'"{sys.executable}" -m linfusion_cli generate x --model "{xl_model}" --size 64 --steps 1 -o a.png'
@@ -274,6 +278,7 @@ def test_closed_streams_do_not_end_a_run(tmp_path, xl_model):
     assert done.returncode == 0 and read_info(tmp_path / "a.png").width_px == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("redirect", "code"), [(">/dev/full", 74), ("2>/dev/full", 0), ("2> >(true)", 0)])
 def test_streams_that_refuse_do_not_take_the_picture_with_them(tmp_path, xl_model, redirect, code):
     command = f'"{sys.executable}" -m linfusion_cli generate x --model "{xl_model}" --size 64 --steps 1 -o a.png'
@@ -283,6 +288,7 @@ def test_streams_that_refuse_do_not_take_the_picture_with_them(tmp_path, xl_mode
     assert done.returncode == code and "bug" not in done.stderr and read_info(tmp_path / "a.png").width_px == 64
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_text_is_printed_as_the_bytes_it_is(tmp_path, xl_model):
     command = [sys.executable, "-m", "linfusion_cli", "generate", "x", "--model", str(xl_model), "--size", "64"]
     done = subprocess.run(

@@ -177,6 +177,7 @@ def start(tmp_path: Path, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_batch_with_its_code_and_what_was_done_on_record(tmp_path, quick):
     write(tmp_path / "jobs.jsonl", {"prompt": "a"}, {"prompt": "b", "steps": 1000, "size": 512}, {"prompt": "c"})
     run = start(tmp_path, "batch", "jobs.jsonl", *quick)

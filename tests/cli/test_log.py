@@ -236,6 +236,7 @@ def start(tmp_path, *arguments, redirect="", **environ):
     return subprocess.Popen(shell, cwd=tmp_path, env=environ, stdout=-1, stderr=-1, stdin=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_signal_is_the_last_thing_in_the_log(tmp_path, xl_model):
     options = ("--model", xl_model, "--size", 256, "--steps", 1000, "-o", "a.png", "--log-file", "run.log")
     run = start(tmp_path, "generate", "x", *options)
@@ -249,6 +250,7 @@ def test_a_signal_is_the_last_thing_in_the_log(tmp_path, xl_model):
     assert last.startswith("ended: stopped by SIGTERM, exit code 143, after ")
 
 
+@pytest.mark.slow
 def test_a_c_locale_closed_streams_and_a_name_that_is_no_text(tmp_path, small):
     name = b"caf\xe9 \xe7\x8c\xab\n.png".decode(errors="surrogateescape")
     options = (*small, "-o", name, "--log-file", "run.log", "--json")

@@ -168,6 +168,7 @@ def repositories(tmp_path_factory):
     return {"a/demo": model, "Yuanshi/LinFusion-XL": DEMO_FOLDER / "linfusion", "a/large": home / "large"}
 
 
+@pytest.mark.slow
 def test_pull_brings_a_model_and_its_linear_attention(repositories, tmp_path):
     with serving(repositories) as hub:
         run = linfusion(hub, tmp_path, "models", "pull", "a/demo")
@@ -229,6 +230,7 @@ def test_what_the_hub_does_not_have_is_one_sentence(repositories, tmp_path):
         assert run.returncode == 69 and " linfusion: a/nothing: the hub has no" in run.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_generate_with_download_fetches_what_it_needs(repositories, tmp_path):
     with serving(repositories) as hub:
         options = ("--size", "288", "--steps", "1", "--attention", "linear", "-o", tmp_path / "out.png")

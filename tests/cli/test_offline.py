@@ -55,12 +55,17 @@ def offline(home, tmp_path):
     return run
 
 
+def slow(arguments: tuple[str, ...], code: int):
+    """Each process imports torch and diffusers, which takes seconds."""
+    return pytest.param(arguments, code, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
         (("generate", "a sea", "--preset", "demo", *SMALL), 0),
-        (("generate", "a sea", "--model", "someone/sd", "--linfusion", "none", *SMALL), 0),
-        (
+        slow(("generate", "a sea", "--model", "someone/sd", "--linfusion", "none", *SMALL), 0),
+        slow(
             (
                 "generate",
                 "a sea",
@@ -74,15 +79,15 @@ def offline(home, tmp_path):
             ),
             0,
         ),
-        (("generate", "a sea", "--model", "someone/sd@elsewhere", *SMALL), 69),
-        (("generate", "a sea", "--model", "someone/sd", "--attention", "linear", *SMALL), 69),
-        (("generate", "a sea", "--model", "someone/sd", "--lora", "someone/lora", *SMALL), 69),
-        (("generate", "a sea", "--preset", "sdxl", *SMALL), 69),
-        (("upscale", "photo.png", "--preset", "demo", "--size", "96", "--steps", "1", "-q", "-o", "large.png"), 0),
-        (("plan", "a sea", "--model", "someone/sd", "--linfusion", "none", "--size", "128"), 0),
+        slow(("generate", "a sea", "--model", "someone/sd@elsewhere", *SMALL), 69),
+        slow(("generate", "a sea", "--model", "someone/sd", "--attention", "linear", *SMALL), 69),
+        slow(("generate", "a sea", "--model", "someone/sd", "--lora", "someone/lora", *SMALL), 69),
+        slow(("generate", "a sea", "--preset", "sdxl", *SMALL), 69),
+        slow(("upscale", "photo.png", "--preset", "demo", "--size", "96", "--steps", "1", "-q", "-o", "large.png"), 0),
+        slow(("plan", "a sea", "--model", "someone/sd", "--linfusion", "none", "--size", "128"), 0),
         (("models", "list"), 0),
-        (("models", "check", "someone/sd"), 0),
-        (("models", "check", "someone/else"), 69),
+        slow(("models", "check", "someone/sd"), 0),
+        slow(("models", "check", "someone/else"), 69),
         (("doctor",), 0),
         (("presets", "list"), 0),
         (("info", "photo.png"), 0),
@@ -94,6 +99,7 @@ def test_no_connection_is_opened(offline, arguments, code):
     assert found == code, err
 
 
+@pytest.mark.slow
 def test_the_test_would_see_one(offline):
     with pytest.raises(AssertionError, match="huggingface"):
         offline("models", "pull", "-q", "someone/else")

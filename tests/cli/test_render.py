@@ -178,6 +178,7 @@ def test_json_is_alone_on_stdout_and_a_terminal_gets_bars_and_the_log_lines(tmp_
     assert re.search(r"\d\d:\d\d:\d\d\+\d\d:\d\d \d+ base .*: ", (tmp_path / "log").read_text())
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_stdout_empty(tmp_path, xl_model):
     done = noisy(tmp_path, xl_model, "--ram", "1MiB")
     assert (done.returncode, done.stdout) == (71, "") and " linfusion: " in done.stderr

@@ -36,6 +36,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("moment", [Moment(index, count) for index in range(count)], ids=str)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All faults are slow. Of their kinds, tests/test_journal.py and tests/cli have a quick one each."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for kind, counts in TALLY.items():
         found = ", ".join(f"{what} {count}" for what, count in counts.most_common())

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.device import free_memory, resident_bytes
 from linfusion_cli.events import nobody
 from linfusion_cli.geometry import Size
-from linfusion_cli.images import PendingFile
 from linfusion_cli.jobs import loading, paint
 from linfusion_cli.jobs.batch import looked_for, made
 from linfusion_cli.jobs.generate import generate
@@ -24,6 +23,7 @@ from tests.batches import builder, carried_out, entries
 from tests.control_in_small import small_control, write_control
 from tests.ip_in_small import write_adapter, write_encoder, write_picture
 from tests.models_in_small import small_xl_unet
+from tests.other_process import locked_elsewhere
 
 
 @pytest.fixture
@@ -102,6 +102,7 @@ def small_lora(tmp_path):
     return tmp_path / "lora.safetensors"
 
 
+@pytest.mark.slow
 def test_a_job_gives_the_picture_it_gives_alone_whatever_ran_before(
     batch, tmp_path, xl_model, sd_model, small_lora, guides
 ):
@@ -175,6 +176,7 @@ def test_other_weights_or_another_picture_under_the_same_name_are_another_reques
     assert batch(jobs, made)[0].outcomes[0].exit_code == 73
 
 
+@pytest.mark.slow
 def test_memory_after_fifty_jobs_is_that_after_two(batch, sd_model):
     """The memory of the process, after what can be freed was freed, with models that stay loaded."""
     measured = []
@@ -202,7 +204,7 @@ def test_text_encoders_stay_only_where_there_is_room_for_them(batch, counted, mo
 def test_what_another_run_is_making_is_held(batch, tmp_path, sd_model):
     jobs = entries(2, model=str(sd_model))
     (tmp_path / "out").mkdir()
-    with PendingFile(tmp_path / "out/0001-hill-1-0.png"):
+    with locked_elsewhere(tmp_path / "out/.0001-hill-1-0.png.part"):
         told, carried = batch(jobs, made)
     assert told.status() == {1: "held", 2: "done"} and carried.tally.exit_code == 75
     assert batch(jobs, made)[1].tally.exit_code == 0

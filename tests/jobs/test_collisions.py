@@ -1,15 +1,14 @@
 """No two files of a run, or of a batch, have one name: a run would wait for its own lock for ever."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from linfusion_cli import files
 from linfusion_cli.errors import TryAgain, UsageError
 from linfusion_cli.images import PendingFile
 from linfusion_cli.jobs.naming import Names
+from tests.other_process import locked_elsewhere
 
 SMALL = ("a hill", "--size", "128", "--steps", "2", "--strength", "0.5", "--save-phases", "-o", "v.png")
 
@@ -59,20 +58,10 @@ def test_a_lock_that_this_process_has_is_not_waited_for(tmp_path):
 
 
 def test_the_lock_of_another_process_still_is(tmp_path):
-    """A descriptor of the same file, locked by a child."""
-    part = tmp_path / ".a.png.part"
-    ready, done = os.pipe(), os.pipe()
-    child = os.fork()
-    if not child:
-        files.open_locked(part, tmp_path / "a.png")
-        os.write(ready[1], b"1")
-        os.read(done[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    with pytest.raises(TryAgain):
+    with locked_elsewhere(tmp_path / ".a.png.part"), pytest.raises(TryAgain):
         PendingFile(tmp_path / "a.png")
-    os.write(done[1], b"1")
-    os.waitpid(child, 0)
+    with PendingFile(tmp_path / "a.png"):
+        pass
 
 
 @pytest.mark.parametrize(

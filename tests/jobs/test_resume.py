@@ -14,11 +14,13 @@ from linfusion_cli.images import read_info
 from linfusion_cli.jobs import keep, loading
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.upscale import upscale
-from linfusion_cli.journal import Journal
+from linfusion_cli.journal import LOCK, Journal
 from linfusion_cli.planning import plan
 from linfusion_cli.request import SCHEDULERS, GenerateRequest, UpscaleRequest
 from linfusion_cli.strips.ops import StripSize
 from tests.fakes import Listener
+from tests.marks import mostly_slow
+from tests.other_process import locked_elsewhere
 
 VARIANTS = {
     "demofusion": {"upscaler": "demofusion", "guidance_scale": (2.0,)},
@@ -71,7 +73,7 @@ def moments(make, tmp_path, changed) -> tuple[dict[str, bytes], int]:
     return made, len(listener.of(StageAdvanced))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", mostly_slow(VARIANTS, quick=("drawn", "kept")))
 def test_stopped_anywhere_it_goes_on_to_the_same_files(make, tmp_path, name):
     expected, count = moments(make, tmp_path, VARIANTS[name])
     resumed = set()
@@ -85,7 +87,9 @@ def test_stopped_anywhere_it_goes_on_to_the_same_files(make, tmp_path, name):
     assert len(resumed) >= 3 and "the finished latents" in resumed
 
 
-@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "pndm"])
+@pytest.mark.parametrize(
+    "scheduler", mostly_slow([name for name in SCHEDULERS if name != "pndm"], quick=("euler-a", "dpmpp-2m"))
+)
 def test_every_scheduler_goes_on(make, tmp_path, scheduler):
     changed = {"scheduler": scheduler, "steps": (6,)}
     expected, _ = moments(make, tmp_path, changed)
@@ -252,7 +256,9 @@ def test_a_state_that_cannot_be_saved_does_not_end_the_run(make, tmp_path, monke
 
 
 def test_a_run_in_the_way_is_told(make, tmp_path):
-    with Journal(tmp_path / "a.png").held(), pytest.raises(TryAgain, match="Another run is writing"):
+    journal = Journal(tmp_path / "a.png").folder
+    journal.mkdir()
+    with locked_elsewhere(journal / LOCK), pytest.raises(TryAgain, match="Another run is writing"):
         make()
     make()
 

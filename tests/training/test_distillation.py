@@ -73,6 +73,7 @@ def test_the_unet_keeps_its_own_attention_and_modules_start_as_its_projections(u
     assert self_attentions(unet) == originals
 
 
+@pytest.mark.slow
 def test_learning_from_it_lowers_every_part(unet, batch):
     sample, timesteps, _, context = batch
     unet.requires_grad_(False)

@@ -12,6 +12,7 @@ NO_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
 MIB = 90  # by reckoning tall strips take 116, those of 32 rows 75
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and heaps are Linux's")
 def test_a_forward_goes_on_in_smaller_strips_where_memory_runs_out():
     command = [sys.executable, "-m", "tests.unet.scarce", str(MIB)]

@@ -106,6 +106,7 @@ def test_what_a_row_of_latents_reaches_is_what_is_said_18_for_sdxl(deep):
     assert 25 - int(changed.min()) >= 16
 
 
+@pytest.mark.slow
 def test_statistics_of_a_sample_are_near_those_of_the_whole_and_nearer_than_tiles():
     """The demo model on a drawn scene, with the bounds that hold at 4096²: see tools/bench/vae.py."""
     vae = demo_vae()

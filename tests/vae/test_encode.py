@@ -75,6 +75,7 @@ def test_no_seam_strips_of_three_rows_and_one_piece_differ_by_rounding_only(deep
     assert apart(low, tall) <= 1e-5
 
 
+@pytest.mark.slow
 def test_statistics_of_a_sample_are_near_those_of_the_whole():
     """The demo model on a drawn scene."""
     vae, pixels = demo_vae(), torch.from_numpy(scene(1, (1024, 1024))[0]).float() / 255
