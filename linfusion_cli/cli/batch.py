@@ -153,7 +153,7 @@ def carry_out(batch: Batch, listing: Listing, source: str) -> Tally:
     from linfusion_cli.jobs.prompts import OptionsInList
 
     options_found, name = OptionsInList(), Path(source).name
-    jobs = listing.jobs(options_found.counted(read_list(source)))
+    jobs = listing.jobs(options_found.count(read_list(source)))
     if notice := options_found.notice("standard input" if source == STDIN else name):
         batch.observer(Notice(notice))
     return batch.run(jobs, name)

@@ -20,7 +20,7 @@ Jobs = Annotated[
     str | None,
     Argument(
         help="The list: .jsonl or .ndjson, .csv, .toml with [[job]] tables, or .txt with a prompt a line; no other "
-        "suffix. The format of standard input (-), of a pipe and of a file without a suffix is told by its first lines."
+        "suffix. Standard input (-), pipes and files without a suffix are recognised by their first lines."
     ),
 ]
 PromptOption = Annotated[

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from linfusion_cli.errors import DataError, InputMissing, LinfusionError, UsageError, first_line
 from linfusion_cli.jobs.fields import FIELDS, quoted, read_fields, shortened
 from linfusion_cli.jobs.lines import MOST_BYTES, TOO_LONG, Line, lines_of
-from linfusion_cli.jobs.list_format import SEPARATORS, TABLE, Format, check_suffix, recognised
+from linfusion_cli.jobs.list_format import SEPARATORS, TABLE, Format, check_suffix, recognise_format
 from linfusion_cli.units import user_path
 
 STDIN = "-"
@@ -65,7 +65,7 @@ def read_list(source: str) -> Iterator[Entry]:
 
 
 def _jobs(suffix: str, file: BinaryIO, name: str) -> Iterator[Entry]:
-    list_format, lines = recognised(suffix, lines_of(file, name), name)
+    list_format, lines = recognise_format(suffix, lines_of(file, name), name)
     jobs = READERS[list_format](lines)
     first = next(jobs, None)
     if first is None:

@@ -52,7 +52,7 @@ def kept_latents(path: Path) -> KeptLatents:
     try:
         note = json.loads(header.notes[NOTE])
         size, shape = parse_size(note["phase_size"]), checked_shape(header)
-        return KeptLatents(path, checked_metadata(note["made_with"]), size, shape, partial(read_latents, path))
+        return KeptLatents(path, check_metadata(note["made_with"]), size, shape, partial(read_latents, path))
     except (LookupError, ValueError, TypeError, UsageError) as error:
         raise DataError(f"{path} holds no latents of a finished picture.", "Make one with --keep-latents.") from error
 
@@ -86,7 +86,7 @@ def checked_shape(header: Header) -> tuple[int, ...]:
     return shape
 
 
-def checked_metadata(made_with: Any) -> dict[str, Any]:
+def check_metadata(made_with: Any) -> dict[str, Any]:
     """The request, with weights and dtypes as `jobs.weights.made_with` writes them; raises ValueError or TypeError.
 
     Latents of version 0.1 have no dtypes.

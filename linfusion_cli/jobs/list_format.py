@@ -41,7 +41,7 @@ def check_suffix(path: PurePath) -> None:
         raise DataError(f"{path} is not a list of jobs: it ends in {quoted(path.suffix)}.", LIST_NAMES)
 
 
-def recognised(suffix: str, lines: Iterator[Line], name: str) -> tuple[Format, Iterator[Line]]:
+def recognise_format(suffix: str, lines: Iterator[Line], name: str) -> tuple[Format, Iterator[Line]]:
     """The format by suffix or, with one that no list has, by the first lines; and the lines from where they say it.
 
     Raises DataError, calling the list `name`, if it begins like something else.

@@ -54,7 +54,7 @@ def settled(run: Run, models: Models) -> Run:
     schedule = phase_schedule(run.prepared.request, facts.scheduler_config, phase)
     uncontrolled = replace(models, controls=[])  # whose pictures are of another size
     unguided = replace(phase, guidance_scale=1.0)
-    with prediction(run, uncontrolled, unguided, schedule) as (predict, _), explained_non_finite(run):
+    with prediction(run, uncontrolled, unguided, schedule) as (predict, _), explain_non_finite(run):
         correlation = noise_correlation(predict, noise, schedule.training_steps)
     run.recorder.notice(PROBED.format(prediction_type(correlation), correlation))
     return run.predicting(prediction_type(correlation))
@@ -159,7 +159,7 @@ def stepped(
     """What is reached when all `steps` are done, with the stage recorded; `state` is what goes on with latents."""
     with run.stage("denoise", phase.index, reached.steps) as stage, torch.inference_mode():
         while True:
-            with finishing(), explained_non_finite(run, phase):
+            with finishing(), explain_non_finite(run, phase):
                 latents = next(steps, None)
                 if latents is None:
                     break
@@ -170,7 +170,7 @@ def stepped(
 
 
 @contextmanager
-def explained_non_finite(run: Run, phase: Phase | None = None) -> Iterator[None]:
+def explain_non_finite(run: Run, phase: Phase | None = None) -> Iterator[None]:
     """Within, a NonFinite prediction is told with its phase, its dtype and what helps."""
     try:
         yield

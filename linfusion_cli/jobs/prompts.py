@@ -45,7 +45,7 @@ class OptionsInList:
     line: int = 0
     word: str = ""
 
-    def counted(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+    def count(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """The same entries; those that pass are counted."""
         for entry in entries:
             texts = (entry.values.get(setting, "") for setting in ("prompt", "negative_prompt"))

@@ -1,6 +1,7 @@
 """Models that would be sampled with the wrong settings are rejected by name, before anything is loaded. No torch.
 
-One check for all commands: `read_facts` calls it for whatever `generate`, `plan` and `models check` are given.
+One check for all commands: `find_model` and `read_facts` call it for whatever `generate`, `plan` and `models check` are
+given.
 """
 
 from __future__ import annotations
@@ -44,7 +45,16 @@ def check_compatible(
 ) -> None:
     """Raise DataError naming the first thing that is not supported: `header` is that of a model in a single file."""
     problems = [*unet_problems(unet), *scheduler_problems(scheduler)]
-    problems += [] if header is None else file_problems(header, unet)
+    problems += [] if header is None else shape_problems(header, unet)
+    raise_first(model, problems)
+
+
+def check_markers(header: Header) -> None:
+    """Raise DataError for a single file whose tensors mark what is not supported; needs no config of its family."""
+    raise_first(header.file, list(marker_problems(header)))
+
+
+def raise_first(model: object, problems: list[str]) -> None:
     if problems:
         raise DataError(f"{model} is not supported: {problems[0]}.", KINDS)
 
@@ -56,7 +66,7 @@ def unet_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"its UNet has {name} {config[name]!r}, a conditioning that no prompt gives"
     if config.get("addition_embed_type") not in (None, "text_time"):
         yield f"its UNet has addition_embed_type {config['addition_embed_type']!r} where SDXL has 'text_time'"
-    if config.get("time_embedding_type", "positional") != "positional":
+    if (config.get("time_embedding_type") or "positional") != "positional":
         yield f"its UNet has time_embedding_type {config['time_embedding_type']!r} instead of 'positional'"
     if config.get("out_channels", 4) != config.get("in_channels", 4):
         yield f"its UNet takes {config.get('in_channels', 4)} channels and gives {config.get('out_channels', 4)}"
@@ -67,11 +77,11 @@ def scheduler_problems(config: Mapping[str, Any]) -> Iterator[str]:
     name = str(config.get("_class_name", ""))
     if OTHER_PROCESS.search(name):
         yield f"its scheduler_config.json has the class {name}, whose noise levels do not come from betas"
-    if config.get("use_flow_sigmas") or config.get("timestep_type", "discrete") != "discrete":
+    if config.get("use_flow_sigmas") or (config.get("timestep_type") or "discrete") != "discrete":
         yield "its scheduler_config.json has continuous or flow-matching noise levels"
     if config.get("trained_betas") is None:
         yield from beta_problems(config)
-    elif not is_betas(config["trained_betas"]):
+    elif not are_betas(config["trained_betas"]):
         yield "its scheduler_config.json has trained_betas that are not numbers between 0 and 1"
     steps = config.get("num_train_timesteps", 1000)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -85,13 +95,13 @@ def beta_problems(config: Mapping[str, Any]) -> Iterator[str]:
     start, end, schedule = (config.get(f"beta_{name}") for name in ("start", "end", "schedule"))
     if start is None or end is None or schedule is None:
         yield "its scheduler_config.json has no betas"
-    elif not is_betas([start, end]) or start > end:
+    elif not are_betas([start, end]) or start > end:
         yield f"its scheduler_config.json has beta_start {start!r} and beta_end {end!r}"
     elif schedule not in BETA_SCHEDULES:
         yield f"its scheduler_config.json has beta_schedule {schedule!r}"
 
 
-def is_betas(values: Any) -> bool:
+def are_betas(values: Any) -> bool:
     """Whether `values` are numbers between 0 and 1, at least one."""
     numbers = isinstance(values, list) and all(
         isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
@@ -99,14 +109,18 @@ def is_betas(values: Any) -> bool:
     return numbers and len(values) > 0 and all(0 < value < 1 for value in values)
 
 
-def file_problems(header: Header, unet: Mapping[str, Any]) -> Iterator[str]:
-    """What the tensors of a single file say that is not supported; `unet` is the config of its family."""
-    shapes = header.shapes
+def marker_problems(header: Header) -> Iterator[str]:
+    """What the names of a single file's tensors say that is not supported, each in words."""
     for marker, meaning in EDM_MARKERS.items():
-        if any(name == marker or name.endswith(f".{marker}") for name in shapes):
+        if any(name == marker or name.endswith(f".{marker}") for name in header.shapes):
             yield f"its tensor {marker} marks {meaning}"
-    if any(name.startswith(UNET) and ".cond_proj." in name for name in shapes):
+    if any(name.startswith(UNET) and ".cond_proj." in name for name in header.shapes):
         yield "its UNet is conditioned on the guidance scale, as whole LCM models are (use their LoRA)"
+
+
+def shape_problems(header: Header, unet: Mapping[str, Any]) -> Iterator[str]:
+    """Inputs of a single file's UNet that are not those in `unet`, the config of its family, each in words."""
+    shapes = header.shapes
     expected = {
         f"{UNET}input_blocks.0.0.weight": unet.get("in_channels", 4),
         POOLED_TEXT: unet.get("projection_class_embeddings_input_dim"),

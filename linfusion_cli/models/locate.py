@@ -6,6 +6,7 @@ from pathlib import Path
 
 from linfusion_cli.errors import DataError, Unavailable
 from linfusion_cli.models.adapter_files import MODEL, find_file, is_hub_file
+from linfusion_cli.models.compatibility import check_markers
 from linfusion_cli.models.families import family_of_file, read_config, read_facts
 from linfusion_cli.models.header import read_header
 from linfusion_cli.models.hub import cached, fetch, find_in_hub
@@ -39,7 +40,9 @@ def find_model(name: str, download: bool = False) -> Model:
     path = find_file(MODEL, name, download).path if is_hub_file(name) else user_path(name)
     check_weights_name("--model", path)
     if is_file(path):
-        return Model(find_configs(family_of_file(read_header(path)), path, download), path)
+        header = read_header(path)
+        check_markers(header)  # before its family's configs are looked for, or fetched
+        return Model(find_configs(family_of_file(header), path, download), path)
     if not is_folder(path):
         return Model(find_in_hub(name, download, "--model", has_all_parts))
     if not is_file(path / "model_index.json"):

@@ -58,7 +58,7 @@ def ladder(request: PictureRequest, rungs: Rungs) -> list[Phase]:
     return [
         Phase(
             index=i,
-            name="base" if i < first else times(size.width / rungs.start.width),
+            name="base" if i < first else format_ratio(size.width / rungs.start.width),
             size=size,
             from_noise=i < first,
             steps=steps[i],
@@ -71,7 +71,7 @@ def ladder(request: PictureRequest, rungs: Rungs) -> list[Phase]:
     ]
 
 
-def times(ratio: float) -> str:
+def format_ratio(ratio: float) -> str:
     """1.5 -> 1.5x, 128.0 -> 128x: two digits, or all before the point, and never an exponent."""
     digits = 2 if ratio < 10 else 1 + math.floor(math.log10(ratio))
     return np.format_float_positional(ratio, precision=digits, fractional=False, trim="-") + "x"

@@ -118,6 +118,13 @@ def test_a_single_file_with_edm_markers_is_rejected(write_file, marker):
         read_facts(find_model(str(write_file(**{marker: torch.ones(1)}))))
 
 
+def test_markers_are_seen_before_the_configs_of_a_family_are_missed(sd_model, tmp_path):
+    file = write_original(sd_model, tmp_path / "one.safetensors", "sd15")
+    save_file(load_file(file) | {"edm_mean": torch.zeros(4)}, file)
+    with pytest.raises(DataError, match="its tensor edm_mean marks EDM"):
+        find_model(str(file))
+
+
 def test_a_single_file_of_a_whole_lcm_is_rejected(write_file):
     file = write_file(**{"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(8, 256)})
     with pytest.raises(DataError, match="conditioned on the guidance scale"):
