@@ -1,6 +1,7 @@
 """Which way to run is chosen for a budget, and what is said when there is none."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,19 @@ def a_request(size: Size, **changed) -> GenerateRequest:
     return GenerateRequest(**values | changed)
 
 
-def plan(on: Machine, attentions=("original", "linear"), **request) -> Plan:
+@cache
+def demo_outline() -> ModelOutline:
+    """Read once for all plans, which leave it as it was."""
+    return ModelOutline.read(Model(DEMO_FOLDER), DEMO_FOLDER / "linfusion")
+
+
+def plan(on: Machine, attentions=("original", "linear"), outline: ModelOutline | None = None, **request) -> Plan:
     """A plan for the demo model, from 256² to 8192²."""
     wanted = a_request(SIZES[-1], attention=attentions, steps=(4,), strength=(0.5,), **request)
     phases = ladder(wanted, Rungs(SIZES, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
-    facts, outline = read_facts(Model(DEMO_FOLDER)), ModelOutline.read(Model(DEMO_FOLDER), DEMO_FOLDER / "linfusion")
+    facts = read_facts(Model(DEMO_FOLDER))
     passes = [count_passes(wanted, facts.scheduler_config, phase) for phase in phases]
-    return make_plan(Wanted(wanted, facts, phases, passes), outline, on)
+    return make_plan(Wanted(wanted, facts, phases, passes), outline or demo_outline(), on)
 
 
 def test_a_cpu_with_room_takes_the_best_strips_for_linear_attention_alone():
