@@ -73,6 +73,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float16 if name == "auto" else getattr(torch, name)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name as --dtype takes it: torch.float16 -> float16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def pick_vae_dtype(name: str, device: torch.device) -> torch.dtype:
     """bfloat16 on cards that have it, unless float32 is asked for; never float16, where SDXL's overflows to black."""
     import torch

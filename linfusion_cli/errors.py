@@ -59,7 +59,7 @@ class DataError(LinfusionError):
 
 
 class NonFinite(DataError):
-    """A network gives NaN or Inf. The last good state is kept: another dtype or repaired weights may go on from it."""
+    """A network gives NaN or Inf. The last good state is saved: another dtype or repaired weights can resume it."""
 
 
 class InputMissing(LinfusionError):

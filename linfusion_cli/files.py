@@ -6,7 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
 
@@ -26,6 +26,23 @@ def neighbour(path: Path, pattern: str) -> Path:
     if len(os.fsencode(name)) > NAME_BYTES:
         name = pattern.format(hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32])
     return path.with_name(name)
+
+
+def check_distinct(files: Mapping[str, Path | None]) -> None:
+    """Raise UsageError where two outputs, by what they are called, are one file, or one is the temporary file of the
+    other."""
+    seen: dict[Path, str] = {}
+    for name, path in files.items():
+        for place in () if path is None else (path, neighbour(path, PART)):
+            if (other := seen.setdefault(_without_links(place), name)) != name:
+                raise UsageError(f"{name} {str(place)!r} is the file of {other}.", "Name another file.")
+
+
+def _without_links(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a loop of links, which is refused when it is opened
+        return path
 
 
 def sync_folder(folder: Path) -> None:
@@ -84,7 +101,7 @@ def open_locked(path: Path, target: Path) -> int:
                 raise UsageError(reason, "Name another file.")
             _lock(fd, target)
             if same_file(fd, path):
-                _locked_here[_inode(fd)] = fd
+                _locked_here[fd] = _inode(fd)
                 return fd
         except BaseException:
             os.close(fd)
@@ -107,21 +124,23 @@ def same_file(fd: int, path: Path) -> bool:
         return False
 
 
-# Inode -> the descriptor that this process locked it by. One that was closed since has no inode, or another one.
-_locked_here: dict[tuple[int, int], int] = {}
+# The descriptors by which this process has locked files, and the inode of each. Closed ones are not removed, but the
+# system gives their numbers to the next files, so there are never more entries than files open at once.
+_locked_here: dict[int, tuple[int, int]] = {}
 
 
 def _is_locked_here(fd: int) -> bool:
-    """Whether this process has a lock on the file that `fd` has opened."""
-    holder = _locked_here.get(_inode(fd))
+    """Whether this process has locked the file of `fd` by another descriptor, which is still open."""
+    inode = _inode(fd)
+    return any(other != fd and locked == inode == _inode(other) for other, locked in _locked_here.items())
+
+
+def _inode(fd: int) -> tuple[int, int] | None:
+    """Device and inode of an open file; None if `fd` was closed."""
     try:
-        return holder not in (None, fd) and _inode(holder) == _inode(fd)  # numbers of both kinds come again
-    except OSError:  # it was closed
-        return False
-
-
-def _inode(fd: int) -> tuple[int, int]:
-    stat = os.fstat(fd)
+        stat = os.fstat(fd)
+    except OSError:
+        return None
     return stat.st_dev, stat.st_ino
 
 

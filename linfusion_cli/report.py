@@ -50,9 +50,7 @@ class RunReport:
     weights: list[dict[str, Any]] = field(default_factory=list)  # of every file: use, path, bytes, sha256
     stages: list[StageReport] = field(default_factory=list)
     already_complete: bool = False  # by an earlier run: this one has made nothing
-    dtypes: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # phase and step from which on each held, earlier runs too
+    dtypes: list[dict[str, Any]] = field(default_factory=list)  # with the phase and step where each begins
     resumed_from: str | None = None  # what an earlier run had reached; all other figures are of this one
     checkpoints: dict[str, Any] = field(default_factory=dict)  # count, seconds and bytes of the states saved
     output: str | None = None

@@ -242,7 +242,7 @@ def flag(setting: str) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    """`value` as JSON has it: no Infinity, which an interval's upper end may be, but text that is read back as that."""
+    """`value` as JSON, which has no Infinity: an infinite number becomes text that is read back as a number."""
     if isinstance(value, tuple):
         return tuple(map(_json_value, value))
     infinite = isinstance(value, float) and math.isinf(value)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# One thread for each process, before torch and numpy are imported: on tensors this small more only cost time, and
-# `make test` runs a process per core.
+# One thread per process, set before torch and numpy are imported: on tensors this small more threads only cost time,
+# and `make test` runs one process per core.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-# As where the tests run under nohup or in the background of a script: the processes that are tested would ignore them,
-# and the tests would wait for ever.
+# Under nohup or in the background of a script these are ignored. The processes under test would inherit that, and the
+# tests would wait for ever.
 for ignored, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, handler)

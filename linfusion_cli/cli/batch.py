@@ -148,7 +148,7 @@ def opened_batch(listing: Listing, observer: Observer, shown: Shown, stop_on_err
 
 
 def carry_out(batch: Batch, listing: Listing, source: str) -> Tally:
-    """The jobs of one list; raises InputMissing, or DataError for what is no list or has no jobs."""
+    """Run the jobs of one list; raises InputMissing, or DataError for a file that is not a list or has no jobs."""
     from linfusion_cli.jobs.joblist import STDIN, read_list
     from linfusion_cli.jobs.prompts import OptionsInList
 
@@ -160,7 +160,7 @@ def carry_out(batch: Batch, listing: Listing, source: str) -> Tally:
 
 
 def watch_folder(batch: Batch, listing: Listing, folder: Path) -> None:
-    """The jobs of every list that appears, for ever; a list that cannot be read is told of, as is what is no list."""
+    """Run the jobs of every list that appears, for ever, and report unreadable lists and files that are not lists."""
     from linfusion_cli.jobs.watch import watch
 
     def carried_out(path: Path) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 
 from linfusion_cli.cli import log, options, render
 from linfusion_cli.cli.request import keep_to, quieten_hub, read_request
-from linfusion_cli.errors import UsageError
 from linfusion_cli.events import Observer
+from linfusion_cli.files import check_distinct
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import GenerateRequest, PictureRequest
 
@@ -62,14 +62,6 @@ def run(
             save(result)
     render.show_report(result, quiet)
     render.answer(as_text(result) if as_json else result.output)
-
-
-def check_distinct(files: Mapping[str, Path | None]) -> None:
-    """Raise UsageError when two options name one file."""
-    seen: dict[Path, str] = {}
-    for option, path in files.items():
-        if path is not None and (other := seen.setdefault(path.resolve(), option)) != option:
-            raise UsageError(f"{option} {str(path)!r} is the file of {other}.", "Name another file.")
 
 
 @contextmanager

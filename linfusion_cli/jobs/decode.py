@@ -63,7 +63,7 @@ def decode(
         machine, plan = describe(run.device), run.plan.to_json()
         read = [weights for weights in hashed_weights(prepared, recorder, shelf) if weights.use == VAE_USE]
         report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, to_json(read), recorder.stages)
-        report.dtypes = list(kept.made_with.get(DTYPES, ()))
+        report.dtypes = list(kept.made_with[DTYPES])
         making = Making(request, weights_with(kept, read), proven=False, dtypes=report.dtypes)
         with opened_outputs(file, making) as sink:
             vae = loading.load_decoder(run)

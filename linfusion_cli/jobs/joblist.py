@@ -49,7 +49,7 @@ class Entry:
 def read_list(source: str) -> Iterator[Entry]:
     """The jobs of a file, of a pipe, or for `-` of standard input, of which there is one at least.
 
-    The format is that of a file's suffix; pipes and files without one are told by their first lines. Raises
+    The format is that of a file's suffix; pipes and files without one are recognised by their first lines. Raises
     InputMissing, or DataError for what is no list or has no jobs.
     """
     path = None if source == STDIN else user_path(source)

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
-from linfusion_cli.device import versions
+from linfusion_cli.device import dtype_name, versions
 from linfusion_cli.errors import NonFinite, Stopped, UsageError, WriteFailed
 from linfusion_cli.images.pending import resolved
-from linfusion_cli.jobs.weights import named_weights
+from linfusion_cli.jobs.weights import DTYPES, named_weights
 from linfusion_cli.journal import SCHEMA, Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile, digested
 from linfusion_cli.models.parts import PARTS
@@ -49,7 +49,7 @@ ASIDE = "{} {}: it is now {}, and the run begins anew."
 OTHER_VERSION = "was made by another version of linfusion ({})"
 ELSEWHERE = "The run goes on with {}: its picture equals that of a run in one go up to rounding."
 UNSAVED = "{} The run goes on, and tries again later."
-NON_FINITE = "non_finite"  # in a journal's head: what it says was reached before a network gave NaN or Inf
+NON_FINITE = "non_finite"  # in a journal's head: the message of the NaN or Inf that ended the run
 REPAIRED = "{} changed since the model gave NaN or Inf: the run goes on with the new content."
 OTHERWISE = ", also with another --dtype or repaired files of the same names"
 
@@ -103,8 +103,8 @@ class Keeper:
 
     @property
     def dtypes(self) -> list[dict[str, Any]]:
-        """In which dtypes the steps of this run are computed, those of earlier runs included: see `_dtypes`."""
-        return self.head["dtypes"]
+        """The dtypes of all steps of this run and of the runs that it resumes: see `_dtypes`."""
+        return self.head[DTYPES]
 
     @property
     def executed(self) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ class Keeper:
         """
         if self.found is not None:
             self._compare(self.found.head, head)
-        self.head = head | {"dtypes": self._dtypes(head)}
+        self.head = head | {DTYPES: self._dtypes(head)}
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Say what differs; raises UsageError for files with other content, unless the model had given NaN or Inf."""
@@ -131,14 +131,14 @@ class Keeper:
             self._notice(ELSEWHERE.format(what))
 
     def _dtypes(self, head: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The dtypes in which steps were computed: each with the phase, and its steps done, from which on it holds."""
-        state, before = self.found_state(), [] if self.found is None else self.found.head.get("dtypes", [])
+        """The dtype of each step: {phase, step, dtype} holds after so many steps of the phase, up to the next entry."""
+        state, before = self.found_state(), [] if self.found is None else self.found.head.get(DTYPES, [])
         is_over = state.is_done and state.begun.phase == head["last"]["phase"]
         if before and (is_over or before[-1]["dtype"] == head["dtype"]):
             return before
-        now = {"phase": state.begun.phase, "step": state.steps, "dtype": head["dtype"]}
-        unused = [entry for entry in before if (entry["phase"], entry["step"]) == (now["phase"], now["step"])]
-        return [*(entry for entry in before if entry not in unused), now]
+        place = {"phase": state.begun.phase, "step": state.steps}
+        used = [entry for entry in before if not place.items() <= entry.items()]  # in one step at least
+        return [*used, place | {"dtype": head["dtype"]}]
 
     def runs_so(self, kind: str, phase: int, mode: Any) -> None:
         """This stage runs in another way than was planned, from now on."""
@@ -161,8 +161,10 @@ class Keeper:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """What is stopped within has its state saved, and says so; so has a model that gives NaN or Inf, the last good
-        one, and a file that cannot be written."""
+        """Save the state when a signal, a failed write or a NonFinite leaves this block, and say so in its message.
+
+        After NaN or Inf that is the last good state, with a mark that lets other dtypes and repaired files resume it.
+        """
         try:
             with honoured():
                 yield
@@ -171,6 +173,8 @@ class Keeper:
             raise
         except NonFinite as error:
             self.head = self.head | {NON_FINITE: str(error)}
+            if self.reached is None and self.found is not None:
+                self.reached = self.found_state()  # to be saved again, with the mark
             error.way_out = f"{error.way_out} {self._kept(OTHERWISE)}".strip()
             raise
         except WriteFailed as error:
@@ -191,11 +195,11 @@ class Keeper:
             self._notice(UNSAVED.format(error))
 
     def _save(self) -> None:
-        if self.reached is None or self._is_saved():
+        if self.reached is None or (self.reached is self._saved and self.head is self._saved_head):
             return
         if not self.reached.is_finite:
             self.reached = self._saved
-            raise NonFinite("The latents contain NaN or Inf.", "Use --dtype float32, another scheduler or fewer steps.")
+            raise NonFinite("The latents contain NaN or Inf after a step.", "Use another --scheduler, with --fresh.")
         began, bytes_before = time.monotonic(), self._journal.saved_bytes
         self._saved_at = began  # also where it fails: it is not tried at every step
         self._journal.save(self.head, self.reached.parts)
@@ -206,16 +210,10 @@ class Keeper:
         self.saves.seconds += self._took_sec
         self.saves.bytes += self._journal.saved_bytes - bytes_before
 
-    def _is_saved(self) -> bool:
-        """Whether the state is on the disk, and with it that the model gave NaN or Inf, if it did."""
-        return self.reached is self._saved and (NON_FINITE in self.head) == (NON_FINITE in self._saved_head)
-
     def _kept(self, also: str = "") -> str:
-        """Save what would be lost -> what there is to go on from, and in which way `also`."""
+        """Save what would be lost -> a sentence: what is saved, and how it can be resumed, `also` at its end."""
         failed = ""
         try:
-            if self.reached is None and self.found is not None and also:
-                self.reached = self.found_state()  # which gets the mark that the model gave NaN or Inf
             self._save()
         except (WriteFailed, NonFinite) as error:
             failed = f"{error} "
@@ -265,16 +263,16 @@ def usable(journal: Journal, request: PictureRequest, notice: Callable[[str], No
 
 
 def changes_since(entry: Entry, request: PictureRequest) -> list[str]:
-    """What of `request` keeps it from going on from a journal's `entry`, each in words.
+    """The settings of `request` that differ from a journal's `entry` and prevent a resume, each in words.
 
-    After the model has given NaN or Inf, another dtype may go on.
+    After NaN or Inf the dtype may differ.
     """
     allowed = MAY_DIFFER | ({"dtype"} if NON_FINITE in entry.head else set())
     return changes(entry.head["request"], as_json(request.to_json()), allowed)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
-    """The settings that are not what they were, but those that are `allowed` to change, each in words."""
+    """The settings that have changed, each in words, without those that are `allowed` to change."""
     names = [name for name in {**now, **before} if name not in allowed and before.get(name) != now.get(name)]
     return [f"{flag(name)} {shown(now.get(name))} instead of {shown(before.get(name))}" for name in names]
 
@@ -299,8 +297,8 @@ def elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
             yield f"{name} {version} instead of {before['versions'].get(name)}"
     if before["device"] != now["device"]:
         yield f"{now['device']} instead of {before['device']}"
-    if "dtypes" in before and before["dtypes"][-1]["dtype"] != now["dtype"]:
-        yield f"{now['dtype']} instead of {before['dtypes'][-1]['dtype']}"
+    if DTYPES in before and before[DTYPES][-1]["dtype"] != now["dtype"]:
+        yield f"{now['dtype']} instead of {before[DTYPES][-1]['dtype']}"
     if before["stages"] != now["stages"]:
         yield "another plan, as the executed one does not fit here"
 
@@ -320,7 +318,7 @@ def journal_head(prepared: Prepared, weights: Sequence[WeightsFile], plan: Plan)
             "linfusion": __version__,
             "versions": versions(),
             "device": str(plan.machine.device),
-            "dtype": str(plan.machine.dtype).removeprefix("torch."),
+            "dtype": dtype_name(plan.machine.dtype),
             "request": prepared.request.to_json(),
             "weights": named_weights(weights),
             "configs": configs_of(prepared),

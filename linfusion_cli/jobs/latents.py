@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from linfusion_cli.errors import DataError, InputMissing, LinfusionError, UsageError
 from linfusion_cli.geometry import Size
 from linfusion_cli.images import PendingFile
+from linfusion_cli.jobs.weights import DTYPES
 from linfusion_cli.journal import Damaged, Journal
 from linfusion_cli.models.header import Header, read_header
 from linfusion_cli.units import is_file, is_folder, parse_size
@@ -74,7 +75,7 @@ def left_latents(folder: Path) -> KeptLatents:
     if not reached.get("is_done") or entry.parts["begun"]["phase"] != last["phase"]:
         raise DataError(f"{folder} holds no finished latents.", "Run its command again: it goes on from there.")
     latents, head = reached["latents"], entry.head
-    made_with = head["request"] | {"weights": head["weights"], "dtypes": head.get("dtypes", [])}
+    made_with = head["request"] | {"weights": head["weights"], DTYPES: head.get(DTYPES, [])}
     return KeptLatents(folder, made_with, parse_size(last["size"]), tuple(latents.shape), lambda: latents)
 
 
@@ -89,10 +90,10 @@ def checked_shape(header: Header) -> tuple[int, ...]:
 def check_metadata(made_with: Any) -> dict[str, Any]:
     """The request, with weights and dtypes as `jobs.weights.made_with` writes them; raises ValueError or TypeError.
 
-    Latents of version 0.1 have no dtypes.
+    Older latents have no dtypes.
     """
-    made_with = {"dtypes": []} | made_with
-    weights, dtypes = made_with["weights"], made_with["dtypes"]
+    made_with = {DTYPES: []} | made_with
+    weights, dtypes = made_with["weights"], made_with[DTYPES]
     if not isinstance(weights, list) or not all("/" in file["file"] and str(file["sha256"]) for file in weights):
         raise ValueError("no weights")
     if not isinstance(dtypes, list) or not all(isinstance(entry, dict) for entry in dtypes):

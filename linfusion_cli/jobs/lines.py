@@ -1,4 +1,4 @@
-"""A text file line by line, in bounded memory: wrong lines are told of and passed over, what is no text is refused."""
+"""Read a text file line by line in bounded memory. Invalid lines are reported; files that are not text are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which format a list of jobs has: by the suffix of its name, else by its first lines. What is no list is refused."""
+"""Recognise the format of a job list by its suffix, else by its first lines, and reject everything else."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def check_suffix(path: PurePath) -> None:
 
 
 def recognise_format(suffix: str, lines: Iterator[Line], name: str) -> tuple[Format, Iterator[Line]]:
-    """The format by suffix or, with one that no list has, by the first lines; and the lines from where they say it.
+    """The format, by suffix or without one by the first lines, and the lines from the first that is not blank.
 
-    Raises DataError, calling the list `name`, if it begins like something else.
+    Raises DataError, with `name` for the list, if it begins like another format.
     """
     expected = SUFFIXES.get(suffix.lower())
-    if expected in ("CSV", "TOML"):  # what is something else has no header or no [[job]], which their readers refuse
+    if expected in ("CSV", "TOML"):  # their readers reject a list without a header or [[job]]
         return expected, lines
     first, lines = _skip(lines)
     is_json = expected == "JSONL" or (expected is None and first is not None and first.text.lstrip().startswith("{"))
@@ -67,7 +67,7 @@ def recognise_format(suffix: str, lines: Iterator[Line], name: str) -> tuple[For
 
 
 def _skip(lines: Iterator[Line], comments: bool = False) -> tuple[Line | None, Iterator[Line]]:
-    """The first line that is not blank, nor with `comments` a comment, and the lines from there on."""
+    """The first line that is not blank (nor a comment, with `comments`), and the lines from there on."""
     for line in lines:
         text = line.text.strip()
         if line.problem or (text and not (comments and text.startswith("#"))):
@@ -76,7 +76,7 @@ def _skip(lines: Iterator[Line], comments: bool = False) -> tuple[Line | None, I
 
 
 def _other_format(text: str, expected: Format | None, is_json: bool) -> tuple[str, str] | None:
-    """What a JSONL or text list that begins with the line `text` seems to be instead, and what to do about it."""
+    """Another format that the first line `text` of a JSONL or text list looks like, and a hint; None if it fits."""
     if TABLE.fullmatch(text):
         return "TOML", "End its name in .toml."
     if ARRAY.match(text):
@@ -95,7 +95,7 @@ def _other_format(text: str, expected: Format | None, is_json: bool) -> tuple[st
 
 
 def _is_header(text: str) -> bool:
-    """Whether this is the header of a table, if perhaps a wrong one: the reader of CSV names what is wrong with it."""
+    """Whether this is a CSV header, valid or not: the CSV reader names what is wrong with it."""
     names = _columns(text)
     if len(names) == 1:
         return names[0] in ("prompt", "image")  # other names of fields, such as model, are words of prompts
@@ -103,7 +103,7 @@ def _is_header(text: str) -> bool:
 
 
 def _is_sure_header(text: str) -> bool:
-    """Whether this is a header even where one prompt per line is expected."""
+    """Whether this can only be a CSV header, also where one prompt per line is expected."""
     names = _columns(text)
     return len(names) > 1 and "prompt" in names and all(name in FIELDS for name in names)
 

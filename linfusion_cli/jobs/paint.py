@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from linfusion_cli.attention.mount import mounted, self_attentions
+from linfusion_cli.device import dtype_name
 from linfusion_cli.errors import NonFinite
 from linfusion_cli.jobs.control import ActingControl, acting
 from linfusion_cli.jobs.loading import Models, load, read_prompts
@@ -40,7 +41,7 @@ from linfusion_cli.unet.predict import InStrips, Whole
 SMALLER = "Memory ran out: the step is repeated, and the phase goes on, in strips of {} rows and {} tokens, {}."
 PROBED = "The model's config does not say what it predicts: by a probe, {} (its correlation with noise is {:.2f})."
 USE_FLOAT32 = "Use --dtype float32."
-CHECK_WEIGHTS = "Check the weights and LoRAs with `linfusion models check`, or use others."
+CHECK_WEIGHTS = "Check the weights and LoRAs with `linfusion models check`; for other ones add --fresh."
 MAPS = {"device": "maps on the device", "skips": "skip connections on the host", "host": "maps on the host"}
 
 
@@ -159,8 +160,9 @@ def stepped(
     """What is reached when all `steps` are done, with the stage recorded; `state` is what goes on with latents."""
     with run.stage("denoise", phase.index, reached.steps) as stage, torch.inference_mode():
         while True:
-            with finishing(), explain_non_finite(run, phase):
-                latents = next(steps, None)
+            with finishing():
+                with explain_non_finite(run, phase):
+                    latents = next(steps, None)
                 if latents is None:
                     break
                 reached = Reached(reached.begun, reached.steps + 1, latents, False, *state())
@@ -171,13 +173,13 @@ def stepped(
 
 @contextmanager
 def explain_non_finite(run: Run, phase: Phase | None = None) -> Iterator[None]:
-    """Within, a NonFinite prediction is told with its phase, its dtype and what helps."""
+    """Within, add the phase, the dtype and a hint to the message of a NonFinite."""
     try:
         yield
     except NonFinite as error:
         where = "" if phase is None else f" in phase {phase.name}"
         hint = CHECK_WEIGHTS if run.dtype == torch.float32 else USE_FLOAT32
-        raise NonFinite(f"{error.message.rstrip('.')}{where} ({run.dtype_name}).", hint) from error
+        raise NonFinite(f"{error.message.rstrip('.')}{where} ({dtype_name(run.dtype)}).", hint) from error
 
 
 @contextmanager

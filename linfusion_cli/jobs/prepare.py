@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from linfusion_cli import images
 from linfusion_cli.device import pick_device, pick_dtype
 from linfusion_cli.errors import UsageError, WriteFailed
-from linfusion_cli.files import PART, neighbour
+from linfusion_cli.files import check_distinct
 from linfusion_cli.geometry import MOST_BEND, Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
@@ -116,23 +115,17 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
         phases=phases,
         controls=controls,
     )
-    check_distinct_outputs(prepared)
+    check_outputs(prepared)
     return prepared
 
 
-def check_distinct_outputs(prepared: Prepared) -> None:
-    """Raise UsageError where two of the files that the run writes would be one, or one another's temporary file."""
-    request, occupied = prepared.request, {}
+def check_outputs(prepared: Prepared) -> None:
+    """Raise UsageError where two of the files that the run writes would be one."""
+    request = prepared.request
     files = {"--output": request.output, "--preview": request.preview, "--keep-latents": request.keep_latents}
-    if request.save_phases:
-        sizes = saved_sizes(prepared)
-        files |= {f"the {size} phase of --save-phases": phase_path(request.output, size) for size in sizes}
-    for name, path in files.items():
-        for place in () if path is None else (path, neighbour(path, PART)):
-            with suppress(OSError, RuntimeError):  # a loop of links, which opening refuses
-                place = place.resolve()
-            if (other := occupied.setdefault(place, name)) != name:
-                raise UsageError(f"{other} and {name} would both write {place}.", "Name another file.")
+    sizes = saved_sizes(prepared) if request.save_phases else []
+    phases = {f"the {size} phase of --save-phases": phase_path(request.output, size) for size in sizes}
+    check_distinct(files | phases)
 
 
 def merged_base(request: PictureRequest, model: Model, linfusion: Path, family: str) -> Path | None:

@@ -39,14 +39,14 @@ def literal_notice(request: PictureRequest) -> str | None:
 
 @dataclass
 class OptionsInList:
-    """The prompts of a list that have words like `--steps`: how many jobs, and the first line and word."""
+    """Counts the jobs of a list whose prompts contain words like `--steps`, and keeps the first line and word."""
 
     jobs: int = 0
     line: int = 0
     word: str = ""
 
     def count(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        """The same entries; those that pass are counted."""
+        """Yield the same entries, counting on the way."""
         for entry in entries:
             texts = (entry.values.get(setting, "") for setting in ("prompt", "negative_prompt"))
             if word := next(filter(None, map(option_in, texts)), None):
@@ -56,7 +56,7 @@ class OptionsInList:
             yield entry
 
     def notice(self, name: str) -> str | None:
-        """What to say of them, once for the list called `name`; None where there are none."""
+        """The warning for the list called `name`; None if there is nothing to warn about."""
         if not self.jobs:
             return None
         count = "1 prompt has" if self.jobs == 1 else f"{self.jobs} prompts have"

@@ -43,11 +43,6 @@ class Run:
         """The UNet's and the text encoders'; the VAE has its own."""
         return self.plan.machine.dtype
 
-    @property
-    def dtype_name(self) -> str:
-        """Its name as --dtype takes it."""
-        return str(self.dtype).removeprefix("torch.")
-
     def predicting(self, prediction_type: str) -> Run:
         """This run with a model that predicts this."""
         prepared = replace(self.prepared, facts=self.prepared.facts.predicting(prediction_type))

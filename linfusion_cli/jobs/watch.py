@@ -22,13 +22,13 @@ from linfusion_cli.units import is_folder
 POLL_SEC = 1.0
 UNFINISHED = (".part", ".tmp")  # as what is being copied here is called
 DONE, FAILED = "done", "failed"
-NO_LIST = "{} is not a list of jobs, and stays where it is. " + LIST_NAMES
+NOT_A_LIST = "{} is not a list of jobs, and stays where it is. " + LIST_NAMES
 
 Stamp = tuple[int, int, int]
 
 
 class Inbox:
-    """The folder, and what its files looked like when it was last looked into. `observer` hears of what is no list."""
+    """The folder, and what its files looked like at the last look. `observer` is notified of other files."""
 
     def __init__(self, folder: Path, observer: Observer):
         """Makes the folders for what is done; raises InputMissing or CannotCreate."""
@@ -41,7 +41,7 @@ class Inbox:
             raise CannotCreate(f"{folder} refuses a folder ({error.strerror}).", "Name another one.") from error
         self._folder, self._observer = folder, observer
         self._seen: dict[Path, Stamp] = {}
-        self._left: dict[Path, Stamp] = {}  # what stays until it changes: no lists, and lists that cannot be moved
+        self._left: dict[Path, Stamp] = {}  # ignored until they change: other files, and lists that cannot be moved
 
     def ready(self) -> list[Path]:
         """The lists that have stood still since the last look, in the order of their names."""
@@ -57,7 +57,7 @@ class Inbox:
             return True
         self._left[path] = self._seen[path]
         if not is_record:
-            self._observer(Notice(NO_LIST.format(path)))
+            self._observer(Notice(NOT_A_LIST.format(path)))
         return False
 
     def put_aside(self, path: Path, name: str) -> None:
@@ -95,7 +95,7 @@ def watch(
 ) -> NoReturn:
     """Hand `carried_out` every list that appears, which says whether all went well; ends by what stops the process.
 
-    `observer` hears once of each file that is no list, and again if it changes.
+    `observer` is notified once of each file that is not a list, and again if it changes.
     """
     inbox = Inbox(folder, observer)
     while True:

@@ -14,7 +14,7 @@ from linfusion_cli.models.locate import LINFUSION_WEIGHTS
 from linfusion_cli.models.parts import PARTS, weights_files
 from linfusion_cli.request import PictureRequest
 
-DTYPES = "dtypes"  # in metadata: where the dtype of the request is auto, or was changed on the way
+DTYPES = "dtypes"  # in metadata, reports and journals: the dtype of the request may be auto, or change on resume
 WHOLE = "model"  # the use of a file that holds a whole model
 
 

@@ -6,7 +6,6 @@ given.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,6 +37,10 @@ UNKNOWN_CONDITIONING = (
     "encoder_hid_dim_type",
     "encoder_hid_dim",
 )
+CONTRADICTION = (
+    "{} contradicts itself: its tensor {} marks v_prediction, its header says epsilon. v_prediction is used; "
+    "--prediction-type epsilon overrides it."
+)
 
 
 def check_compatible(
@@ -55,6 +58,7 @@ def check_markers(header: Header) -> None:
 
 
 def raise_first(model: object, problems: list[str]) -> None:
+    """Raise DataError for the first of `problems`, if there are any."""
     if problems:
         raise DataError(f"{model} is not supported: {problems[0]}.", KINDS)
 
@@ -102,11 +106,8 @@ def beta_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def are_betas(values: Any) -> bool:
-    """Whether `values` are numbers between 0 and 1, at least one."""
-    numbers = isinstance(values, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
-    )
-    return numbers and len(values) > 0 and all(0 < value < 1 for value in values)
+    """Whether `values` are numbers between 0 and 1, at least one; NaN is not."""
+    return isinstance(values, list) and len(values) > 0 and all(isinstance(v, float) and 0 < v < 1 for v in values)
 
 
 def marker_problems(header: Header) -> Iterator[str]:
@@ -144,9 +145,3 @@ def prediction_in(header: Header) -> tuple[str | None, str | None]:
     if said == "epsilon" and marker is not None:
         return "v_prediction", CONTRADICTION.format(header.file, marker)
     return said or ("v_prediction" if marker == V_PREDICTION else None), None
-
-
-CONTRADICTION = (
-    "{} contradicts itself: its tensor {} marks v_prediction, its header says epsilon. v_prediction is used; "
-    "--prediction-type epsilon overrides it."
-)

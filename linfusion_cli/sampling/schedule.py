@@ -100,7 +100,7 @@ class Schedule:
     def stepped(self, prediction: Tensor, step: int, latents: Tensor) -> Tensor:
         """`latents` after `step`, by the model's `prediction` for them.
 
-        Raises NonFinite for a prediction with NaN or Inf, before it reaches the scheduler: its state stays good.
+        Raises NonFinite for a prediction with NaN or Inf before the scheduler step, so its state stays valid.
         """
         if not prediction.isfinite().all():
             raise NonFinite(f"The model predicts NaN or Inf at step {step + 1} of {len(self)}.")

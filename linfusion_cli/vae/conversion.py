@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from linfusion_cli.device import free_memory, is_out_of_memory
+from linfusion_cli.device import dtype_name, free_memory, is_out_of_memory
 from linfusion_cli.errors import NonFinite
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import Stage, reach, streamed
@@ -90,7 +90,7 @@ class Conversion:
     def _use_fp32(self) -> None:
         if self._vae.dtype == torch.float32:
             raise NonFinite("The VAE gives NaN, even in float32.", OTHER_WEIGHTS)
-        self._notify(IN_FP32.format(str(self._vae.dtype).removeprefix("torch."), self._top))
+        self._notify(IN_FP32.format(dtype_name(self._vae.dtype), self._top))
         self._vae.float()
         self._settled = False
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from linfusion_cli import files
 from linfusion_cli.errors import TryAgain, UsageError
 from linfusion_cli.images import PendingFile
 from linfusion_cli.jobs.naming import Names
@@ -40,6 +41,16 @@ def test_a_name_that_only_looks_like_a_phase_is_none(small):
     assert {path.name for path in Path().iterdir()} == {"v.png", "v-64x64.png", "v-99x99.png"}
 
 
+@pytest.mark.parametrize("option", ["-o", "--preview", "--keep-latents", "--report"])
+def test_a_loop_of_links_is_no_bug(cli, xl_model, tmp_path, option):
+    """It is refused when it is opened: comparing it with the other files must not fail before."""
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    code, _, err = cli(
+        "generate", "x", "--model", xl_model, "--size", 64, "--steps", 1, "-o", "a.png", option, "loop.png"
+    )
+    assert code == 73 and "loop.png cannot be created" in err
+
+
 def test_plan_says_so_too(cli, xl_model):
     code, _, err = cli("plan", *SMALL, "--model", xl_model, "--preview", "v-64x64.png")
     assert code == 2 and "v-64x64.png" in err
@@ -55,6 +66,15 @@ def test_a_lock_that_this_process_has_is_not_waited_for(tmp_path):
     with PendingFile(tmp_path / "a.png") as file:  # what was held before is free again
         file.write(b"x")
         file.commit()
+
+
+def test_what_is_remembered_of_locks_does_not_grow_with_the_files(tmp_path):
+    """A batch of a hundred thousand pictures locks three files for each."""
+    for number in range(200):
+        with PendingFile(tmp_path / f"{number}.png") as file:
+            file.write(b"x")
+            file.commit()
+    assert len(files._locked_here) < 100
 
 
 def test_the_lock_of_another_process_still_is(tmp_path):

@@ -201,9 +201,10 @@ def test_latents_that_became_nan_after_the_prediction_are_not_saved(request_of, 
     config = Path("model", "scheduler", "scheduler_config.json")
     values = json.loads(config.read_text()) | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     config.write_text(json.dumps(values))
-    with pytest.raises(NonFinite):
+    with pytest.raises(NonFinite, match="after a step. Use another --scheduler, with --fresh. Nothing was reached"):
         generate(request_of(scheduler="ddim", checkpoint_every=0.0), {}, Listener())
     assert forwards.count == 1 and not Path("a.png.linfusion").exists()
+    assert generate(request_of(fresh=True), {}, Listener()).output == "a.png"
 
 
 def test_a_repaired_vae_goes_on_too(request_of):
