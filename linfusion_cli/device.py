@@ -1,42 +1,65 @@
-"""What this machine has: devices, number formats, memory and its limits, and what a stretch of work took of it."""
+"""The device of a run: choosing and starting it, its number formats, and the memory that a stretch of work took."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import platform
 import re
 import resource
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from linfusion_cli import __version__
-from linfusion_cli.errors import Unavailable, UsageError
+from linfusion_cli import __version__, allocator, diagnosis
+from linfusion_cli.cuda import free_device_bytes, has_bfloat16, is_cuda, limit_device_memory, platform_name, synchronize
+from linfusion_cli.errors import DeviceFailed, DoesNotFit, LinfusionError, Unavailable, UsageError, first_line
+from linfusion_cli.failures import MENDED, explained, is_out_of_memory
+from linfusion_cli.memory import (
+    forgets_peaks,
+    free_host_bytes,
+    high_water_bytes,
+    memory_limit_bytes,
+    resident_bytes,
+    trim_heap,
+)
 
 if TYPE_CHECKING:
     import torch
 
-PROC_SELF = Path("/proc/self")
-CGROUP = Path("/sys/fs/cgroup")
-CGROUP_LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # version 2 and 1
-MIB = 1 << 20
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "could not create a primitive",  # oneDNN's only word for it
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
+__all__ = [  # with what other modules have for it
+    "PeakMemory",
+    "cpu_count",
+    "describe",
+    "dtype_name",
+    "explained",
+    "forgets_peaks",
+    "free_device_bytes",
+    "free_host_bytes",
+    "free_memory",
+    "installed",
+    "is_out_of_memory",
+    "limit_device_memory",
+    "memory_limit_bytes",
+    "pick_device",
+    "pick_dtype",
+    "pick_vae_dtype",
+    "resident_bytes",
+    "start",
+    "versions",
+]
+WITHOUT = "Use --device cpu to do without a GPU."
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` … -> a device that is there; raises UsageError or Unavailable.
+    """`auto`, `cpu`, `cuda`, `cuda:1` … -> a device that is there and works.
 
-    A CUDA device always has an index: `torch.cuda.set_per_process_memory_fraction` refuses one without.
+    `auto` is the CPU where torch sees no GPU; one that it sees has to work, as a run on the CPU in its place would take
+    days. A CUDA device always has an index: `torch.cuda.set_per_process_memory_fraction` refuses one without.
+
+    Raises UsageError; Unavailable for a device that is not there; what `start` raises for one that does not work.
     """
     import torch
 
@@ -47,30 +70,75 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     index = int(match[1] or 0)
     # Asked by number, as torch.device wraps large ones around.
-    if name != "auto" and index >= torch.cuda.device_count():
-        raise Unavailable(f"--device {name} is not on this machine: {_cuda_state()}.", "Use --device cpu or auto.")
-    return torch.device("cuda", index)
+    if index >= torch.cuda.device_count():
+        raise absent(name)
+    device = torch.device("cuda", index)
+    start(device)
+    return device
 
 
-def _cuda_state() -> str:
-    """Why there is no such CUDA device, in words."""
+def absent(name: str) -> Unavailable:
+    """That there is no such GPU, and why."""
     import torch
 
-    if torch.version.cuda is None:
-        return "this build of torch has no CUDA"
-    count = torch.cuda.device_count()
-    return f"torch sees {count} CUDA device{'' if count == 1 else 's'}"
+    reason, way_out = (diagnosis.seen(), "") if torch.cuda.device_count() else diagnosis.why_no_device()
+    return Unavailable(f"--device {name} is not on this machine: {reason}.", way_out or "Use --device cpu or auto.")
+
+
+def start(device: torch.device) -> None:
+    """Start CUDA on `device` and run a kernel there, as some faults show only then.
+
+    Raises DeviceFailed where that fails, DoesNotFit where nothing of its memory is left, UsageError for options of
+    torch's allocator, in the environment, that torch does not understand.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of several lines; what matters fails below
+            run_kernel(device)
+    except Exception as error:  # noqa: BLE001 - of whatever type: nothing but torch is called
+        if not allocator.fall_back(error):
+            raise not_started(device, error) from error
+        start(device)
+
+
+def run_kernel(device: torch.device) -> None:
+    import torch
+
+    torch.ones(1, device=device)
+    synchronize(device)
+
+
+def not_started(device: torch.device, error: Exception) -> LinfusionError:
+    """Why `device` does not work, from torch's `error`."""
+    said = first_line(error).rstrip(". ")
+    if (wrong := allocator.complaint(error)) is not None:
+        return wrong
+    if is_out_of_memory(error):
+        return DoesNotFit(f"{device} has no memory left ({said}).", f"End what uses it (see `nvidia-smi`). {WITHOUT}")
+    found = explained(error)
+    hint = MENDED if found is None else found.way_out
+    return DeviceFailed(f"{device} cannot be used: {said}.", f"{hint} {WITHOUT}")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The UNet's number format: `auto` is float16 on a GPU; a CPU has float32 only, as half runs 100 times slower."""
     import torch
 
-    if device.type == "cpu":
+    if device.type == "cpu" and not _half_on_cpu(name):
         if name not in ("auto", "float32"):
             raise UsageError(f"--dtype {name} needs a GPU: a CPU runs in float32.", "Leave --dtype out.")
         return torch.float32
+    if name == "bfloat16" and is_cuda(device) and not has_bfloat16(device):
+        reason = f"--dtype bfloat16 is not possible on {device}, which has no bfloat16."
+        raise UsageError(reason, "Use --dtype float16 or float32.", "dtype")
     return torch.float16 if name == "auto" else getattr(torch, name)
+
+
+def _half_on_cpu(name: str) -> bool:
+    """Whether `name` is half precision, and the CPU is to compute in it: for tests of what cards do, where none is.
+
+    Only with LINFUSION_CPU_HALF=1, which is for developers.
+    """
+    return name in ("float16", "bfloat16") and os.environ.get("LINFUSION_CPU_HALF") == "1"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -83,100 +151,8 @@ def pick_vae_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     if device.type != "cuda" or name == "float32":
-        return torch.float32
-    with torch.cuda.device(device):  # the question is about the present card, and asks for no other
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-
-
-def memory_limit_bytes() -> int:
-    """The memory this process may use: the machine's, or what cgroup, SLURM or `ulimit -v` leave of it."""
-    limits = [psutil.virtual_memory().total, *_cgroup_limits(), *_slurm_limits(), *_address_limits()]
-    return min(limits)
-
-
-def free_host_bytes() -> int:
-    """The memory this process could still take: what the machine has to give, or what a limit leaves of it."""
-    own = psutil.Process().memory_info()
-    left = [psutil.virtual_memory().available, *(limit - used for limit, used in _cgroups())]
-    left += [limit - own.rss for limit in _slurm_limits()] + [limit - own.vms for limit in _address_limits()]
-    return max(0, min(left))
-
-
-def free_device_bytes(device: torch.device) -> int:
-    """As `free_host_bytes`, of a CUDA card: what torch holds and does not use can be had again."""
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def limit_device_memory(device: torch.device, budget_bytes: int | None) -> None:
-    """Let torch hold no more than this of a CUDA card, None for all of it: beyond, its memory has run out."""
-    import torch
-
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (budget_bytes or total) / total), device)
-
-
-def resident_bytes() -> int:
-    """The memory this process has now."""
-    return psutil.Process().memory_info().rss
-
-
-def _cgroup_limits() -> list[int]:
-    return [limit for limit, _ in _cgroups()]
-
-
-def _cgroups() -> list[tuple[int, int]]:
-    """Limit and use of this process's cgroup and of all above it that have a limit; "max" means none."""
-    paths = [line.split(":", 2)[2].strip("/") for line in _lines(PROC_SELF / "cgroup")]
-    folders = {folder for path in paths for base in (CGROUP, CGROUP / "memory") for folder in _upwards(base, path)}
-    found = []
-    for folder in folders:
-        for limit, usage in CGROUP_LIMITS.items():
-            text = "".join(_lines(folder / limit))
-            if text.isdigit():
-                found.append((int(text), _cgroup_use(folder, usage)))
-    return found
-
-
-def _cgroup_use(folder: Path, name: str) -> int:
-    """What a cgroup uses, but for cached files, which the kernel gives up for whoever asks."""
-    used = "".join(_lines(folder / name))
-    stat = dict(line.split() for line in _lines(folder / "memory.stat"))
-    total = "total_" if "total_cache" in stat else ""  # version 1 counts the groups below apart
-    cached = sum(int(stat.get(f"{total}{kind}_file", 0)) for kind in ("active", "inactive"))
-    return max(0, int(used or 0) - cached)
-
-
-def _upwards(base: Path, path: str) -> list[Path]:
-    """`base`/`path` and every folder above it, down to `base`."""
-    parts = Path(path).parts
-    return [base.joinpath(*parts[:count]) for count in range(len(parts) + 1)]
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a small system file, none if it cannot be read."""
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _slurm_limits() -> list[int]:
-    """What --mem or --mem-per-cpu gave a SLURM job; 0 means all (sbatch's output environment variables, in MiB)."""
-    return [mib * MIB for mib in (_slurm("MEM_PER_NODE"), _slurm("MEM_PER_CPU") * _slurm("CPUS_ON_NODE")) if mib]
-
-
-def _slurm(name: str) -> int:
-    text = os.environ.get(f"SLURM_{name}", "")
-    return int(text) if text.isdigit() else 0
-
-
-def _address_limits() -> list[int]:
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return [] if soft == resource.RLIM_INFINITY else [soft]
+        return torch.bfloat16 if device.type == "cpu" and _half_on_cpu(name) else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def cpu_count() -> int:
@@ -194,7 +170,7 @@ class PeakMemory:
     device: torch.device | None
 
     def __post_init__(self) -> None:
-        if _is_cuda(self.device):
+        if is_cuda(self.device):
             import torch
 
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -202,58 +178,36 @@ class PeakMemory:
 
     def host_bytes(self) -> int:
         """Peak resident memory since the beginning, or of the process so far where no peak is forgotten."""
-        peak = _high_water_bytes() if self._forgets else None
+        peak = high_water_bytes() if self._forgets else None
         return peak if peak is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def device_bytes(self) -> int | None:
         """Peak of the memory torch held on the card, or None without one."""
-        if not _is_cuda(self.device):
+        if not is_cuda(self.device):
             return None
         import torch
 
         return torch.cuda.max_memory_reserved(self.device)
 
 
-def forgets_peaks() -> bool:
-    """Make the kernel forget this process's peak memory (5 to clear_refs, proc(5)); containers may refuse."""
-    try:
-        (PROC_SELF / "clear_refs").write_text("5")
-    except OSError:
-        return False
-    return _high_water_bytes() is not None
-
-
-def _high_water_bytes() -> int | None:
-    """The largest resident memory since the kernel last forgot it, None where it does not say."""
-    peaks = [line.split()[1] for line in _lines(PROC_SELF / "status") if line.startswith("VmHWM:")]
-    return int(peaks[0]) * 1024 if peaks else None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, or the CPU's or the card's as torch says it (by name, to import no torch)."""
-    by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return by_type or any(phrase in str(error) for phrase in OUT_OF_MEMORY)
-
-
-def _is_cuda(device: torch.device | None) -> bool:
-    return device is not None and device.type == "cuda"
-
-
 def free_memory(device: torch.device | None) -> None:
-    """Give back what the last stretch of work left: cycles, freed memory the allocator kept, the card's cache."""
+    """Give back what the last stretch of work left: cycles, freed memory the allocator kept, the card's cache.
+
+    Waits for the card first, as memory that its work still uses stays. What goes wrong in that work is raised, unless
+    memory runs out: then there is the more reason to go on.
+    """
     gc.collect()
-    _trim_heap()
-    if _is_cuda(device):
-        import torch
+    trim_heap()
+    if not is_cuda(device):
+        return
+    import torch
 
-        torch.cuda.empty_cache()
-
-
-def _trim_heap() -> None:
-    """Return freed memory to the system: glibc keeps whole gigabytes of it where small live blocks lie in between."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only, see malloc_trim(3)
-    if trim is not None:
-        trim(0)
+    for give_back in (partial(synchronize, device), torch.cuda.empty_cache):
+        try:
+            give_back()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -263,7 +217,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     peaks = "stage" if forgets_peaks() else "process"  # what the host peaks of a report are counted over
     memory = {"memory_bytes": memory_limit_bytes(), "host_peaks_of": peaks}
-    return {"device": str(device), "name": name, "cpus": cpu_count()} | memory
+    runs_on = platform_name() if is_cuda(device) else "CPU"
+    return {"device": str(device), "name": name, "platform": runs_on, "cpus": cpu_count()} | memory
 
 
 def versions() -> dict[str, str]:

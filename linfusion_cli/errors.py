@@ -6,7 +6,9 @@
     │   └── NonFinite        65   a network gives NaN or Inf
     ├── InputMissing         66   an input file is not there
     ├── Unavailable          69   the model is not on this machine, or the device is not there
+    │   └── DeviceFailed     69   the device cannot be used, or was lost
     ├── DoesNotFit           71   not enough memory, even at the smallest setting
+    │   └── RanOutOfMemory   71   memory ran out in a run
     ├── CannotCreate         73   the output exists, or its folder refuses
     ├── WriteFailed          74   no space, or the disk failed
     ├── TryAgain             75   another run holds this output, or the time limit was reached
@@ -70,8 +72,16 @@ class Unavailable(LinfusionError):
     exit_code = 69
 
 
+class DeviceFailed(Unavailable):
+    """The GPU cannot be used, or was lost in a run: what lies in its memory cannot be read any more."""
+
+
 class DoesNotFit(LinfusionError):
     exit_code = 71
+
+
+class RanOutOfMemory(DoesNotFit):
+    """Memory ran out in a run, whatever was planned: somebody else may have taken it."""
 
 
 class CannotCreate(LinfusionError):

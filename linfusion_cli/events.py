@@ -52,9 +52,10 @@ class StageAdvanced:
 
 @dataclass(frozen=True)
 class StageFinished:
-    """The stage is over, after `seconds`."""
+    """The stage is over, after `seconds`; one that is `cut_short` goes on as another stage."""
 
     seconds: float
+    cut_short: bool = False
 
 
 Event = Notice | JobStarted | Planned | StageStarted | StageAdvanced | StageFinished

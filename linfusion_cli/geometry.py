@@ -120,6 +120,21 @@ def fitted(box: Size, picture: Size) -> Size | None:
     return box if abs(height - box.height) <= max(1, BEND * box.height) else None
 
 
+def equal_bands(length: int, most: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """As few [start, stop) of at most `most` each as can be, equal but for `multiple`, the largest first.
+
+    torch's allocator serves equal strips from the memory of those before, and compiled code is made once.
+    """
+    count = -(-length // most)
+    start = 0
+    for left in range(count, 0, -1):
+        size = min(most, -(-(length - start) // (left * multiple)) * multiple)
+        stop = min(length, start + size)
+        if start < stop:
+            yield start, stop
+        start = stop
+
+
 def bands(length: int, rows: int) -> Iterator[tuple[int, int]]:
     """Consecutive [start, stop) of `rows` each, the last one shorter."""
     for start in range(0, length, rows):

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "linfusion_cli"
 ROOT = PACKAGE.parent
 LAYERS = {
     0: ["errors", "units", "geometry", "files"],
-    1: ["request", "events", "report", "stopping"],
-    2: ["presets", "device", "journal", "attention", "images", "strips"],
+    1: ["request", "events", "report", "stopping", "allocator", "memory"],
+    2: ["presets", "cuda", "diagnosis", "failures", "device", "journal", "attention", "images", "strips"],
     3: ["models", "unet", "vae", "sampling"],
     4: ["planning", "training"],
     5: ["jobs"],

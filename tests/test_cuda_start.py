@@ -1,71 +1,362 @@
 """What a run asks of a CUDA device before it loads a model: torch's own Python code, on a stubbed driver."""
 
-from types import SimpleNamespace
+import os
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from linfusion_cli import device
-from linfusion_cli.errors import Unavailable, UsageError
+from linfusion_cli import allocator, cuda, device, diagnosis
+from linfusion_cli.errors import DeviceFailed, DoesNotFit, Unavailable, UsageError
 from linfusion_cli.geometry import Size
 from linfusion_cli.planning import machine
 from linfusion_cli.planning.speed import Speed
 from linfusion_cli.request import GenerateRequest
+from tests.stub_driver import FREE_BYTES, GIB, TOTAL_BYTES, StubDriver
 
-GIB = 1 << 30
-DEVICES, TOTAL_BYTES, FREE_BYTES = 2, 24 * GIB, 20 * GIB
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx Alternatively, go to: "
+    "https://pytorch.org to install a PyTorch version that has been compiled with your version of the CUDA driver."
+)
+MORE = "\nSearch for `cudaErrorX' in https://docs.nvidia.com for more.\nCUDA kernel errors might be reported elsewhere."
+CUDA0 = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def fractions(monkeypatch) -> list[tuple[float, int]]:
-    """The memory limits that reached the driver of a machine with two cards: fraction and index of the device.
+def driver(monkeypatch):
+    for name in (*allocator.VARIABLES, "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine, "measured", lambda device, dtype: Speed(1e12, 1e10))  # which runs kernels
+    return StubDriver(monkeypatch)
 
-    Only what calls the driver is replaced.
-    """
-    limits: list[tuple[float, int]] = []
-    properties = SimpleNamespace(total_memory=TOTAL_BYTES, major=8, minor=9, name="A card")
-    for module in (torch.cuda, torch.cuda.memory):
-        monkeypatch.setattr(module, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: DEVICES)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "_exchange_device", lambda index: 0)
-    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", lambda index: 0)
-    runtime = SimpleNamespace(cudaMemGetInfo=lambda index: (FREE_BYTES, TOTAL_BYTES))
-    monkeypatch.setattr(torch.cuda.memory, "cudart", lambda: runtime, raising=False)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(
-        torch._C, "_cuda_setMemoryFraction", lambda share, index: limits.append((share, index)), raising=False
-    )
-    monkeypatch.setattr(torch._C, "_cuda_resetPeakMemoryStats", lambda index: None, raising=False)
-    return limits
+
+@pytest.fixture
+def no_nvidia(monkeypatch, tmp_path):
+    """Nothing on this machine says that it has a card."""
+    monkeypatch.setattr(diagnosis, "NVIDIA", (tmp_path / "gpus",))
+    monkeypatch.setattr(diagnosis, "DRIVER_VERSION", tmp_path / "version")
+    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: None)
+    return tmp_path
+
+
+def request(**values: object) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": "a hill", "size": Size(64, 64), "output": "a.png", "model": "demo"} | values)
 
 
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
 @pytest.mark.parametrize(("vram", "share"), [(None, 1.0), (8 * GIB, 1 / 3), (80 * GIB, 1.0)])
-def test_a_run_starts_on_every_name_of_a_device(monkeypatch, fractions, name, index, vram, share):
-    monkeypatch.setattr(machine, "measured", lambda device, dtype: Speed(1e12, 1e10))  # which runs kernels
-    request = GenerateRequest(prompt="a hill", size=Size(64, 64), output="a.png", model="demo", device=name, vram=vram)
-    found = machine.survey(request)
-    device.limit_device_memory(found.device, request.vram)
+def test_a_run_starts_on_every_name_of_a_device(driver, name, index, vram, share):
+    found = machine.survey(request(device=name, vram=vram))
+    device.limit_device_memory(found.device, vram)
     device.PeakMemory(found.device)
-    assert found.device == torch.device("cuda", index)
+    assert found.device == torch.device("cuda", index) and driver.ran == [found.device]
     assert (found.dtype, found.vae_dtype) == (torch.float16, torch.bfloat16)
     assert found.device_bytes == (vram or int(machine.SHARE_OF_FREE * FREE_BYTES))
-    assert fractions == [(pytest.approx(share), index)]
-
-
-def test_a_device_beyond_the_last_is_unavailable(fractions):
-    with pytest.raises(Unavailable, match=f"cuda:{DEVICES} is not on this machine"):
-        device.pick_device(f"cuda:{DEVICES}")
+    assert driver.limits == [(pytest.approx(share), index)] and found.no_gpu is None
 
 
 @pytest.mark.parametrize("name", ["cuda:01", "cuda:00", "cuda:+1", "cuda: 1", "cuda:1 ", "cuda:", "cuda:٣", "CUDA:1"])
-def test_a_name_that_is_not_written_as_torch_writes_it_is_usage(fractions, name):
+def test_a_name_that_is_not_written_as_torch_writes_it_is_usage(driver, name):
     with pytest.raises(UsageError) as refused:
         device.pick_device(name)
     assert refused.value.setting == "device"
+
+
+def test_a_device_beyond_the_last_is_unavailable(driver, monkeypatch):
+    with pytest.raises(Unavailable, match=r"cuda:2 is not on this machine: torch sees 2 CUDA devices\."):
+        device.pick_device("cuda:2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-12,GPU-34")
+    with pytest.raises(Unavailable, match=r"torch sees 2 CUDA devices \(CUDA_VISIBLE_DEVICES='GPU-12,GPU-34'\)"):
+        device.pick_device("cuda:2")
+    driver.built_for(hip="6.4.1")
+    with pytest.raises(Unavailable, match="torch sees 2 ROCm devices"):
+        device.pick_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("", "CUDA_VISIBLE_DEVICES='' hides all GPUs. Unset CUDA_VISIBLE_DEVICES"),
+        ("-1", "CUDA_VISIBLE_DEVICES='-1' hides all GPUs"),
+        ("-1,0", "hides all GPUs"),  # what follows a wrong one does not count
+        ("NoDevFiles", "hides all GPUs"),
+        ("7", "CUDA_VISIBLE_DEVICES='7' names no GPU of this machine. Correct CUDA_VISIBLE_DEVICES."),
+        ("GPU-deadbeef", "CUDA_VISIBLE_DEVICES='GPU-deadbeef' names no GPU"),
+        ("MIG-0000", "CUDA_VISIBLE_DEVICES='MIG-0000' names no GPU"),
+        ("0,0", "CUDA_VISIBLE_DEVICES='0,0' names no GPU"),
+    ],
+)
+@pytest.mark.parametrize(
+    "torch_says",
+    [
+        "No CUDA GPUs are available",
+        "Unexpected error from cudaGetDeviceCount(). Did you run? Error 101: invalid device ordinal",
+    ],
+)
+def test_the_variable_that_hides_the_card_is_named(driver, monkeypatch, value, says, torch_says):
+    driver.count = 0
+    driver.fail(init=RuntimeError(torch_says))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    with pytest.raises(Unavailable) as refused:
+        device.pick_device("cuda")
+    assert str(refused.value).startswith("--device cuda is not on this machine: CUDA_VISIBLE_DEVICES=")
+    assert says in str(refused.value)
+    found = machine.survey(request())
+    assert found.device.type == "cpu"
+    assert says in machine.cpu_notice(found, 1.0)
+
+
+def test_on_rocm_its_own_variables_count_first(driver, monkeypatch):
+    driver.built_for(hip="6.4.1")
+    driver.count = 0
+    driver.fail(init=RuntimeError("No HIP GPUs are available"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
+    assert diagnosis.why_no_device()[0] == "HIP_VISIBLE_DEVICES='' hides all GPUs"
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES")
+    assert diagnosis.why_no_device()[0] == "CUDA_VISIBLE_DEVICES='0' names no GPU of this machine"
+
+
+FAULTS = {
+    "no kernel": (f"CUDA error: no kernel image is available for execution on the device{MORE}", "build of torch"),
+    "busy": (f"CUDA error: CUDA-capable device(s) is/are busy or unavailable{MORE}", "try again later"),
+    "unknown": ("CUDA unknown error - this may be due to an incorrectly set up environment", "nvidia-smi"),
+    "forward": (f"CUDA error: forward compatibility was attempted on non supported HW{MORE}", "Update the driver"),
+    "fabric": (f"CUDA error: system not yet initialized{MORE}", "nvidia-smi"),
+    "mismatch": (f"CUDA error: system has unsupported display driver / cuda driver combination{MORE}", "driver"),
+    "ordinal": (f"CUDA error: invalid device ordinal{MORE}", "CUDA_VISIBLE_DEVICES"),
+    "ptx": (f"CUDA error: the provided PTX was compiled with an unsupported toolchain.{MORE}", "Update the driver"),
+    "hip": (f"HIP error: invalid device function{MORE}", "build of torch"),
+    "ecc": (f"CUDA error: uncorrectable ECC error encountered{MORE}", "nvidia-smi"),
+    "new": (f"CUDA error: a fault of tomorrow{MORE}", "nvidia-smi"),
+    "old": (TOO_OLD, "Update the driver"),
+}
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
+@pytest.mark.parametrize(("text", "hint"), FAULTS.values(), ids=list(FAULTS))
+def test_a_card_that_does_not_work_is_unavailable_and_a_run_does_not_go_to_the_cpu(driver, name, text, hint):
+    driver.fail(kernel=torch.AcceleratorError(text))
+    with pytest.raises(DeviceFailed) as refused:
+        device.pick_device(name)
+    said = str(refused.value)
+    assert refused.value.exit_code == 69 and len(said.splitlines()) == 1 and hint in said and "--device cpu" in said
+    assert f"cannot be used: {text.splitlines()[0].rstrip('.')}." in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("Torch not compiled with CUDA enabled"),
+        torch.cuda.DeferredCudaCallError("CUDA call failed lazily at initialization with error: device >= 0\n\nmore"),
+        AssertionError("Invalid device id"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_all_types_are_told(driver, error):
+    driver.fail(kernel=error)
+    with pytest.raises(DeviceFailed, match=str(error).splitlines()[0]):
+        device.pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+        torch.AcceleratorError(f"CUDA error: out of memory{MORE}"),
+    ],
+    ids=["torch", "driver"],
+)
+def test_a_card_without_any_memory_left_is_full(driver, monkeypatch, error):
+    driver.fail(kernel=error)
+    with pytest.raises(DoesNotFit, match="cuda:0 has no memory left"):
+        device.pick_device("cuda")
+    del driver.failures["kernel"]
+
+    def fails(*_: object) -> None:
+        raise error
+
+    driver.free = 12 << 20
+    monkeypatch.setattr(machine, "measured", fails)
+    with pytest.raises(DoesNotFit, match=r"cuda:0 is full: 12\.0 MiB of its memory are free"):
+        machine.survey(request())
+
+
+def test_options_of_the_allocator_that_torch_does_not_understand_are_usage(driver, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:true")
+    driver.fail(kernel=ValueError("Expected 'True' or 'False' at index 2 in ConfigTokenizer but got 'true'"))
+    with pytest.raises(UsageError, match="PYTORCH_ALLOC_CONF='expandable_segments:true' is not understood"):
+        device.pick_device("auto")
+
+
+def test_a_driver_that_refuses_expandable_segments_is_used_without(driver, monkeypatch):
+    monkeypatch.setattr(allocator, "_Added", type("_Added", (), {"variable": None, "before": ""}))
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda text: driver.failures.clear())
+    allocator.configure()
+    driver.fail(kernel=RuntimeError("CUDA driver error: operation not supported"))
+    assert device.pick_device("auto") == CUDA0 and driver.ran == [CUDA0]
+    assert allocator.segments() == "native"
+    driver.fail(kernel=RuntimeError("CUDA driver error: operation not supported"))
+    with pytest.raises(DeviceFailed):
+        device.pick_device("auto")
+    os.environ.pop(allocator.NEW, None)
+
+
+def test_an_old_driver_is_one_line_where_auto_goes_to_the_cpu(driver):
+    """And none of torch's, which warns where it is asked for devices."""
+    driver.fail(count=RuntimeError(TOO_OLD), init=RuntimeError(TOO_OLD))
+    with warnings.catch_warnings(record=True) as warned, cuda.quiet_start():
+        found = machine.survey(request())
+        told = machine.cpu_notice(found, 7322.0)
+    assert warned == [] and found.device.type == "cpu" and len(told.splitlines()) == 1
+    assert told.startswith("This runs on the CPU and takes about 2 h 02 min: The NVIDIA driver on your system is too ")
+    assert told.endswith("Update the driver, or install a build of torch that it can run.")
+    too_old = pytest.raises(Unavailable, match=r"--device cuda is not on this machine: The NVIDIA driver .* too old")
+    with too_old, cuda.quiet_start():
+        device.pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"CUDA initialization: {TOO_OLD}",
+        "Can't initialize NVML",
+        "Found GPU0 A card which is of compute capability (CC) 6.1.\nThe following list shows the CCs",
+        "\nA card with CUDA capability sm_61 is not compatible with the current PyTorch installation.\nThe current",
+    ],
+)
+def test_what_torch_warns_of_at_its_start_is_not_shown(text):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with cuda.quiet_start():
+            warnings.warn(text, stacklevel=1)
+            warnings.warn("another", stacklevel=1)
+    assert [str(one.message) for one in warned] == ["another"]
+
+
+PROC = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\nGCC version: 12\n"
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder@U22)\n"
+
+
+@pytest.mark.parametrize(
+    ("release", "version", "index"),
+    [
+        ("2.13.0+cpu", PROC, "cu126"),
+        ("2.13.0+cpu", OPEN, "cu130"),
+        ("2.8.0", OPEN, "cu126"),
+        ("2.9.1", OPEN, "cu130"),
+        ("2.10.0", OPEN, "cu130"),
+        ("2.13.0", None, "cu126"),
+    ],
+)
+def test_a_card_that_torch_is_not_built_for_gets_the_command_to_install_one(
+    driver, no_nvidia, monkeypatch, release, version, index
+):
+    driver.built_for()
+    driver.count = 0
+    monkeypatch.setattr(torch, "__version__", release)
+    found = machine.survey(request())
+    assert found.no_gpu == (f"this build of torch ({release}) has no CUDA", "")
+    (no_nvidia / "gpus").mkdir()
+    if version is not None:
+        (no_nvidia / "version").write_text(version)
+    command = f"pip install --force-reinstall torch=={release.split('+')[0]} --index-url {diagnosis.WHEELS}/{index}"
+    told = machine.cpu_notice(machine.survey(request()), 3.0)
+    assert told.endswith(f"has no CUDA, and an NVIDIA GPU is here. Install torch for it: {command}")
+    with pytest.raises(Unavailable) as refused:
+        device.pick_device("cuda")
+    assert str(refused.value).endswith(command)
+
+
+def test_nvidia_smi_alone_tells_of_a_card(driver, no_nvidia, monkeypatch):
+    assert not diagnosis.nvidia_is_here()
+    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert diagnosis.nvidia_is_here()
+    assert diagnosis.DRIVER_VERSION == no_nvidia / "version" and diagnosis.driver_number() == 0
+
+
+def test_without_a_card_only_a_long_run_is_told_of(driver, no_nvidia):
+    driver.count = 0
+    driver.fail(init=RuntimeError("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"))
+    found = machine.survey(request())
+    assert "Found no NVIDIA driver" in machine.cpu_notice(found, 61.0)
+    driver.built_for()
+    found = machine.survey(request())
+    assert machine.cpu_notice(found, 59.0) is None and machine.cpu_notice(found, 61.0) is not None
+    asked = machine.survey(request(device="cpu"))
+    assert machine.cpu_notice(asked, 1e6) is None
+
+
+def test_bfloat16_on_a_card_without_it_is_usage(driver):
+    assert device.pick_dtype("bfloat16", CUDA0) == torch.bfloat16
+    driver.has_bf16 = False
+    with pytest.raises(UsageError, match="--dtype bfloat16 is not possible on cuda:0") as refused:
+        machine.survey(request(dtype="bfloat16"))
+    assert (refused.value.exit_code, refused.value.setting) == (2, "dtype")
+    assert machine.survey(request()).vae_dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["CUDA error: operation not supported", "CUDA error: operation not permitted", "HIP error: invalid argument"],
+)
+def test_where_the_driver_does_not_say_what_is_free_all_but_our_own_counts(driver, text):
+    driver.reserved, driver.allocated = 3 * GIB, GIB
+    assert device.free_device_bytes(CUDA0) == FREE_BYTES + 2 * GIB
+    driver.fail(free=RuntimeError(f"{text}{MORE}"))
+    assert device.free_device_bytes(CUDA0) == TOTAL_BYTES - GIB
+
+
+def test_a_card_that_is_lost_is_not_taken_for_one_that_does_not_say(driver):
+    driver.fail(free=RuntimeError("CUDA error: unspecified launch failure"))
+    with pytest.raises(RuntimeError, match="launch failure"):
+        device.free_device_bytes(CUDA0)
+
+
+def test_the_share_that_the_user_gives_to_torch_is_kept(driver, monkeypatch):
+    monkeypatch.setenv(allocator.NEW, "per_process_memory_fraction:0.5")
+    monkeypatch.setattr(allocator, "_torch_version", lambda: "2.13.0")
+    driver.allocated = GIB
+    assert device.free_device_bytes(CUDA0) == TOTAL_BYTES // 2 - GIB
+    for vram in (None, 6 * GIB, 20 * GIB):
+        device.limit_device_memory(CUDA0, vram)
+    assert driver.limits == [(0.5, 0), (0.25, 0), (0.5, 0)]
+
+
+def test_fp32_is_fp32_in_convolutions_too():
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        cuda.forbid_tf32()
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+        if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9
+            assert torch.backends.cudnn.conv.fp32_precision != "tf32" != torch.backends.cuda.matmul.fp32_precision
+        with torch.backends.cudnn.flags(enabled=True):  # which fails where both kinds of settings were used
+            pass
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_a_run_forbids_tf32(cli, xl_model, monkeypatch):
+    called = []
+    monkeypatch.setattr("linfusion_cli.jobs.loading.forbid_tf32", lambda: called.append(True))
+    options = ["generate", "x", "--model", xl_model, "--size", 64, "--steps", 1, "-o", "a.png"]
+    assert cli(*options)[0] == 0 and called == [True]
+
+
+def test_a_report_names_the_platform(driver):
+    names = []
+    for platform in ({"cuda": "12.8"}, {"hip": "6.4.1"}):
+        driver.built_for(**platform)
+        names.append(device.describe(CUDA0)["platform"])
+    assert names == ["CUDA 12.8", "ROCm 6.4.1"] and device.describe(torch.device("cpu"))["platform"] == "CPU"
+
+
+def test_the_notice_is_shown_once_and_kept_off_stdout(cli, xl_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(diagnosis, "NVIDIA", (Path("/"),))
+    options = ["generate", "x", "--model", xl_model, "--size", 64, "--steps", 1]
+    code, out, err = cli(*options, "-o", "a.png")
+    assert (code, out) == (0, "a.png\n") and err.count("This runs on the CPU and takes about ") == 1
+    assert "This runs on the CPU" not in cli(*options, "-o", "b.png", "--device", "cpu")[2]

@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from linfusion_cli import device
+from linfusion_cli import device, memory
 from linfusion_cli.errors import Unavailable, UsageError
 
 MIB = 1 << 20
@@ -31,60 +31,6 @@ def test_a_cpu_runs_in_float32_only():
     with pytest.raises(UsageError, match="bfloat16"):
         device.pick_dtype("bfloat16", cpu)
     assert device.pick_dtype("auto", torch.device("cuda")) == torch.float16
-    assert device.pick_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
-
-
-def test_the_smallest_limit_counts(tmp_path, monkeypatch):
-    """Also one that was set above this process's own cgroup."""
-    monkeypatch.setattr(device, "CGROUP", tmp_path)
-    monkeypatch.setattr(device, "PROC_SELF", tmp_path)
-    (tmp_path / "cgroup").write_text("0::/user/job\n")
-    (tmp_path / "user" / "job").mkdir(parents=True)
-    whole = device.memory_limit_bytes()
-    (tmp_path / "user" / "job" / "memory.max").write_text("max\n")
-    assert device.memory_limit_bytes() == whole
-    (tmp_path / "user" / "memory.max").write_text(f"{512 * MIB}\n")
-    assert device.memory_limit_bytes() == 512 * MIB
-    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
-    assert device.memory_limit_bytes() == 100 * MIB
-    monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")
-    monkeypatch.setenv("SLURM_MEM_PER_CPU", "40")
-    assert device.memory_limit_bytes() == 512 * MIB
-    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "3")
-    assert device.memory_limit_bytes() == 120 * MIB
-
-
-def test_what_is_free_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch):
-    """Of a cgroup's use, cached files do not count; version 1 names those of the groups below apart."""
-    monkeypatch.setattr(device, "CGROUP", tmp_path)
-    monkeypatch.setattr(device, "PROC_SELF", tmp_path)
-    (tmp_path / "cgroup").write_text("0::/job\n")
-    (tmp_path / "job").mkdir()
-    assert 0 < device.free_host_bytes() <= psutil.virtual_memory().total
-    (tmp_path / "job" / "memory.max").write_text(f"{512 * MIB}\n")
-    (tmp_path / "job" / "memory.current").write_text(f"{300 * MIB}\n")
-    assert device.free_host_bytes() == 212 * MIB
-    (tmp_path / "job" / "memory.stat").write_text(f"active_file {MIB}\ninactive_file {100 * MIB}\nanon 7\n")
-    assert device.free_host_bytes() == 313 * MIB
-    more = f"total_cache 9\ntotal_active_file {2 * MIB}\ntotal_inactive_file {100 * MIB}\ninactive_file 5\n"
-    (tmp_path / "job" / "memory.stat").write_text(more)
-    assert device.free_host_bytes() == 314 * MIB
-    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
-    assert device.free_host_bytes() == 0
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        torch.cuda.OutOfMemoryError("x"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-        RuntimeError("could not create a primitive"),
-        RuntimeError("CUDA error: out of memory"),
-    ],
-)
-def test_every_way_to_run_out_of_memory_is_known(error):
-    assert device.is_out_of_memory(error) and not device.is_out_of_memory(RuntimeError("other"))
 
 
 @pytest.mark.skipif(not device.forgets_peaks(), reason="this kernel does not forget a process's peak memory")
@@ -116,7 +62,7 @@ def test_freed_memory_that_the_allocator_kept_goes_back():
 @pytest.mark.parametrize("refusal", ["no clear_refs", "no VmHWM"])
 def test_where_no_peak_is_forgotten_it_is_the_one_since_the_start(refusal, tmp_path, monkeypatch):
     """And a report says so: containers may refuse the reset, and some kernels keep no VmHWM."""
-    monkeypatch.setattr(device, "PROC_SELF", tmp_path / "missing" if refusal == "no clear_refs" else tmp_path)
+    monkeypatch.setattr(memory, "PROC_SELF", tmp_path / "missing" if refusal == "no clear_refs" else tmp_path)
     big = np.ones(64 * MIB, np.uint8)
     peak = device.PeakMemory(torch.device("cpu"))
     del big

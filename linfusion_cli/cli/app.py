@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
-from linfusion_cli import __version__, device, stopping
+from linfusion_cli import __version__, stopping
 from linfusion_cli.cli import batch, decode, doctor, generate, info, log, models, plan, presets, upscale
 from linfusion_cli.cli.bugs import bug_sentence
 from linfusion_cli.cli.render import announce, answer
-from linfusion_cli.errors import EXIT_BUG, DoesNotFit, LinfusionError, Stopped
+from linfusion_cli.cuda import quiet_start
+from linfusion_cli.errors import EXIT_BUG, LinfusionError, Stopped
+from linfusion_cli.failures import explained
 
 app = typer.Typer(
     name="linfusion",
@@ -81,16 +83,15 @@ def guarded() -> int:
 def carried_out() -> int:
     """The exit code of the app, with every error said."""
     try:
-        with stopping.honoured():
+        with stopping.honoured(), quiet_start():
             app()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0
     except (LinfusionError, Stopped) as error:
         return refuse(str(error), error.exit_code)
     except Exception as error:  # noqa: BLE001 - the boundary: whatever is left is a bug, and is logged as one
-        if device.is_out_of_memory(error):
-            return refuse("There is not enough memory for this. Use a smaller --size.", DoesNotFit.exit_code)
-        return refuse(bug_sentence(error), EXIT_BUG)
+        known = explained(error)
+        return refuse(bug_sentence(error), EXIT_BUG) if known is None else refuse(str(known), known.exit_code)
     return 0
 
 

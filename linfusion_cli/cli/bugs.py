@@ -12,11 +12,16 @@ from linfusion_cli.errors import first_line
 
 
 def bug_sentence(error: Exception) -> str:
-    """One line for a person, and the traceback in a file that stays; where no file can be written, its last line."""
+    """One line for a person, and the traceback in a file that stays; where no file can be written, its last line.
+
+    With what is saved of the run that it ended.
+    """
+    kept = getattr(error, "kept", "")
     try:
-        return f"This is a bug in linfusion ({type(error).__name__}). Log: {write_log()}"
+        sentence = f"This is a bug in linfusion ({type(error).__name__}). Log: {write_log()}"
+        return f"{sentence}. {kept}" if kept else sentence
     except OSError:
-        return f"This is a bug in linfusion: {first_line(error)} ({type(error).__name__})."
+        return f"This is a bug in linfusion: {first_line(error)} ({type(error).__name__}). {kept}".strip()
 
 
 def write_log() -> Path:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import typer
 
-from linfusion_cli import __version__, device, presets
+from linfusion_cli import __version__, allocator, device, presets
 from linfusion_cli.cli import render
+from linfusion_cli.cuda import platform_name, quiet_start
+from linfusion_cli.device import start
+from linfusion_cli.diagnosis import why_no_device
+from linfusion_cli.errors import LinfusionError, first_line
 from linfusion_cli.models.locate import is_here
 from linfusion_cli.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 CODECS = ("imagecodecs", "isal", "tifffile", "pillow")
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "huggingface-hub")
@@ -40,15 +47,30 @@ def findings() -> dict[str, Any]:
 
 
 def cuda() -> str:
-    """The CUDA devices torch sees, with their memory, or why there are none."""
+    """The CUDA or ROCm devices torch sees, with their memory and whether they work, or why there are none."""
+    try:
+        import torch
+
+        with quiet_start():
+            if torch.cuda.is_available():
+                devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+                return f"{platform_name()}, {allocator.segments()} segments: {'; '.join(map(card_state, devices))}"
+            reason, way_out = why_no_device()
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with torch or a driver is what is to be told
+        return f"none: torch cannot tell ({first_line(error)})"
+    return f"none: {reason}. {way_out}".rstrip(". ")
+
+
+def card_state(device: torch.device) -> str:
+    """A card's name and memory, or what is wrong with it."""
     import torch
 
-    if torch.version.cuda is None:
-        return "none: this build of torch has no CUDA"
-    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    if not cards:
-        return f"none: torch is built for CUDA {torch.version.cuda} but sees no device"
-    return "; ".join(f"{card.name}, {format_bytes(card.total_memory)}" for card in cards)
+    try:
+        start(device)
+        card = torch.cuda.get_device_properties(device)
+        return f"{card.name}, {format_bytes(card.total_memory)}"
+    except LinfusionError as error:
+        return str(error).rstrip(".")
 
 
 def model_state(preset: str) -> str:

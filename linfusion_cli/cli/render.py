@@ -201,8 +201,9 @@ class Bars:
                 self._task = self._progress.add_task(title(event), total=total, unit=unit)
             case StageAdvanced(done):
                 self._progress.update(self._task, completed=done)
-            case StageFinished():
-                self._progress.update(self._task, completed=self._total)
+            case StageFinished(cut_short=cut_short):
+                if not cut_short:
+                    self._progress.update(self._task, completed=self._total)
                 self._progress.stop_task(self._task)
 
 
@@ -243,8 +244,9 @@ class Lines:
                     self._stage, self._done, self._began = event, 0, time.monotonic()
                 case StageAdvanced(done):
                     self._done = done
-                case StageFinished(seconds) if self._stage is not None:
-                    self._finish(self._stage, seconds)
+                case StageFinished(seconds, cut_short) if self._stage is not None:
+                    if not cut_short:
+                        self._finish(self._stage, seconds)
                     self._stage = None
 
     def _finish(self, stage: StageStarted, seconds: float) -> None:

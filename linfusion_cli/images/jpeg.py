@@ -42,10 +42,14 @@ class JpegSink(RowStream):
     ):
         super().__init__(pending, size_px, 8, STRIP_ROWS, threads)
         self._quality = quality
-        self._head: bytes | None = _head(info)
-        self._digits_at = len(self._head) + DIGITS_IN_COMMENT
-        self._head += _comments(info)
+        self._begin(info)
         self._strip = self._new_strip()
+
+    def _begin(self, info: PictureInfo) -> None:
+        """The head is written with the tables of the first strip."""
+        head = _head(info)
+        self._digits_at = len(head) + DIGITS_IN_COMMENT
+        self._head: bytes | None = head + _comments(info)
 
     def _new_strip(self) -> np.ndarray:
         return np.empty((self.block_rows, self.width_px, 3), np.uint8)

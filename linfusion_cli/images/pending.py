@@ -50,6 +50,12 @@ class PendingFile:
         """Replace bytes that were written before; raises WriteFailed."""
         self._write(data, offset)
 
+    def clear(self) -> None:
+        """Forget what was written; raises WriteFailed."""
+        with self._disk_errors():
+            os.ftruncate(self._fd, 0)
+        self.position = 0
+
     def commit(self) -> None:
         """Sync, rename to the target, sync the folder. Raises WriteFailed, or CannotCreate if the target appeared."""
         with self._disk_errors():

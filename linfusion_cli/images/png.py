@@ -43,7 +43,10 @@ class PngSink(RowStream):
         self._adler = adler32(b"")
         self._block = self._new_block()
         self._block[0] = 0  # the row above the first is black (section 9.2)
-        head = _head(size_px, bits, info)
+        self._begin(info)
+
+    def _begin(self, info: PictureInfo) -> None:
+        head = _head((self.width_px, self.height_px), self.bits, info)
         self._request, self._request_at = request_json(info), len(head)
         self._append(head + _itxt(REQUEST, self._request.encode()) + _after_request(info))
 

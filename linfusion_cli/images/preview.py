@@ -60,6 +60,9 @@ class PreviewSink:
             self.abort()
             raise
 
+    def retell(self, info: PictureInfo) -> None:
+        self._sink.retell(info)
+
     def close(self) -> None:
         try:
             if self._row != self._size_px[1]:

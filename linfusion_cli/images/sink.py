@@ -4,6 +4,8 @@ from typing import Protocol
 
 import numpy as np
 
+from linfusion_cli.images.metadata import PictureInfo
+
 
 class RowSink(Protocol):
     """Takes a picture from top to bottom and holds a bounded number of its rows.
@@ -15,6 +17,12 @@ class RowSink(Protocol):
         """Take the next `[rows, W, 3]` rows, uint8 or uint16 as declared, any number of them. They are copied.
 
         Raises ValueError for another shape or dtype or for more rows than declared, WriteFailed when the disk refuses.
+        """
+
+    def retell(self, info: PictureInfo) -> None:
+        """Let the file say this of itself instead, which is possible before its first rows; not if it is complete.
+
+        Raises ValueError after the first rows, WriteFailed when the disk refuses.
         """
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from linfusion_cli.images.metadata import PictureInfo
 from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.pool import OrderedPool, default_threads
 
@@ -41,6 +42,17 @@ class RowStream(ABC):
                 self._take(rows[:room])
                 rows = rows[room:]
 
+    def retell(self, info: PictureInfo) -> None:
+        if self._state == DONE:
+            return
+        with self._abort_on_error():
+            self._require_open()
+            if self._row:
+                raise ValueError(f"{self._row} rows were written before")
+            self._pending.clear()
+            self._sha256 = hashlib.sha256()
+            self._begin(info)
+
     def close(self) -> None:
         if self._state == DONE:
             return
@@ -59,6 +71,10 @@ class RowStream(ABC):
             self._state = ABORTED
             self._pool.cancel()
             self._pending.abort()
+
+    @abstractmethod
+    def _begin(self, info: PictureInfo) -> None:
+        """Write what the empty file begins with, and prepare what it says of itself further down."""
 
     @abstractmethod
     def _store(self, rows: np.ndarray, at: int) -> None:

@@ -51,10 +51,13 @@ class TiffSink(RowStream):
         self._tile_px = tile_px(size_px)
         super().__init__(pending, size_px, bits, self._tile_px[1], threads)
         self._codec = codec(compression, jpeg_quality)
-        self._tags = self._fixed_tags(info)  # now: nothing may turn out to be unwritable after hours of work
         self._tile_bytes: list[int] = []
         self._tiles = self._new_tiles()
-        pending.write(bytes(ifd.HEADER_BYTES))
+        self._begin(info)
+
+    def _begin(self, info: PictureInfo) -> None:
+        self._tags = self._fixed_tags(info)  # now: nothing may turn out to be unwritable after hours of work
+        self._pending.write(bytes(ifd.HEADER_BYTES))
 
     def _new_tiles(self) -> list[np.ndarray]:
         """One array per tile, so that each is freed as soon as it is encoded."""

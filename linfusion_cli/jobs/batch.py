@@ -9,9 +9,17 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from linfusion_cli.device import is_out_of_memory
-from linfusion_cli.errors import EXIT_BUG, CannotCreate, DoesNotFit, LinfusionError, TryAgain, UsageError
+from linfusion_cli.errors import (
+    EXIT_BUG,
+    CannotCreate,
+    DeviceFailed,
+    LinfusionError,
+    RanOutOfMemory,
+    TryAgain,
+    UsageError,
+)
 from linfusion_cli.events import JobStarted, Observer
+from linfusion_cli.failures import explained
 from linfusion_cli.jobs.complete import made_before
 from linfusion_cli.jobs.fields import shortened
 from linfusion_cli.jobs.joblist import MOST_SAID
@@ -24,7 +32,6 @@ from linfusion_cli.jobs.upscale import opened
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import PictureRequest, UpscaleRequest
 
-NO_MEMORY = "There is not enough memory for this. Use a smaller size."
 MOST_KEPT = 10_000  # failures that are remembered until the end: the record has all
 
 Make = Callable[[PictureRequest, Mapping[str, str], Observer, Shelf], RunReport | None]
@@ -94,6 +101,8 @@ class Batch:
             report = self._report(job)
             status = "planned" if report is None else "skipped" if report.already_complete else "done"
         except LinfusionError as wrong:
+            if isinstance(wrong, RanOutOfMemory | DeviceFailed):
+                self._shelf.drop()  # to make room, or as it cannot be read any more
             status = "held" if isinstance(wrong, TryAgain) else "failed"
             exit_code, error = wrong.exit_code, str(wrong)
         except Exception as wrong:  # noqa: BLE001 - what one job meets, a bug of ours too, does not end the others
@@ -126,9 +135,8 @@ class Batch:
         return self.make(request, origins, self.observer, self._shelf)
 
     def _of_a_bug(self, wrong: Exception) -> tuple[int, str]:
-        if is_out_of_memory(wrong):
-            return DoesNotFit.exit_code, NO_MEMORY
-        return EXIT_BUG, self.explain(wrong)
+        known = explained(wrong)
+        return (EXIT_BUG, self.explain(wrong)) if known is None else (known.exit_code, str(known))
 
 
 def make_folder(folder: Path) -> None:

@@ -14,11 +14,12 @@ from linfusion_cli.errors import LinfusionError
 from linfusion_cli.geometry import Size
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs import latents
+from linfusion_cli.jobs.dtypes import DTYPES
 from linfusion_cli.jobs.keep import BESIDE, as_json, changes_since, journal_of
 from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
-from linfusion_cli.jobs.weights import DTYPES, hashed_weights, made_with, to_json
+from linfusion_cli.jobs.weights import hashed_weights, made_with, to_json
 from linfusion_cli.journal import Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.report import RunReport

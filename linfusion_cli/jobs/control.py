@@ -37,19 +37,24 @@ class ActingControl:
     def whole(self) -> WholeControl:
         """To run in one piece."""
         with self._picture() as read:
-            picture = torch.cat([read(*band) for band in bands(self.phase.size.height, PICTURE_ROWS)], dim=1)
-        return WholeControl(self.loaded.net, self.found.scale, self.found.kind, picture.permute(0, 3, 1, 2))
+            picture = torch.cat([read(*band) for band in bands(self.phase.size.height, PICTURE_ROWS)])
+        there = picture.to(self.run.device, self.run.dtype)
+        return WholeControl(self.loaded.net, self.found.scale, self.found.kind, there.permute(2, 0, 1)[None])
 
     def in_strips(self, storage: Storage) -> StripControl:
         """To run in strips, with maps in `storage`."""
         net, size = self.loaded.net, self.phase.size
         with self._picture() as read:
-            picture = embedded_picture(net, read, size.height, size.width, storage)
+
+            def read_there(top: int, bottom: int) -> Tensor:
+                return storage.copies.to_device(read(top, bottom), self.run.dtype)[None]
+
+            picture = embedded_picture(net, read_there, size.height, size.width, storage)
         return StripControl(net, self.found.scale, self.found.kind, picture)
 
     @contextmanager
     def _picture(self) -> Iterator[Callable[[int, int], Tensor]]:
-        """Reads rows [1, n, W, 3] of the picture at the phase's size, on the device."""
+        """Reads rows [n, W, 3] of the picture at the phase's size, on the CPU."""
         run, picture = self.run, self.found.picture
         with (
             run.recorder.stage("control", "read", self.phase.size, self.phase.size.height, "rows") as stage,
@@ -62,7 +67,7 @@ class ActingControl:
             def read(top: int, bottom: int) -> Tensor:
                 rows = torch.from_numpy(resized(top, bottom, 0, self.phase.size.width))
                 stage.advance(bottom)
-                return rows[None].to(run.device, run.dtype)
+                return rows
 
             yield read
 

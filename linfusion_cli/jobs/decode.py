@@ -13,6 +13,7 @@ from linfusion_cli.device import describe, versions
 from linfusion_cli.errors import DataError, UsageError
 from linfusion_cli.events import Observer, nobody
 from linfusion_cli.jobs.complete import Making
+from linfusion_cli.jobs.dtypes import DTYPES
 from linfusion_cli.jobs.keep import Keeper, journal_of
 from linfusion_cli.jobs.latents import KeptLatents
 from linfusion_cli.jobs.outputs import held_picture, opened_outputs
@@ -20,7 +21,7 @@ from linfusion_cli.jobs.prepare import Prepared, check_disk, prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.story import finished
-from linfusion_cli.jobs.weights import DTYPES, hashed_weights, to_json
+from linfusion_cli.jobs.weights import hashed_weights, to_json
 from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.report import RunReport
 from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest

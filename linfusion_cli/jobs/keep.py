@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
-from linfusion_cli.device import dtype_name, versions
-from linfusion_cli.errors import NonFinite, Stopped, UsageError, WriteFailed
+from linfusion_cli.device import dtype_name, explained, free_memory, versions
+from linfusion_cli.errors import LinfusionError, NonFinite, RanOutOfMemory, Stopped, UsageError, WriteFailed, first_line
 from linfusion_cli.images.pending import resolved
-from linfusion_cli.jobs.weights import DTYPES, named_weights
+from linfusion_cli.jobs.dtypes import DTYPES, NON_FINITE, used_dtypes, with_dtype
+from linfusion_cli.jobs.weights import named_weights
 from linfusion_cli.journal import SCHEMA, Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile, digested
 from linfusion_cli.models.parts import PARTS
@@ -24,7 +26,7 @@ from linfusion_cli.stopping import finishing, honoured
 if TYPE_CHECKING:
     from linfusion_cli.jobs.prepare import Prepared
     from linfusion_cli.jobs.reached import Reached
-    from linfusion_cli.planning.plan import Plan, PlannedStage
+    from linfusion_cli.planning.plan import Plan
 
 MOST_SHOWN = 60
 CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2")  # parts of a model that have no weights
@@ -49,7 +51,6 @@ ASIDE = "{} {}: it is now {}, and the run begins anew."
 OTHER_VERSION = "was made by another version of linfusion ({})"
 ELSEWHERE = "The run goes on with {}: its picture equals that of a run in one go up to rounding."
 UNSAVED = "{} The run goes on, and tries again later."
-NON_FINITE = "non_finite"  # in a journal's head: the message of the NaN or Inf that ended the run
 REPAIRED = "{} changed since the model gave NaN or Inf: the run goes on with the new content."
 OTHERWISE = ", also with another --dtype or repaired files of the same names"
 
@@ -80,6 +81,7 @@ class Keeper:
         self.reached: Reached | None = None
         self.describe: Callable[[Reached], str] = str  # until the phases are known
         self._journal, self._every_sec, self._notice = journal, request.checkpoint_every, notice
+        self._asked_dtype = request.dtype
         self._goes_on = ("without --fresh " if request.fresh else "") + "the same command goes on from there"
         self._saved: Reached | None = None
         self._saved_head: Mapping[str, Any] = {}
@@ -103,13 +105,26 @@ class Keeper:
 
     @property
     def dtypes(self) -> list[dict[str, Any]]:
-        """The dtypes of all steps of this run and of the runs that it resumes: see `_dtypes`."""
+        """The history of this run and of those that it resumes; the list stays the same when it goes on."""
         return self.head[DTYPES]
+
+    @property
+    def least_dtype(self) -> str | None:
+        """The dtype in which the run that this one goes on with has computed last, None where --dtype is another."""
+        if self.found is None or self.found.head["request"]["dtype"] != self._asked_dtype:
+            return None
+        used = used_dtypes(self.found)
+        return used[-1]["dtype"] if used else None
 
     @property
     def executed(self) -> list[dict[str, Any]]:
         """How the stages of an earlier run were run: kind, phase and mode of each."""
         return [] if self.found is None else self.found.head["stages"]
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """How the stages of this run are run, as `executed`."""
+        return self.head["stages"]
 
     def begin(self, head: dict[str, Any]) -> None:
         """From now on `head` is saved with the state.
@@ -127,18 +142,27 @@ class Keeper:
             raise differs(self._journal, [f"{', '.join(changed)} with other content"])
         if changed:
             self._notice(REPAIRED.format(", ".join(changed)))
-        for what in elsewhere(before, now):
+        for what in elsewhere({**before, DTYPES: used_dtypes(self.found)}, now):
             self._notice(ELSEWHERE.format(what))
 
     def _dtypes(self, head: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The dtype of each step: {phase, step, dtype} holds after so many steps of the phase, up to the next entry."""
-        state, before = self.found_state(), [] if self.found is None else self.found.head.get(DTYPES, [])
+        """The dtypes of the run that this one goes on with, and its own, unless no step is left to it."""
+        state, before = self.found_state(), [] if self.found is None else used_dtypes(self.found)
         is_over = state.is_done and state.begun.phase == head["last"]["phase"]
-        if before and (is_over or before[-1]["dtype"] == head["dtype"]):
-            return before
-        place = {"phase": state.begun.phase, "step": state.steps}
-        used = [entry for entry in before if not place.items() <= entry.items()]  # in one step at least
-        return [*used, place | {"dtype": head["dtype"]}]
+        return list(before) if before and is_over else with_dtype(before, state, head["dtype"])
+
+    def move(self, reached: Reached) -> None:
+        """`reached` is where this run is, and lies somewhere else now."""
+        if self.reached is not None:
+            self.reached = reached
+
+    def widen(self, plan: Plan, reached: Reached) -> None:
+        """After `reached` all goes on in the dtype of `plan`, and as it says; saved at once, if there is anything."""
+        dtype = dtype_name(plan.machine.dtype)
+        self.dtypes[:] = with_dtype(self.dtypes, reached, dtype)
+        self.head = self.head | {"dtype": dtype, "stages": as_json(stages_json(plan))}
+        if self.reached is not None or self.found is not None:
+            self.border(reached)
 
     def runs_so(self, kind: str, phase: int, mode: Any) -> None:
         """This stage runs in another way than was planned, from now on."""
@@ -161,9 +185,10 @@ class Keeper:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Save the state when a signal, a failed write or a NonFinite leaves this block, and say so in its message.
+        """Save the state when a signal or an error leaves this block, and say so in its message.
 
         After NaN or Inf that is the last good state, with a mark that lets other dtypes and repaired files resume it.
+        After a fault of the device, or a bug, it stays as it was saved last: what lies on the device may be unreadable.
         """
         try:
             with honoured():
@@ -180,6 +205,25 @@ class Keeper:
         except WriteFailed as error:
             error.way_out = f"{error.way_out} {self._kept()}".strip()
             raise
+        except LinfusionError:
+            raise
+        except Exception as error:
+            known = explained(error)
+            if known is None:
+                error.kept = self._kept(saves=False) if self._saved or self.found else ""
+                raise
+            has_run_out = isinstance(known, RanOutOfMemory)
+            if has_run_out:
+                self._make_room(error)
+            known.way_out = f"{known.way_out} {self._kept(saves=has_run_out)}".strip()
+            raise known from None
+
+    def _make_room(self, error: Exception) -> None:
+        """Free what was being computed when memory ran out: to read the state takes some too."""
+        traceback.clear_frames(error.__traceback__)  # they hold on to it
+        latents = None if self.reached is None else self.reached.latents
+        with suppress(RuntimeError):  # of the device, which will say it again
+            free_memory(None if latents is None else latents.device)
 
     def complete(self) -> None:
         """The file is there: the journal goes."""
@@ -210,13 +254,16 @@ class Keeper:
         self.saves.seconds += self._took_sec
         self.saves.bytes += self._journal.saved_bytes - bytes_before
 
-    def _kept(self, also: str = "") -> str:
-        """Save what would be lost -> a sentence: what is saved, and how it can be resumed, `also` at its end."""
+    def _kept(self, also: str = "", saves: bool = True) -> str:
+        """Save what would be lost, if it `saves` -> a sentence: what is saved, how it can be resumed, and `also`."""
         failed = ""
         try:
-            self._save()
+            if saves:
+                self._save()
         except (WriteFailed, NonFinite) as error:
             failed = f"{error} "
+        except (RuntimeError, MemoryError) as error:  # of the device: what is told of is another error
+            failed = f"The last state could not be read ({first_line(error).rstrip('.')}). "
         if self._saved is not None:
             return f"{failed}Saved: {self.describe(self._saved)}; {self._goes_on}{also}."
         if self.found is not None:
@@ -297,7 +344,7 @@ def elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
             yield f"{name} {version} instead of {before['versions'].get(name)}"
     if before["device"] != now["device"]:
         yield f"{now['device']} instead of {before['device']}"
-    if DTYPES in before and before[DTYPES][-1]["dtype"] != now["dtype"]:
+    if before[DTYPES] and before[DTYPES][-1]["dtype"] != now["dtype"]:
         yield f"{now['dtype']} instead of {before[DTYPES][-1]['dtype']}"
     if before["stages"] != now["stages"]:
         yield "another plan, as the executed one does not fit here"
@@ -324,7 +371,7 @@ def journal_head(prepared: Prepared, weights: Sequence[WeightsFile], plan: Plan)
             "configs": configs_of(prepared),
             "last": {"phase": plan.stages[-1].phase, "size": str(plan.stages[-1].size)},
             "threads": torch.get_num_threads(),
-            "stages": [stage_json(stage, plan.machine.device.type) for stage in plan.stages],
+            "stages": stages_json(plan),
         }
     )
 
@@ -337,9 +384,10 @@ def configs_of(prepared: Prepared) -> list[dict[str, str]]:
     return [{"file": file.use, "sha256": file.sha256} for file in digested(texts)]
 
 
-def stage_json(stage: PlannedStage, device: str) -> dict[str, Any]:
-    """How a stage is run, on which kind of device."""
-    return {"kind": stage.kind, "phase": stage.phase, "device": device, "mode": asdict(stage.mode)}
+def stages_json(plan: Plan) -> list[dict[str, Any]]:
+    """How each stage is run, on which kind of device."""
+    where = {"device": plan.machine.device.type}
+    return [{"kind": stage.kind, "phase": stage.phase, **where, "mode": asdict(stage.mode)} for stage in plan.stages]
 
 
 def as_json(values: Any) -> Any:

@@ -76,12 +76,19 @@ def files_key(prepared: Prepared, uses: tuple[str, ...]) -> Hashable:
     return prepared.model, weights, tuple(found)
 
 
-def to_host(shelf: Shelf) -> int:
-    """Move all that is kept off the card, as between jobs -> the bytes it takes of the host's memory."""
-    kept = [network for thing in shelf.things() for network in networks_in(thing)]
+def to_host(shelf: Shelf, *others: nn.Module) -> int:
+    """Move all that is kept, and `others`, off the card, as between jobs -> the bytes it takes of the host's memory."""
+    kept = [*others, *(network for thing in shelf.things() for network in networks_in(thing))]
     for network in kept:
         network.to("cpu")
     return weights_bytes(kept)
+
+
+def rest_networks(shelf: Shelf) -> None:
+    """Move the networks that are kept off the card: what is left of the run is decoding, which wants the room."""
+    for thing in shelf.things():
+        for network in networks_in(thing) if isinstance(thing, Networks) else ():
+            network.to("cpu")
 
 
 def settle_text(run: Run) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from linfusion_cli.errors import DataError, InputMissing, LinfusionError, UsageError
 from linfusion_cli.geometry import Size
 from linfusion_cli.images import PendingFile
-from linfusion_cli.jobs.weights import DTYPES
+from linfusion_cli.jobs.dtypes import DTYPES
 from linfusion_cli.journal import Damaged, Journal
 from linfusion_cli.models.header import Header, read_header
 from linfusion_cli.units import is_file, is_folder, parse_size

@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.cuda import forbid_tf32
 from linfusion_cli.device import limit_device_memory
 from linfusion_cli.jobs.adapter import read_picture
 from linfusion_cli.jobs.attention import load_linear
@@ -30,6 +31,7 @@ from linfusion_cli.models.load import Vae, load_unet, load_vae
 from linfusion_cli.models.load_controlnet import LoadedControl
 from linfusion_cli.models.lora import merge_lora
 from linfusion_cli.models.text import Conditioning, Encoder, TextChanges, encode_prompts
+from linfusion_cli.planning.machine import cpu_notice
 
 UNHEARD = "The {} is too long for the model's text encoder, which did not hear its end: {!r}."
 UNUSED = "Neither prompt has the token {!r} of a textual inversion, which does nothing."
@@ -54,13 +56,17 @@ def begin(prepared: Prepared, recorder: Recorder, keeper: Keeper, shelf: Shelf) 
     """
     freeze_imports()
     torch.set_num_threads(keeper.threads or THREADS)  # sums depend on how they are shared out
-    run = Run(prepared, plan_run(prepared, keeper.executed, to_host(shelf), shelf), recorder, keeper, shelf)
+    plan = plan_run(prepared, keeper.executed, to_host(shelf), shelf, keeper.least_dtype)
+    run = Run(prepared, plan, recorder, keeper, shelf)
     keeper.describe = partial(described, run)
     shelf.expect(NETWORKS, partial(networks_key, run))
     shelf.expect(VAE, partial(vae_key, run))
     recorder.device = run.device
     limit_device_memory(run.device, prepared.request.vram)
+    forbid_tf32()
     recorder.planned(run.plan.need, run.plan.need.device_bytes if run.device.type == "cuda" else None)
+    if notice := cpu_notice(plan.machine, plan.need.seconds):
+        recorder.notice(notice)
     return run
 
 
@@ -85,7 +91,8 @@ def freeze_imports() -> None:
 def read_prompts(run: Run) -> Conditioning:
     """Both prompts, and pictures, as the UNet hears them; their encoders are off the device when this returns.
 
-    A batch keeps text encoders where the run has room for them beside all else that it was planned with.
+    A batch keeps text encoders where the run has room for them beside all else that it was planned with. Raises
+    NonFinite where an encoder gives NaN or Inf.
     """
     request, prepared = run.prepared.request, run.prepared
     prompts = request.prompt, request.negative_prompt
@@ -97,6 +104,7 @@ def read_prompts(run: Run) -> Conditioning:
         if prepared.adapters:
             pictures = [read_picture(adapter.image, run.recorder.notice) for adapter in prepared.adapters]
             conditioning = conditioning.with_images(encode_pictures(prepared.adapters, pictures, run.dtype, run.device))
+        conditioning.check_finite()
     if literal := literal_notice(request):
         run.recorder.notice(literal)
     settle_text(run)

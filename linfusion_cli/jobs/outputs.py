@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
@@ -44,6 +44,12 @@ class Outputs:
         with self._excused():
             if self._preview:
                 self._preview.write(rows)
+
+    def retell(self, info: images.PictureInfo) -> None:
+        self._picture.retell(info)
+        with self._excused():
+            if self._preview:
+                self._preview.retell(info)
 
     def close(self) -> None:
         self._picture.close()
@@ -112,6 +118,16 @@ def opened_phases(prepared: Prepared, making: Making, first: int) -> Iterator[di
     finally:
         for sink in sinks.values():
             sink.abort()  # one that is complete stays
+
+
+def retell(prepared: Prepared, making: Making, output: images.RowSink, phases: Mapping[int, images.RowSink]) -> None:
+    """Let the files that are not complete say what `making` says now, of which the dtypes may have changed.
+
+    Raises WriteFailed.
+    """
+    output.retell(picture_info(making, prepared.request.size))
+    for index, sink in phases.items():
+        sink.retell(picture_info(making, prepared.phases[index].size))
 
 
 def held_latents(making: Making) -> AbstractContextManager[images.PendingFile | None]:

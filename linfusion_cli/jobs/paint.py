@@ -13,12 +13,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from linfusion_cli.attention.mount import mounted, self_attentions
-from linfusion_cli.device import dtype_name
-from linfusion_cli.errors import NonFinite
 from linfusion_cli.jobs.control import ActingControl, acting
-from linfusion_cli.jobs.loading import Models, load, read_prompts
+from linfusion_cli.jobs.kept import rest_networks
+from linfusion_cli.jobs.loading import Models
 from linfusion_cli.jobs.pixels import begun_with, enlarge
-from linfusion_cli.jobs.reached import Begun, Reached, on_device
+from linfusion_cli.jobs.precision import Overflowed, Work, explain_non_finite
+from linfusion_cli.jobs.reached import Begun, Reached
 from linfusion_cli.jobs.run import Run
 from linfusion_cli.models.load import Vae
 from linfusion_cli.models.text import Conditioning, SizeConditioning
@@ -35,13 +35,13 @@ from linfusion_cli.sampling.schedule import Draw, Schedule
 from linfusion_cli.stopping import finishing
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips
+from linfusion_cli.strips.pinned import PinnedMemory
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet.predict import InStrips, Whole
 
-SMALLER = "Memory ran out: the step is repeated, and the phase goes on, in strips of {} rows and {} tokens, {}."
+SMALLER = "Memory ran out: the step is repeated, and the phase goes on, in strips of {} rows and {} tokens, {}{}."
 PROBED = "The model's config does not say what it predicts: by a probe, {} (its correlation with noise is {:.2f})."
-USE_FLOAT32 = "Use --dtype float32."
-CHECK_WEIGHTS = "Check the weights and LoRAs with `linfusion models check`; for other ones add --fresh."
+HALVES_APART = ", both halves of guidance one after the other"
 MAPS = {"device": "maps on the device", "skips": "skip connections on the host", "host": "maps on the host"}
 
 
@@ -61,20 +61,23 @@ def settled(run: Run, models: Models) -> Run:
     return run.predicting(prediction_type(correlation))
 
 
-def painted(run: Run, vae: Vae) -> Tensor:
-    """Latents [1, C, h, w] of the whole picture, phase by phase from what an earlier run has reached."""
+def painted(run: Run, vae: Vae) -> tuple[Run, Tensor]:
+    """Latents [1, C, h, w] of the whole picture, phase by phase from what an earlier run has reached.
+
+    Before them the run as it goes on: after NaN or Inf in half precision it has a wider dtype, and another plan.
+    """
     reached, phases = run.keeper.found_state(), run.prepared.phases
     if is_over(reached, phases[-1]):
-        return reached.latents
-    conditioning = read_prompts(run)  # text encoders come and go before the UNet
-    models = load(run, vae, conditioning)
-    run = settled(run, models)
+        return run, reached.latents
+    work = Work(run, vae)
+    work.run = work.done(lambda run, models, _: settled(run, models), reached)
     for phase in phases[reached.begun.phase :]:
         if not is_over(reached, phase):
-            reached = begun(run, models, reached, phase)
-            reached = denoised(run, models, reached, phase)
+            reached = begun(work.run, vae, reached, phase)
+            reached = work.done(partial(denoised, phase=phase), reached)
             run.keeper.border(reached)
-    return reached.latents
+    rest_networks(run.shelf)
+    return work.run, reached.latents
 
 
 def is_over(reached: Reached, phase: Phase) -> bool:
@@ -82,15 +85,15 @@ def is_over(reached: Reached, phase: Phase) -> bool:
     return reached.is_done and reached.begun.phase == phase.index
 
 
-def begun(run: Run, models: Models, reached: Reached, phase: Phase) -> Reached:
+def begun(run: Run, vae: Vae, reached: Reached, phase: Phase) -> Reached:
     """The beginning of `phase`, unless what was reached lies in it: noise, or a picture as latents."""
     if phase.from_noise or (reached.begun.phase == phase.index and reached.begun.encoded is not None):
         return reached
     if reached.latents is None:
-        encoded = begun_with(run, models.vae, run.prepared.picture)
+        encoded = begun_with(run, vae, run.prepared.picture)
         base = Channels.of(encoded)
     else:
-        encoded = enlarge(run, models.vae, reached.latents, phase)
+        encoded = enlarge(run, vae, reached.latents, phase)
         base = reached.begun.base or Channels.of(reached.latents)
     reached = Reached(Begun(phase.index, encoded, base))
     run.keeper.border(reached)
@@ -104,9 +107,10 @@ def denoised(run: Run, models: Models, reached: Reached, phase: Phase) -> Reache
     schedule = phase_schedule(run.prepared.request, config, phase, draw)
     if schedule is None:
         return replace(reached, latents=encoded, is_done=True)
-    latents = None if reached.latents is None else reached.latents.to(run.device)
+    reached = reached.on(run.device)
+    latents = reached.latents
     if latents is not None:
-        schedule.go_on(on_device(reached.scheduler, run.device))
+        schedule.go_on(reached.scheduler)
     elif phase.from_noise:
         latents = schedule.started(draw()).to(run.device)
     with prediction(run, models, phase, schedule) as predictions:
@@ -157,29 +161,28 @@ def stepped(
     steps: Iterator[Tensor],
     state: Callable[[], tuple[dict[str, Any], Tensor | None]],
 ) -> Reached:
-    """What is reached when all `steps` are done, with the stage recorded; `state` is what goes on with latents."""
+    """What is reached when all `steps` are done, with the stage recorded; `state` is what goes on with latents.
+
+    Raises NonFinite, of which Overflowed leaves the steps that were done in the report.
+    """
+    overflowed = None
     with run.stage("denoise", phase.index, reached.steps) as stage, torch.inference_mode():
         while True:
             with finishing():
-                with explain_non_finite(run, phase):
-                    latents = next(steps, None)
+                try:
+                    with explain_non_finite(run, phase):
+                        latents = next(steps, None)
+                except Overflowed as error:
+                    overflowed, stage.is_cut_short = error, True
+                    break
                 if latents is None:
                     break
                 reached = Reached(reached.begun, reached.steps + 1, latents, False, *state())
                 run.keeper.step(reached)
             stage.advance(reached.steps)
+    if overflowed is not None:
+        raise overflowed
     return Reached(reached.begun, reached.steps, reached.latents.cpu(), is_done=True)
-
-
-@contextmanager
-def explain_non_finite(run: Run, phase: Phase | None = None) -> Iterator[None]:
-    """Within, add the phase, the dtype and a hint to the message of a NonFinite."""
-    try:
-        yield
-    except NonFinite as error:
-        where = "" if phase is None else f" in phase {phase.name}"
-        hint = CHECK_WEIGHTS if run.dtype == torch.float32 else USE_FLOAT32
-        raise NonFinite(f"{error.message.rstrip('.')}{where} ({dtype_name(run.dtype)}).", hint) from error
 
 
 @contextmanager
@@ -208,12 +211,15 @@ def runners(
     if mode.strips is None:
         whole = [control.whole() for control in controls]
         return [Whole(unet, times, whole) for times in (1, dilation)]
-    strips = Strips(mode.strips, Storage(mode.place, run.device, run.dtype), Alone())
+    pinned = PinnedMemory(run.device, run.plan.stage("denoise", phase.index).need.pinned_bytes)
+    strips = Strips(mode.strips, Storage(mode.place, run.device, run.dtype, pinned), Alone())
 
-    def on_smaller(strips: Strips) -> None:
+    def on_smaller(strips: Strips, together: bool) -> None:
         size, place = strips.size, strips.storage.place
-        run.keeper.runs_so("denoise", phase.index, replace(mode, strips=size, place=place))
-        run.recorder.notice(SMALLER.format(size.rows, size.tokens, MAPS[place]))
+        changed = replace(mode, strips=size, place=place, together=mode.together and together)
+        run.keeper.runs_so("denoise", phase.index, changed)
+        halves = HALVES_APART if mode.together and not together else ""
+        run.recorder.notice(SMALLER.format(size.rows, size.tokens, MAPS[place], halves))
 
     in_strips = [control.in_strips(strips.storage) for control in controls]
     return [InStrips(unet, replace(strips, dilation=times), on_smaller, in_strips) for times in (1, dilation)]

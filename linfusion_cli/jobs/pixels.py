@@ -71,9 +71,9 @@ def decoded(run: Run, vae: Vae, latents: Tensor, phase: Phase) -> Iterator[np.nd
 
     They go to the phase's own file too, if it has one.
     """
-    done, method, sink = 0, run.plan.stage("decode", phase.index).mode, run.phase_sinks.get(phase.index)
+    done, planned, sink = 0, run.plan.stage("decode", phase.index), run.phase_sinks.get(phase.index)
     with run.stage("decode", phase.index) as stage:
-        for rows in decode_rows(vae, latents, method, run.recorder.notice):
+        for rows in decode_rows(vae, latents, planned.mode, run.recorder.notice, planned.need.pinned_bytes):
             rows = rows.numpy()
             if sink is not None:
                 sink.write(numbers(run.prepared.request, rows, done))
@@ -93,7 +93,8 @@ def numbers(request: PictureRequest, rows: np.ndarray, top: int) -> np.ndarray:
 def encoded(run: Run, vae: Vae, read: ReadRegion, size: Size, phase: Phase) -> Tensor:
     """The picture of `size` that `read` reads, enlarged to the size of `phase`, as latents [1, C, h, w]."""
     facts, done = run.prepared.facts, 0
-    size_lat, method = phase.size.divided(facts.vae_factor), run.plan.stage("encode", phase.index).mode
+    size_lat, planned = phase.size.divided(facts.vae_factor), run.plan.stage("encode", phase.index)
+    pinned = planned.need.pinned_bytes
     latents = torch.empty(1, facts.latent_channels, size_lat.height, size_lat.width)
     resized = resized_reader(read, size, run.prepared.shown(phase))
 
@@ -102,7 +103,7 @@ def encoded(run: Run, vae: Vae, read: ReadRegion, size: Size, phase: Phase) -> T
 
     with run.stage("encode", phase.index) as stage:
         draw = _draw(run, phase.index, size_lat)
-        for rows in encode_rows(vae, read_tensor, phase.size, method, draw, run.recorder.notice):
+        for rows in encode_rows(vae, read_tensor, phase.size, planned.mode, draw, run.recorder.notice, pinned):
             latents[:, :, done : done + rows.shape[2]] = rows
             done += rows.shape[2]
             stage.advance(done * facts.vae_factor)

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
+from linfusion_cli.cuda import has_bfloat16, is_cuda
+from linfusion_cli.device import dtype_name
 from linfusion_cli.jobs.attention import check_base
+from linfusion_cli.jobs.dtypes import WIDTHS
 from linfusion_cli.jobs.kept import OUTLINE, outline_key
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.shelf import Shelf
-from linfusion_cli.planning.machine import survey
+from linfusion_cli.planning.machine import Machine, survey
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Plan, Wanted, executed_ways, make_plan
+from linfusion_cli.planning.speed import measured
 from linfusion_cli.sampling.passes import count_passes
 from linfusion_cli.unet.check import check_control, check_supported
 
 
 def plan_run(
-    prepared: Prepared, executed: Sequence[Mapping[str, Any]] = (), kept_bytes: int = 0, shelf: Shelf | None = None
+    prepared: Prepared,
+    executed: Sequence[Mapping[str, Any]] = (),
+    kept_bytes: int = 0,
+    shelf: Shelf | None = None,
+    least_dtype: str | None = None,
 ) -> Plan:
     """The plan for a request, from the model's config files, or what a job before has made of them, on the `shelf`.
 
-    Stages run as they were `executed` before, if they were. `kept_bytes` of models lie loaded on the host.
+    Stages run as they were `executed` before, if they were. `kept_bytes` of models lie loaded on the host. The dtype
+    is the request's, or a wider one that is no narrower than `least_dtype`.
 
     Raises DoesNotFit, UsageError for steps that the scheduler cannot take, DataError for a UNet or
     ControlNet that cannot run in strips and should, or what those files are guilty of.
@@ -32,7 +44,7 @@ def plan_run(
     held_bytes = prepared.picture.held_bytes if prepared.picture else 0
     controls = prepared.controls
     controlled = (controls.phases, controls.held_bytes)
-    machine = survey(request, kept_bytes)
+    machine = widened(survey(request, kept_bytes), least_dtype)
     before = executed_ways(executed, machine)
     wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes, *controlled, before)
     folders = [control.folder for control in controls.found]
@@ -49,3 +61,16 @@ def plan_run(
                 for control in outline.controls:
                     check_control(control.net)
     return make_plan(wanted, outline, machine)
+
+
+def widened(machine: Machine, least: str | None) -> Machine:
+    """`machine` with a dtype of the UNet and the text encoders that is no narrower than `least`, as far as it has one.
+
+    The VAE keeps its own: it has another fallback.
+    """
+    if least is None or WIDTHS.index(least) <= WIDTHS.index(dtype_name(machine.dtype)):
+        return machine
+    dtype = getattr(torch, least)
+    if dtype == torch.bfloat16 and is_cuda(machine.device) and not has_bfloat16(machine.device):
+        dtype = torch.float32
+    return replace(machine, dtype=dtype, speed=measured(machine.device, dtype))

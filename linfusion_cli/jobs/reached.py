@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,11 @@ class Reached:
         """Whether neither its latents nor those that the phase began with have NaN or Inf."""
         found = (self.latents, self.begun.encoded)
         return all(bool(latents.isfinite().all()) for latents in found if latents is not None)
+
+    def on(self, device: torch.device) -> Reached:
+        """The same with its latents, and what a scheduler has to go on with, on `device`."""
+        latents = None if self.latents is None else self.latents.to(device)
+        return replace(self, latents=latents, scheduler=on_device(self.scheduler, device))
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:

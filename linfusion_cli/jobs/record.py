@@ -20,15 +20,20 @@ if TYPE_CHECKING:
 
 
 class Stage:
-    """A stretch of work that is going on: its clock, which can be paused, and how far it is."""
+    """A stretch of work that is going on: its clock, which can be paused, and how far it is.
+
+    `is_cut_short` says that it ends before all its units are done.
+    """
 
     def __init__(self, observer: Observer):
         self._observer = observer
+        self.done, self.is_cut_short = 0, False
         self._started = time.perf_counter()
         self._paused_sec = 0.0
 
     def advance(self, done: int) -> None:
         """Say that `done` of the stage's units are finished."""
+        self.done = done
         self._observer(StageAdvanced(done))
 
     @contextmanager
@@ -50,13 +55,26 @@ class Recorder:
         self.stages: list[StageReport] = []
         self.device: torch.device | None = None
         self._observer = observer
+        self._said: set[str] = set()
+        self._repeats = False
 
     def planned(self, need: Need, device_bytes: int | None) -> None:
         """Say what the run will take, before it starts."""
         self._observer(Planned(need.seconds, need.host_bytes, device_bytes))
 
     def notice(self, text: str) -> None:
-        self._observer(Notice(text))
+        if not (self._repeats and text in self._said):
+            self._observer(Notice(text))
+        self._said.add(text)
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Within, work is done again: what was said of it is not said twice."""
+        self._repeats = True
+        try:
+            yield
+        finally:
+            self._repeats = False
 
     @contextmanager
     def stage(
@@ -81,15 +99,16 @@ class Recorder:
         if done:
             stage.advance(done)
         yield stage
-        steps = total - done if unit == "steps" else None
+        end = stage.done if stage.is_cut_short else total
+        steps = end - done if unit == "steps" else None
         seconds = stage.seconds + spent_sec
         measured = StageReport(name, kind, size, seconds, steps, peak.host_bytes(), peak.device_bytes())
-        self.stages.append(measured if planned is None else with_plan(measured, planned, 1 - done / total))
-        self._observer(StageFinished(seconds))
+        self.stages.append(measured if planned is None else with_plan(measured, planned, (end - done) / total))
+        self._observer(StageFinished(seconds, stage.is_cut_short))
 
 
 def with_plan(measured: StageReport, planned: Need, share: float) -> StageReport:
-    """What was measured, with what had been planned beside it, for the `share` that was left to do."""
+    """What was measured, with what had been planned beside it, for the `share` of it that was done."""
     device = planned.device_bytes if measured.peak_device_bytes is not None else None
     return replace(
         measured,

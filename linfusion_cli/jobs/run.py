@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ class Run:
     """A request that nothing speaks against, the plan to carry it out, and who records how that goes.
 
     On the `shelf` lies what a job before has loaded. `phase_sinks` are the files of the phases whose pictures are
-    kept, by the phase's index.
+    kept, by the phase's index. `retell` lets all files that are not complete say which dtypes steps had, as of now.
     """
 
     prepared: Prepared
@@ -33,6 +33,7 @@ class Run:
     keeper: Keeper
     shelf: Shelf = field(default_factory=lambda: Shelf(keeps=False))
     phase_sinks: Mapping[int, RowSink] = field(default_factory=dict)
+    retell: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> torch.device:

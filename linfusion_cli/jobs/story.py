@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 
 from linfusion_cli import images
 from linfusion_cli.device import describe, versions
@@ -14,7 +15,7 @@ from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs.complete import Making, clear_journal, made_before
 from linfusion_cli.jobs.keep import journal_head, opened_keeper
 from linfusion_cli.jobs.latents import write_latents
-from linfusion_cli.jobs.outputs import held_latents, held_picture, opened_outputs, opened_phases
+from linfusion_cli.jobs.outputs import held_latents, held_picture, opened_outputs, opened_phases, retell
 from linfusion_cli.jobs.prepare import check_disk, prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
@@ -74,9 +75,10 @@ def make_picture(
             opened_phases(prepared, making, keeper.found_state().begun.phase) as phase_sinks,
             held_latents(making) as kept,
         ):
-            run = replace(run, phase_sinks=phase_sinks)
+            run = replace(run, phase_sinks=phase_sinks, retell=partial(retell, prepared, making, sink, phase_sinks))
             vae = loading.load_decoder(run)
-            latents = paint.painted(run, vae)  # 3. the base, and up the ladder
+            run, latents = paint.painted(run, vae)  # 3. the base, and up the ladder
+            report.plan = run.plan.to_json()  # another one after NaN in half precision
             if kept is not None:
                 write_latents(kept, latents, prepared.phases[-1].size, making.told)
             pixels.write(run, vae, latents, sink)  # 4. stream into the files, which get their names

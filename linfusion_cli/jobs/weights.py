@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from linfusion_cli.jobs.dtypes import DTYPES
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
@@ -14,7 +15,6 @@ from linfusion_cli.models.locate import LINFUSION_WEIGHTS
 from linfusion_cli.models.parts import PARTS, weights_files
 from linfusion_cli.request import PictureRequest
 
-DTYPES = "dtypes"  # in metadata, reports and journals: the dtype of the request may be auto, or change on resume
 WHOLE = "model"  # the use of a file that holds a whole model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linfusion_cli.device import is_out_of_memory
-from linfusion_cli.errors import DataError, Unavailable, first_line
+from linfusion_cli.errors import DataError, NonFinite, Unavailable, first_line
 from linfusion_cli.models.families import read_config
 from linfusion_cli.models.header import Header, read_header
 from linfusion_cli.models.original import depths_in, state_in
@@ -23,6 +23,7 @@ Vae = AutoencoderKL | AutoencoderTiny
 Network = TypeVar("Network", bound=nn.Module)
 
 AGAIN = "Download the model again."
+WIDE = {"F64", "F32", "BF16"}  # in a safetensors header: with numbers that are too large for fp16
 
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()
@@ -69,13 +70,13 @@ def config_of(kind: type, part: Part) -> dict[str, Any]:
 def load_part(kind: type[Network], part: Part, dtype: torch.dtype, device: torch.device) -> Network:
     """One part of a model, as `kind`, its convolutions' weights in channels-last, in which they run fastest.
 
-    Raises Unavailable when files are missing, DataError when they are broken.
+    Raises Unavailable when files are missing, DataError when they are broken, NonFinite for weights too large for fp16.
     """
     headers = checked_headers(part)
     module = from_folder(kind, part, dtype) if part.file is None else from_file(kind, part, headers[0], dtype)
     if device.type == "cpu":
         own_memory(module)
-    check_numbers(part, module)
+    check_numbers(part, module, may_overflow=dtype == torch.float16 and any(map(is_wide, headers)))
     return module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -141,10 +142,20 @@ def plain(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def check_numbers(part: Part, module: nn.Module) -> None:
-    """Raise DataError naming the first weights that are not all finite numbers: their pictures would be black."""
+def is_wide(header: Header) -> bool:
+    """Whether a file may hold numbers that are too large for fp16."""
+    return not WIDE.isdisjoint(header.types.values())
+
+
+def check_numbers(part: Part, module: nn.Module, may_overflow: bool) -> None:
+    """Raise DataError naming the first weights that are not all finite numbers: their pictures would be black.
+
+    NonFinite where they `may_overflow`: a wider dtype will tell.
+    """
     for name, parameter in module.named_parameters():
         if not parameter.sum(dtype=torch.float32).isfinite():
+            if may_overflow:
+                raise NonFinite(f"The weights in {part} have NaN or Inf in {name}.")
             raise DataError(f"The weights in {part} are damaged: {name} is not all finite numbers.", AGAIN)
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging as transformers_logging
 
-from linfusion_cli.errors import UsageError
+from linfusion_cli.errors import NonFinite, UsageError
 from linfusion_cli.geometry import Size
 from linfusion_cli.models.families import ModelFacts, read_config
 from linfusion_cli.models.inversion import Inversion, add_words, check_widths
@@ -92,6 +92,14 @@ class Conditioning:
         positive, negative = zip(*heard, strict=True)
         halves = replace(self.positive, images=positive), replace(self.negative, images=negative)
         return replace(self, positive=halves[0], negative=halves[1])
+
+    def check_finite(self) -> None:
+        """Raise NonFinite, naming what they were encoded from, where the embeddings contain NaN or Inf."""
+        for half in (self.positive, self.negative):
+            heard = {"prompts": (half.hidden, half.pooled), "image prompts": half.images}
+            for name, tensors in heard.items():
+                if not all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None):
+                    raise NonFinite(f"The embeddings of the {name} contain NaN or Inf.")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ STRIP_SIZES = {
         StripSize(1, 256),
     ),
 }
+BATCHED_BELOW_PX = 4096 * 4096  # from there on, halves in one batch take 5 % longer, and twice the memory
 MARGIN_BYTES = 64 << 20  # a process without models is not of the same size each time
 
 
@@ -75,8 +76,10 @@ class Plan:
     def need(self) -> Need:
         """The peaks and the time of all stages whose needs are known."""
         needs = [stage.need for stage in self.stages if stage.need]
-        peaks = (max(need.host_bytes for need in needs), max(need.device_bytes for need in needs))
-        return Need(*peaks, sum(need.seconds for need in needs))
+        peaks = ("host_bytes", "device_bytes", "pinned_bytes")
+        sums = ("seconds", "copied_bytes", "flops")
+        most = {name: max(getattr(need, name) for need in needs) for name in peaks}
+        return Need(**most, **{name: sum(getattr(need, name) for need in needs) for name in sums})
 
     def to_json(self) -> dict[str, Any]:
         machine, need = self.machine, self.need
@@ -175,19 +178,25 @@ def beside(stage: PlannedStage, more: int) -> PlannedStage:
 
 def ways(wanted: Wanted, reckoner: Reckoner) -> Iterator[list[PlannedStage]]:
     """For each stage of the run, in order, the ways to run it, the best first."""
+    last = wanted.phases[-1]
     for phase, passes in zip(wanted.phases, wanted.passes, strict=True):
         if wanted.is_encoded(phase):
             before = wanted.phases[max(0, phase.index - 1)]
             yield conversions(wanted, reckoner, phase, "encode", before.attention)
         if passes.steps:
-            modes = modes_for(phase.attention, reckoner.machine, both_halves=passes.guided > 0)
+            modes = modes_for(phase.attention, reckoner.machine, passes.guided > 0, phase.size.area)
             yield [denoising(wanted, reckoner, phase, passes, mode) for mode in wanted.first("denoise", phase, modes)]
         if wanted.is_decoded(phase):
-            yield conversions(wanted, reckoner, phase, "decode", phase.attention)
+            yield conversions(wanted, reckoner, phase, "decode", None if phase is last else phase.attention)
 
 
-def conversions(wanted: Wanted, reckoner: Reckoner, phase: Phase, kind: Kind, attention: str) -> list[PlannedStage]:
-    """The ways to decode a phase's picture, or encode what it begins with, while the UNet has this attention."""
+def conversions(
+    wanted: Wanted, reckoner: Reckoner, phase: Phase, kind: Kind, attention: str | None
+) -> list[PlannedStage]:
+    """The ways to decode a phase's picture, or encode what it begins with, while the UNet has this attention.
+
+    None where the UNet is not on the device any more.
+    """
     methods = wanted.first(kind, phase, methods_for(kind, wanted.request.vae_statistics, reckoner, phase.size))
     needs = [reckoner.vae(phase.size, kind == "encode", attention, method) for method in methods]
     stages = [PlannedStage(phase.index, kind, kind, phase.size, 0, *pair) for pair in zip(methods, needs, strict=True)]
@@ -200,8 +209,7 @@ def denoising(wanted: Wanted, reckoner: Reckoner, phase: Phase, passes: Passes, 
     controlled = phase.index in wanted.controlled
     need = reckoner.forward(mode, phase.size, phase.dilation if passes.dilated else 1, controlled)
     if need is not None:
-        of_one_half = need.seconds / (2 if mode.together else 1)
-        need = replace(need, seconds=of_one_half * passes.forwards())
+        need = need.times(passes.forwards() / (2 if mode.together else 1))
     if need is not None and controlled:
         embedded = reckoner.embedding_seconds(phase.size) * (1 if mode.strips else passes.forwards())
         host = need.host_bytes + wanted.control_held_bytes
@@ -209,13 +217,13 @@ def denoising(wanted: Wanted, reckoner: Reckoner, phase: Phase, passes: Passes, 
     return PlannedStage(phase.index, "denoise", phase.name, phase.size, passes.steps, mode, need, passes.dilated)
 
 
-def modes_for(attention: str, machine: Machine, both_halves: bool) -> list[Mode]:
+def modes_for(attention: str, machine: Machine, both_halves: bool, area_px: int) -> list[Mode]:
     """The ways to run a phase: on the device with tall strips if that fits, then maps move out, then strips shrink.
 
-    Both halves of guidance at once only help a GPU that one alone does not fill.
+    Both halves of guidance at once only help a GPU that one alone does not fill: that of a small image.
     """
     kind = machine.device.type
-    batches = (True, False) if kind == "cuda" and both_halves else (False,)
+    batches = (True, False) if kind == "cuda" and both_halves and area_px < BATCHED_BELOW_PX else (False,)
     if attention == "original":
         return [Mode(attention, together=together) for together in batches]
     places: tuple[Place, ...] = PLACES if kind == "cuda" else ("device",)

@@ -10,6 +10,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from linfusion_cli.cuda import synchronize
+
 PROBE_SEC = 0.15
 # Of the rates measured by the probe, what a forward reaches: its products are smaller and of many shapes, and its
 # other passes find less in the caches. Measured with tools/bench/unet.py and whole runs of the demo model.
@@ -53,8 +55,3 @@ def mean_seconds(work: Callable[[], object], device: torch.device) -> float:
         synchronize(device)
         done += 1
     return (time.perf_counter() - began) / done
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from linfusion_cli.geometry import bands
+from linfusion_cli.geometry import equal_bands
 from linfusion_cli.strips.dilation import halo_rows, inner
 from linfusion_cli.strips.exchange import Exchange
 from linfusion_cli.strips.stats import Moments
@@ -15,6 +15,7 @@ from linfusion_cli.strips.storage import Map, Storage
 from linfusion_cli.strips.windows import Source, Windows
 
 GOOD_ROWS = 16  # below, convolutions take longer: maps go to the host first
+PIECE_MULTIPLE = 64  # tokens: matrix products of other numbers of rows are slower
 SMALLEST_TOKENS = 64  # fewer save nothing: a row of a picture of 512 px has as many
 
 
@@ -64,11 +65,11 @@ class Strips:
 
     def bands(self, height: int, width: int) -> list[tuple[int, int]]:
         """The strips [top, bottom) of a map."""
-        return list(bands(height, self.size.rows_of(width)))
+        return list(equal_bands(height, self.size.rows_of(width)))
 
     def pieces(self, tokens: Map) -> Iterator[tuple[int, int]]:
         """The pieces [start, stop) of a map of one pixel a row."""
-        return bands(tokens.height, self.size.tokens)
+        return equal_bands(tokens.height, self.size.tokens, PIECE_MULTIPLE)
 
     def halo(self, convolution: nn.Module) -> int:
         """How many rows beyond its own an output row of `convolution` looks at."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from linfusion_cli.strips.exchange import Exchange
 from linfusion_cli.strips.stats import Moments, group_affine
-from linfusion_cli.strips.storage import Map
+from linfusion_cli.strips.storage import HostMap, Map
 
 OnRead = Callable[[int, list[Tensor]], None]  # (top, rows of each part) once they have been read and are still whole
 
@@ -99,17 +100,30 @@ class Enlarged(Source):
         self._small = small.height
         self.height, self.width = height, width
         # On the CPU too: to know what to read must not wait for the device.
-        self._row_of, columns = (
-            nearest(*pair, small.tensor.dtype) for pair in ((small.height, height), (small.width, width))
+        (self._row_of, self._rows_on_device), (_, self._columns) = (
+            places(*pair, small.tensor.dtype, device) for pair in ((small.height, height), (small.width, width))
         )
-        self._rows_on_device, self._columns = self._row_of.to(device), columns.to(device)
+        self._last: tuple[int, Tensor] | None = None  # the last row that was read, which the next strip may repeat too
 
     def _rows(self, top: int, bottom: int) -> list[Tensor] | None:
         if top < 0 or bottom > self.height:
             return self._beyond(top, bottom)
         first = int(self._row_of[top])
-        small = self.parts[0].read(first, int(self._row_of[bottom - 1]) + 1)
+        small = self._small_rows(first, int(self._row_of[bottom - 1]) + 1)
         return [self._repeated(small, self._rows_on_device[top:bottom] - first)]
+
+    def _small_rows(self, first: int, end: int) -> Tensor:
+        """Rows [first, end) of the small map; on the host each is read once, as it travels."""
+        if not isinstance(self.parts[0], HostMap):
+            return self.parts[0].read(first, end)
+        held = self._last[1] if self._last and self._last[0] == first else None
+        start = first if held is None else first + 1
+        parts = [held] if held is not None else []
+        if start < end:
+            parts.append(self.parts[0].read(start, end))
+        small = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        self._last = end - 1, small[:, -1:].clone()
+        return small
 
     def _beyond(self, top: int, bottom: int) -> list[Tensor] | None:
         """Rows of a neighbour's part; where parts meet, a map's height doubles exactly."""
@@ -121,6 +135,13 @@ class Enlarged(Source):
 
     def _repeated(self, small: Tensor, rows: Tensor) -> Tensor:
         return small.index_select(2, self._columns).index_select(1, rows)
+
+
+@lru_cache(maxsize=64)  # at a copy of each, the device would wait in every forward
+def places(length: int, longer: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As `nearest`, on the CPU and on `device`."""
+    found = nearest(length, longer, dtype)
+    return found, found.to(device)
 
 
 def nearest(length: int, longer: int, dtype: torch.dtype) -> Tensor:

@@ -6,11 +6,13 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from linfusion_cli.strips.cost import WIDE_BYTES, Cost, Ledger, Outline, convolution_cost
+from linfusion_cli.strips.copies import STAGED
+from linfusion_cli.strips.cost import WIDE_BYTES, Beside, Cost, Ledger, Outline, convolution_cost, tallest
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
@@ -21,6 +23,7 @@ from linfusion_cli.unet.walk import encoded, walk
 
 COMPUTED = 4  # times that all rows of a map are computed which is not stored: for its moments, and when it is read
 ADDED = 6  # times that each number is read or written where one map is added to another, with moments
+COLOURS = 3
 EMBEDDED = 6  # the same for a number of a control picture's maps, in and out of a convolution, and activated
 STREAMED = 6  # strips alive at once of the largest of those: windows, results, activations, and holes they leave
 
@@ -52,6 +55,7 @@ def reckon(unet: UNet2DConditionModel, setting: Setting, controls: Sequence[Cont
         residuals = deque([*kept, middle])
         del kept, middle
     walk(unet, Reckoning(unet, setting, ledger, residuals))
+    ledger.close()
     return ledger
 
 
@@ -71,16 +75,19 @@ class EncoderReckoning:
         shape, setting = parts[0].shape[:3], self._setting
         over = reusable(parts, block.out_channels)
         target = over[0] if over else self._new(*shape, block.out_channels)
-        self.ledger.spend(resnet_cost(setting.size, block, shape, setting.itemsize, setting.dilation))
+        costed = setting.itemsize, setting.dilation
+        self.ledger.spend(resnet_cost(setting.size, block, parts, target, bool(over), costed))
         for part in parts:
             part.travel(1 if over else 2)
         target.travel(3)
+        if over:
+            over[1].travel(2)
         return target
 
     def transformer(self, transformer, x: Outline) -> Outline:
         setting = self._setting
         tokens = self._new(*x.shape[:3], transformer.inner_dim)
-        cost = transformer_cost(setting.size, transformer, x.shape[:3], setting.text_tokens, setting.itemsize)
+        cost = transformer_cost(setting.size, transformer, x, tokens, setting.text_tokens, setting.itemsize)
         self.ledger.spend(cost)
         tokens.travel(2 * len(transformer.transformer_blocks))
         x.travel(3)
@@ -89,7 +96,9 @@ class EncoderReckoning:
     def downsample(self, downsampler, x: Outline) -> Outline:
         batch, height, width, channels = x.shape
         smaller = self._new(batch, -(-height // 2), -(-width // 2), channels)
-        self._convolve(downsampler.conv, x.shape[:3])
+        rows = tallest(self._setting.size, smaller.height, smaller.width)
+        beside = Beside(x.reading(2 * rows), smaller.writing(rows))
+        self._convolve(downsampler.conv, x.shape[:3], widest=0, beside=beside)
         x.travel()
         smaller.travel()
         return smaller
@@ -107,10 +116,11 @@ class EncoderReckoning:
     def _outline(self, shape: tuple[int, ...], where: str) -> Outline:
         return Outline(self.ledger, shape, self._setting.itemsize, where)
 
-    def _convolve(self, convolution, shape: tuple[int, int, int], times: int = 1) -> None:
+    def _convolve(self, convolution, shape: tuple[int, int, int], times: int = 1, **how: Any) -> None:
         setting = self._setting
+        cost = convolution_cost(setting.size, convolution, shape, setting.itemsize, setting.dilation, **how)
         for _ in range(times):
-            self.ledger.spend(convolution_cost(setting.size, convolution, shape, setting.itemsize, setting.dilation))
+            self.ledger.spend(cost)
 
 
 class ControlReckoning(EncoderReckoning):
@@ -123,6 +133,9 @@ class ControlReckoning(EncoderReckoning):
         self._projections = iter(net.controlnet_down_blocks)
         self.embedding = self._waiting(1, setting.height, setting.width, inner(net.conv_in).out_channels)
         making = embedding_cost(net, setting.height, setting.width, setting.itemsize)
+        scale = picture_scale(net)
+        for _ in range(STAGED + 1):
+            ledger.stage(PICTURE_ROWS * setting.width * scale * COLOURS * setting.itemsize)
         ledger.spend(replace(making, flops=0, passes=0))
 
     def conv_in(self) -> Outline:
@@ -155,13 +168,16 @@ class Reckoning(EncoderReckoning):
     def __init__(self, unet: UNet2DConditionModel, setting: Setting, ledger: Ledger, residuals: deque[Outline] | None):
         super().__init__(unet, setting, ledger)
         self._residuals = residuals
+        self._copied: Outline | None = None
 
     def keep(self, x: Outline) -> Outline:
         if self._residuals is not None:
             return self._added(x, self._residuals.popleft())
         if not x.kept and self._setting.place == "skips":
+            self._copied = None  # its copy has arrived
             copy = self._waiting(*x.shape)
             copy.travel()
+            self._copied = x  # which stays until the next one is copied
             return copy
         x.kept = True
         return x
@@ -172,17 +188,23 @@ class Reckoning(EncoderReckoning):
     def upsample(self, upsampler, x: Outline, like: Outline, parts: int) -> list[Outline]:
         shape = (x.shape[0], like.height, like.width)
         larger = [self._new(*shape, upsampler.out_channels // parts) for _ in range(parts)]
-        self._convolve(upsampler.conv, shape)
+        rows = tallest(self._setting.size, like.height, like.width)
+        repeated = math.prod(shape[::2]) * rows * x.channels * self._setting.itemsize * 3 // 2
+        beside = Beside(x.reading(rows // 2 + 1) + repeated, sum(each.writing(rows) for each in larger))
+        self._convolve(upsampler.conv, shape, widest=0, beside=beside)
         for outline in (x, *larger):
             outline.travel()
         return larger
 
     def take(self, skip: Outline) -> Outline:
+        self._copied = None
         skip.release()
         return skip
 
     def conv_out(self, x: Outline) -> None:
-        self._convolve(self.network.conv_out, x.shape[:3])
+        rows = tallest(self._setting.size, x.height, x.width)
+        self._convolve(self.network.conv_out, x.shape[:3], beside=Beside(x.reading(rows)))
+        x.travel()
 
     def _added(self, x: Outline, residual: Outline) -> Outline:
         numbers = math.prod(x.shape)
@@ -196,11 +218,16 @@ class Reckoning(EncoderReckoning):
         return residual
 
 
+def picture_scale(net: ControlNet) -> int:
+    """How many pixels of a control picture there are for a latent, along a side."""
+    return math.prod(inner(layer).stride[0] for layer in net.controlnet_cond_embedding.blocks)
+
+
 def embedding_cost(net: ControlNet, height: int, width: int, itemsize: int) -> Cost:
     """`control.embedded_picture` for latents of `height` x `width`, beside the map that it makes."""
     layers = net.controlnet_cond_embedding
     convolutions = [inner(layer) for layer in (layers.conv_in, *layers.blocks, layers.conv_out)]
-    scale = math.prod(layer.stride[0] for layer in convolutions)
+    scale = picture_scale(net)
     flops, passes, widest, rows = 0, 0, 0, PICTURE_ROWS
     pixels, across = height * width * scale**2, width * scale
     for layer in convolutions:
@@ -221,8 +248,6 @@ def whole_bytes(nets: Sequence[ControlNet], setting: Setting) -> int:
     for net in nets:
         kept, middle = encoded(net, ControlReckoning(net, setting, Ledger()))
         found = sum(math.prod(outline.shape) for outline in (*kept, middle))
-        layers = net.controlnet_cond_embedding
-        scale = math.prod(inner(layer).stride[0] for layer in layers.blocks)
-        area = setting.batch * setting.height * setting.width * scale**2
-        largest = max(largest, 2 * found, 2 * inner(layers.conv_in).out_channels * area)
+        area = setting.batch * setting.height * setting.width * picture_scale(net) ** 2
+        largest = max(largest, 2 * found, 2 * inner(net.controlnet_cond_embedding.conv_in).out_channels * area)
     return largest * setting.itemsize

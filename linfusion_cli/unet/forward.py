@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +49,19 @@ class Condition:
     added: Added | None = None
     timestep_cond: Tensor | None = None
     controls: Sequence[Control] = ()
+
+    def split(self, batch: int) -> Iterator[Condition]:
+        """The condition of each of `batch` latents alone."""
+        for i in range(batch):
+            one = slice(i, i + 1)
+            added = None if self.added is None else {name: rows_of(value, one) for name, value in self.added.items()}
+            times = None if self.timestep_cond is None else self.timestep_cond[one]
+            yield Condition(self.text[one], added, times, self.controls)
+
+
+def rows_of(value: Tensor | list[Tensor], rows: slice) -> Tensor | list[Tensor]:
+    """Some rows of a tensor, or of each of several."""
+    return [tensor[rows] for tensor in value] if isinstance(value, list) else value[rows]
 
 
 @torch.inference_mode()

@@ -44,22 +44,25 @@ class Whole:
 
 
 class InStrips:
-    """Runs a UNet with linear attention under `controls` in strips; where memory runs out, smaller, from then on.
+    """Runs a UNet with linear attention under `controls` in strips.
 
-    `on_smaller` hears of it. Raises DataError for a network that has a part which cannot be run so.
+    Where memory runs out, both halves of guidance run one after the other from then on, not in one batch, and then
+    strips become smaller. `on_smaller` hears of it, and whether halves may still run together. Raises DataError for a
+    network that has a part which cannot be run so.
     """
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
         run: Strips,
-        on_smaller: Callable[[Strips], None],
+        on_smaller: Callable[[Strips, bool], None],
         controls: Sequence[StripControl] = (),
     ):
         check_supported(unet)
         for control in controls:
             check_control(control.net)
         self._unet, self._run, self._on_smaller, self._controls = unet, run, on_smaller, controls
+        self._together = True
 
     def predictor(self, text: Tensor, added: Added | None) -> Predict:
         """As `Whole.predictor`."""
@@ -67,16 +70,23 @@ class InStrips:
 
     def _forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """A forward is repeated when it runs out of memory: it changes nothing but what it returns."""
-        while True:
+        while self._together or len(latents) == 1:
             try:
                 return strip_forward(self._unet, self._run, latents, timestep, condition)
             except (RuntimeError, MemoryError) as error:
-                smaller = self._run.smaller()
+                smaller = self._run if len(latents) > 1 else self._run.smaller()
                 if not is_out_of_memory(error) or smaller is None:
                     raise
-            self._run = smaller
-            free_memory(smaller.storage.device)  # only here, as the error holds on to what the forward had
-            self._on_smaller(smaller)
+            # Only here, as the error holds on to what the forward had.
+            self._use(smaller, together=self._together and len(latents) == 1)
+        halves = zip(latents.split(1), condition.split(len(latents)), strict=True)
+        return torch.cat([self._forward(half, timestep, alone) for half, alone in halves])
+
+    def _use(self, smaller: Strips, together: bool) -> None:
+        self._run.storage.settle()
+        self._run, self._together = smaller, together
+        free_memory(smaller.storage.device)
+        self._on_smaller(smaller, together)
 
 
 def _predictor(

@@ -8,12 +8,14 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-from linfusion_cli.strips.cost import Cost, convolution_cost
+from linfusion_cli.strips.cost import CHANGES, WRITES, Beside, Cost, Outline, convolution_cost, tallest
+from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.ops import Strips, StripSize, Writer, as_picture, as_rows, convolved
 from linfusion_cli.strips.storage import Map
 from linfusion_cli.strips.windows import Normed
 
 ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]
+Costed = tuple[int, int]  # itemsize and dilation of a forward whose cost is reckoned
 
 
 def run_resnet(run: Strips, block: ResnetBlock2D, parts: Sequence[Map], embedding: Tensor) -> Map:
@@ -66,11 +68,22 @@ def late_shortcut(block: ResnetBlock2D, parts: Sequence[Map]) -> ReadRows:
 
 
 def resnet_cost(
-    size: StripSize, block: ResnetBlock2D, shape: tuple[int, int, int], itemsize: int, dilation: int
+    size: StripSize, block: ResnetBlock2D, parts: Sequence[Outline], target: Outline, over: bool, setting: Costed
 ) -> Cost:
-    """`run_resnet` on parts of (B, H, W)."""
-    cost = convolution_cost(size, block.conv1, shape, itemsize, dilation)
-    cost += convolution_cost(size, block.conv2, shape, itemsize, dilation)
+    """`run_resnet` on `parts`, written into `target`; `over` says that the shortcut is written over one of them."""
+    itemsize, dilation = setting
+    batch, height, width, _ = parts[0].shape
+    shape, rows = (batch, height, width), tallest(size, height, width)
+    strip = batch * rows * width * itemsize
+    channels = sum(part.channels for part in parts)
+    shortcut = strip * (channels * (len(parts) > 1) + block.out_channels * (block.conv_shortcut is not None))
+    reading, writing = sum(part.reading(rows) for part in parts), target.writing(rows)
+    first = Beside(reading + (shortcut if over else 0), writing * (2 if over else 1))
+    second = Beside(target.reading(rows), writing, target.reading(rows) if over else shortcut + reading)
+    cost = convolution_cost(size, block.conv1, shape, itemsize, dilation, max(part.channels for part in parts), first)
+    cost += convolution_cost(size, block.conv2, shape, itemsize, dilation, beside=second)
     if block.conv_shortcut is not None:
-        cost += convolution_cost(size, block.conv_shortcut, shape, itemsize)
+        flops = 2 * inner(block.conv_shortcut).weight.numel() * batch * height * width
+        passes = (CHANGES * channels + WRITES * block.out_channels) * batch * height * width
+        cost += Cost(flops, passes, 0)
     return cost

@@ -15,10 +15,11 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from linfusion_cli.attention.linear import KeyValueSums, LinearAttention, attend
-from linfusion_cli.strips.cost import Cost
+from linfusion_cli.geometry import equal_bands
+from linfusion_cli.strips.cost import Cost, Outline
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.exchange import Exchange
-from linfusion_cli.strips.ops import Strips, StripSize, Writer, as_picture, as_rows
+from linfusion_cli.strips.ops import PIECE_MULTIPLE, Strips, StripSize, Writer, as_picture, as_rows
 from linfusion_cli.strips.storage import Map
 from linfusion_cli.strips.windows import Normed
 
@@ -161,12 +162,13 @@ class Sums:
 
 
 def transformer_cost(
-    size: StripSize, transformer: Transformer2DModel, shape: tuple[int, int, int], text_tokens: int, itemsize: int
+    size: StripSize, transformer: Transformer2DModel, x: Outline, tokens_map: Outline, text_tokens: int, itemsize: int
 ) -> Cost:
-    """`run_transformer` on a map of (B, H, W): each linear layer once per token, but those of the text.
+    """`run_transformer` on the map `x`: each linear layer once per token, but those of the text.
 
     The feed-forward's strip is the largest: 8 C wide, half of it through its gate, and their product.
     """
+    shape = x.shape[:3]
     blocks, tokens, channels = transformer.transformer_blocks, math.prod(shape), transformer.inner_dim
     weights = sum(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, TOKEN_LAYERS))
     weights -= sum(inner(layer).weight.numel() for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v))
@@ -178,5 +180,8 @@ def transformer_cost(
     seen = channels // heads if is_linear else tokens // shape[0]  # what a query is multiplied with
     attention = len(blocks) * 4 * channels * (seen + text_tokens)
     passes = len(blocks) * PASSES_PER_BLOCK * tokens * channels
-    piece = shape[0] * min(size.tokens, shape[1] * shape[2]) * channels
-    return Cost(tokens * (2 * weights + attention), passes, piece * PIECES_ALIVE * itemsize)
+    largest = max(stop - start for start, stop in equal_bands(shape[1] * shape[2], size.tokens, PIECE_MULTIPLE))
+    piece = shape[0] * largest * channels * itemsize
+    rows = -(-largest // shape[2])
+    beside = sum(each.reading(rows) + each.writing(rows) for each in (x, tokens_map))
+    return Cost(tokens * (2 * weights + attention), passes, piece * PIECES_ALIVE + beside)

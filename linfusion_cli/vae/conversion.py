@@ -9,11 +9,13 @@ from torch import Tensor
 
 from linfusion_cli.device import dtype_name, free_memory, is_out_of_memory
 from linfusion_cli.errors import NonFinite
+from linfusion_cli.strips.copies import Download
+from linfusion_cli.strips.pinned import PinnedMemory
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import Stage, reach, streamed
 from linfusion_cli.vae.patches import Source
 from linfusion_cli.vae.stages import Vae
-from linfusion_cli.vae.statistics import Method, grown, settle
+from linfusion_cli.vae.statistics import Method, grown, most_rows, settle
 
 Notify = Callable[[str], None]
 IN_FP32 = "The VAE gave NaN in {}: from row {} on, it runs in float32."
@@ -25,10 +27,22 @@ def nobody(_: str) -> None:
     """Takes a notice that no one wants."""
 
 
+def one_behind(downloads: Iterator[Download]) -> Iterator[Download]:
+    """Each of them once the next is under way: so the device computes while the CPU writes."""
+    last = None
+    for download in downloads:
+        if last is not None:
+            yield last
+        last = download
+    if last is not None:
+        yield last
+
+
 class Conversion:
     """Streams what `source_of` gives through `stages`, by `method`; `notify` hears when the way has to change.
 
-    `step` is how many rows are read at a time, where they are not those that are computed.
+    `step` is how many rows are read at a time, where they are not those that are computed. `finish` is what is done to
+    rows before they leave the device, and `pinned` how many bytes of pinned memory all this is planned to take.
     """
 
     def __init__(
@@ -39,7 +53,10 @@ class Conversion:
         method: Method,
         notify: Notify = nobody,
         step: int | None = None,
+        finish: Callable[[Tensor], Tensor] = lambda rows: rows,
+        pinned: int = 0,
     ):
+        self._finish, self._pinned = finish, pinned
         self._vae, self._stages, self._source_of = vae, stages, source_of
         self._method, self._notify, self._step = method, notify, step
         self._top = 0  # of the rows that come out: those above are done
@@ -61,7 +78,8 @@ class Conversion:
 
     def _attempt(self) -> Iterator[Tensor]:
         """Rows from where the last attempt ended, until the end or the first that is no number."""
-        storage = Storage(self._method.place, self._vae.device, self._vae.dtype)
+        device = self._vae.device
+        storage = Storage(self._method.place, device, self._vae.dtype, PinnedMemory(device, self._pinned))
         stages, source = self._stages, self._source_of(storage)
         if not self._settled:
             stages, source = settle(stages, source, self._method, storage)
@@ -71,15 +89,26 @@ class Conversion:
         def read(top: int, bottom: int) -> Tensor:
             return source.rows(first + top, first + bottom)
 
-        for rows in streamed(stages, read, source.size.height - first, self._method.height, self._step):
-            rows, above = rows[0, above:].float().cpu(), max(0, above - rows.shape[1])
-            if not rows.isfinite().all():
+        parts = streamed(stages, read, source.size.height - first, self._method.height, self._step)
+        downloads = self._downloads(parts, above, storage)
+        for download in one_behind(downloads) if device.type == "cuda" else downloads:
+            rows = download.wait()
+            if rows is None:
                 self._use_fp32()
                 return
-            if len(rows):
-                self._top += len(rows)
-                yield rows
+            del download  # or three would be there at a time
+            self._top += len(rows)
+            yield rows
         self._done = True
+
+    def _downloads(self, parts: Iterator[Tensor], above: int, storage: Storage) -> Iterator[Download]:
+        """The rows on their way to the CPU, without the first `above`; checked and finished on the device."""
+        capacity = most_rows(self._stages, self._method.height)
+        for part in parts:
+            rows, above = part[0, above:].float(), max(0, above - part.shape[1])
+            if len(rows):
+                finite = rows.isfinite().all()  # before infinity becomes white
+                yield Download.of(self._finish(rows), finite, storage.copies, capacity)
 
     def _begin(self, stages: Sequence[Stage], source: Source) -> tuple[int, int]:
         """The row of `source` to stream from, and how many of the rows that come out then have been before."""

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from linfusion_cli.geometry import Size
+from linfusion_cli.strips.copies import STAGED
 from linfusion_cli.strips.cost import Cost, Ledger, Outline
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.stream import Add, Convolution, Stage, reach
 from linfusion_cli.vae.attention import FixedAttention
-from linfusion_cli.vae.sample import Sample
-from linfusion_cli.vae.statistics import CORE_LAT, Method, grown, last_normed
+from linfusion_cli.vae.patches import READ_ROWS
+from linfusion_cli.vae.sample import Sample, grid
+from linfusion_cli.vae.statistics import CORE_LAT, Method, grown, last_normed, most_rows
 
 WIDE_BYTES = 4  # statistics and what is normalised by them, in fp32
+FINISHED_BYTES = 13  # of a number of the image that leaves the device: in fp32, on its way, and while it is checked
+LATENT_BYTES = 4  # of each latent that is decoded, all of which are on the device
+INDEX_BYTES = 3 * 8  # of the place of a pixel that attention looks at
+MOMENTS = 2 * WIDE_BYTES  # of a number from which moments are computed: itself, and its distance from the mean
 CHANGES, WRITES = 4, 4  # times that each number is read or written on its way into a window, and out of a convolution
 KEPT = 8  # the same for a number of a map that is made: written to fresh memory, read, and for its moments
 HOLES = 2  # what freed strips of other sizes leave of an operation's memory in a heap: measured on a CPU
@@ -45,28 +51,54 @@ class Shape:
         return Shape(self.batch, height, width, channels, scale)
 
 
-def stage_cost(stage: Stage, shape: Shape, rows: int, itemsize: int, keys: int) -> Cost:
+@dataclass(frozen=True)
+class StageCost:
+    """A stage over a map: its work, the bytes of its window, which serves all stages, and of what else it makes."""
+
+    flops: int
+    passes: int
+    window: int = 0
+    made: int = 0
+
+    def spent(self, more_passes: int, scratch: int) -> Cost:
+        return Cost(self.flops, self.passes + more_passes, scratch)
+
+
+def stage_cost(stage: Stage, shape: Shape, rows: int, itemsize: int, keys: int) -> StageCost:
     """`stage` over a map, `rows` of it at a time, which are there when it begins."""
     result = shape.after(stage)
     out = result.strip(rows * stage.enlarges // stage.shrinks) * itemsize
     if isinstance(stage, Convolution):
         doubled = stage.enlarges**2
         window = replace(shape, width=shape.width * stage.enlarges).strip(rows * stage.enlarges + stage.kernel - 1)
-        wide = 2 * WIDE_BYTES * shape.strip(rows) if stage.before is not None and itemsize < WIDE_BYTES else 0
+        wide = WIDE_BYTES * shape.strip(rows) if stage.before is not None and itemsize < WIDE_BYTES else 0
         passes = CHANGES * shape.pixels * shape.channels * doubled + WRITES * result.pixels * result.channels
         flops = 2 * inner(stage.layer).weight.numel() * result.pixels
-        return Cost(flops, passes, window * itemsize + max(out, wide))
+        return StageCost(flops, passes, window * itemsize, max(out, wide))
     if isinstance(stage, FixedAttention):
         flops = 4 * shape.pixels * shape.channels * (2 * shape.channels + keys)
-        return Cost(flops, CHANGES * shape.pixels * shape.channels, SEEN * out)
+        return StageCost(flops, CHANGES * shape.pixels * shape.channels, made=SEEN * out)
     shortcut = stage.layer if isinstance(stage, Add) else None
     flops = 2 * inner(shortcut).weight.numel() * shape.pixels if shortcut is not None else 0
-    return Cost(flops, WRITES * result.pixels * result.channels, out)
+    return StageCost(flops, WRITES * result.pixels * result.channels, made=out)
 
 
-def vae_cost(stages: Sequence[Stage], size: Size, scale: int, channels: int, method: Method, itemsize: int) -> Ledger:
-    """Statistics and streaming of a map of `size` px through `stages`, of a VAE on the meta device."""
-    return Reckoning(stages, method, itemsize).all(Shape(1, size.height, size.width, channels, scale))
+def vae_cost(
+    stages: Sequence[Stage],
+    size: Size,
+    scale: int,
+    channels: int,
+    method: Method,
+    itemsize: int,
+    on_cpu: bool = False,
+) -> Ledger:
+    """Statistics and streaming of a map of `size` px through `stages`, of a VAE on the meta device.
+
+    The map comes from the CPU: on a card it passes through pinned memory if it is an image.
+    """
+    return Reckoning(stages, method, itemsize, HOLES if on_cpu else 1).all(
+        Shape(1, size.height, size.width, channels, scale)
+    )
 
 
 @dataclass
@@ -76,50 +108,96 @@ class Reckoning:
     stages: Sequence[Stage]
     method: Method
     itemsize: int
+    holes: int
     ledger: Ledger = field(default_factory=Ledger)
+    keys: int = 0  # at which attention looks: fewer than the method's where a sample has no more
 
     def all(self, shape: Shape) -> Ledger:
         last, whole = last_normed(self.stages), None
+        if shape.scale == 1:
+            self.ledger.copied_bytes += LATENT_BYTES * shape.pixels * shape.channels
         start = min(self.method.start, last)
         if start:
             shape, whole = self._taken(self.stages[:start], shape, Sample.whole(size_lat(shape)), self.method.place)
         if start < last:
             sample = Sample.spread(size_lat(shape), self.method.patches, CORE_LAT)
-            self._taken(self.stages[start:last], shape, sample, "device")
-        self._streamed(self.stages[start:], shape)
+            if whole is not None:
+                whole.travel(share_read(sample, -(-reach(self.stages[start:last]) // shape.scale)))
+            self._taken(self.stages[start:last], shape, sample, "device", from_map=whole is not None)
+        self._streamed(self.stages[start:], shape, whole)
         del whole  # from which the rest has streamed
+        self.ledger.close()
         return self.ledger
 
-    def _taken(self, stages: Sequence[Stage], shape: Shape, sample: Sample, where: str) -> tuple[Shape, Outline]:
+    def _taken(
+        self, stages: Sequence[Stage], shape: Shape, sample: Sample, where: str, from_map: bool = False
+    ) -> tuple[Shape, Outline]:
         """`stages` one after the other over patches, or over the whole -> the last map."""
         patches = patch_shape(stages, shape, sample)
         current, kept = self._outline(patches, where), None  # `kept` is what a shortcut will read, and lives as long
+        current.travel()
+        if not from_map:
+            self._read(shape, replace(patches, batch=1), patches.batch)
+        workspace = 0
         for i, stage in enumerate(stages):
             if stage.enlarges * stage.shrinks > 1:
                 patches = patch_shape(stages[i:], patches, sample)
-                current = self._outline(patches, where)
+                current = self._outline(patches, where) if where == "device" and sample.corners[1:] else current
             result = patches.after(stage)
+            rows = max(1, self.method.height * sample.size.width * patches.scale // (patches.batch * patches.width))
+            reading = current.reading(rows) if not stage.pointwise else 0
+            if isinstance(stage, FixedAttention):
+                self.keys = keys_in(sample, self.method.keys)
+                self._look(current, where)
             if not stage.pointwise:
                 current.travel()
                 kept = current if stage.keeps is not None else kept
                 over = stage.keeps is None and (result.width, result.channels) == (patches.width, patches.channels)
                 current = current if over else self._outline(result, where)
                 current.travel()
-            rows = max(1, self.method.height * sample.size.width * patches.scale // (patches.batch * patches.width))
-            cost = stage_cost(stage, patches, rows, self.itemsize, self.method.keys)
-            scratch = cost.scratch_bytes + WIDE_BYTES * result.strip(rows)  # with what moments are computed from
-            passes = cost.passes + KEPT * result.pixels * result.channels
-            self.ledger.spend(replace(cost, passes=passes, scratch_bytes=scratch))
+            if isinstance(stage, Add) and kept is not None:
+                kept.travel()
+                reading += kept.reading(rows)
+            cost = stage_cost(stage, patches, rows, self.itemsize, self.keys)
+            workspace = max(workspace, cost.window)
+            out_rows = rows * stage.enlarges // stage.shrinks
+            moments = result.strip(out_rows) * (MOMENTS + self.itemsize)
+            scratch = workspace + reading + current.writing(out_rows) + max(cost.made, moments)
+            self.ledger.spend(cost.spent(KEPT * result.pixels * result.channels, scratch))
             kept = None if isinstance(stage, Add) else kept
             patches = result
         return patches, current
 
+    def _look(self, current: Outline, where: str) -> None:
+        """Keys and values of the attention, which stay; pixels of a map on the host come through pinned memory."""
+        channels = current.channels
+        self.ledger.add("device", 2 * self.keys * channels * self.itemsize)
+        self.ledger.spend(Cost(0, 0, 2 * self.keys * channels * self.itemsize))
+        if where == "device":
+            self.ledger.copied_bytes += INDEX_BYTES * self.keys
+        if where == "host":
+            self.ledger.stage(self.keys * channels * self.itemsize)
+
+    def _read(self, shape: Shape, part: Shape, parts: int) -> None:
+        """Parts of the source, an image or latents, on their way into a map."""
+        if shape.scale > 1:  # an image; latents are on the device
+            for _ in range(STAGED + 1):
+                self.ledger.stage(part.strip(READ_ROWS) * self.itemsize)
+            self.ledger.copied_bytes += parts * part.pixels * part.channels * self.itemsize
+        strip = part.strip(READ_ROWS) * self.itemsize
+        self.ledger.spend(Cost(0, 0, strip * (2 * parts if parts > 1 else STAGED + 1)))
+
     def _outline(self, shape: Shape, where: str) -> Outline:
         return Outline(self.ledger, (shape.batch, shape.height, shape.width, shape.channels), self.itemsize, where)
 
-    def _streamed(self, stages: Sequence[Stage], shape: Shape) -> None:
+    def _streamed(self, stages: Sequence[Stage], shape: Shape, whole: Outline | None) -> None:
         """Beside one operation's memory, what all convolutions carry, and what waits where rows are doubled."""
-        height, waiting, kept, costs = self.method.height, 0, 0, []
+        height, waiting, kept, costs, workspace = self.method.height, 0, 0, [], 0
+        if whole is not None:
+            whole.travel()
+            waiting += whole.reading(height) // self.itemsize
+        else:
+            self._read(shape, shape, 1)
         for stage in stages:
             if isinstance(stage, Convolution):
                 carried = replace(shape, width=shape.width * stage.enlarges, height=stage.kernel - 1)
@@ -129,15 +207,38 @@ class Reckoning:
                 kept = shape.strip(height)
                 waiting += shape.strip(3)
             rows = height // stage.enlarges or 1
-            cost = stage_cost(stage, shape, rows, self.itemsize, self.method.keys)
-            beside = shape.strip(rows) + kept
-            costs.append(replace(cost, scratch_bytes=HOLES * (cost.scratch_bytes + beside * self.itemsize)))
+            cost = stage_cost(stage, shape, rows, self.itemsize, self.keys)
+            workspace = max(workspace, cost.window)
+            scratch = cost.made + (shape.strip(rows) + kept) * self.itemsize
+            costs.append(cost.spent(0, self.holes * scratch))
             kept = 0 if isinstance(stage, Add) else kept
             shape = shape.after(stage)
-        self.ledger.add("device", waiting * self.itemsize)
+        self.ledger.add("device", waiting * self.itemsize + self.holes * workspace)
         for cost in costs:
             self.ledger.spend(cost)
-        self.ledger.add("device", -waiting * self.itemsize)
+        self._finish(stages, shape)
+        self.ledger.add("device", -waiting * self.itemsize - self.holes * workspace)
+
+    def _finish(self, stages: Sequence[Stage], result: Shape) -> None:
+        """The rows that leave the device, two strips of them at a time."""
+        rows = most_rows(stages, self.method.height)
+        numbers = result.strip(rows)
+        self.ledger.spend(Cost(0, 0, FINISHED_BYTES * numbers))
+        buffers = [Outline(self.ledger, (1, 1, numbers * WIDE_BYTES + 1, 1), 1, "host") for _ in range(2)]
+        self.ledger.copied_bytes += WIDE_BYTES * result.pixels * result.channels
+        del buffers
+
+
+def keys_in(sample: Sample, count: int) -> int:
+    """How many pixels `Sample.pixels` finds."""
+    rows, columns = grid(sample.core, max(1, round(count / len(sample.corners))))
+    return len(sample.corners) * rows * columns
+
+
+def share_read(sample: Sample, halo: int) -> float:
+    """How much of a map is read for the patches of `sample`, in whole rows for each."""
+    window = sample.window(halo)
+    return len(sample.corners) * window.height / sample.size.height
 
 
 def patch_shape(stages: Sequence[Stage], shape: Shape, sample: Sample) -> Shape:

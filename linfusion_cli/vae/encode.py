@@ -14,6 +14,7 @@ from linfusion_cli.vae.patches import READ_ROWS, Source
 from linfusion_cli.vae.stages import Vae, encoder_stages
 from linfusion_cli.vae.statistics import Method
 
+COLOURS = 3
 LOGVAR_LIMITS = (-30.0, 20.0)  # those of diffusers' DiagonalGaussianDistribution
 
 ReadRegion = Callable[[int, int, int, int], Tensor]  # (top, bottom, left, right) -> pixels [h, w, 3], 0 to 1
@@ -21,21 +22,28 @@ DrawNoise = Callable[[int, int], Tensor]  # (top, bottom) in latents -> standard
 
 
 def encode_rows(
-    vae: Vae, read: ReadRegion, size: Size, method: Method, noise: DrawNoise | None = None, notify: Notify = nobody
+    vae: Vae,
+    read: ReadRegion,
+    size: Size,
+    method: Method,
+    noise: DrawNoise | None = None,
+    notify: Notify = nobody,
+    pinned: int = 0,
 ) -> Iterator[Tensor]:
     """A picture of `size` px -> the rows of its latents [1, C, rows, w] in fp32 on the CPU, as the UNet expects them.
 
-    They are the mean of the encoder's distribution, or with `noise` a draw from it. Errors as in `decode_rows`.
+    They are the mean of the encoder's distribution, or with `noise` a draw from it. `pinned` and errors as in
+    `decode_rows`.
     """
 
     def source_of(storage: Storage) -> Source:
         def ready(*region: int) -> Tensor:
-            return read(*region)[None].to(storage.device, storage.dtype)
+            return storage.copies.to_device(read(*region), storage.dtype)[None]
 
-        return Source(size, math.prod(stage.shrinks for stage in stages), ready)
+        return Source(size, math.prod(stage.shrinks for stage in stages), COLOURS, ready)
 
     stages, top = encoder_stages(vae), 0
-    for rows in Conversion(vae, stages, source_of, method, notify, READ_ROWS).rows():
+    for rows in Conversion(vae, stages, source_of, method, notify, READ_ROWS, pinned=pinned).rows():
         found, bottom = rows.permute(2, 0, 1)[None], top + len(rows)
         drawn = noise(top, bottom) if noise else None
         yield latents_of(found, vae.config.latent_channels, drawn) * vae.config.scaling_factor

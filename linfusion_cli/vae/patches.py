@@ -25,6 +25,7 @@ class Source:
 
     size: Size
     scale: int
+    channels: int
     read: Callable[[int, int, int, int], Tensor]  # top, bottom, left, right
 
     @property
@@ -52,7 +53,7 @@ class Patches:
     def of(source: Source, sample: Sample, halo: int, storage: Storage, moments: Moments | None = None) -> Patches:
         """The patches of `source`; `moments` are those of the whole, where they are known."""
         window = sample.window(halo).times(source.scale)
-        found = storage.new(len(sample.corners), window.height, window.width, source.read(0, 1, 0, 1).shape[-1])
+        found = storage.new(len(sample.corners), window.height, window.width, source.channels)
         for top, bottom in bands(window.height, READ_ROWS):
             rows = [
                 source.read(first + top, first + bottom, left, left + window.width)
@@ -65,9 +66,11 @@ class Patches:
         """The map, which is that of the whole picture, as what streams."""
 
         def read(top: int, bottom: int, left: int, right: int) -> Tensor:
-            return self.map.read(top, bottom)[:, :, left:right]
+            if (left, right) == (0, self.map.width):
+                return self.map.read(top, bottom)
+            return self.map.read_alone(top, bottom)[:, :, left:right]  # a patch
 
-        return Source(Size(self.map.width, self.map.height), self.scale, read)
+        return Source(Size(self.map.width, self.map.height), self.scale, self.map.channels, read)
 
     @property
     def cores(self) -> list[tuple[int, int]]:
@@ -86,11 +89,11 @@ class Patches:
 
     def pixels(self, count: int) -> Tensor:
         """About `count` pixels [1, 1, N, C] spread over all cores, of a map in which a latent is a pixel."""
-        cores, found = self.cores, []
-        for patch, row, column in self.sample.pixels(count):
-            top, left = cores[patch]
-            found.append(self.map.read(top + row, top + row + 1)[patch, 0, left + column])
-        return torch.stack(found)[None, None]
+        cores = self.cores
+        places = [
+            (patch, cores[patch][0] + row, cores[patch][1] + column) for patch, row, column in self.sample.pixels(count)
+        ]
+        return self.map.pixels(*zip(*places, strict=True))[None, None]
 
     def cropped(self, halo: int, storage: Storage) -> Patches:
         """The same with less around the cores, if `halo` latents are less."""

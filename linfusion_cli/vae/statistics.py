@@ -6,6 +6,7 @@ other, and what is left streams from the last of them; from there on, patches st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -124,6 +125,7 @@ class Taking:
         for rows in streamed(stages, source.read, source.height, self._height(patches), workspace=self.workspace):
             if not top and (keeps is not None or rows.shape[2:] != source.shape[2:]):
                 shape = (len(rows), grown(stages, source.height), *rows.shape[2:])
+                self.storage.trim()
                 result = replace(result, map=self.storage.new(*shape))
             result.map.write(top, rows)
             seen = result.in_cores(top, rows)
@@ -146,3 +148,9 @@ def grown(stages: Sequence[Stage], length: int) -> int:
     for stage in stages:
         length = length * stage.enlarges // stage.shrinks
     return length
+
+
+def most_rows(stages: Sequence[Stage], height: int) -> int:
+    """How many rows may come out of `stages` at a time, `height` of them computed at a time where they are widest."""
+    shrinks = math.prod(stage.shrinks for stage in stages)
+    return height // shrinks + 2  # the last rows of a map come with those that were carried

@@ -180,6 +180,27 @@ def test_out_of_memory_is_71(cli, quick, monkeypatch):
     assert cli(*quick)[0] == 71
 
 
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", 69),
+        ("CUDA error: unknown error", 69),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", 71),
+        ("CUDA error: an illegal memory access was encountered", 70),
+    ],
+)
+def test_what_torch_says_of_a_gpu_outside_of_a_run_has_its_code(cli, quick, monkeypatch, text, code):
+    def fail(*arguments):
+        raise RuntimeError(f"{text}\nCUDA kernel errors might be reported elsewhere.")
+
+    monkeypatch.setattr("linfusion_cli.jobs.plan.plan_run", fail)
+    found, out, err = cli("plan", *quick[1:])
+    assert (found, out) == (code, "") and len(err.splitlines()) == 1
+    assert code == 70 or text in err
+    if code == 70:
+        Path(re.search(r"Log: (\S+)", err)[1]).unlink()
+
+
 def test_info_reads_back_the_request(cli, quick, tmp_path):
     quick[1] = "a [cat] 😀"
     cli(*quick, "-o", "a.tif")

@@ -190,3 +190,29 @@ def test_rows_may_be_views_and_are_copied(tmp_path, info, format):
     sink.close()
     found = pytest.importorskip("pyvips").Image.new_from_file(str(tmp_path / "out")).numpy()
     np.testing.assert_array_equal(found, pixels)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "preview"])
+def test_a_file_says_something_else_of_itself_until_its_first_rows(tmp_path, info, format):
+    """It is the file that said so from the beginning, whichever of both texts is the longer one."""
+    other, rows, made = dataclasses.replace(info, request={"steps": 2}), picture(64, 64), []
+    for number, told in enumerate([(other,), (info, other), (info, info, other)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        sink = open_one(folder, format, told[0])
+        for again in told[1:]:
+            sink.retell(again)
+        sink.write(rows)
+        sink.close()
+        sink.retell(info)  # too late, and no harm
+        made.append(next(folder.iterdir()).read_bytes())
+    assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_after_its_first_rows_it_is_too_late(tmp_path, info, format):
+    sink = open_one(tmp_path, format, info)
+    sink.write(picture(64, 2))
+    with pytest.raises(ValueError, match="2 rows were written"):
+        sink.retell(info)
+    assert left_in(tmp_path) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,23 +17,33 @@ CPU = torch.device("cpu")
 
 
 class LateCard(TorchDispatchMode):
-    """Its computing stream runs at once; a copy on its other stream only when somebody waits for it.
+    """Its computing stream runs at once; a copy on another stream only when somebody waits for it.
 
-    It is both streams, as neither needs to be told from the other but in `with torch.cuda.stream`. `freed_early` counts
-    copies whose memory on the device was given back before the computing stream waited for them.
+    `freed_early` counts copies whose memory on the device was given back before the computing stream waited for them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.freed_early = 0
-        self._waiting: list[Callable[[], None]] = []
-        self._done = 0
+        self._copying: LateStream | None = None  # the stream of the `with torch.cuda.stream` around
         self._on_host: set[int] = set()
+
+    def wait_event(self, event: Event) -> None:
+        """The computing stream waits."""
+        event.stream.advance(event.place)
+
+    @contextmanager
+    def copying_on(self, stream: LateStream) -> Iterator[None]:
+        """As torch.cuda.stream."""
+        self._copying = stream
+        with self:
+            yield
+        self._copying = None
 
     def storage(self, place: Place, dtype: torch.dtype) -> Storage:
         """A Storage whose device is this card, in the memory of the CPU."""
         made = Storage(place, CPU, dtype)
-        made._copies._stream = self
+        made.copies._uploads, made.copies._downloads = LateStream(), LateStream()
         new_on_host = made._on_host
 
         def on_host(shape: tuple[int, ...]) -> Map:
@@ -43,21 +54,11 @@ class LateCard(TorchDispatchMode):
         made._on_host = on_host
         return made
 
-    def wait_stream(self, _: object) -> None:
-        """What the computing stream was given is done already."""
-
-    def record_event(self) -> int:
-        return self._done + len(self._waiting)
-
-    def wait_event(self, event: int) -> None:
-        while self._done < event:
-            self._waiting.pop(0)()
-            self._done += 1
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function is torch.ops.aten.copy_.default, function
+        if function is not torch.ops.aten.copy_.default:
+            return function(*args, **(kwargs or {}))  # views of what is copied
         target, source = args[:2]
-        self._waiting.append(self._copy(target, source))
+        self._copying.waiting.append(self._copy(target, source))
         return target
 
     def _copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
@@ -74,8 +75,46 @@ class LateCard(TorchDispatchMode):
         return run
 
     def _held(self, tensor: Tensor) -> Callable[[], Tensor | None]:
-        on_host = tensor.untyped_storage().data_ptr() in self._on_host
-        return (lambda: tensor) if on_host else weakref.ref(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self._on_host:
+            return lambda: tensor
+        dtype = tensor.dtype
+        shape, held = (tensor.storage_offset(), tensor.shape, tensor.stride()), weakref.ref(storage)
+        return lambda: None if held() is None else tensor_of(held(), dtype, shape)
+
+
+def tensor_of(storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple) -> Tensor:
+    return torch.empty(0, dtype=dtype).set_(storage, *shape)
+
+
+@dataclass(frozen=True)
+class Event:
+    """After so many of a stream's copies and waits."""
+
+    stream: LateStream
+    place: int
+
+
+class LateStream:
+    """Copies, and waits for other streams, in order: done when somebody waits for them, and no sooner."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] = []
+        self._done = 0
+
+    def wait_stream(self, _: LateCard) -> None:
+        """What the computing stream was given is done already."""
+
+    def record_event(self) -> Event:
+        return Event(self, self._done + len(self.waiting))
+
+    def wait_event(self, event: Event) -> None:
+        self.waiting.append(lambda: event.stream.advance(event.place))
+
+    def advance(self, place: int) -> None:
+        while self._done < place:
+            self.waiting.pop(0)()
+            self._done += 1
 
 
 @contextmanager
@@ -83,11 +122,10 @@ def late_card(monkeypatch) -> Iterator[LateCard]:
     """Within the context torch's CUDA streams are those of a LateCard, and fresh memory is full of NaN."""
     card = LateCard()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: card)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "stream", card.copying_on)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # with which torch.empty fills what it makes
     try:
         yield card
     finally:
         torch.use_deterministic_algorithms(before)
-    card.wait_event(card.record_event())

@@ -23,6 +23,25 @@ def test_a_forward_waits_for_its_copies(family, place, dilation, monkeypatch):
     assert card.freed_early == 0
 
 
+def test_rows_written_through_one_view_are_awaited_by_a_read_through_another(monkeypatch):
+    rows = torch.randn(1, 6, 4, 3)
+    with late_card(monkeypatch) as card:
+        found = filled(card, torch.zeros_like(rows))
+        found.flattened().write(0, rows.flatten(1, 2).unsqueeze(2))
+        assert torch.equal(found.read(0, 6), rows)
+    assert card.freed_early == 0
+
+
+def test_rows_under_way_when_a_map_goes_are_awaited(monkeypatch):
+    with late_card(monkeypatch) as card:
+        found = filled(card, torch.ones(1, 8, 2, 3))
+        found.read(0, 2)  # and rows 2 to 4 are on their way
+        upload = found._ahead
+        del found
+        assert upload.rows.sum() == 12
+    assert card.freed_early == 0
+
+
 def filled(card, rows: torch.Tensor):
     """A map on the host that holds `rows`."""
     found = card.storage("host", rows.dtype).new(*rows.shape)
@@ -54,7 +73,7 @@ def test_a_skip_connection_no_longer_holds_its_original_once_it_is_taken(monkeyp
         source = storage.new(1, 4, 4, 2)
         source.write(0, torch.ones(1, 4, 4, 2))
         kept = storage.keep(source)
-        assert len(storage._copies._going_down) == 1
+        assert len(storage.copies._going_down) == 1
         kept.release()
-        assert len(storage._copies._going_down) == 0
+        assert len(storage.copies._going_down) == 0
         assert torch.equal(kept.read(0, 4), torch.ones(1, 4, 4, 2))

@@ -69,7 +69,6 @@ def test_where_memory_runs_out_strips_shrink_then_maps_move_out_then_strips_shri
     seen, run = [], Strips(StripSize(64, 32768), storage("device"), Alone())
     assert run.storage.further_out() is None
     run.storage.device = torch.device("meta")  # none that is the host
-    monkeypatch.setattr("linfusion_cli.strips.storage.Copies", lambda device: None)
     while run := run.smaller():
         seen.append((run.size.rows, run.storage.place))
     assert seen[:5] == [(32, "device"), (16, "device"), (16, "skips"), (16, "host"), (8, "host")]

@@ -55,7 +55,7 @@ def test_in_fp64_it_is_the_plain_decode_but_for_rounding():
     storage = Storage("device", vae.device, vae.dtype)
     read = lambda t, b, l, r: latents[:, :, t:b, l:r].permute(0, 2, 3, 1).contiguous()  # noqa: E731, E741
     with torch.inference_mode():
-        stages, source = settle(decoder_stages(vae), Source(Size(20, 12), 1, read), exact(vae), storage)
+        stages, source = settle(decoder_stages(vae), Source(Size(20, 12), 1, 4, read), exact(vae), storage)
         found = torch.cat(list(streamed(stages, source.rows, source.size.height, 8)), dim=1)[0].clamp(0, 1)
     assert apart(found, plain(vae, latents)) <= 1e-12
 
@@ -96,7 +96,7 @@ def test_what_a_row_of_latents_reaches_is_what_is_said_18_for_sdxl(deep):
     latents, stages = torch.randn(1, 4, 50, 6), decoder_stages(deep)
     read = lambda t, b, l, r: latents[:, :, t:b, l:r].permute(0, 2, 3, 1).contiguous()  # noqa: E731, E741
     with torch.inference_mode():
-        settle(stages, Source(Size(6, 50), 1, read), exact(deep), Storage("device", deep.device, deep.dtype))
+        settle(stages, Source(Size(6, 50), 1, 4, read), exact(deep), Storage("device", deep.device, deep.dtype))
         before = torch.cat(list(streamed(stages, lambda t, b: read(t, b, 0, 6), 50, 8)), dim=1)
         latents[:, :, 25] += 5
         after = torch.cat(list(streamed(stages, lambda t, b: read(t, b, 0, 6), 50, 8)), dim=1)

@@ -1,0 +1,207 @@
+"""A device that fails in a run: what was saved last stays, is told of, and the same command goes on from it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from linfusion_cli.jobs import keep
+from linfusion_cli.jobs.reached import Reached
+from linfusion_cli.journal import Journal
+from linfusion_cli.sampling.schedule import Schedule
+
+MORE = "\nSearch for `cudaErrorX' in https://docs.nvidia.com for more.\nCUDA kernel errors might be reported elsewhere."
+LOST = "CUDA error: unspecified launch failure"
+BUG = "CUDA error: an illegal memory access was encountered"
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB"
+STEPS = 4  # of the base; the phase above has 3
+
+
+class Card:
+    """What fails at a step, and whether latents that lie on it can be read after that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.error: BaseException | None = None
+        self.fails_at, self.is_readable, self.steps = 0, True, 0
+        self._stepped, self._is_finite = Schedule.stepped, Reached.is_finite.fget
+        monkeypatch.setattr(Schedule, "stepped", lambda *arguments: self._step(*arguments))
+        monkeypatch.setattr(Reached, "is_finite", property(self._finite))
+
+    def fail(self, error: BaseException | None, at: int = 0, is_readable: bool = True) -> None:
+        """Of a run from now on, the step `at`, counted from 1 over all phases."""
+        self.error, self.fails_at, self.is_readable, self.steps = error, at, is_readable, 0
+
+    def _step(self, *arguments):
+        self.steps += 1
+        if self.steps == self.fails_at and self.error is not None:
+            raise self.error
+        return self._stepped(*arguments)
+
+    def _finite(self, reached: Reached) -> bool:
+        lies_on_card = not reached.is_done and reached.latents is not None
+        if lies_on_card and not self.is_readable and self.steps >= self.fails_at:
+            raise torch.AcceleratorError(f"{LOST}{MORE}")
+        return self._is_finite(reached)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    return Card(monkeypatch)
+
+
+@pytest.fixture
+def make(cli, xl_model, tmp_path):
+    """generate with a base and a phase above -> exit code and stderr."""
+
+    def run(*options: object) -> tuple[int, str]:
+        arguments = ["generate", "a hill", "--model", xl_model, "--size", 128, "--steps", STEPS, "--strength", 0.7]
+        code, out, err = cli(*arguments, "-o", "a.png", *options)
+        assert out == ("a.png\n" if code == 0 else "")
+        return code, err
+
+    return run
+
+
+@pytest.fixture
+def expected(make, tmp_path):
+    """The pixels of a run in which nothing fails."""
+    assert make()[0] == 0
+    pixels = pixels_in(tmp_path)
+    (tmp_path / "a.png").unlink()
+    return pixels
+
+
+def pixels_in(folder: Path) -> bytes:
+    with Image.open(folder / "a.png") as image:
+        return image.tobytes()
+
+
+def last_line(err: str) -> str:
+    return err.splitlines()[-1]
+
+
+EVERY, SELDOM = ("--checkpoint-every", 0), ("--checkpoint-every", 3600)
+
+
+@pytest.mark.parametrize(
+    ("options", "at", "saved"),
+    [
+        (EVERY, 3, "Saved: step 2 of 4 in phase base; the same command goes on from there."),
+        (EVERY, 6, "Saved: step 1 of 3 in phase 2x; the same command goes on from there."),
+        (SELDOM, 6, "Saved: step 0 of 3 in phase 2x; the same command goes on from there."),
+        (SELDOM, 3, "Nothing was reached that could be saved."),
+    ],
+)
+def test_a_lost_device_is_69_and_the_same_command_goes_on(card, make, expected, tmp_path, options, at, saved):
+    card.fail(torch.AcceleratorError(f"{LOST}{MORE}"), at, is_readable=False)
+    code, err = make(*options)
+    assert code == 69 and f"The GPU was lost: {LOST}." in last_line(err) and last_line(err).endswith(saved)
+    assert "could not be read" not in err and "Traceback" not in err and not (tmp_path / "a.png").exists()
+    card.fail(None)
+    assert make(*options)[0] == 0
+    assert pixels_in(tmp_path) == expected
+
+
+def test_what_an_earlier_run_has_saved_is_told_of(card, make):
+    card.fail(torch.AcceleratorError(LOST), 3, is_readable=False)
+    make(*EVERY)
+    card.fail(torch.AcceleratorError(LOST), 1, is_readable=False)
+    code, err = make(*EVERY)
+    assert code == 69 and "What an earlier run has reached is still saved; the same command goes on" in last_line(err)
+
+
+@pytest.mark.parametrize(("options", "steps"), [(EVERY, 1), (SELDOM, 0)])
+def test_what_may_be_a_bug_is_70_and_does_not_touch_the_state(card, make, expected, tmp_path, options, steps):
+    """Its message is the bug's, although the state on the device cannot be read."""
+    card.fail(torch.AcceleratorError(f"{BUG}{MORE}"), 6, is_readable=False)
+    code, err = make(*options)
+    log = Path(re.search(r"Log: (\S+\.log)", err)[1])
+    assert code == 70 and BUG in log.read_text() and LOST not in log.read_text() + err
+    assert last_line(err).endswith(f"Saved: step {steps} of 3 in phase 2x; the same command goes on from there.")
+    log.unlink()
+    card.fail(None)
+    assert make(*options)[0] == 0
+    assert pixels_in(tmp_path) == expected
+
+
+def test_a_bug_before_anything_is_saved_tells_of_nothing(card, make):
+    card.fail(ZeroDivisionError("oops"), 1, is_readable=True)
+    code, err = make(*SELDOM)
+    log = Path(re.search(r"Log: (\S+\.log)$", err.strip())[1])
+    assert code == 70 and "aved" not in last_line(err)
+    log.unlink()
+
+
+def test_a_bug_keeps_its_cause_for_the_log(card, make):
+    error = ZeroDivisionError("oops")
+    error.__cause__ = KeyError("the cause")
+    card.fail(error, 6, is_readable=True)
+    _, err = make(*EVERY)
+    log = Path(re.search(r"Log: (\S+\.log)", err)[1])
+    assert "KeyError: 'the cause'" in log.read_text()
+    log.unlink()
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_where_memory_ran_out_the_state_is_saved_if_it_can_be_read(card, make, expected, tmp_path, is_readable):
+    card.fail(torch.OutOfMemoryError(FULL), 7, is_readable)
+    code, err = make(*SELDOM)
+    assert code == 71 and "There is not enough memory for this (CUDA out of memory)." in last_line(err)
+    if is_readable:
+        assert last_line(err).endswith("Saved: step 2 of 3 in phase 2x; the same command goes on from there.")
+    else:
+        assert f"The last state could not be read ({LOST}). Saved: step 0 of 3 in phase 2x;" in last_line(err)
+    card.fail(None)
+    assert make(*SELDOM)[0] == 0
+    assert pixels_in(tmp_path) == expected
+
+
+def test_what_was_being_computed_is_freed_before_the_state_is_read(card, make, monkeypatch):
+    """The error would hold on to it."""
+    alive, freed = [], []
+
+    class Big:
+        def __init__(self):
+            alive.append(self)
+
+    def fails(*_):
+        big = Big()
+        alive.remove(big)
+        import weakref
+
+        freed.append(weakref.ref(big))
+        raise torch.OutOfMemoryError(FULL)
+
+    seen = []
+    monkeypatch.setattr(Schedule, "stepped", fails)
+    monkeypatch.setattr(keep, "free_memory", lambda device: seen.append((device, freed[0]())))
+    assert make(*SELDOM)[0] == 71 and [found for _, found in seen] == [None]
+
+
+def test_a_signal_that_comes_while_the_device_is_lost_is_a_signal(card, make, monkeypatch):
+    from linfusion_cli.errors import Stopped
+
+    card.fail(Stopped(15), 7, is_readable=False)
+    code, err = make(*SELDOM)
+    assert code == 143 and "Stopped by SIGTERM." in last_line(err)
+    assert f"The last state could not be read ({LOST}). Saved: step 0 of 3 in phase 2x;" in last_line(err)
+
+
+def test_a_state_that_cannot_be_read_leaves_the_one_before(card, make, expected, tmp_path):
+    """Also where the loss shows only when the state is read, to be saved."""
+    written, saved = Journal.save, []
+
+    def save(journal, head, parts):
+        saved.append(parts["reached"]["steps"])
+        if len(saved) == 3:
+            raise torch.AcceleratorError(f"{LOST}{MORE}")
+        written(journal, head, parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "save", save)
+        code, err = make(*EVERY)
+    assert code == 69 and "Saved: step 2 of 4 in phase base;" in last_line(err)
+    assert make(*EVERY)[0] == 0
+    assert pixels_in(tmp_path) == expected
