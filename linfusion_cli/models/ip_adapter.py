@@ -86,12 +86,12 @@ def cross_attentions(unet: UNet2DConditionModel) -> list[Attention]:
 def state_of(adapter: AdapterFile, unet: UNet2DConditionModel) -> dict[str, dict[str, Tensor]]:
     """The file's tensors as diffusers' loader takes them, in memory of their own, in the UNet's dtype."""
     state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    dtype, is_outline = unet.dtype, unet.device.type == "meta"  # for each of which diffusers walks all modules
     with safe_open(adapter.file, framework="pt") as opened:
         for name, shape in adapter.shapes.items():
             part, _, rest = name.partition(".")
-            is_outline = unet.device.type == "meta"
             tensor = torch.empty(shape, device="meta") if is_outline else opened.get_tensor(name)
-            state[part][rest] = tensor.to(unet.dtype, copy=True)
+            state[part][rest] = tensor.to(dtype, copy=True)
     return state
 
 

@@ -243,19 +243,41 @@ def fits(need: Need | None, machine: Machine) -> bool:
 
 
 def refusal(wanted: Wanted, options: list[list[PlannedStage]], machine: Machine) -> DoesNotFit:
-    """What to say when a stage cannot run: the smallest budget that would do for all of them."""
+    """What to say when a stage cannot run, with the smallest budgets that would do for all of them."""
     needs = [[stage.need for stage in of_one if stage.need] for of_one in options]
-    on_host = [[need for need in of_one if need.host_bytes <= machine.host_bytes] for of_one in needs if of_one]
-    if machine.device_bytes is not None and all(on_host):
-        smallest = max(min(need.device_bytes for need in of_one) for of_one in on_host)
-        flag, memory, budget = "--vram", "GPU memory", machine.device_bytes
-    else:
-        smallest = max(min(need.host_bytes for need in of_one) for of_one in needs if of_one) + MARGIN_BYTES
-        flag, memory, budget = "--ram", "memory", machine.host_bytes
-    needed = bytes_at_least(smallest)
+    flags = enough([of_one for of_one in needs if of_one], machine)
     hints = ", --attention linear" if "original" in wanted.attentions[1:] else ""
     hints += ", --vae-statistics auto" if wanted.request.vae_statistics == "exact" else ""
+    budgets = {"--vram": ("GPU memory", machine.device_bytes), "--ram": ("memory", machine.host_bytes)}
+    said = [f"{needed} of {budgets[flag][0]}" for flag, needed in flags.items()]
+    has = [format_bytes(budgets[flag][1]) for flag in flags]
+    written = " ".join(f"{flag} {needed}" for flag, needed in flags.items())
     return DoesNotFit(
-        f"{wanted.request.size} needs {needed} of {memory}, and {format_bytes(budget)} may be used.",
-        f"Use {flag} {needed} where there is as much{hints}, or a smaller --size.",
+        f"{wanted.request.size} needs {' and '.join(said)}, and {' and '.join(has)} may be used.",
+        f"Use {written} where there is as much{hints}, or a smaller --size.",
     )
+
+
+def enough(needs: list[list[Need]], machine: Machine) -> dict[str, str]:
+    """The flags, with their values, that give a budget for all stages: one of them if that is enough, else both."""
+    vram, ram = machine.device_bytes, machine.host_bytes
+    if vram is None:
+        return {"--ram": host_enough(needs, None)}
+    if all(any(need.host_bytes <= ram for need in of_one) for of_one in needs):
+        return {"--vram": device_enough(needs, ram)}
+    if all(any(need.device_bytes <= vram for need in of_one) for of_one in needs):
+        return {"--ram": host_enough(needs, vram)}
+    least = max(min(need.device_bytes for need in of_one) for of_one in needs)
+    return {"--vram": bytes_at_least(least), "--ram": host_enough(needs, least)}
+
+
+def device_enough(needs: list[list[Need]], ram: int) -> str:
+    """The least of the card with which all stages fit into so much of the host."""
+    least = max(min(need.device_bytes for need in of_one if need.host_bytes <= ram) for of_one in needs)
+    return bytes_at_least(least)
+
+
+def host_enough(needs: list[list[Need]], vram: int | None) -> str:
+    """The least of the host with which all stages fit into so much of the card."""
+    fitting = ([need for need in of_one if vram is None or need.device_bytes <= vram] for of_one in needs)
+    return bytes_at_least(max(min(need.host_bytes for need in of_one) for of_one in fitting) + MARGIN_BYTES)

@@ -38,6 +38,11 @@ class Copies:
         self._going_down: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._staged: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
+    @property
+    def are_under_way(self) -> bool:
+        """Whether copies go on beside other work, and have to be waited for."""
+        return self._uploads is not None
+
     def up(self, top: int, bottom: int, rows: Tensor, written: torch.cuda.Event | None) -> Upload:
         """Start to copy `rows` of the host, which `written` has written, to the device."""
         if self._uploads is None:
@@ -102,7 +107,7 @@ class Download:
     @staticmethod
     def of(rows: Tensor, finite: Tensor, copies: Copies, capacity: int) -> Download:
         """Start to copy rows [n, W, C] and the bool `finite` [] of the device, through memory for `capacity` rows."""
-        if copies.device.type != "cuda":
+        if not copies.are_under_way:
             return Download(rows, finite)
         size = max(capacity, len(rows)) * rows[0].nbytes  # of one size, or they would not fit where others were
         memory = copies.pinned.empty((size + 1,), torch.uint8)

@@ -66,17 +66,28 @@ class Ledger:
     flops: int = 0
     passes: int = 0
     copied_bytes: int = 0  # between host and device
-    _staged: deque[Outline] = field(default_factory=deque, repr=False)
+    _staged: deque[int] = field(default_factory=deque, repr=False)
 
     def stage(self, size: int) -> None:
         """So many bytes pass from the CPU through pinned memory, which is free again after some others have."""
-        self._staged.append(Outline(self, (1, 1, 1, size), 1, "host"))
+        self._staged.append(self._pin(size))
         if len(self._staged) > STAGED:
-            self._staged.popleft()
+            self.spaces["host"].free(self._staged.popleft())
+
+    def buffer(self, size: int, count: int) -> None:
+        """Rows pass to the CPU through `count` buffers of pinned memory, while what waits there now does."""
+        for offset in [self._pin(size) for _ in range(count)]:
+            self.spaces["host"].free(offset)
 
     def close(self) -> None:
         """Nothing passes any more."""
-        self._staged.clear()
+        while self._staged:
+            self.spaces["host"].free(self._staged.popleft())
+
+    def _pin(self, size: int) -> int:
+        offset = self.spaces["host"].allocate(size)
+        self.peak["host"] = self.spaces["host"].peak
+        return offset
 
     def add(self, where: str, count: int) -> None:
         self.live[where] += count

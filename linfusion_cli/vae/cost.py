@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from linfusion_cli.geometry import Size
 from linfusion_cli.strips.copies import STAGED
-from linfusion_cli.strips.cost import Cost, Ledger, Outline
+from linfusion_cli.strips.cost import UPLOADS, Cost, Ledger, Outline
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.stream import Add, Convolution, Stage, reach
 from linfusion_cli.vae.attention import FixedAttention
@@ -110,6 +110,7 @@ class Reckoning:
     itemsize: int
     holes: int
     ledger: Ledger = field(default_factory=Ledger)
+    kept_bytes: int = 0  # of keys and values, from when attention has looked on
     keys: int = 0  # at which attention looks: fewer than the method's where a sample has no more
 
     def all(self, shape: Shape) -> Ledger:
@@ -123,21 +124,20 @@ class Reckoning:
             sample = Sample.spread(size_lat(shape), self.method.patches, CORE_LAT)
             if whole is not None:
                 whole.travel(share_read(sample, -(-reach(self.stages[start:last]) // shape.scale)))
-            self._taken(self.stages[start:last], shape, sample, "device", from_map=whole is not None)
+            self._taken(self.stages[start:last], shape, sample, "device", whole)
         self._streamed(self.stages[start:], shape, whole)
         del whole  # from which the rest has streamed
         self.ledger.close()
         return self.ledger
 
     def _taken(
-        self, stages: Sequence[Stage], shape: Shape, sample: Sample, where: str, from_map: bool = False
+        self, stages: Sequence[Stage], shape: Shape, sample: Sample, where: str, whole: Outline | None = None
     ) -> tuple[Shape, Outline]:
         """`stages` one after the other over patches, or over the whole -> the last map."""
         patches = patch_shape(stages, shape, sample)
         current, kept = self._outline(patches, where), None  # `kept` is what a shortcut will read, and lives as long
         current.travel()
-        if not from_map:
-            self._read(shape, replace(patches, batch=1), patches.batch)
+        self._read(shape, replace(patches, batch=1), patches.batch, whole)
         workspace = 0
         for i, stage in enumerate(stages):
             if stage.enlarges * stage.shrinks > 1:
@@ -148,7 +148,7 @@ class Reckoning:
             reading = current.reading(rows) if not stage.pointwise else 0
             if isinstance(stage, FixedAttention):
                 self.keys = keys_in(sample, self.method.keys)
-                self._look(current, where)
+                self._look(current, where, workspace + current.writing(rows))
             if not stage.pointwise:
                 current.travel()
                 kept = current if stage.keeps is not None else kept
@@ -158,34 +158,44 @@ class Reckoning:
             if isinstance(stage, Add) and kept is not None:
                 kept.travel()
                 reading += kept.reading(rows)
-            cost = stage_cost(stage, patches, rows, self.itemsize, self.keys)
+            computed = max(1, rows // stage.enlarges) if patches.batch == 1 else rows
+            cost = stage_cost(stage, patches, computed, self.itemsize, self.keys)
             workspace = max(workspace, cost.window)
-            out_rows = rows * stage.enlarges // stage.shrinks
+            out_rows = computed * stage.enlarges // stage.shrinks
             moments = result.strip(out_rows) * (MOMENTS + self.itemsize)
             scratch = workspace + reading + current.writing(out_rows) + max(cost.made, moments)
-            self.ledger.spend(cost.spent(KEPT * result.pixels * result.channels, scratch))
+            self._spend(cost.spent(KEPT * result.pixels * result.channels, scratch))
             kept = None if isinstance(stage, Add) else kept
             patches = result
         return patches, current
 
-    def _look(self, current: Outline, where: str) -> None:
-        """Keys and values of the attention, which stay; pixels of a map on the host come through pinned memory."""
+    def _spend(self, cost: Cost) -> None:
+        self.ledger.spend(replace(cost, scratch_bytes=cost.scratch_bytes + self.kept_bytes))
+
+    def _look(self, current: Outline, where: str, beside: int) -> None:
+        """Keys and values of the attention, which stay; pixels of a map on the host come through pinned memory.
+
+        So many bytes are there `beside`.
+        """
         channels = current.channels
-        self.ledger.add("device", 2 * self.keys * channels * self.itemsize)
-        self.ledger.spend(Cost(0, 0, 2 * self.keys * channels * self.itemsize))
+        numbers = self.keys * channels
+        self._spend(Cost(0, 0, beside + numbers * (2 * self.itemsize + WIDE_BYTES)))  # the pixels, and normalised
+        self.kept_bytes = 2 * numbers * self.itemsize
         if where == "device":
             self.ledger.copied_bytes += INDEX_BYTES * self.keys
         if where == "host":
-            self.ledger.stage(self.keys * channels * self.itemsize)
+            self.ledger.copied_bytes += numbers * self.itemsize
+            self.ledger.stage(numbers * self.itemsize)
 
-    def _read(self, shape: Shape, part: Shape, parts: int) -> None:
-        """Parts of the source, an image or latents, on their way into a map."""
-        if shape.scale > 1:  # an image; latents are on the device
+    def _read(self, shape: Shape, part: Shape, parts: int, whole: Outline | None = None) -> None:
+        """Parts of the source on their way into a map: of an image, of latents, or of the `whole` map that is there."""
+        rows = 0 if whole is None else whole.reading(min(READ_ROWS, part.height)) // UPLOADS
+        if shape.scale > 1 and whole is None:  # an image; latents are on the device
             for _ in range(STAGED + 1):
                 self.ledger.stage(part.strip(READ_ROWS) * self.itemsize)
             self.ledger.copied_bytes += parts * part.pixels * part.channels * self.itemsize
         strip = part.strip(READ_ROWS) * self.itemsize
-        self.ledger.spend(Cost(0, 0, strip * (2 * parts if parts > 1 else STAGED + 1)))
+        self._spend(Cost(0, 0, rows + strip * (2 * parts if parts > 1 else STAGED + 1)))
 
     def _outline(self, shape: Shape, where: str) -> Outline:
         return Outline(self.ledger, (shape.batch, shape.height, shape.width, shape.channels), self.itemsize, where)
@@ -213,20 +223,18 @@ class Reckoning:
             costs.append(cost.spent(0, self.holes * scratch))
             kept = 0 if isinstance(stage, Add) else kept
             shape = shape.after(stage)
-        self.ledger.add("device", waiting * self.itemsize + self.holes * workspace)
+        self.kept_bytes += waiting * self.itemsize + self.holes * workspace
         for cost in costs:
-            self.ledger.spend(cost)
+            self._spend(cost)
         self._finish(stages, shape)
-        self.ledger.add("device", -waiting * self.itemsize - self.holes * workspace)
 
     def _finish(self, stages: Sequence[Stage], result: Shape) -> None:
         """The rows that leave the device, two strips of them at a time."""
         rows = most_rows(stages, self.method.height)
         numbers = result.strip(rows)
-        self.ledger.spend(Cost(0, 0, FINISHED_BYTES * numbers))
-        buffers = [Outline(self.ledger, (1, 1, numbers * WIDE_BYTES + 1, 1), 1, "host") for _ in range(2)]
+        self._spend(Cost(0, 0, FINISHED_BYTES * numbers))
+        self.ledger.buffer(numbers * WIDE_BYTES + 1, 2)
         self.ledger.copied_bytes += WIDE_BYTES * result.pixels * result.channels
-        del buffers
 
 
 def keys_in(sample: Sample, count: int) -> int:

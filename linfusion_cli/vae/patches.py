@@ -68,7 +68,8 @@ class Patches:
         def read(top: int, bottom: int, left: int, right: int) -> Tensor:
             if (left, right) == (0, self.map.width):
                 return self.map.read(top, bottom)
-            return self.map.read_alone(top, bottom)[:, :, left:right]  # a patch
+            # A patch, which does not hold on to the rows that it was cut from.
+            return self.map.read_alone(top, bottom)[:, :, left:right].contiguous()
 
         return Source(Size(self.map.width, self.map.height), self.scale, self.map.channels, read)
 

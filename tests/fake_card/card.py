@@ -37,6 +37,7 @@ class Operation:
 
     name: str
     is_kernel: bool
+    is_view: bool
     written: tuple[int | str, ...]  # arguments that it writes to and returns
     flops: Callable | None
 
@@ -53,7 +54,7 @@ def operation_of(func: Any) -> Operation:
         if argument.alias_info is not None and argument.alias_info.is_write and schema.returns
     )
     is_kernel = not returns_view and not makes and func.namespace == "aten"
-    return Operation(name, is_kernel, written, flop_registry.get(func.overloadpacket))
+    return Operation(name, is_kernel, returns_view, written, flop_registry.get(func.overloadpacket))
 
 
 @dataclass
@@ -82,6 +83,11 @@ class FakeCard(TorchDispatchMode):
 
     present: FakeCard | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and to say so in each call takes time."""
+        return False
+
     def __init__(self, scalars: dict[str, Any]):
         super().__init__()
         self.scalars, self.counts = scalars, Counts()
@@ -92,7 +98,6 @@ class FakeCard(TorchDispatchMode):
         self.fails: list[str] = []
         self._storages: dict[int, weakref.ref] = {}
         self._has_workspace = False
-        self._shapes = Shapes()
 
     def __enter__(self) -> FakeCard:
         FakeCard.present = self
@@ -149,10 +154,15 @@ class FakeCard(TorchDispatchMode):
             found = [args[key] if isinstance(key, int) else kwargs.get(key) for key in operation.written]
             result = found[0] if len(found) == 1 else tuple(found)
         elif operation.is_kernel:
-            made, flops = self._shapes.result_of(operation, func, args, kwargs)
+            made, flops = SHAPES.result_of(operation, func, args, kwargs)
             result = self._wrapped(made, device)
         else:
-            result = self._wrapped(computed(func, args, kwargs), device)
+            made = computed(func, args, kwargs)
+            result = (
+                FakeTensor(made, device)
+                if operation.is_view and isinstance(made, Tensor)
+                else self._wrapped(made, device)
+            )
         if device.type == "cuda" and operation.is_kernel:
             self.counts.flops += flops
             self._count(operation, inputs, list(tensors_in([result])))
@@ -270,6 +280,9 @@ class Shapes:
             self._known[key] = described(out), flops
         made, flops = self._known[key]
         return renewed(made), flops
+
+
+SHAPES = Shapes()  # of all cards
 
 
 def computed(func, args, kwargs) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 
 GIB = 1 << 30
 TOTAL_BYTES = 141 * GIB
+EXTRAS = ("lora", "controlnet", "ip_adapter")
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,17 @@ class Case:
     extras: tuple[str, ...] = ()
     place: str | None = None
     batched: bool | None = None
+    scheduler: str = "euler"
+    segments: str = "expandable"
     attention: str = "linear"
     space: str = "latent"
-    scheduler: str = "euler"
+    base_px: int | None = None
     dtype: str = "float16"
-    steps: int = 2
+    steps: tuple[int, ...] = (2,)
+    guidance_scale: tuple[float, ...] = (5.0,)
     decodes: bool = False
-    segments: str = "expandable"
     vram: int | None = None
+    ram: int = 512 * GIB
     fails: tuple[str, ...] = ()
     stops_at: str | None = None
 
@@ -49,31 +52,24 @@ class VaeCase:
     segments: str = "expandable"
 
 
-# Every pair of values of two factors is in some run: places and extras in full, the others in turn.
-FACTORS = product(("device", "skips", "host"), ((), ("lora",), ("controlnet",), ("ip_adapter",)))
-SCHEDULERS = ("euler", "dpmpp-2m", "euler-a", "ddim", "unipc")
+# Every pair of values of two factors is in some run: place, upscaler, each extra, batched guidance, kind of segments.
 PAIRWISE = [
-    Case(
-        name="-".join(["2x", place, *extras, "demofusion" if (number + number // 4) % 2 else "sdedit"]),
-        size=2048,
-        upscaler="demofusion" if (number + number // 4) % 2 else "sdedit",
-        extras=extras,
-        place=place,
-        batched=place == "device" and number % 2 == 0,
-        scheduler=SCHEDULERS[number % len(SCHEDULERS)],
-        segments="native" if number % 3 == 2 else "expandable",
-        stops_at="2x" if number in (3, 6, 9) else None,
+    replace(case, steps=(1, 2), guidance_scale=(1.0, 5.0))  # the base is in others
+    for case in (
+        Case("2x-device-lora-ip", 2048, "sdedit", ("lora", "ip_adapter"), "device", False),
+        Case("2x-device-control", 2048, "demofusion", ("controlnet",), "device", True, "dpmpp-2m", "native"),
+        Case("2x-skips-all", 2048, "demofusion", EXTRAS, "skips", False, "euler-a"),
+        Case("2x-skips", 2048, "sdedit", (), "skips", False, "ddim", "native", stops_at="2x"),
+        Case("2x-host-control-ip", 2048, "sdedit", ("controlnet", "ip_adapter"), "host", False, "unipc"),
+        Case("2x-host-lora", 2048, "demofusion", ("lora",), "host", False, "euler", "native", stops_at="2x"),
     )
-    for number, (place, extras) in enumerate(FACTORS)
 ]
 SINGLE = [
-    Case("base", 1024, attention="auto", decodes=True),
-    Case("base-batched", 1024, batched=True, extras=("controlnet", "ip_adapter")),
-    Case("pixel-space", 2048, "sdedit", space="pixel", attention="auto", steps=1),
-    Case("4x-device", 4096, batched=False, steps=1),
-    Case("4x-host", 4096, place="host", steps=1),
-    Case("bf16", 1024, dtype="bfloat16", steps=1),
-    Case("fp32", 1024, dtype="float32", steps=1),
+    Case("base-batched", 1024, "none", ("lora", "ip_adapter"), "device", True, steps=(1,)),
+    Case("pixel-space", 1024, "sdedit", space="pixel", base_px=512, attention="auto", steps=(1,)),
+    Case("4x-host", 4096, place="host", steps=(1,)),
+    Case("bf16", 1024, dtype="bfloat16", steps=(1,)),
+    Case("fp32", 1024, dtype="float32", steps=(1,)),
     Case(
         "out-of-memory",
         1024,
@@ -89,8 +85,11 @@ SINGLE = [
     ),
 ]
 LARGEST = [
-    Case(f"16384-{place}", 16384, place=place, batched=False, steps=1, segments=segments)
-    for place, segments in (("device", "expandable"), ("skips", "native"), ("host", "expandable"))
+    Case("4x-demofusion", 4096, "demofusion", EXTRAS, "device", False, steps=(1,)),
+    *(
+        Case(f"16384-{place}", 16384, place=place, batched=False, steps=(1,), segments=segments)
+        for place, segments in (("device", "expandable"), ("skips", "native"), ("host", "expandable"))
+    ),
 ]
 VAE = [
     VaeCase("decode-exact", "decode", 1024, 0),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +19,7 @@ from linfusion_cli.jobs import attention, loading, story
 from linfusion_cli.journal import Entry, Journal
 from linfusion_cli.models import ip_adapter, load, load_controlnet, text
 from linfusion_cli.models.parts import Part
+from linfusion_cli.planning.outline import ModelOutline
 from tests.fake_card.tensor import CPU, FakeTensor
 
 
@@ -66,7 +69,38 @@ def on_cpu(value: Any) -> Any:
 
 def fake_part(kind: type[nn.Module], part: Part, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """As `models.load.load_part`, from the config alone."""
-    return as_fake(load.outline(kind, part), dtype).to(device)
+    return as_fake(copy.deepcopy(made_once(kind, part)), dtype).to(device)
+
+
+@cache
+def made_once(kind: type[nn.Module], part: Part) -> nn.Module:
+    """The outline of a network, which takes longer to make than to copy."""
+    return load.outline(kind, part)
+
+
+read_outline = cache(ModelOutline.read)
+
+
+def known_outline(model, linfusion, vae, adapters, controls) -> ModelOutline:
+    """As `ModelOutline.read`, once for all runs with the same networks."""
+    return read_outline(model, linfusion, vae, Known(adapters), tuple(controls))
+
+
+class Config(dict):
+    """The config of the one UNet that there is."""
+
+    def __hash__(self) -> int:
+        return len(self)
+
+
+class Known(tuple):
+    """Adapters that are told from others by how many they are."""
+
+    def __hash__(self) -> int:
+        return len(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Known) and len(self) == len(other)
 
 
 def as_fake(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -99,16 +133,23 @@ def fake_adapters(unet: UNet2DConditionModel, adapters) -> None:
     """As `models.ip_adapter.load_adapters`: made for a UNet on the meta device, and given to this one."""
     if not adapters:
         return
-    with torch.device("meta"):
-        source = UNet2DConditionModel.from_config(unet.config)
-    load_adapters(source, adapters)
-    unet.encoder_hid_proj = as_fake(source.encoder_hid_proj, unet.dtype)
+    dtype, source = unet.dtype, copy.deepcopy(with_adapters(Config(unet.config), Known(adapters)))
+    unet.encoder_hid_proj = source.encoder_hid_proj
     unet.config.encoder_hid_dim_type = source.config.encoder_hid_dim_type
-    processors = source.attn_processors
-    for processor in processors.values():
+    unet.set_attn_processor(source.attn_processors)
+    as_fake(unet.encoder_hid_proj, dtype)
+    for processor in unet.attn_processors.values():
         if isinstance(processor, nn.Module):
-            as_fake(processor, unet.dtype)
-    unet.set_attn_processor(processors)
+            as_fake(processor, dtype)
+
+
+@cache
+def with_adapters(config: Config, adapters: Known) -> UNet2DConditionModel:
+    """A UNet on the meta device with these adapters."""
+    with torch.device("meta"):
+        source = UNet2DConditionModel.from_config(config)
+    load_adapters(source, adapters)
+    return source
 
 
 @contextmanager
@@ -122,6 +163,7 @@ def stubbed(checkpoints: Checkpoints, sink: CountingSink) -> Iterator[None]:
     with ExitStack() as stack:
         for module in (load, text, ip_adapter, load_controlnet):
             stack.enter_context(patch.object(module, "load_part", fake_part))
+        stack.enter_context(patch.object(ModelOutline, "read", known_outline))
         stack.enter_context(patch.object(attention, "load_weights", fake_linear))
         stack.enter_context(patch.object(loading, "load_adapters", fake_adapters))
         stack.enter_context(patch.object(story, "opened_outputs", opened))

@@ -46,8 +46,9 @@ def demo_outline() -> ModelOutline:
 
 def plan(on: Machine, attentions=("original", "linear"), outline: ModelOutline | None = None, **request) -> Plan:
     """A plan for the demo model, from 256² to 8192²."""
-    wanted = a_request(SIZES[-1], attention=attentions, steps=(4,), strength=(0.5,), **request)
-    phases = ladder(wanted, Rungs(SIZES, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
+    sizes = [SIZES[0], request.pop("size", SIZES[-1])]
+    wanted = a_request(sizes[-1], attention=attentions, steps=(4,), strength=(0.5,), **request)
+    phases = ladder(wanted, Rungs(sizes, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
     facts = read_facts(Model(DEMO_FOLDER))
     passes = [count_passes(wanted, facts.scheduler_config, phase) for phase in phases]
     return make_plan(Wanted(wanted, facts, phases, passes), outline or demo_outline(), on)
@@ -105,18 +106,43 @@ def test_the_budget_that_is_named_is_enough_for_a_second_process_which_is_somewh
         plan(replace(on(parse_bytes(words[2])), resident_bytes=resident + LARGER_BYTES))
 
 
+@pytest.mark.parametrize("segments", ["expandable", "native"])
+def test_the_flags_that_are_named_are_enough_together(segments):
+    """From every pair of a small host and a small card: one flag where one is enough, both where both are too small."""
+    named_both = False
+    for host in range(400, 2600, 300):
+        for card in range(200, 1400, 150):
+            on = replace(machine("cuda", host << 20, card << 20), segments=segments)
+            try:
+                plan(on)
+            except DoesNotFit as refused:
+                flags = budgets_in(refused)
+                named_both |= len(flags) == 2
+                plan(replace(on, **flags))
+    assert named_both
+
+
+def budgets_in(refused: DoesNotFit) -> dict[str, int]:
+    """What --ram and --vram are to be, as fields of a Machine."""
+    words, fields = refused.way_out.split(), {"--ram": "host_bytes", "--vram": "device_bytes"}
+    return {fields[word]: parse_bytes(value) for word, value in zip(words, words[1:], strict=False) if word in fields}
+
+
 def test_with_less_room_on_the_card_maps_move_to_the_host():
     def mode(gib):
         return plan(machine("cuda", 64 * GIB, int(gib * GIB))).stage("denoise", 1).mode
 
-    found = [mode(gib) for gib in (16, 0.6, 0.4, 0.3)]
-    assert [(mode.place, mode.together) for mode in found] == [
-        ("device", True),
-        ("device", False),
-        ("skips", False),
-        ("host", False),
-    ]
-    assert not plan(machine("cuda", 64 * GIB, 16 * GIB), guidance_scale=(1.0,)).stage("denoise", 1).mode.together
+    assert [mode(gib).place for gib in (16, 0.45, 0.38)] == ["device", "skips", "host"]
+
+
+def test_halves_of_guidance_share_a_batch_below_4096_px_only():
+    def together(size, **request):
+        found = plan(machine("cuda", 64 * GIB, 16 * GIB), size=size, **request)
+        return [stage.mode.together for stage in found.stages if stage.kind == "denoise"]
+
+    assert together(Size(2048, 2048)) == [True, True]
+    assert together(Size(4096, 4096)) == [True, False]
+    assert together(Size(2048, 2048), guidance_scale=(1.0,)) == [False, False]
 
 
 def test_maps_move_only_to_a_host_that_has_room():

@@ -94,6 +94,9 @@ class Event:
     stream: LateStream
     place: int
 
+    def synchronize(self) -> None:
+        self.stream.advance(self.place)
+
 
 class LateStream:
     """Copies, and waits for other streams, in order: done when somebody waits for them, and no sooner."""

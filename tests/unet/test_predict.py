@@ -26,7 +26,7 @@ def unet():
         yield network
 
 
-def in_strips(unet, heard=lambda run: None) -> InStrips:
+def in_strips(unet, heard=lambda run, together: None) -> InStrips:
     return InStrips(unet, Strips(SIZE, Storage("device", torch.device("cpu"), torch.float32), Alone()), heard)
 
 
@@ -65,11 +65,32 @@ def test_where_memory_runs_out_the_forward_is_repeated_in_smaller_strips(unet, m
         return run(network, strips, *rest)
 
     monkeypatch.setattr(predict, "strip_forward", scarce)
-    runner = in_strips(unet, heard.append)
+    runner = in_strips(unet, lambda run, _: heard.append(run))
     torch.testing.assert_close(runner.predictor(text, added)(latents, timestep), expected)
     assert [run.size for run in heard] == [StripSize(2, 256), StripSize(1, 128)]
     runner.predictor(text, added)(latents, timestep)
     assert len(heard) == 2  # what was learnt holds for the other half of guidance, and for all steps
+
+
+def test_where_memory_runs_out_halves_of_guidance_run_one_after_the_other_before_strips_shrink(unet, monkeypatch):
+    text, added, latents, timestep = inputs(batch=2)
+    both = latents.expand(2, -1, -1, -1)
+    expected = Whole(unet).predictor(text, added)(both, timestep)
+    heard, sizes, run = [], [], predict.strip_forward
+
+    def scarce(network, strips, latents, *rest):
+        sizes.append((len(latents), strips.size.rows))
+        if len(latents) > 1 or strips.size.rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(network, strips, latents, *rest)
+
+    monkeypatch.setattr(predict, "strip_forward", scarce)
+    runner = in_strips(unet, lambda run, together: heard.append((run.size.rows, together)))
+    predictor = runner.predictor(text, added)
+    torch.testing.assert_close(predictor(both, timestep), expected)
+    assert heard == [(4, False), (2, False)]
+    predictor(both, timestep)
+    assert sizes == [(2, 4), (1, 4), (1, 2), (1, 2), (1, 2), (1, 2)]
 
 
 def test_memory_that_does_not_suffice_for_the_smallest_strips_is_an_error(unet, monkeypatch):
@@ -80,7 +101,7 @@ def test_memory_that_does_not_suffice_for_the_smallest_strips_is_an_error(unet, 
     text, added, latents, timestep = inputs()
     heard = []
     with pytest.raises(MemoryError):
-        in_strips(unet, heard.append).predictor(text, added)(latents, timestep)
+        in_strips(unet, lambda run, _: heard.append(run)).predictor(text, added)(latents, timestep)
     assert heard[-1].size.is_smallest
 
 
