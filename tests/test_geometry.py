@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from linfusion_cli.geometry import Size, bands, base_size, phase_sizes
+from linfusion_cli.geometry import Size, bands, base_size, equal_bands, phase_sizes
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,28 @@ def test_latents_are_an_exact_division():
     assert Size(64, 128).divided(8) == Size(8, 16)
     with pytest.raises(ValueError, match="not a multiple"):
         Size(60, 64).divided(8)
+
+
+@pytest.mark.parametrize(("length", "most", "multiple"), [(100, 100, 1), (101, 100, 1), (2048, 64, 1), (523, 64, 1)])
+def test_equal_bands_are_as_few_as_can_be_and_differ_by_a_row_at_most(length, most, multiple):
+    found = list(equal_bands(length, most, multiple))
+    sizes = [stop - start for start, stop in found]
+    assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
+    assert found[-1][1] == length
+    assert len(found) == -(-length // most)
+    assert max(sizes) <= most
+    assert max(sizes) - min(sizes) <= multiple
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "most"), [(262144, 32768), (273529, 32768), (70, 64), (64, 64), (1000, 256), (65, 64)]
+)
+def test_equal_bands_in_multiples_end_with_what_is_left(length, most):
+    found = list(equal_bands(length, most, 64))
+    sizes = [stop - start for start, stop in found]
+    assert sum(sizes) == length
+    assert max(sizes) <= most
+    assert all(size % 64 == 0 for size in sizes[:-1])
+    assert len(found) <= -(-length // most)
+    assert max(sizes) - min(sizes) < 128 or len(sizes) <= 2

@@ -29,12 +29,15 @@ def command(given: dict[str, Any], as_json: options.Json = False) -> None:
     from linfusion_cli.jobs.plan import plan_run  # torch and diffusers: not for --help to wait for
     from linfusion_cli.jobs.prepare import disk_bytes, prepare
     from linfusion_cli.jobs.upscale import opened
+    from linfusion_cli.planning.machine import cpu_notice
 
     request, picture = (request, None) if kind is GenerateRequest else opened(request)
     prepared = prepare(request, picture)
     for warning in prepared.facts.warnings:
         render.notices_only(Notice(warning))
     plan, disk = plan_run(prepared), disk_bytes(prepared)
+    if notice := cpu_notice(plan.machine, plan.need.seconds):
+        render.notices_only(Notice(notice))
     if as_json:
         values = {"request": request.to_json(), "settings": origins, "disk_bytes": disk}
         render.answer(json.dumps(values | {"plan": plan.to_json()}, indent=2))

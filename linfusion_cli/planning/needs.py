@@ -25,6 +25,7 @@ COPY_BYTES_PER_SEC = 20e9  # between pinned host memory and a card: PCIe 4
 # What torch reserves for what is allocated: a share of it, and segments that are not full, with cuBLAS's workspace.
 # Native segments of several sizes leave holes; measured on the fake card of the tests, from 1024 to 16384 px.
 EXPANDABLE, NATIVE = (1.02, 80 << 20), (1.15, 512 << 20)
+PATCH_HOLES, MAP_HOLES = 1.1, 1.02  # what strips of patches, or of whole maps, of a VAE leave beside that
 HEAP_BYTES = 24 << 20  # what libraries keep beside what is reckoned
 PIXEL_CHANNELS = 3
 READ_ROWS, WRITTEN_ROWS = 512, 256  # of the picture in fp32, as they are resized or pass to the file
@@ -104,7 +105,8 @@ class Reckoner:
         rows = 4 * PIXEL_CHANNELS * size.width * (READ_ROWS if encode else WRITTEN_ROWS)
         computing = machine.vae_speed.seconds(ledger.flops, ledger.passes)
         device = ledger.peak["device"] + (latents if machine.device.type == "cuda" else 0)
-        return self._need(ledger, rows + latents, device, self._weights(attention), computing)
+        holes = 1.0 if machine.device.type == "cpu" else PATCH_HOLES if method.patches else MAP_HOLES
+        return self._need(ledger, rows + latents, int(holes * device), self._weights(attention), computing)
 
     def vae_ledger(self, size: Size, encode: bool, method: Method) -> Ledger:
         """What the VAE itself takes, beyond its weights."""

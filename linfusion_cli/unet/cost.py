@@ -22,6 +22,7 @@ from linfusion_cli.unet.transformer import transformer_cost
 from linfusion_cli.unet.walk import encoded, walk
 
 COMPUTED = 4  # times that all rows of a map are computed which is not stored: for its moments, and when it is read
+SUMMED = 3  # times that a control picture's embedding is read where such a map adds it
 ADDED = 6  # times that each number is read or written where one map is added to another, with moments
 COLOURS = 3
 EMBEDDED = 6  # the same for a number of a control picture's maps, in and out of a convolution, and activated
@@ -139,7 +140,7 @@ class ControlReckoning(EncoderReckoning):
         ledger.spend(replace(making, flops=0, passes=0))
 
     def conv_in(self) -> Outline:
-        self.embedding.travel(COMPUTED)
+        self.embedding.travel(SUMMED)
         return super().conv_in()
 
     def keep(self, x: Outline) -> Outline:
@@ -151,7 +152,7 @@ class ControlReckoning(EncoderReckoning):
     def _residual(self, projection: nn.Module, x: Outline) -> Outline:
         before = self.before.popleft() if self.before else None
         if x.is_computed:  # whenever the UNet's first skip connection is read
-            self.embedding.travel(COMPUTED)
+            self.embedding.travel(SUMMED)
             self._convolve(self.network.conv_in, x.shape[:3], COMPUTED)
             self._convolve(projection, x.shape[:3], COMPUTED)
             return self._computed(x.shape)

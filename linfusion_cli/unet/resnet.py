@@ -82,6 +82,7 @@ def resnet_cost(
     second = Beside(target.reading(rows), writing, target.reading(rows) if over else shortcut + reading)
     cost = convolution_cost(size, block.conv1, shape, itemsize, dilation, max(part.channels for part in parts), first)
     cost += convolution_cost(size, block.conv2, shape, itemsize, dilation, beside=second)
+    cost += Cost(2 * batch * inner(block.time_emb_proj).weight.numel(), 0, 0)
     if block.conv_shortcut is not None:
         flops = 2 * inner(block.conv_shortcut).weight.numel() * batch * height * width
         passes = (CHANGES * channels + WRITES * block.out_channels) * batch * height * width

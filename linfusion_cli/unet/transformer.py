@@ -164,14 +164,16 @@ class Sums:
 def transformer_cost(
     size: StripSize, transformer: Transformer2DModel, x: Outline, tokens_map: Outline, text_tokens: int, itemsize: int
 ) -> Cost:
-    """`run_transformer` on the map `x`: each linear layer once per token, but those of the text.
+    """`run_transformer` on the map `x`: each linear layer once per token, but those of the text per token of that.
 
     The feed-forward's strip is the largest: 8 C wide, half of it through its gate, and their product.
     """
     shape = x.shape[:3]
     blocks, tokens, channels = transformer.transformer_blocks, math.prod(shape), transformer.inner_dim
     weights = sum(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, TOKEN_LAYERS))
-    weights -= sum(inner(layer).weight.numel() for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v))
+    of_text = sum(inner(layer).weight.numel() for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v))
+    text_flops = 2 * shape[0] * text_tokens * of_text
+    weights -= of_text
     processor = blocks[0].attn2.processor
     if hasattr(processor, "to_k_ip"):  # an IP-Adapter's: its layers see the picture's tokens alone
         weights -= sum(parameter.numel() for block in blocks for parameter in block.attn2.processor.parameters())
@@ -184,4 +186,4 @@ def transformer_cost(
     piece = shape[0] * largest * channels * itemsize
     rows = -(-largest // shape[2])
     beside = sum(each.reading(rows) + each.writing(rows) for each in (x, tokens_map))
-    return Cost(tokens * (2 * weights + attention), passes, piece * PIECES_ALIVE + beside)
+    return Cost(tokens * (2 * weights + attention) + text_flops, passes, piece * PIECES_ALIVE + beside)

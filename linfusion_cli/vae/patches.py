@@ -101,6 +101,7 @@ class Patches:
         if halo >= self.halo or self.sample.window(halo) == self.sample.window(self.halo):
             return self
         size, whole = self.sample.window(halo).times(self.scale), self.map.read(0, self.map.height)
+        storage.trim()
         result = storage.new(len(whole), size.height, size.width, self.map.channels)
         places = zip(self.sample.windows(self.halo), self.sample.windows(halo), strict=True)
         for i, (before, after) in enumerate(places):

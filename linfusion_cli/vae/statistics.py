@@ -117,6 +117,7 @@ class Taking:
 
     def _advanced(self, stages: Sequence[Stage], patches: Patches) -> Patches:
         """`patches` after `stages` that need no further statistics: written over the old ones where that may be."""
+        self.storage.trim()
         source, keeps = patches.map, stages[0].keeps
         if keeps is not None:
             keeps.source = source
@@ -125,7 +126,6 @@ class Taking:
         for rows in streamed(stages, source.read, source.height, self._height(patches), workspace=self.workspace):
             if not top and (keeps is not None or rows.shape[2:] != source.shape[2:]):
                 shape = (len(rows), grown(stages, source.height), *rows.shape[2:])
-                self.storage.trim()
                 result = replace(result, map=self.storage.new(*shape))
             result.map.write(top, rows)
             seen = result.in_cores(top, rows)

@@ -37,6 +37,7 @@ class Case:
     ram: int = 512 * GIB
     fails: tuple[str, ...] = ()
     stops_at: str | None = None
+    is_quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class VaeCase:
     place: str = "device"
     height: int = 16
     segments: str = "expandable"
+    is_quick: bool = False
 
 
 # Every pair of values of two factors is in some run: place, upscaler, each extra, batched guidance, kind of segments.
@@ -57,23 +59,33 @@ PAIRWISE = [
     replace(case, steps=(1, 2), guidance_scale=(1.0, 5.0))  # the base is in others
     for case in (
         Case("2x-device-lora-ip", 2048, "sdedit", ("lora", "ip_adapter"), "device", False),
-        Case("2x-device-control", 2048, "demofusion", ("controlnet",), "device", True, "dpmpp-2m", "native"),
+        Case(
+            "2x-device-control",
+            2048,
+            "demofusion",
+            ("controlnet",),
+            "device",
+            True,
+            "dpmpp-2m",
+            "native",
+            is_quick=True,
+        ),
         Case("2x-skips-all", 2048, "demofusion", EXTRAS, "skips", False, "euler-a"),
-        Case("2x-skips", 2048, "sdedit", (), "skips", False, "ddim", "native", stops_at="2x"),
+        Case("2x-skips", 2048, "sdedit", (), "skips", False, "ddim", "native", stops_at="2x", is_quick=True),
         Case("2x-host-control-ip", 2048, "sdedit", ("controlnet", "ip_adapter"), "host", False, "unipc"),
         Case("2x-host-lora", 2048, "demofusion", ("lora",), "host", False, "euler", "native", stops_at="2x"),
     )
 ]
 SINGLE = [
     Case("base-batched", 1024, "none", ("lora", "ip_adapter"), "device", True, steps=(1,)),
-    Case("pixel-space", 1024, "sdedit", space="pixel", base_px=512, attention="auto", steps=(1,)),
-    Case("4x-host", 4096, place="host", steps=(1,)),
-    Case("bf16", 1024, dtype="bfloat16", steps=(1,)),
+    Case("4x-host", 4096, place="host", steps=(1,), guidance_scale=(1.0,), is_quick=True),
+    Case("bf16", 1024, dtype="bfloat16", steps=(1,), is_quick=True),
     Case("fp32", 1024, dtype="float32", steps=(1,)),
     Case(
         "out-of-memory",
         1024,
         batched=True,
+        is_quick=True,
         fails=(
             "unet/transformer.py:finished",
             "strips/ops.py:convolved",
@@ -84,22 +96,20 @@ SINGLE = [
         ),
     ),
 ]
+PIXELS = Case("pixel-space", 1024, "sdedit", space="pixel", base_px=512, attention="auto", steps=(1,), is_quick=True)
 LARGEST = [
-    Case("4x-demofusion", 4096, "demofusion", EXTRAS, "device", False, steps=(1,)),
-    *(
-        Case(f"16384-{place}", 16384, place=place, batched=False, steps=(1,), segments=segments)
-        for place, segments in (("device", "expandable"), ("skips", "native"), ("host", "expandable"))
-    ),
+    Case("16384-skips", 16384, place="skips", batched=False, steps=(1,), guidance_scale=(1.0,), segments="native"),
+    Case("16384-host", 16384, place="host", batched=False, steps=(1,)),
 ]
 VAE = [
     VaeCase("decode-exact", "decode", 1024, 0),
     VaeCase("decode-partly", "decode", 1024, 2, segments="native"),
     VaeCase("decode-sampled", "decode", 2048, height=16),
-    VaeCase("decode-exact-host", "decode", 1024, 0, "host"),
-    VaeCase("decode-partly-host", "decode", 1024, 2, "host"),
+    VaeCase("decode-exact-host", "decode", 1024, 0, "host", is_quick=True),
+    VaeCase("decode-partly-host", "decode", 1024, 2, "host", is_quick=True),
     VaeCase("encode-exact", "encode", 1024, 0),
-    VaeCase("encode-exact-host", "encode", 1024, 0, "host"),
+    VaeCase("encode-exact-host", "encode", 1024, 0, "host", is_quick=True),
     VaeCase("encode-sampled", "encode", 2048),
+    VaeCase("decode-8192-host", "decode", 8192, 3, "host"),
 ]
-LARGEST_VAE = [VaeCase("decode-16384", "decode", 16384), VaeCase("decode-8192-host", "decode", 8192, 3, "host")]
-CASES = {case.name: case for case in (*PAIRWISE, *SINGLE, *LARGEST, *VAE, *LARGEST_VAE)}
+CASES = {case.name: case for case in (*PAIRWISE, *SINGLE, PIXELS, *LARGEST, *VAE)}

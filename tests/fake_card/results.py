@@ -20,8 +20,9 @@ MIB = 1 << 20
 MAY_WAIT = {
     "pageable upload vae/decode.py:source_of": 1,  # the latents, before their image is decoded
     "pageable upload strips/storage.py:pixels": 1,  # where the attention of the VAE looks
-    "pageable upload unet/control.py:union_shift": 1,
+    "pageable upload strips/windows.py:places": 8,  # what an enlarged map repeats: kept for all forwards
 }
+NOISE = "pageable upload sampling/schedule.py:<lambda>"  # that some schedulers add: latents, in each step
 # torch.cat widens: diffusers joins SDXL's pooled text with sizes in fp32, and narrows the result.
 MAY_MIX = {"cat in torch.float16, torch.float32", "cat in torch.bfloat16, torch.float32"}
 
@@ -66,11 +67,14 @@ def check_memory(case: Case | VaeCase, stage: dict[str, Any]) -> None:
 
 
 def check_waiting(stage: dict[str, Any]) -> None:
-    """The host waits for the card once in a step at most, and in no step for a copy."""
+    """The host waits for the card once in a step at most, and for no copy but that of noise."""
+    noises = stage["blocking"].get(NOISE, 0)
+    assert noises <= len(steps_of(stage))
     for before, after in steps_of(stage)[1:]:
         assert after["syncs"] - before["syncs"] <= 1, stage["syncs"]
-        assert after["blocking"] == before["blocking"], stage["blocking"]
-    assert all(count <= MAY_WAIT.get(what, 0) for what, count in stage["blocking"].items()), stage["blocking"]
+        assert after["blocking"] - before["blocking"] <= min(1, noises), stage["blocking"]
+    others = {what: count for what, count in stage["blocking"].items() if what != NOISE}
+    assert all(count <= MAY_WAIT.get(what, 0) for what, count in others.items()), others
 
 
 def check_work(stage: dict[str, Any], share: float = 1.0) -> None:

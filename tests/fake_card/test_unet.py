@@ -6,10 +6,27 @@ from tests.fake_card.cases import LARGEST, PAIRWISE, SINGLE
 from tests.fake_card.results import check, check_work, group_of, result, steps_of
 from tests.system_packages import needs
 
-RUNS, FAULT = [case for case in (*PAIRWISE, *SINGLE) if not case.fails], next(case for case in SINGLE if case.fails)
-QUICK = group_of([*RUNS, FAULT])
-PLAIN = [case for case in RUNS if case.upscaler != "demofusion" and "controlnet" not in case.extras]
+FAULT = next(case for case in SINGLE if case.fails)
+ALL = [case for case in (*PAIRWISE, *SINGLE) if not case.fails]
+QUICK = group_of([FAULT, *(case for case in ALL if case.is_quick)])
+SLOW = group_of([case for case in ALL if not case.is_quick])
+RUNS = [case if case.is_quick else pytest.param(case, marks=pytest.mark.slow) for case in ALL]
+
+
+def is_plain(case) -> bool:
+    """Whether a step has one forward, or two halves."""
+    return case.upscaler != "demofusion" and "controlnet" not in case.extras
+
+
+def named(case) -> str:
+    return case.name
+
+
 pytestmark = needs("g++")
+
+
+def found_in(case) -> dict:
+    return result(case.name, QUICK if case.is_quick else SLOW)
 
 
 def phases(found) -> list[dict]:
@@ -17,41 +34,46 @@ def phases(found) -> list[dict]:
     return [stage for stage in found["stages"] if stage.get("plan", {}).get("steps")]
 
 
-@pytest.mark.parametrize("case", RUNS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", RUNS, ids=named)
 def test_memory_is_as_planned_and_nobody_waits(case):
-    found = result(case.name, QUICK)
+    found = found_in(case)
     check(case, found)
     assert not found["notices"]
 
 
-@pytest.mark.parametrize("case", RUNS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", RUNS, ids=named)
 def test_work_is_as_planned(case):
     """Of a run that goes on, its part of the steps; those of DemoFusion differ, as the dilated pass ends early."""
-    found = result(case.name, QUICK)
+    found = found_in(case)
     if case.stops_at and case.upscaler == "demofusion":
         return
     for stage in phases(found):
         check_work(stage, len(steps_of(stage)[bool(found["resumed"]) :]) / stage["plan"]["steps"])
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", RUNS, ids=named)
 def test_a_forward_has_few_kernels(case):
     """One strip has about 5300; a pass over a map of several has some for each."""
-    for stage in phases(result(case.name, QUICK)):
+    if not is_plain(case):
+        return
+    for stage in phases(found_in(case)):
         guided = case.guidance_scale[0 if stage["name"] == "base" else -1] > 1
         forwards = 2 if guided and not stage["plan"]["mode"]["together"] else 1
         most = max(after["kernels"] - before["kernels"] for before, after in steps_of(stage)) / forwards
         assert most <= (9000 if stage["size"] == "4096x4096" else 6000)
 
 
-@pytest.mark.parametrize("case", [case for case in RUNS if case.stops_at], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", RUNS, ids=named)
 def test_a_run_that_was_stopped_goes_on(case):
-    assert result(case.name, QUICK)["resumed"] == f"step 1 of {case.steps[-1]} in phase {case.stops_at}"
+    if case.stops_at is None:
+        assert found_in(case)["resumed"] is None
+        return
+    assert found_in(case)["resumed"] == f"step 1 of {case.steps[-1]} in phase {case.stops_at}"
 
 
 def test_wherever_memory_runs_out_the_run_goes_on_with_less():
     """In each kind of operation: halves one after the other at first, then lower strips, then maps on the host."""
-    found = result(FAULT.name, QUICK)
+    found = found_in(FAULT)
     assert found["fails"] == []
     assert len(found["notices"]) == len(FAULT.fails)
     assert "both halves of guidance one after the other" in found["notices"][0]
@@ -62,7 +84,7 @@ def test_wherever_memory_runs_out_the_run_goes_on_with_less():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", LARGEST, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", LARGEST, ids=named)
 def test_an_image_of_16384_px_is_as_planned(case):
     found = result(case.name, group_of(LARGEST))
     check(case, found)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fake_card.cases import LARGEST_VAE, VAE
+from tests.fake_card.cases import PIXELS, VAE
 from tests.fake_card.results import check, check_work, group_of, result
 from tests.system_packages import needs
 
@@ -17,12 +17,24 @@ def check_all(case, group) -> None:
     assert found["rows"] == case.size
 
 
-@pytest.mark.parametrize("case", VAE, ids=lambda case: case.name)
+QUICK, SLOW = [case for case in VAE if case.is_quick], [case for case in VAE if not case.is_quick]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_an_image_is_as_planned(case):
-    check_all(case, group_of(VAE))
+    check_all(case, group_of([*QUICK, PIXELS]))
+
+
+def test_phases_in_pixel_space_are_as_planned_beside_a_unet_that_waits():
+    found = result(PIXELS.name, group_of([*QUICK, PIXELS]))
+    check(PIXELS, found)
+    assert [stage["name"] for stage in found["stages"] if "plan" in stage] == ["base", "decode", "encode", "2x"]
+    for stage in found["stages"]:
+        if "plan" in stage:
+            check_work(stage)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", LARGEST_VAE, ids=lambda case: case.name)
-def test_a_large_image_is_as_planned(case):
-    check_all(case, group_of(LARGEST_VAE))
+@pytest.mark.parametrize("case", SLOW, ids=lambda case: case.name)
+def test_other_methods_and_a_large_image_are_as_planned(case):
+    check_all(case, group_of(SLOW))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from linfusion_cli.strips.copies import streams
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.unet.forward import strip_forward
@@ -77,3 +78,12 @@ def test_a_skip_connection_no_longer_holds_its_original_once_it_is_taken(monkeyp
         kept.release()
         assert len(storage.copies._going_down) == 0
         assert torch.equal(kept.read(0, 4), torch.ones(1, 4, 4, 2))
+
+
+def test_a_card_has_a_stream_for_each_direction(monkeypatch):
+    """A bus carries both at a time: on one stream, uploads would wait for downloads."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    up, down = streams(torch.device("cuda", 0))
+    assert up is not None
+    assert up is not down
+    assert streams(torch.device("cpu")) == (None, None)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.errors import DataError, NonFinite
 from linfusion_cli.geometry import Size
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import reach, streamed
 from linfusion_cli.vae import conversion
+from linfusion_cli.vae.conversion import one_behind
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.patches import Source
@@ -215,3 +216,24 @@ def test_memory_that_runs_out_at_the_smallest_is_an_error(vae, monkeypatch):
     monkeypatch.setattr(Storage, "new", scarce_maps(Storage.new, 1))
     with pytest.raises(MemoryError):
         decoded(vae, torch.randn(1, 4, 8, 8), exact(vae))
+
+
+def test_rows_are_handed_on_while_the_next_are_under_way():
+    made, taken = [], []
+
+    def downloads():
+        for number in range(4):
+            made.append(number)
+            yield number
+
+    for number in one_behind(downloads()):
+        taken.append((number, len(made)))
+    assert taken == [(0, 2), (1, 3), (2, 4), (3, 4)]
+
+
+def test_infinity_is_not_shown_as_white():
+    """It is looked for before rows are cut to what a file can show."""
+    vae = small_vae().eval().requires_grad_(False)
+    vae.decoder.conv_out.bias[0] = float("inf")
+    with pytest.raises(NonFinite):
+        list(decode_rows(vae, torch.randn(1, 4, 8, 8), exact(vae)))
