@@ -172,12 +172,12 @@ def transformer_cost(
     blocks, tokens, channels = transformer.transformer_blocks, math.prod(shape), transformer.inner_dim
     weights = sum(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, TOKEN_LAYERS))
     of_text = sum(inner(layer).weight.numel() for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v))
-    text_flops = 2 * shape[0] * text_tokens * of_text
     weights -= of_text
     processor = blocks[0].attn2.processor
     if hasattr(processor, "to_k_ip"):  # an IP-Adapter's: its layers see the picture's tokens alone
         weights -= sum(parameter.numel() for block in blocks for parameter in block.attn2.processor.parameters())
         text_tokens += sum(processor.num_tokens)
+    text_flops = 2 * shape[0] * text_tokens * of_text  # the layers for a picture's tokens are of the same shapes
     is_linear, heads = isinstance(blocks[0].attn1, LinearAttention), blocks[0].attn1.heads
     seen = channels // heads if is_linear else tokens // shape[0]  # what a query is multiplied with
     attention = len(blocks) * 4 * channels * (seen + text_tokens)
