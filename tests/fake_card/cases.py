@@ -99,7 +99,7 @@ SINGLE = [
 PIXELS = Case("pixel-space", 1024, "sdedit", space="pixel", base_px=512, attention="auto", steps=(1,), is_quick=True)
 LARGEST = [
     Case("16384-skips", 16384, place="skips", batched=False, steps=(1,), guidance_scale=(1.0,), segments="native"),
-    Case("16384-host", 16384, place="host", batched=False, steps=(1,)),
+    Case("16384-host", 16384, place="host", batched=False, steps=(1,), guidance_scale=(1.0,)),
 ]
 VAE = [
     VaeCase("decode-exact", "decode", 1024, 0),

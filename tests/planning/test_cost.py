@@ -38,6 +38,13 @@ def test_sdxl_at_16k_fits_the_cards_that_are_promised(sdxl, place, most_gib):
     assert weights + found.peak["device"] <= most_gib * GIB
 
 
+@pytest.mark.parametrize(("side", "allocated_gib"), [(512, 0.90), (2048, 1.93)])
+def test_strips_on_their_way_from_and_to_the_host_are_reckoned(sdxl, side, allocated_gib):
+    """As many bytes as a forward allocates beside its weights on the fake card, and a fifth more at most."""
+    found = reckon(sdxl, Setting(StripSize(64, 32768), "host", 1, side, side, 2)).peak["device"] / GIB
+    assert allocated_gib <= found <= allocated_gib * 1.22
+
+
 class CountingStorage(Storage):
     """A Storage that knows the most bytes of maps that were ever alive, on the device and on the host."""
 
