@@ -1,8 +1,8 @@
 """Whole runs at SDXL's real shape on a FakeCard, in a process of its own: what was planned, and what was counted.
 
-    python -m tests.fake_card.pipeline FOLDER NAME …      prints a JSON object: name -> stages, or the error
+    python -m tests.fake_card.pipeline FOLDER SHARED NAME …      prints a JSON object: name -> stages, or the error
 
-FOLDER is for the model's files and the compiled guard, which are made once.
+FOLDER is for the model's files, SHARED for the compiled guard, which is made once.
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ def nothing() -> torch.nn.Module:
     return torch.nn.Module()
 
 
-def main(folder: Path, names: list[str]) -> None:
-    guard.load_guard(folder / "guard")
+def main(folder: Path, shared: Path, names: list[str]) -> None:
+    guard.load_guard(shared / "guard")
     write_sdxl(folder / "sdxl")
     results = {}
     for case in (CASES[name] for name in names):
@@ -233,4 +233,4 @@ def main(folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -30,9 +30,11 @@ MAY_MIX = {"cat in torch.float16, torch.float32", "cat in torch.bfloat16, torch.
 @cache
 def results(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Of the runs with these names, all in one process."""
-    folder = Path(tempfile.gettempdir()) / f"linfusion-fake-card-{torch.__version__}"
-    command = [sys.executable, "-m", "tests.fake_card.pipeline", str(folder), *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    shared = Path(tempfile.gettempdir()) / f"linfusion-fake-card-{torch.__version__}"
+    shared.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=shared) as folder:  # several run at a time, and share the guard alone
+        command = [sys.executable, "-m", "tests.fake_card.pipeline", folder, str(shared), *names]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
