@@ -27,10 +27,14 @@ def main(mib: int) -> None:
     torch.set_num_threads(1)  # each thread's heap would reserve addresses, used or not
     unet = sdxl_unet(10).eval()
     latents, timestep, condition, heard = torch.randn(1, 4, SIDE, SIDE), torch.tensor(500), random_condition(unet), []
+
+    def note(run: Strips, _: bool) -> None:
+        heard.append(run)
+
     with mounted(unet, linear_attentions(unet)):
         storage = Storage("device", CPU, torch.float32)
         tall, small = (
-            InStrips(unet, Strips(size, storage, Alone()), heard.append).predictor(condition.text, condition.added)
+            InStrips(unet, Strips(size, storage, Alone()), note).predictor(condition.text, condition.added)
             for size in (TALL, SMALL)
         )
         expected = small(latents, timestep)

@@ -119,7 +119,7 @@ def test_in_strips_predicts_what_whole_predicts():
     with case(["plain"]) as given:
         latents, condition = torch.randn(1, 4, 21, 13, dtype=FP64), random_condition(given.unet)
         run = Strips(StripSize(4, 64), Storage("device", CPU, FP64), Alone())
-        runner = InStrips(given.unet, run, lambda run: None, [given.embedded(0, run.storage)])
+        runner = InStrips(given.unet, run, lambda run, _: None, [given.embedded(0, run.storage)])
         found = runner.predictor(condition.text, condition.added)(latents, TIMESTEP)
         assert error(found, given.expected(latents, condition)) <= 1e-12
 
