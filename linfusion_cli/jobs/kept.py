@@ -84,7 +84,7 @@ def to_host(shelf: Shelf, *others: nn.Module) -> int:
     return weights_bytes(kept)
 
 
-def rest_networks(shelf: Shelf) -> None:
+def move_networks_to_host(shelf: Shelf) -> None:
     """Move the networks that are kept off the card: what is left of the run is decoding, which wants the room."""
     for thing in shelf.things():
         for network in networks_in(thing) if isinstance(thing, Networks) else ():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.jobs.control import ActingControl, acting
-from linfusion_cli.jobs.kept import rest_networks
+from linfusion_cli.jobs.kept import move_networks_to_host
 from linfusion_cli.jobs.loading import Models
 from linfusion_cli.jobs.pixels import begun_with, enlarge
 from linfusion_cli.jobs.precision import Overflowed, Work, explain_non_finite
@@ -76,7 +76,7 @@ def painted(run: Run, vae: Vae) -> tuple[Run, Tensor]:
             reached = begun(work.run, vae, reached, phase)
             reached = work.done(partial(denoised, phase=phase), reached)
             run.keeper.border(reached)
-    rest_networks(run.shelf)
+    move_networks_to_host(run.shelf)
     return work.run, reached.latents
 
 

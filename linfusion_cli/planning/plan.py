@@ -245,7 +245,7 @@ def fits(need: Need | None, machine: Machine) -> bool:
 def refusal(wanted: Wanted, options: list[list[PlannedStage]], machine: Machine) -> DoesNotFit:
     """What to say when a stage cannot run, with the smallest budgets that would do for all of them."""
     needs = [[stage.need for stage in of_one if stage.need] for of_one in options]
-    flags = enough([of_one for of_one in needs if of_one], machine)
+    flags = find_budgets([of_one for of_one in needs if of_one], machine)
     hints = ", --attention linear" if "original" in wanted.attentions[1:] else ""
     hints += ", --vae-statistics auto" if wanted.request.vae_statistics == "exact" else ""
     budgets = {"--vram": ("GPU memory", machine.device_bytes), "--ram": ("memory", machine.host_bytes)}
@@ -258,26 +258,26 @@ def refusal(wanted: Wanted, options: list[list[PlannedStage]], machine: Machine)
     )
 
 
-def enough(needs: list[list[Need]], machine: Machine) -> dict[str, str]:
+def find_budgets(needs: list[list[Need]], machine: Machine) -> dict[str, str]:
     """The flags, with their values, that give a budget for all stages: one of them if that is enough, else both."""
     vram, ram = machine.device_bytes, machine.host_bytes
     if vram is None:
-        return {"--ram": host_enough(needs, None)}
+        return {"--ram": find_ram(needs, None)}
     if all(any(need.host_bytes <= ram for need in of_one) for of_one in needs):
-        return {"--vram": device_enough(needs, ram)}
+        return {"--vram": find_vram(needs, ram)}
     if all(any(need.device_bytes <= vram for need in of_one) for of_one in needs):
-        return {"--ram": host_enough(needs, vram)}
+        return {"--ram": find_ram(needs, vram)}
     least = max(min(need.device_bytes for need in of_one) for of_one in needs)
-    return {"--vram": bytes_at_least(least), "--ram": host_enough(needs, least)}
+    return {"--vram": bytes_at_least(least), "--ram": find_ram(needs, least)}
 
 
-def device_enough(needs: list[list[Need]], ram: int) -> str:
+def find_vram(needs: list[list[Need]], ram: int) -> str:
     """The least of the card with which all stages fit into so much of the host."""
     least = max(min(need.device_bytes for need in of_one if need.host_bytes <= ram) for of_one in needs)
     return bytes_at_least(least)
 
 
-def host_enough(needs: list[list[Need]], vram: int | None) -> str:
+def find_ram(needs: list[list[Need]], vram: int | None) -> str:
     """The least of the host with which all stages fit into so much of the card."""
     fitting = ([need for need in of_one if vram is None or need.device_bytes <= vram] for of_one in needs)
     return bytes_at_least(max(min(need.host_bytes for need in of_one) for of_one in fitting) + MARGIN_BYTES)
