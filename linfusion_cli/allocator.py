@@ -13,7 +13,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from linfusion_cli.errors import UsageError, first_line
+from linfusion_cli.core.errors import UsageError, first_line
 
 Segments = Literal["expandable", "native"]
 

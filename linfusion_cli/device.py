@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__, allocator, diagnosis
+from linfusion_cli.core.errors import DeviceFailed, DoesNotFit, LinfusionError, Unavailable, UsageError, first_line
 from linfusion_cli.cuda import free_device_bytes, has_bfloat16, is_cuda, limit_device_memory, platform_name, synchronize
-from linfusion_cli.errors import DeviceFailed, DoesNotFit, LinfusionError, Unavailable, UsageError, first_line
 from linfusion_cli.failures import MENDED, explained, is_out_of_memory
 from linfusion_cli.memory import (
     forgets_peaks,

@@ -7,8 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+from linfusion_cli.core.errors import first_line
 from linfusion_cli.cuda import platform_name, quiet_start
-from linfusion_cli.errors import first_line
 from linfusion_cli.failures import MENDED, hint_for
 
 NVIDIA = (Path("/proc/driver/nvidia/gpus"), Path("/dev/nvidia0"))

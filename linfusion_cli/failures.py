@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import re
 
+from linfusion_cli.core.errors import DeviceFailed, LinfusionError, RanOutOfMemory, first_line
 from linfusion_cli.cuda import is_full
-from linfusion_cli.errors import DeviceFailed, LinfusionError, RanOutOfMemory, first_line
 
 CARD = r"(?:CUDA|HIP)(?: driver)? error: "
 LIBRARY = r"(?:(?:CUDA|HIP) error|cuDNN(?: Frontend)? error|MIOpen error): "

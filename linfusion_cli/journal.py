@@ -17,9 +17,9 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linfusion_cli.errors import CannotCreate, WriteFailed
-from linfusion_cli.files import neighbour, open_locked, refused, sync_folder
-from linfusion_cli.units import is_file, is_folder
+from linfusion_cli.core.errors import CannotCreate, WriteFailed
+from linfusion_cli.core.fs import neighbour, open_locked, refused, sync_folder
+from linfusion_cli.core.units import is_file, is_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from linfusion_cli.errors import UsageError
-from linfusion_cli.geometry import Size
-from linfusion_cli.units import parse_colour
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.units import parse_colour
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LINFUSION_MERGES = ("auto", "published", "keep", "delta")

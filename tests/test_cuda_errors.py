@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from linfusion_cli import device, failures
-from linfusion_cli.errors import DataError, DeviceFailed, RanOutOfMemory, WriteFailed
+from linfusion_cli.core.errors import DataError, DeviceFailed, RanOutOfMemory, WriteFailed
 from linfusion_cli.jobs.results import Outcome
 from tests.batches import builder, carried_out, entries, failing
 from tests.stub_driver import GIB, StubDriver

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from linfusion_cli import allocator, cuda, device, diagnosis
-from linfusion_cli.errors import DeviceFailed, DoesNotFit, Unavailable, UsageError
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DeviceFailed, DoesNotFit, Unavailable, UsageError
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.planning import machine
 from linfusion_cli.planning.speed import Speed
 from linfusion_cli.request import GenerateRequest

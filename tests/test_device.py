@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from linfusion_cli import device, memory
-from linfusion_cli.errors import Unavailable, UsageError
+from linfusion_cli.core.errors import Unavailable, UsageError
 
 MIB = 1 << 20
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from linfusion_cli import presets
-from linfusion_cli.errors import ConfigError, InputMissing, UsageError
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.presets.fields import PARSERS
 from linfusion_cli.request import GenerateRequest, UpscaleRequest
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from linfusion_cli.errors import UsageError
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.presets import PARSERS
 from linfusion_cli.request import GenerateRequest, UpscaleRequest
 

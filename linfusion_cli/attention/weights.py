@@ -18,7 +18,7 @@ from torch import nn
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import self_attentions
-from linfusion_cli.errors import DataError, InputMissing
+from linfusion_cli.core.errors import DataError, InputMissing
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CONFIG_NAME = "config.json"

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from linfusion_cli import __version__, stopping
+from linfusion_cli import __version__
 from linfusion_cli.cli import batch, decode, doctor, generate, info, log, models, plan, presets, upscale
 from linfusion_cli.cli.bugs import bug_sentence
 from linfusion_cli.cli.render import announce, answer
+from linfusion_cli.core import signals
+from linfusion_cli.core.errors import EXIT_BUG, LinfusionError, Stopped
 from linfusion_cli.cuda import quiet_start
-from linfusion_cli.errors import EXIT_BUG, LinfusionError, Stopped
 from linfusion_cli.failures import explained
 
 app = typer.Typer(
@@ -54,9 +55,9 @@ def main() -> None:
     """Run the command line and exit with the code that errors.py promises."""
     have_streams()
     show_anything()
-    stopping.listen()
+    signals.listen()
     exit_code = guarded()
-    stopping.over()
+    signals.over()
     sys.exit(exit_code)
 
 
@@ -83,7 +84,7 @@ def guarded() -> int:
 def carried_out() -> int:
     """The exit code of the app, with every error said."""
     try:
-        with stopping.honoured(), quiet_start():
+        with signals.honoured(), quiet_start():
             app()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0

@@ -17,18 +17,18 @@ from linfusion_cli.cli import log, options, render
 from linfusion_cli.cli.bugs import bug_sentence
 from linfusion_cli.cli.generate import report_file
 from linfusion_cli.cli.request import Sources, keep_to, quieten_hub, read_options
-from linfusion_cli.errors import LinfusionError, UsageError, WriteFailed
-from linfusion_cli.events import Notice, Observer
+from linfusion_cli.core.errors import LinfusionError, UsageError, WriteFailed
+from linfusion_cli.core.events import Notice, Observer
 from linfusion_cli.jobs.naming import TEMPLATE, Template
 from linfusion_cli.jobs.spread import Shard as Part
 from linfusion_cli.jobs.spread import parse_seeds
 from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest
 
 if TYPE_CHECKING:
+    from linfusion_cli.core.report import RunReport
     from linfusion_cli.jobs.batch import Batch
     from linfusion_cli.jobs.listing import Listing
     from linfusion_cli.jobs.results import Outcome, Tally
-    from linfusion_cli.report import RunReport
 
 OF_EACH_PICTURE = ("output", "preview", "keep_latents")  # files: one name cannot be that of many
 MOST_LISTED = 20

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from linfusion_cli import __version__
-from linfusion_cli.errors import first_line
+from linfusion_cli.core.errors import first_line
 
 
 def bug_sentence(error: Exception) -> str:

@@ -11,7 +11,7 @@ import typer
 from linfusion_cli.cli import options
 from linfusion_cli.cli.generate import Asked, run
 from linfusion_cli.cli.request import read_text
-from linfusion_cli.events import Observer
+from linfusion_cli.core.events import Observer
 
 Latents = Annotated[
     Path,

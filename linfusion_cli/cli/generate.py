@@ -11,9 +11,9 @@ from typing import Any
 
 from linfusion_cli.cli import log, options, render
 from linfusion_cli.cli.request import keep_to, quieten_hub, read_request
-from linfusion_cli.events import Observer
-from linfusion_cli.files import check_distinct
-from linfusion_cli.report import RunReport
+from linfusion_cli.core.events import Observer
+from linfusion_cli.core.fs import check_distinct
+from linfusion_cli.core.report import RunReport
 from linfusion_cli.request import GenerateRequest, PictureRequest
 
 Job = Callable[[Any, Mapping[str, str], Observer], RunReport]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linfusion_cli.cli import render
-from linfusion_cli.units import format_bytes
+from linfusion_cli.core.units import format_bytes
 
 if TYPE_CHECKING:
     from linfusion_cli.images import FileInfo

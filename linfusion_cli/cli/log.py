@@ -13,9 +13,9 @@ from datetime import datetime
 from pathlib import Path
 
 from linfusion_cli import __version__
-from linfusion_cli.errors import CannotCreate, TryAgain
-from linfusion_cli.stopping import SIGNALS
-from linfusion_cli.units import format_seconds, user_path
+from linfusion_cli.core.errors import CannotCreate, TryAgain
+from linfusion_cli.core.signals import SIGNALS
+from linfusion_cli.core.units import format_seconds, user_path
 
 # A named pipe that nobody reads must not stop a run: neither at its opening nor when it is full.
 OPEN_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from linfusion_cli.cli import render
 from linfusion_cli.cli.request import quieten_hub
-from linfusion_cli.units import format_bytes
+from linfusion_cli.core.units import format_bytes
 
 if TYPE_CHECKING:
     from linfusion_cli.models.check import Found

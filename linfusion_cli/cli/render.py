@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from linfusion_cli.cli import log
-from linfusion_cli.errors import WriteFailed
-from linfusion_cli.events import (
+from linfusion_cli.core.errors import WriteFailed
+from linfusion_cli.core.events import (
     Event,
     JobStarted,
     Notice,
@@ -29,8 +29,8 @@ from linfusion_cli.events import (
     StageFinished,
     StageStarted,
 )
-from linfusion_cli.report import RunReport, StageReport
-from linfusion_cli.units import format_bytes, format_seconds
+from linfusion_cli.core.report import RunReport, StageReport
+from linfusion_cli.core.units import format_bytes, format_seconds
 
 QUIET_SEC = 600.0  # a log without a line for longer than this looks like a run that hangs
 SHOWN_SEC = 0.05  # a stage other than a phase that took less is not worth a line

@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from linfusion_cli import presets, stopping
+from linfusion_cli import presets
 from linfusion_cli.cli import render
-from linfusion_cli.errors import UsageError
-from linfusion_cli.events import Notice, Observer
+from linfusion_cli.core import signals
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.events import Notice, Observer
+from linfusion_cli.core.units import parse_seconds, parse_size
 from linfusion_cli.models.locate import is_here
 from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest, flag
-from linfusion_cli.units import parse_seconds, parse_size
 
 R = TypeVar("R", bound=PictureRequest)
 
@@ -87,7 +88,7 @@ def keep_to(time_limit: str | None) -> None:
         raise UsageError(f"--time-limit {time_limit!r} {error}.") from error
     if not 0 < seconds <= LONGEST_SEC:
         raise UsageError(f"--time-limit {time_limit!r} is not possible.", "Use 1s to 1000h.")
-    stopping.stop_after(seconds)
+    signals.stop_after(seconds)
 
 
 def quieten_hub(download: bool, quiet: bool) -> None:

@@ -1,5 +1,6 @@
 """Pictures of any height, written row by row in bounded memory, and read back without decoding them."""
 
+from linfusion_cli.core.atomic_file import PendingFile
 from linfusion_cli.images.fileinfo import FileInfo
 from linfusion_cli.images.formats import FORMATS, bytes_needed, format_for, hold, open_sink
 from linfusion_cli.images.metadata import (
@@ -10,7 +11,6 @@ from linfusion_cli.images.metadata import (
     srgb_profile,
     without_prompt,
 )
-from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.preview import PreviewSink, preview_size
 from linfusion_cli.images.read import read_info
 from linfusion_cli.images.sink import RowSink

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.images.metadata import CHECKSUM, NO_DIGITS
 
 # Any characters: a damaged digit must not pass for a file without a checksum.

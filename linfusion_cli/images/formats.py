@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from linfusion_cli.errors import UsageError
+from linfusion_cli.core.atomic_file import PendingFile
+from linfusion_cli.core.errors import UsageError
 from linfusion_cli.images.metadata import PictureInfo
-from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.sink import RowSink
 
 FORMATS = ("tiff", "png", "jpeg")

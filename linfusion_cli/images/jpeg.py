@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from linfusion_cli.errors import UsageError
+from linfusion_cli.core.atomic_file import PendingFile
+from linfusion_cli.core.errors import UsageError
 from linfusion_cli.images.metadata import DIGITS_AT, PictureInfo, request_json, srgb_profile
-from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.stream import RowStream
 from linfusion_cli.images.xmp import xmp_packet
 

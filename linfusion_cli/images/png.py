@@ -5,9 +5,9 @@ import zlib
 
 import numpy as np
 
+from linfusion_cli.core.atomic_file import PendingFile
 from linfusion_cli.images.deflate import adler32, adler32_combine, crc32, deflate_part
 from linfusion_cli.images.metadata import DIGITS_AT, PictureInfo, request_json, sealed, utf8
-from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.stream import RowStream
 from linfusion_cli.images.xmp import xmp_packet
 

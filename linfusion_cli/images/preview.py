@@ -4,9 +4,9 @@ import os
 
 import numpy as np
 
+from linfusion_cli.core.atomic_file import PendingFile
 from linfusion_cli.images.formats import format_for, open_sink
 from linfusion_cli.images.metadata import PictureInfo
-from linfusion_cli.images.pending import PendingFile
 from linfusion_cli.images.stream import check_rows
 
 BAND_ROWS = 64

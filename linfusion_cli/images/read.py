@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from linfusion_cli.errors import DataError, InputMissing
+from linfusion_cli.core.errors import DataError, InputMissing
 from linfusion_cli.images.fileinfo import FileInfo, truncated
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"

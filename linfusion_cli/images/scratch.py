@@ -11,7 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
-from linfusion_cli.errors import WriteFailed
+from linfusion_cli.core.errors import WriteFailed
 
 FULL_SCALE = 65535
 BYTES_PER_PX = 6  # three channels of 16 bits

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from linfusion_cli.errors import DataError, first_line
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, first_line
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.images.colour import to_srgb
 from linfusion_cli.images.read import MAGIC_BYTES, format_of, reading
 from linfusion_cli.images.resize import ReadRegion

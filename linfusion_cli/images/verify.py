@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.images.fileinfo import FileInfo
 from linfusion_cli.images.ifd import HEADER_BYTES
 from linfusion_cli.images.metadata import NO_DIGITS

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from linfusion_cli.errors import DataError, first_line
+from linfusion_cli.core.errors import DataError, first_line
 from linfusion_cli.images.pool import OrderedPool, default_threads
 from linfusion_cli.images.read import MALFORMED
 from linfusion_cli.images.read_tiff import silent_tifffile

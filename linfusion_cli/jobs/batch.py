@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from linfusion_cli.errors import (
+from linfusion_cli.core.errors import (
     EXIT_BUG,
     CannotCreate,
     DeviceFailed,
@@ -18,7 +18,8 @@ from linfusion_cli.errors import (
     TryAgain,
     UsageError,
 )
-from linfusion_cli.events import JobStarted, Observer
+from linfusion_cli.core.events import JobStarted, Observer
+from linfusion_cli.core.report import RunReport
 from linfusion_cli.failures import explained
 from linfusion_cli.jobs.complete import made_before
 from linfusion_cli.jobs.fields import shortened
@@ -29,7 +30,6 @@ from linfusion_cli.jobs.results import Outcome, Record, Status, Tally
 from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.story import make_picture
 from linfusion_cli.jobs.upscale import opened
-from linfusion_cli.report import RunReport
 from linfusion_cli.request import PictureRequest, UpscaleRequest
 
 MOST_KEPT = 10_000  # failures that are remembered until the end: the record has all

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli import images
+from linfusion_cli.core.errors import LinfusionError
+from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.report import RunReport
+from linfusion_cli.core.units import is_file
 from linfusion_cli.device import versions
-from linfusion_cli.errors import LinfusionError
-from linfusion_cli.geometry import Size
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs import latents
 from linfusion_cli.jobs.dtypes import DTYPES
@@ -22,9 +24,7 @@ from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.weights import hashed_weights, made_with, to_json
 from linfusion_cli.journal import Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile
-from linfusion_cli.report import RunReport
 from linfusion_cli.request import PictureRequest
-from linfusion_cli.units import is_file
 
 
 @dataclass(frozen=True)

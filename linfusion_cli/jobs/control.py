@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted
-from linfusion_cli.geometry import bands
+from linfusion_cli.core.geometry import bands
 from linfusion_cli.images.scratch import ScratchPicture
 from linfusion_cli.images.source import oriented, source_rows
 from linfusion_cli.jobs.find_controls import FoundControl

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli import presets
+from linfusion_cli.core.errors import DataError, UsageError
+from linfusion_cli.core.events import Observer, nobody
+from linfusion_cli.core.report import RunReport
 from linfusion_cli.device import describe, versions
-from linfusion_cli.errors import DataError, UsageError
-from linfusion_cli.events import Observer, nobody
 from linfusion_cli.jobs.complete import Making
 from linfusion_cli.jobs.dtypes import DTYPES
 from linfusion_cli.jobs.keep import Keeper, journal_of
@@ -23,7 +24,6 @@ from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.story import finished
 from linfusion_cli.jobs.weights import hashed_weights, to_json
 from linfusion_cli.models.digest import WeightsFile
-from linfusion_cli.report import RunReport
 from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest
 
 VAE_USE = "vae"

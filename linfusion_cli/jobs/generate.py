@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from linfusion_cli.events import Observer, nobody
+from linfusion_cli.core.events import Observer, nobody
+from linfusion_cli.core.report import RunReport
 from linfusion_cli.jobs.story import make_picture
-from linfusion_cli.report import RunReport
 from linfusion_cli.request import GenerateRequest
 
 

@@ -12,16 +12,24 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
+from linfusion_cli.core.atomic_file import resolved
+from linfusion_cli.core.errors import (
+    LinfusionError,
+    NonFinite,
+    RanOutOfMemory,
+    Stopped,
+    UsageError,
+    WriteFailed,
+    first_line,
+)
+from linfusion_cli.core.signals import finishing, honoured
 from linfusion_cli.device import dtype_name, explained, free_memory, versions
-from linfusion_cli.errors import LinfusionError, NonFinite, RanOutOfMemory, Stopped, UsageError, WriteFailed, first_line
-from linfusion_cli.images.pending import resolved
 from linfusion_cli.jobs.dtypes import DTYPES, NON_FINITE, used_dtypes, with_dtype
 from linfusion_cli.jobs.weights import named_weights
 from linfusion_cli.journal import SCHEMA, Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile, digested
 from linfusion_cli.models.parts import PARTS
 from linfusion_cli.request import PictureRequest, flag
-from linfusion_cli.stopping import finishing, honoured
 
 if TYPE_CHECKING:
     from linfusion_cli.jobs.prepare import Prepared

@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.core.units import is_file
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.run import Run
 from linfusion_cli.jobs.shelf import Shelf
@@ -18,7 +19,6 @@ from linfusion_cli.models.load import Vae
 from linfusion_cli.models.load_controlnet import LoadedControl
 from linfusion_cli.models.text import ENCODERS, Encoder
 from linfusion_cli.planning.outline import ModelOutline
-from linfusion_cli.units import is_file
 
 # What is kept under which name; text encoders have those of their parts.
 VAE, NETWORKS, OUTLINE = "vae", "networks", "outline"

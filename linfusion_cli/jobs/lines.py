@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import BinaryIO
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 
 MOST_BYTES = 100_000  # of one job: a prompt has a few hundred
 START_BYTES = 200  # of a line with a problem: enough to recognise a format

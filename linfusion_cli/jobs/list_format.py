@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import PurePath
 from typing import Literal
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.jobs.fields import FIELDS, quoted
 from linfusion_cli.jobs.lines import Line
 

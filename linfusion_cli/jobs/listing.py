@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli import images
-from linfusion_cli.errors import LinfusionError
+from linfusion_cli.core.errors import LinfusionError
 from linfusion_cli.jobs.fields import shortened
 from linfusion_cli.jobs.joblist import MOST_SAID, Entry
 from linfusion_cli.jobs.naming import Names, Template

@@ -8,8 +8,8 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from linfusion_cli.errors import UsageError
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.fields import quoted
 from linfusion_cli.request import PictureRequest
 

@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from linfusion_cli.attention.mount import mounted, self_attentions
+from linfusion_cli.core.signals import finishing
 from linfusion_cli.jobs.control import ActingControl, acting
 from linfusion_cli.jobs.kept import move_networks_to_host
 from linfusion_cli.jobs.loading import Models
@@ -32,7 +33,6 @@ from linfusion_cli.sampling.noise import InTurn, phase_noise, step_noise
 from linfusion_cli.sampling.passes import demofusion_of, phase_schedule
 from linfusion_cli.sampling.probe import noise_correlation, prediction_type
 from linfusion_cli.sampling.schedule import Draw, Schedule
-from linfusion_cli.stopping import finishing
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.strips.pinned import PinnedMemory

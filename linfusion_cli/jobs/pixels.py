@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion_cli.geometry import Size, bands
+from linfusion_cli.core.geometry import Size, bands
 from linfusion_cli.images import RowSink
 from linfusion_cli.images.quantise import quantised
 from linfusion_cli.images.resize import ReadRegion, resized_region

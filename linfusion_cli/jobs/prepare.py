@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linfusion_cli import images
+from linfusion_cli.core.errors import UsageError, WriteFailed
+from linfusion_cli.core.fs import check_distinct
+from linfusion_cli.core.geometry import MOST_BEND, Size, base_size, bend, phase_sizes, upscale_sizes
+from linfusion_cli.core.units import format_bytes
 from linfusion_cli.device import pick_device, pick_dtype
-from linfusion_cli.errors import UsageError, WriteFailed
-from linfusion_cli.files import check_distinct
-from linfusion_cli.geometry import MOST_BEND, Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs.adapter import find_adapters
@@ -25,7 +26,6 @@ from linfusion_cli.models.locate_adapter import Adapter
 from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
-from linfusion_cli.units import format_bytes
 
 JOURNAL_COPIES = 9  # one of what a phase began with; latents and three of a scheduler, old and new
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from linfusion_cli.errors import UsageError
+from linfusion_cli.core.errors import UsageError
 from linfusion_cli.jobs.fields import MOST_QUOTED, cut
 from linfusion_cli.jobs.joblist import Entry
 from linfusion_cli.models.syntax import commands_in, option_in, plain_brackets_in

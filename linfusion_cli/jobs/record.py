@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from linfusion_cli.core.events import Notice, Observer, Planned, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.report import StageReport
 from linfusion_cli.device import PeakMemory, free_memory
-from linfusion_cli.events import Notice, Observer, Planned, StageAdvanced, StageFinished, StageStarted
-from linfusion_cli.geometry import Size
-from linfusion_cli.report import StageReport
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from linfusion_cli.errors import CannotCreate, TryAgain, WriteFailed
+from linfusion_cli.core.errors import CannotCreate, TryAgain, WriteFailed
 
 EXIT_SOME_FAILED = 3
 BLOCK = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from linfusion_cli.errors import UsageError
+from linfusion_cli.core.errors import UsageError
 from linfusion_cli.jobs.fields import quoted
 from linfusion_cli.request import LARGEST_SEED
 

@@ -9,8 +9,10 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from linfusion_cli import images
+from linfusion_cli.core.events import Observer
+from linfusion_cli.core.report import RunReport
+from linfusion_cli.core.signals import honoured
 from linfusion_cli.device import describe, versions
-from linfusion_cli.events import Observer
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs.complete import Making, clear_journal, made_before
 from linfusion_cli.jobs.keep import journal_head, opened_keeper
@@ -20,9 +22,7 @@ from linfusion_cli.jobs.prepare import check_disk, prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.weights import hashed_weights, to_json
-from linfusion_cli.report import RunReport
 from linfusion_cli.request import PictureRequest
-from linfusion_cli.stopping import honoured
 
 
 @honoured()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from linfusion_cli.errors import UsageError
-from linfusion_cli.events import Observer, nobody
-from linfusion_cli.geometry import Size, fitted
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.events import Observer, nobody
+from linfusion_cli.core.geometry import Size, fitted
+from linfusion_cli.core.report import RunReport
+from linfusion_cli.core.units import SMALLEST_PX
 from linfusion_cli.images.source import SourcePicture, inspect_source, transparent
 from linfusion_cli.jobs.story import make_picture
-from linfusion_cli.report import RunReport
 from linfusion_cli.request import UpscaleRequest
-from linfusion_cli.units import SMALLEST_PX
 
 
 def upscale(request: UpscaleRequest, origins: Mapping[str, str], observer: Observer = nobody) -> RunReport:

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from linfusion_cli.errors import DataError, Unavailable, UsageError
+from linfusion_cli.core.errors import DataError, Unavailable, UsageError
+from linfusion_cli.core.units import is_file, is_folder, user_path
 from linfusion_cli.models.header import Header
 from linfusion_cli.models.hub import cached, hub_errors, split_revision
 from linfusion_cli.models.parts import CONVERT, PICKLES
-from linfusion_cli.units import is_file, is_folder, user_path
 
 LARGEST_LORA_WEIGHT = 10.0
 SAFE = ".safetensors"

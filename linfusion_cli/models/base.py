@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
-from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.core.errors import DataError, Unavailable
+from linfusion_cli.core.units import is_file, is_folder, user_path
 from linfusion_cli.models.header import read_header
 from linfusion_cli.models.hub import SMALL_FILES, cached, download_patterns, hub_errors, split_revision
 from linfusion_cli.models.locate import DEMO, DEMO_FOLDER, FAMILY_BASES
 from linfusion_cli.models.parts import Model, weights_files
-from linfusion_cli.units import is_file, is_folder, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from linfusion_cli.attention import weights
-from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.core.errors import DataError, Unavailable
+from linfusion_cli.core.units import is_file, is_folder, user_path
 from linfusion_cli.models.adapter_files import MODEL, find_file, find_lora, is_hub_file, is_lora
 from linfusion_cli.models.controlnet import UNION_NAMES
 from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts
@@ -29,7 +30,6 @@ from linfusion_cli.models.lora_file import read_lora
 from linfusion_cli.models.original import place_in
 from linfusion_cli.models.parts import Model, Part
 from linfusion_cli.models.tokens import load_tokenizer
-from linfusion_cli.units import is_file, is_folder, user_path
 
 ALONE = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, ControlNetModel)}
 ALONE |= dict.fromkeys(UNION_NAMES, ControlNetUnionModel)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.header import Header
 
 KINDS = "Use a text-to-image model of the SDXL, SD 2.1 or SD 1.5 family."

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from linfusion_cli.errors import DataError, Unavailable, UsageError
+from linfusion_cli.core.errors import DataError, Unavailable, UsageError
+from linfusion_cli.core.units import is_file, is_folder, user_path
 from linfusion_cli.models.families import factor, read_config
 from linfusion_cli.models.hub import find_in_hub
 from linfusion_cli.models.locate import check_weights_name
 from linfusion_cli.models.parts import Model, weights_files
-from linfusion_cli.units import is_file, is_folder, user_path
 
 PLAIN, UNION = "ControlNetModel", "ControlNetUnionModel"
 UNION_NAMES = (UNION, "ControlNetModel_Union")  # the second by those who made them

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 
 Identity = tuple[str, int, int, int]
 

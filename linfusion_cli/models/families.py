@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.models.compatibility import KINDS, POOLED_TEXT, UNET, ZERO_SNR, check_compatible, prediction_in
 from linfusion_cli.models.header import Header, read_header
 from linfusion_cli.models.parts import Model, Part

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from linfusion_cli.errors import Unavailable, first_line
+from linfusion_cli.core.errors import Unavailable, first_line
 from linfusion_cli.models.parts import LINFUSION, PARTS
 
 SMALL_FILES = ("*.json", "*.txt", "*.model")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from linfusion_cli.errors import DataError, UsageError
+from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.models.header import Header, read_header
 
 A1111_KEY = "emb_params"

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
 
-from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.core.errors import DataError, Unavailable
+from linfusion_cli.core.units import is_file, is_folder, user_path
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.models.adapter_files import FoundFile, Kind, find_file
 from linfusion_cli.models.families import read_config
 from linfusion_cli.models.header import read_header
 from linfusion_cli.models.hub import hub_errors, split_revision
 from linfusion_cli.models.parts import PICKLES, weights_files
-from linfusion_cli.units import is_file, is_folder, user_path
 
 P = TypeVar("P", bound=PurePath)
 

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.lora_file import PREFIX, UNET, Factors, Lora, read_lora
 
 OTHER_FAMILY = "Use a LoRA made for this model's family."

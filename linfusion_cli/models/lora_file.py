@@ -15,7 +15,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.header import Header, read_header
 
 FACTOR = re.compile(r"(?P<layer>.+)[._]lora(?:_linear_layer)?[._](?P<side>A|B|down|up)\.weight")

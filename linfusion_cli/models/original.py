@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.compatibility import UNET
 from linfusion_cli.models.families import VAE
 from linfusion_cli.models.header import Header

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from linfusion_cli.errors import DataError
-from linfusion_cli.units import is_file
+from linfusion_cli.core.errors import DataError
+from linfusion_cli.core.units import is_file
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LINFUSION = "linfusion"  # the folder of a model's own linear attention

@@ -13,8 +13,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging as transformers_logging
 
-from linfusion_cli.errors import NonFinite, UsageError
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import NonFinite, UsageError
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families import ModelFacts, read_config
 from linfusion_cli.models.inversion import Inversion, add_words, check_widths
 from linfusion_cli.models.load import load_part

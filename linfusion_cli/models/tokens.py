@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.needs import Reckoner
 from linfusion_cli.strips.storage import Place

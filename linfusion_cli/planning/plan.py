@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from linfusion_cli.errors import DoesNotFit
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DoesNotFit
+from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.units import bytes_at_least, format_bytes
 from linfusion_cli.images.scratch import BYTES_PER_PX
 from linfusion_cli.models.families import ModelFacts
 from linfusion_cli.planning.conversion import Kind, methods_for
@@ -20,7 +21,6 @@ from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.sampling.passes import Passes
 from linfusion_cli.strips.ops import GOOD_ROWS, StripSize
 from linfusion_cli.strips.storage import PLACES, Place
-from linfusion_cli.units import bytes_at_least, format_bytes
 from linfusion_cli.vae.statistics import Method
 
 # From the best down. On a CPU larger strips only fall out of its caches; a GPU wants more at a time.

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from linfusion_cli.geometry import Size
-from linfusion_cli.units import parse_bytes, parse_size
+from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.units import parse_bytes, parse_size
 
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 

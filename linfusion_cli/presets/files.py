@@ -10,9 +10,9 @@ from typing import Any
 
 import platformdirs
 
-from linfusion_cli.errors import ConfigError, InputMissing, UsageError
+from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
+from linfusion_cli.core.units import is_file, user_path
 from linfusion_cli.presets.fields import PARSERS
-from linfusion_cli.units import is_file, user_path
 
 PRESET_FOLDER = Path(__file__).parent
 CONFIG_VARIABLE = "LINFUSION_CONFIG"

@@ -7,7 +7,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from linfusion_cli.errors import ConfigError, InputMissing, UsageError
+from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
+from linfusion_cli.core.units import is_file
 from linfusion_cli.presets.fields import PARSERS
 from linfusion_cli.presets.files import (
     CONFIG_VARIABLE,
@@ -19,7 +20,6 @@ from linfusion_cli.presets.files import (
     read_toml,
 )
 from linfusion_cli.request import PictureRequest
-from linfusion_cli.units import is_file
 
 R = TypeVar("R", bound=PictureRequest)
 

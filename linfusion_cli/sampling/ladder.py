@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from linfusion_cli.errors import UsageError
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.request import PictureRequest, flag
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion_cli.errors import NonFinite
+from linfusion_cli.core.errors import NonFinite
 from linfusion_cli.sampling.guidance import Predict
 
 ENOUGH = 0.5  # where neither is trained at all the correlation is 0; an epsilon model has 0.9 and more

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from linfusion_cli.errors import DataError, NonFinite, UsageError, first_line
+from linfusion_cli.core.errors import DataError, NonFinite, UsageError, first_line
 
 ASKED = "randn_tensor"
 Draw = Callable[[int], Tensor]  # index of a step -> the noise [1, C, h, w] that a scheduler adds in it

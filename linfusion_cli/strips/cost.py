@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from linfusion_cli.geometry import equal_bands
+from linfusion_cli.core.geometry import equal_bands
 from linfusion_cli.strips.copies import DOWNLOADS, STAGED
 from linfusion_cli.strips.dilation import halo_rows, inner
 from linfusion_cli.strips.ops import StripSize

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from linfusion_cli.geometry import equal_bands
+from linfusion_cli.core.geometry import equal_bands
 from linfusion_cli.strips.dilation import halo_rows, inner
 from linfusion_cli.strips.exchange import Exchange
 from linfusion_cli.strips.stats import Moments

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linfusion_cli.geometry import bands
+from linfusion_cli.core.geometry import bands
 from linfusion_cli.strips.dilation import inner, rows_supplied
 from linfusion_cli.strips.ops import as_picture, as_rows
 from linfusion_cli.strips.stats import Moments, group_affine

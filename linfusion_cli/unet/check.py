@@ -9,7 +9,7 @@ from torch import nn
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import self_attentions
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 
 BLOCKS = {
     "down_blocks": ("DownBlock2D", "CrossAttnDownBlock2D"),

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from linfusion_cli.attention.linear import KeyValueSums, LinearAttention, attend
-from linfusion_cli.geometry import equal_bands
+from linfusion_cli.core.geometry import equal_bands
 from linfusion_cli.strips.cost import Cost, Outline
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.exchange import Exchange

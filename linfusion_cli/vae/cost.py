@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.copies import STAGED
 from linfusion_cli.strips.cost import UPLOADS, Cost, Ledger, Outline
 from linfusion_cli.strips.dilation import inner

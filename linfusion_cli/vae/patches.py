@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from linfusion_cli.geometry import Size, bands
+from linfusion_cli.core.geometry import Size, bands
 from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.storage import Map, Storage
 from linfusion_cli.vae.sample import Sample

@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 
 SEED = 0  # places within the cells of a grid are drawn, or whatever repeats in a picture could repeat with the grid
 

@@ -13,7 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.strips.stream import Add, Convolution, Edges, FrozenNorm, Kept, Pointwise, Stage
 from linfusion_cli.vae.attention import FixedAttention
 

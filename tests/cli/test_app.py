@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from linfusion_cli.images import read_info
+from tests.core.test_signals import STOPS
 from tests.marks import mostly_slow
-from tests.test_stopping import STOPS
 
 
 @pytest.fixture

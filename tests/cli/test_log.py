@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from linfusion_cli.cli import log
-from linfusion_cli.errors import CannotCreate
+from linfusion_cli.core.errors import CannotCreate
 
 LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d) (\d+) (.+)")
 

@@ -12,9 +12,9 @@ from datetime import datetime
 import pytest
 
 from linfusion_cli.cli import render
-from linfusion_cli.events import Notice, Planned, StageAdvanced, StageFinished, StageStarted
-from linfusion_cli.geometry import Size
-from linfusion_cli.report import RunReport, StageReport
+from linfusion_cli.core.events import Notice, Planned, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.report import RunReport, StageReport
 
 
 def run_stage(observer, pause: float = 0.0) -> None:

@@ -28,9 +28,9 @@ driver.install(TOTAL_BYTES)  # before modules of the package take functions of t
 import torch
 from diffusers import AutoencoderKL
 
-from linfusion_cli.errors import Stopped
-from linfusion_cli.events import Notice, StageAdvanced, StageFinished, StageStarted
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import Stopped
+from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs import pixels, story
 from linfusion_cli.models.families import ModelFacts
 from linfusion_cli.planning import machine, plan

@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.fake_card.pipeline import chosen, make, request_of  # first, as it replaces functions of torch
 
 # isort: split
-from linfusion_cli.errors import DoesNotFit
+from linfusion_cli.core.errors import DoesNotFit
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import prepare
 from tests.fake_card import guard

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.request import LARGEST_SEED, GenerateRequest
 from linfusion_cli.sampling.noise import InTurn, latent_noise, phase_noise, step_noise

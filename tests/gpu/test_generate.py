@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.request import GenerateRequest
 

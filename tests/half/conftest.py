@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.report import RunReport
 from linfusion_cli.device import dtype_name
-from linfusion_cli.geometry import Size
 from linfusion_cli.jobs.latents import kept_latents
 from linfusion_cli.jobs.story import make_picture
-from linfusion_cli.report import RunReport
 from linfusion_cli.request import GenerateRequest
 from linfusion_cli.unet import predict
 from tests.fakes import Listener

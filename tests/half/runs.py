@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from linfusion_cli.events import Notice
+from linfusion_cli.core.events import Notice
 
 BASE, DOUBLE = 8, 16  # rows of latents of the two phases
 HALF = {"float16", "bfloat16"}

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from tests.control_in_small import small_control, small_union, write_control
 from tests.ip_in_small import write_adapter, write_encoder, write_picture
 from tests.models_in_small import small_sd_unet, small_xl_unet, write_linfusion

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from linfusion_cli import device
-from linfusion_cli.errors import NonFinite, Stopped
-from linfusion_cli.events import Notice, StageAdvanced, StageFinished
+from linfusion_cli.core.errors import NonFinite, Stopped
+from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs import loading, plan, precision
 from linfusion_cli.jobs.latents import kept_latents
@@ -266,7 +266,7 @@ def test_the_new_plan_is_for_the_new_dtype_and_the_report_has_it(make, forwards,
 def test_upscaling_begins_with_a_picture_and_falls_back_all_the_same(xl_model, tmp_path, monkeypatch, forwards):
     from PIL import Image
 
-    from linfusion_cli.geometry import Size
+    from linfusion_cli.core.geometry import Size
     from linfusion_cli.jobs.upscale import upscale
     from linfusion_cli.request import UpscaleRequest
 

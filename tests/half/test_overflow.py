@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.errors import NonFinite
+from linfusion_cli.core.errors import NonFinite
 from tests.half.runs import BASE, history, notices
 from tests.marks import mostly_slow
 

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from linfusion_cli.errors import UsageError
+from linfusion_cli.core.errors import UsageError
 from linfusion_cli.images import FORMATS, bytes_needed, format_for, open_sink
 from tests.images.conftest import left_in
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linfusion_cli.errors import UsageError
+from linfusion_cli.core.errors import UsageError
 from linfusion_cli.images import open_sink, read_info
 from tests.images.conftest import PROMPT, left_in, picture
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linfusion_cli.errors import CannotCreate, UsageError
+from linfusion_cli.core.errors import CannotCreate, UsageError
 from linfusion_cli.images import PreviewSink, read_info
 from tests.images.conftest import left_in, picture, write_unevenly
 

@@ -6,7 +6,7 @@ import pytest
 import tifffile
 from PIL import Image, PngImagePlugin
 
-from linfusion_cli.errors import DataError, InputMissing
+from linfusion_cli.core.errors import DataError, InputMissing
 from linfusion_cli.images import open_sink, read_info
 from tests.images.conftest import picture
 

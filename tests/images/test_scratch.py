@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from linfusion_cli.errors import WriteFailed
+from linfusion_cli.core.errors import WriteFailed
 from linfusion_cli.images.resize import resized_region
 from linfusion_cli.images.scratch import ScratchPicture
 

@@ -5,7 +5,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.images import open_sink
 from linfusion_cli.images.source import inspect_source, oriented, source_rows
 from tests.images.conftest import picture

@@ -11,7 +11,7 @@ import pytest
 import tifffile
 from PIL import Image, PngImagePlugin
 
-from linfusion_cli.errors import DataError, InputMissing
+from linfusion_cli.core.errors import DataError, InputMissing
 from linfusion_cli.images import PictureInfo, PreviewSink, ifd, open_sink, read_info, tiff, verify, without_prompt
 from linfusion_cli.images.jpeg import segments
 from tests.images.conftest import picture

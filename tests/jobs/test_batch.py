@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from linfusion_cli.errors import CannotCreate, DataError, Stopped, TryAgain, WriteFailed
-from linfusion_cli.events import JobStarted
+from linfusion_cli.core.errors import CannotCreate, DataError, Stopped, TryAgain, WriteFailed
+from linfusion_cli.core.events import JobStarted
 from linfusion_cli.jobs.joblist import Entry
 from linfusion_cli.jobs.results import Record
 from linfusion_cli.jobs.spread import Shard

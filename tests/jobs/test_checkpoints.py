@@ -8,8 +8,8 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.events import Notice
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.events import Notice
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.locate import DEMO_FOLDER, FAMILY_BASES
 from linfusion_cli.request import GenerateRequest

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from linfusion_cli import files
-from linfusion_cli.errors import TryAgain, UsageError
+from linfusion_cli.core import fs
+from linfusion_cli.core.errors import TryAgain, UsageError
 from linfusion_cli.images import PendingFile
 from linfusion_cli.jobs.naming import Names
 from tests.other_process import locked_elsewhere
@@ -74,7 +74,7 @@ def test_what_is_remembered_of_locks_does_not_grow_with_the_files(tmp_path):
         with PendingFile(tmp_path / f"{number}.png") as file:
             file.write(b"x")
             file.commit()
-    assert len(files._locked_here) < 100
+    assert len(fs._locked_here) < 100
 
 
 def test_the_lock_of_another_process_still_is(tmp_path):

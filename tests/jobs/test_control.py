@@ -15,8 +15,8 @@ from diffusers import (
 )
 from PIL import Image
 
-from linfusion_cli.errors import DataError, InputMissing, Unavailable, UsageError
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, InputMissing, Unavailable, UsageError
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.request import GenerateRequest

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from linfusion_cli.errors import CannotCreate, DataError, InputMissing, WriteFailed
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import CannotCreate, DataError, InputMissing, WriteFailed
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs.decode import decode, request_of
 from linfusion_cli.jobs.generate import generate

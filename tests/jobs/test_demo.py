@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.request import GenerateRequest
 

@@ -181,7 +181,7 @@ def test_what_was_being_computed_is_freed_before_the_state_is_read(card, make, m
 
 
 def test_a_signal_that_comes_while_the_device_is_lost_is_a_signal(card, make, monkeypatch):
-    from linfusion_cli.errors import Stopped
+    from linfusion_cli.core.errors import Stopped
 
     card.fail(Stopped(15), 7, is_readable=False)
     code, err = make(*SELDOM)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from linfusion_cli.errors import CannotCreate, DataError, DoesNotFit, Stopped, UsageError, WriteFailed
-from linfusion_cli.events import Notice, StageAdvanced, StageFinished, StageStarted
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import CannotCreate, DataError, DoesNotFit, Stopped, UsageError, WriteFailed
+from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs import paint, prepare
 from linfusion_cli.jobs.generate import generate

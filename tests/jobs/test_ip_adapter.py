@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from linfusion_cli.errors import DataError, InputMissing, Unavailable, UsageError
-from linfusion_cli.events import StageStarted
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, InputMissing, Unavailable, UsageError
+from linfusion_cli.core.events import StageStarted
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.images.source import inspect_source
 from linfusion_cli.jobs import adapter, paint
 from linfusion_cli.jobs.generate import generate

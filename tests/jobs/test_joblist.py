@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from linfusion_cli.errors import DataError, InputMissing
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, InputMissing
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs import joblist
 from linfusion_cli.jobs.fields import FIELDS, shortened
 from linfusion_cli.jobs.joblist import MOST_SAID, Entry, read_list

@@ -8,8 +8,8 @@ from PIL import Image
 
 from linfusion_cli.attention.mount import mounted
 from linfusion_cli.attention.weights import load_weights
-from linfusion_cli.errors import CannotCreate, UsageError
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import CannotCreate, UsageError
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate

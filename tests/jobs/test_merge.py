@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from linfusion_cli.attention.merge import PROJECTIONS
 from linfusion_cli.attention.weights import CONFIG_NAME, WEIGHTS_NAME, read_specs
-from linfusion_cli.errors import DataError, Unavailable, UsageError
-from linfusion_cli.events import Notice
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, Unavailable, UsageError
+from linfusion_cli.core.events import Notice
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import prepare

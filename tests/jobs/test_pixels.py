@@ -9,9 +9,9 @@ import tifffile
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
-from linfusion_cli.errors import DataError, UsageError, WriteFailed
-from linfusion_cli.events import Notice
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, UsageError, WriteFailed
+from linfusion_cli.core.events import Notice
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.images.scratch import ScratchPicture
 from linfusion_cli.jobs.generate import generate

@@ -8,9 +8,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from linfusion_cli.errors import DataError, UsageError
-from linfusion_cli.events import Notice, StageFinished
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, UsageError
+from linfusion_cli.core.events import Notice, StageFinished
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.request import GenerateRequest

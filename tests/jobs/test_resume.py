@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from linfusion_cli.errors import CannotCreate, Stopped, TryAgain, UsageError, WriteFailed
-from linfusion_cli.events import Notice, StageAdvanced, StageStarted
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import CannotCreate, Stopped, TryAgain, UsageError, WriteFailed
+from linfusion_cli.core.events import Notice, StageAdvanced, StageStarted
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs import keep, loading
 from linfusion_cli.jobs.generate import generate

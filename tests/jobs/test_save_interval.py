@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.keep import Keeper
 from linfusion_cli.jobs.reached import Reached
 from linfusion_cli.journal import Journal

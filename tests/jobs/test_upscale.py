@@ -5,9 +5,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from linfusion_cli.errors import DataError, InputMissing, UsageError
-from linfusion_cli.events import Notice
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, InputMissing, UsageError
+from linfusion_cli.core.events import Notice
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.images.scratch import ScratchPicture
 from linfusion_cli.jobs import pixels

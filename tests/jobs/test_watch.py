@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from linfusion_cli.errors import Stopped
-from linfusion_cli.events import Notice, Observer, nobody
+from linfusion_cli.core.errors import Stopped
+from linfusion_cli.core.events import Notice, Observer, nobody
 from linfusion_cli.jobs.watch import watch
 from tests.fakes import Listener
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.digest import digested

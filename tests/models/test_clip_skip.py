@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from linfusion_cli.errors import UsageError
+from linfusion_cli.core.errors import UsageError
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.parts import Model
 from linfusion_cli.models.text import TextChanges, encode_prompts, heard_layer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.locate import FAMILY_BASES, find_model
 from tests.models.test_locate import put_in_hub

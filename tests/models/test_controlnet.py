@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import ControlNetUnionModel
 
-from linfusion_cli.errors import DataError, Unavailable, UsageError
+from linfusion_cli.core.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.controlnet import check_fits, find_controlnet, is_union, kind_number
 from linfusion_cli.models.load_controlnet import LoadedControl
 from linfusion_cli.models.parts import Model

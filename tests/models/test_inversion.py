@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
-from linfusion_cli.errors import DataError, UsageError
+from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.inversion import read_inversion, read_inversions
 from linfusion_cli.models.parts import Model

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from linfusion_cli.attention.mount import mounted
 from linfusion_cli.attention.weights import load_weights
-from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.models.adapter_files import FoundFile
 from linfusion_cli.models.ip_adapter import load_adapters, wanted_shapes
 from linfusion_cli.models.locate_adapter import Adapter, AdapterFile, find_adapter, find_encoder, read_adapter

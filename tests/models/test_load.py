@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from linfusion_cli.errors import DataError, Unavailable
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, Unavailable
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.load import load_unet, load_vae
 from linfusion_cli.models.parts import Model, Part

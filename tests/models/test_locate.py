@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.hub import download_patterns
 from linfusion_cli.models.locate import (

@@ -14,7 +14,7 @@ from torch import nn
 
 from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.attention.weights import load_weights
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.adapter_files import find_lora
 from linfusion_cli.models.lora import Merged, layer_paths, merge_lora, spelled
 from tests.attention.test_weights import sdxl_unet_on_meta

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.errors import DataError, LinfusionError
+from linfusion_cli.core.errors import DataError, LinfusionError
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.header import read_header
 from linfusion_cli.models.load import load_unet, load_vae
@@ -185,7 +185,7 @@ def test_a_broken_index_of_shards_is_refused(copy, index, named):
 
 
 def test_the_whole_way_ends_with_65_and_no_picture(copy, tmp_path):
-    from linfusion_cli.geometry import Size
+    from linfusion_cli.core.geometry import Size
     from linfusion_cli.jobs.generate import generate
     from linfusion_cli.request import GenerateRequest
 

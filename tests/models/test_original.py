@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.errors import DataError, Unavailable
+from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.load import load_part, load_unet, load_vae, outline
 from linfusion_cli.models.locate import FAMILY_BASES, find_model, find_vae

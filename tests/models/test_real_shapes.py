@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from linfusion_cli.attention import weights
 from linfusion_cli.attention.weights import CONFIG_NAME, ModuleSpec, check_specs, empty, spec_of
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.families import family_of, family_of_file
 from linfusion_cli.models.header import Header
 from linfusion_cli.models.load import fitting_state

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import nn
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.lora import merge_lora, merge_text_lora, text_layer_paths
 from linfusion_cli.models.lora_file import read_lora

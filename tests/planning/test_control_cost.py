@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from linfusion_cli.attention.mount import mounted
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.load_controlnet import linear_attention
 from linfusion_cli.models.parts import Model

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from linfusion_cli.errors import DataError, DoesNotFit
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, DoesNotFit
+from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.units import parse_bytes
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.models.families import read_facts
@@ -21,7 +22,6 @@ from linfusion_cli.planning.speed import Speed
 from linfusion_cli.request import GenerateRequest
 from linfusion_cli.sampling.ladder import Rungs, ladder
 from linfusion_cli.sampling.passes import count_passes
-from linfusion_cli.units import parse_bytes
 
 GIB = 1 << 30
 SIZES = [Size(256, 256), Size(8192, 8192)]

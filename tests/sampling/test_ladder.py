@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from linfusion_cli.errors import UsageError
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.request import GenerateRequest
 from linfusion_cli.sampling.ladder import Rungs, dilation, ladder, phase_strengths, steps_run
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from linfusion_cli.errors import NonFinite
+from linfusion_cli.core.errors import NonFinite
 from linfusion_cli.sampling.noise import phase_noise
 from linfusion_cli.sampling.probe import noise_correlation, prediction_type
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from linfusion_cli.errors import DataError, NonFinite, UsageError
+from linfusion_cli.core.errors import DataError, NonFinite, UsageError
 from linfusion_cli.request import SCHEDULERS
 from linfusion_cli.sampling.denoise import denoise, sdedit
 from linfusion_cli.sampling.noise import InTurn

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.unet.check import check_supported, unknown_parts
 from tests.models_in_small import small_xl_unet
 from tests.unet.test_forward import FAMILIES, with_linear_attention

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.load_controlnet import linear_attention
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize, as_rows

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.images.source import inspect_source
 from linfusion_cli.models.ip_adapter import load_adapters
 from linfusion_cli.models.locate_adapter import Adapter, read_adapter

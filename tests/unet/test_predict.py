@@ -5,7 +5,7 @@ import torch
 
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted, self_attentions
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.sampling.guidance import guided, guided_together
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
-from linfusion_cli.errors import DataError
+from linfusion_cli.core.errors import DataError
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.check import check_supported

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.vae.cost import vae_cost
 from linfusion_cli.vae.decode import decode_rows

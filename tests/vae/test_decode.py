@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from linfusion_cli.errors import DataError, NonFinite
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import DataError, NonFinite
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import reach, streamed
 from linfusion_cli.vae import conversion

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.stream import reach
 from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.patches import READ_ROWS

@@ -2,7 +2,7 @@
 
 import pytest
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.vae.sample import Sample
 
 SIZES = [Size(512, 512), Size(2048, 1024), Size(100, 700), Size(33, 600)]

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from linfusion_cli.attention.mount import mounted
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.cuda import synchronize
 from linfusion_cli.device import PeakMemory, free_memory, pick_vae_dtype, resident_bytes
-from linfusion_cli.geometry import Size
 from linfusion_cli.planning.conversion import STREAM_ROWS, patch_counts
 from linfusion_cli.planning.plan import STRIP_SIZES
 from linfusion_cli.planning.speed import mean_seconds

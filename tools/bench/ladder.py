@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, label, laplace
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.request import GenerateRequest
 

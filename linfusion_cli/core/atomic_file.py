@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from linfusion_cli.errors import CannotCreate, WriteFailed
-from linfusion_cli.files import PART, neighbour, open_locked, renamed, same_file, spare_names, sync_folder
-from linfusion_cli.units import format_bytes
+from linfusion_cli.core.errors import CannotCreate, WriteFailed
+from linfusion_cli.core.fs import PART, neighbour, open_locked, renamed, same_file, spare_names, sync_folder
+from linfusion_cli.core.units import format_bytes
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 

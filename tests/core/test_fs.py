@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from linfusion_cli.files import sync_folder
+from linfusion_cli.core.fs import sync_folder
 
 
 def test_a_folder_is_synced_and_left_closed(tmp_path, monkeypatch):

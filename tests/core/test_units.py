@@ -1,8 +1,8 @@
 import pytest
 
-from linfusion_cli.errors import UsageError
-from linfusion_cli.geometry import Size
-from linfusion_cli.units import bytes_at_least, format_bytes, format_seconds, parse_bytes, parse_colour, parse_size
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.units import bytes_at_least, format_bytes, format_seconds, parse_bytes, parse_colour, parse_size
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 
 
 @dataclass(frozen=True)

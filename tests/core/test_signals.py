@@ -10,7 +10,7 @@ import pytest
 WORK = """
 import sys, time
 from linfusion_cli import stopping
-from linfusion_cli.errors import Stopped
+from linfusion_cli.core.errors import Stopped
 
 said = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.geometry import Size
 
 SCHEMA = 1
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
 
-from linfusion_cli.errors import CannotCreate, TryAgain, UsageError
-from linfusion_cli.units import is_folder
+from linfusion_cli.core.errors import CannotCreate, TryAgain, UsageError
+from linfusion_cli.core.units import is_folder
 
 PART = ".{}.part"  # the temporary file of an output, by the output's name
 NAME_BYTES = 255  # of a file, on every file system that matters

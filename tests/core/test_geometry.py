@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from linfusion_cli.geometry import Size, bands, base_size, equal_bands, phase_sizes
+from linfusion_cli.core.geometry import Size, bands, base_size, equal_bands, phase_sizes
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import os
 import re
 from pathlib import Path
 
-from linfusion_cli.errors import UsageError
-from linfusion_cli.geometry import Size
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.geometry import Size
 
 SMALLEST_PX = 64
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")

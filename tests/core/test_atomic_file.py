@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from linfusion_cli import files
-from linfusion_cli.errors import CannotCreate, TryAgain, WriteFailed
+from linfusion_cli.core import fs
+from linfusion_cli.core.errors import CannotCreate, TryAgain, WriteFailed
 from linfusion_cli.images import PendingFile, open_sink, read_info
 from tests.images.conftest import left_in, picture
 
@@ -183,7 +183,7 @@ def test_killed_between_link_and_unlink(tmp_path):
 
 def test_the_lock_is_on_the_file_that_has_the_name(tmp_path, monkeypatch):
     """Between our opening and our locking, the holder finishes: its file no longer has the name."""
-    lock, calls = files._lock, []
+    lock, calls = fs._lock, []
 
     def slow_lock(fd, target):
         calls.append(fd)
@@ -191,14 +191,14 @@ def test_the_lock_is_on_the_file_that_has_the_name(tmp_path, monkeypatch):
             (tmp_path / ".a.part").unlink()
         lock(fd, target)
 
-    monkeypatch.setattr(files, "_lock", slow_lock)
+    monkeypatch.setattr(fs, "_lock", slow_lock)
     create(tmp_path / "a")
     assert len(calls) == 2
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
 def test_no_locks_on_this_file_system(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.fcntl, "flock", failing(errno.ENOSYS))
+    monkeypatch.setattr(fs.fcntl, "flock", failing(errno.ENOSYS))
     create(tmp_path / "a")
     assert left_in(tmp_path) == ["a"]
 
@@ -238,7 +238,7 @@ def test_a_file_size_limit(tmp_path, info):
     code = f"""
 import resource, numpy as np
 from linfusion_cli import files
-from linfusion_cli.errors import WriteFailed
+from linfusion_cli.core.errors import WriteFailed
 from linfusion_cli.images import PictureInfo, open_sink
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, {resource.RLIM_INFINITY}))
 sink = open_sink({str(tmp_path / "out.tif")!r}, "tiff", (2000, 2000), 8, PictureInfo("s", 72, {{}}, "", "", ""), "none")

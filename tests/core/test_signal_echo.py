@@ -8,7 +8,7 @@ import pytest
 CODE = """
 import os, signal, sys
 from linfusion_cli import stopping
-from linfusion_cli.errors import Stopped
+from linfusion_cli.core.errors import Stopped
 
 stopping.listen()
 try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from linfusion_cli.errors import Stopped, TimeIsUp
+from linfusion_cli.core.errors import Stopped, TimeIsUp
 
 # SIGUSR1 and SIGUSR2 as batch systems send them before the time is over: `sbatch --signal=USR1@120`.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
