@@ -12,7 +12,7 @@ from linfusion_cli.jobs.joblist import Entry
 from linfusion_cli.jobs.listing import Build, Listing
 from linfusion_cli.jobs.naming import TEMPLATE, Template
 from linfusion_cli.jobs.results import Record
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 
 
 class Told:

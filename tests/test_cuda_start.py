@@ -12,7 +12,7 @@ from linfusion_cli.core.errors import DeviceFailed, DoesNotFit, Unavailable, Usa
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.planning import machine
 from linfusion_cli.planning.speed import Speed
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from tests.stub_driver import FREE_BYTES, GIB, TOTAL_BYTES, StubDriver
 
 TOO_OLD = (

@@ -22,7 +22,7 @@ from linfusion_cli.core.events import Notice, Observer
 from linfusion_cli.jobs.naming import TEMPLATE, Template
 from linfusion_cli.jobs.spread import Shard as Part
 from linfusion_cli.jobs.spread import parse_seeds
-from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest
+from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
 
 if TYPE_CHECKING:
     from linfusion_cli.core.report import RunReport

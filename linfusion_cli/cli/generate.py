@@ -14,7 +14,7 @@ from linfusion_cli.cli.request import keep_to, quieten_hub, read_request
 from linfusion_cli.core.events import Observer
 from linfusion_cli.core.fs import check_distinct
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.request import GenerateRequest, PictureRequest
+from linfusion_cli.settings.request import GenerateRequest, PictureRequest
 
 Job = Callable[[Any, Mapping[str, str], Observer], RunReport]
 Asked = tuple[dict[str, str], PictureRequest, Job]  # where each setting came from, the request, who carries it out

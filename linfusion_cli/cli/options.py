@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
-from linfusion_cli.request import SCHEDULERS
+from linfusion_cli.settings.request import SCHEDULERS
 
 Prompt = Annotated[
     str | None, Argument(help="What to paint; - reads it from standard input. Default: the preset's sample prompt.")

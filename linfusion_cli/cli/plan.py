@@ -12,7 +12,7 @@ from linfusion_cli.cli import options, render
 from linfusion_cli.cli.request import quieten_hub, read_request
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.units import format_bytes, format_seconds
-from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest
+from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
 
 if TYPE_CHECKING:
     from linfusion_cli.planning.needs import Mode, Need

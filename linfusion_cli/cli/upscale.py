@@ -7,7 +7,7 @@ from typing import Any
 
 from linfusion_cli.cli import options
 from linfusion_cli.cli.generate import asked, run
-from linfusion_cli.request import UpscaleRequest
+from linfusion_cli.settings.request import UpscaleRequest
 
 
 @options.takes_a_request(options.of_upscale)

@@ -30,7 +30,7 @@ from linfusion_cli.jobs.results import Outcome, Record, Status, Tally
 from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.story import make_picture
 from linfusion_cli.jobs.upscale import opened
-from linfusion_cli.request import PictureRequest, UpscaleRequest
+from linfusion_cli.settings.request import PictureRequest, UpscaleRequest
 
 MOST_KEPT = 10_000  # failures that are remembered until the end: the record has all
 

@@ -24,7 +24,7 @@ from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.weights import hashed_weights, made_with, to_json
 from linfusion_cli.journal import Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile
-from linfusion_cli.request import PictureRequest
+from linfusion_cli.settings.request import PictureRequest
 
 
 @dataclass(frozen=True)

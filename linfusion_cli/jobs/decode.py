@@ -24,7 +24,7 @@ from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.story import finished
 from linfusion_cli.jobs.weights import hashed_weights, to_json
 from linfusion_cli.models.digest import WeightsFile
-from linfusion_cli.request import GenerateRequest, PictureRequest, UpscaleRequest
+from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
 
 VAE_USE = "vae"
 # What a decoding has no part of: where such files lie today is no matter.

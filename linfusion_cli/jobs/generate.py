@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from linfusion_cli.core.events import Observer, nobody
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.jobs.story import make_picture
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 
 
 def generate(request: GenerateRequest, origins: Mapping[str, str], observer: Observer = nobody) -> RunReport:

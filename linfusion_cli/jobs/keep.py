@@ -29,7 +29,7 @@ from linfusion_cli.jobs.weights import named_weights
 from linfusion_cli.journal import SCHEMA, Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile, digested
 from linfusion_cli.models.parts import PARTS
-from linfusion_cli.request import PictureRequest, flag
+from linfusion_cli.settings.request import PictureRequest, flag
 
 if TYPE_CHECKING:
     from linfusion_cli.jobs.prepare import Prepared

@@ -13,7 +13,7 @@ from linfusion_cli.jobs.fields import shortened
 from linfusion_cli.jobs.joblist import MOST_SAID, Entry
 from linfusion_cli.jobs.naming import Names, Template
 from linfusion_cli.jobs.spread import Shard
-from linfusion_cli.request import PictureRequest
+from linfusion_cli.settings.request import PictureRequest
 
 Build = Callable[[Mapping[str, Any]], tuple[dict[str, str], PictureRequest]]
 

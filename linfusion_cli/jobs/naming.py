@@ -11,7 +11,7 @@ from pathlib import Path
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.fields import quoted
-from linfusion_cli.request import PictureRequest
+from linfusion_cli.settings.request import PictureRequest
 
 TEMPLATE = "{index:04}-{slug}-{seed}"
 SLUG_LETTERS = 48

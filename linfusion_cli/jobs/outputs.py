@@ -15,7 +15,7 @@ from linfusion_cli.jobs.complete import Making
 from linfusion_cli.jobs.naming import phase_path
 from linfusion_cli.jobs.prepare import Prepared, saved_sizes
 from linfusion_cli.jobs.weights import main_hash
-from linfusion_cli.request import PictureRequest
+from linfusion_cli.settings.request import PictureRequest
 
 A1111_HASH_DIGITS = 10
 # What the schedulers are called in the A1111 layout.

@@ -24,7 +24,6 @@ from linfusion_cli.jobs.run import Run
 from linfusion_cli.models.load import Vae
 from linfusion_cli.models.text import Conditioning, SizeConditioning
 from linfusion_cli.planning.needs import Mode
-from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.demofusion import Channels, demofusion
 from linfusion_cli.sampling.denoise import denoise, sdedit
 from linfusion_cli.sampling.guidance import Predict, guided, guided_together, where_guided
@@ -33,6 +32,7 @@ from linfusion_cli.sampling.noise import InTurn, phase_noise, step_noise
 from linfusion_cli.sampling.passes import demofusion_of, phase_schedule
 from linfusion_cli.sampling.probe import noise_correlation, prediction_type
 from linfusion_cli.sampling.schedule import Draw, Schedule
+from linfusion_cli.settings.request import PictureRequest
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.strips.pinned import PinnedMemory

@@ -19,9 +19,9 @@ from linfusion_cli.images.source import SourcePicture, oriented, source_rows
 from linfusion_cli.jobs.run import Run
 from linfusion_cli.jobs.writing import Writing
 from linfusion_cli.models.load import Vae
-from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.sampling.noise import latent_noise
+from linfusion_cli.settings.request import PictureRequest
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import DrawNoise, encode_rows
 

@@ -24,8 +24,8 @@ from linfusion_cli.models.families import ModelFacts, read_facts
 from linfusion_cli.models.locate import find_linfusion, find_model, find_vae
 from linfusion_cli.models.locate_adapter import Adapter
 from linfusion_cli.models.parts import Model, Part
-from linfusion_cli.request import PictureRequest
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
+from linfusion_cli.settings.request import PictureRequest
 
 JOURNAL_COPIES = 9  # one of what a phase began with; latents and three of a scheduler, old and new
 

@@ -9,7 +9,7 @@ from linfusion_cli.core.errors import UsageError
 from linfusion_cli.jobs.fields import MOST_QUOTED, cut
 from linfusion_cli.jobs.joblist import Entry
 from linfusion_cli.models.syntax import commands_in, option_in, plain_brackets_in
-from linfusion_cli.request import PictureRequest, flag
+from linfusion_cli.settings.request import PictureRequest, flag
 
 MOST_NAMED = 4
 LITERAL = (

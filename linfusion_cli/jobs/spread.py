@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.jobs.fields import quoted
-from linfusion_cli.request import LARGEST_SEED
+from linfusion_cli.settings.request import LARGEST_SEED
 
 MOST_SEEDS = 10_000
 

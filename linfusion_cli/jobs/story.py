@@ -22,7 +22,7 @@ from linfusion_cli.jobs.prepare import check_disk, prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.weights import hashed_weights, to_json
-from linfusion_cli.request import PictureRequest
+from linfusion_cli.settings.request import PictureRequest
 
 
 @honoured()

@@ -12,7 +12,7 @@ from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.units import SMALLEST_PX
 from linfusion_cli.images.source import SourcePicture, inspect_source, transparent
 from linfusion_cli.jobs.story import make_picture
-from linfusion_cli.request import UpscaleRequest
+from linfusion_cli.settings.request import UpscaleRequest
 
 
 def upscale(request: UpscaleRequest, origins: Mapping[str, str], observer: Observer = nobody) -> RunReport:

@@ -13,7 +13,7 @@ from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.models.digest import WeightsFile, digested
 from linfusion_cli.models.locate import LINFUSION_WEIGHTS
 from linfusion_cli.models.parts import PARTS, weights_files
-from linfusion_cli.request import PictureRequest
+from linfusion_cli.settings.request import PictureRequest
 
 WHOLE = "model"  # the use of a file that holds a whole model
 

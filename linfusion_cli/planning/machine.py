@@ -13,7 +13,7 @@ from linfusion_cli.core.units import format_bytes, format_seconds
 from linfusion_cli.cuda import is_cuda
 from linfusion_cli.diagnosis import nvidia_is_here, why_no_device
 from linfusion_cli.planning.speed import Speed, measured
-from linfusion_cli.request import PictureRequest
+from linfusion_cli.settings.request import PictureRequest
 
 SHARE_OF_FREE = 0.9  # what is taken of the memory that is free now, where nothing else is said
 SHORT_SEC = 60.0  # of a run that nobody would want a GPU for

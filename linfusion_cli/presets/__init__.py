@@ -3,9 +3,8 @@
 This is the only place where settings are merged. A preset is a TOML file of request fields and nothing else.
 """
 
-from linfusion_cli.presets.fields import PARSERS
-from linfusion_cli.presets.files import preset_names, preset_path
-from linfusion_cli.presets.settings import (
+from linfusion_cli.settings.fields import PARSERS
+from linfusion_cli.settings.layers import (
     JOB,
     Layer,
     Settings,
@@ -16,6 +15,7 @@ from linfusion_cli.presets.settings import (
     merge,
     preset_layer,
 )
+from linfusion_cli.settings.presets import preset_names, preset_path
 
 SDXL, DEMO = "sdxl", "demo"  # what runs when no preset is named: the first if it is here, else the second
 

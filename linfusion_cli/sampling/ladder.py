@@ -11,7 +11,7 @@ import numpy as np
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.request import PictureRequest, flag
+from linfusion_cli.settings.request import PictureRequest, flag
 
 T = TypeVar("T")
 

@@ -86,7 +86,7 @@ def test_with_nothing_named_sdxl_runs_if_it_is_here(cli, xl_model, monkeypatch, 
     preset.mkdir()
     for name in ("sdxl", "demo"):
         (preset / f"{name}.toml").write_text(f"model = '{xl_model}'\nprompt = '{name}'\nsteps = 1\n")
-    monkeypatch.setattr("linfusion_cli.presets.files.PRESET_FOLDER", preset)
+    monkeypatch.setattr("linfusion_cli.settings.presets.PRESET_FOLDER", preset)
     code, _, err = cli("generate", "--size", 64, "-o", "a.png")
     assert code == 0 and "embedded" not in err
     assert read_info(tmp_path / "a.png").request["prompt"] == "sdxl"

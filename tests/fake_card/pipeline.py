@@ -39,7 +39,7 @@ from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.needs import Reckoner
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.speed import Speed
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips import storage
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
-from linfusion_cli.request import LARGEST_SEED, GenerateRequest
 from linfusion_cli.sampling.noise import InTurn, latent_noise, phase_noise, step_noise
+from linfusion_cli.settings.request import LARGEST_SEED, GenerateRequest
 
 NOISE_FILE, LATENTS_FILE = (Path(__file__).parent / f"{name}.safetensors" for name in ("noise", "latents"))
 EVERY = 3  # of a noise's rows and columns are kept: whole, it would be ten times the size, and show no more

@@ -15,7 +15,7 @@ from linfusion_cli.core.report import RunReport
 from linfusion_cli.device import dtype_name
 from linfusion_cli.jobs.latents import kept_latents
 from linfusion_cli.jobs.story import make_picture
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
 from tests.fakes import Listener
 

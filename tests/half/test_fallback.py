@@ -268,7 +268,7 @@ def test_upscaling_begins_with_a_picture_and_falls_back_all_the_same(xl_model, t
 
     from linfusion_cli.core.geometry import Size
     from linfusion_cli.jobs.upscale import upscale
-    from linfusion_cli.request import UpscaleRequest
+    from linfusion_cli.settings.request import UpscaleRequest
 
     monkeypatch.chdir(tmp_path)
     Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 90).convert("RGB").save("in.png")

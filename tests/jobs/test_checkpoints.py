@@ -12,7 +12,7 @@ from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.locate import DEMO_FOLDER, FAMILY_BASES
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from tests.fakes import Listener
 from tests.models.test_locate import put_in_hub
 from tests.models_in_small import write_small_sd, write_small_xl

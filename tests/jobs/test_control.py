@@ -19,7 +19,7 @@ from linfusion_cli.core.errors import DataError, InputMissing, Unavailable, Usag
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import Whole
 from tests.control_in_small import small_control, small_union, write_control
 from tests.fakes import Listener

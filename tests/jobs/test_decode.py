@@ -17,7 +17,7 @@ from linfusion_cli.jobs.decode import decode, request_of
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.latents import kept_latents
 from linfusion_cli.jobs.upscale import upscale
-from linfusion_cli.request import GenerateRequest, UpscaleRequest
+from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from PIL import Image
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 
 PROMPTS = {
     "night": "a starry night over the sea",

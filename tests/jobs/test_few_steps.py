@@ -13,7 +13,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.load import load_unet
 from linfusion_cli.models.parts import Model
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from tests.fakes import Listener
 
 # What the model cards say: the scheduler made from the model's own, and how its timesteps are spread.

@@ -14,7 +14,7 @@ from linfusion_cli.images import read_info
 from linfusion_cli.jobs import paint, prepare
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.planning import plan
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet import predict
 from linfusion_cli.unet.predict import Whole

@@ -15,7 +15,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.images.source import inspect_source
 from linfusion_cli.jobs import adapter, paint
 from linfusion_cli.jobs.generate import generate
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import Whole
 from tests.fakes import Listener
 from tests.ip_in_small import write_adapter, write_encoder, write_picture

@@ -18,8 +18,8 @@ from linfusion_cli.models.parts import Model
 from linfusion_cli.models.text import encode_prompts
 from linfusion_cli.planning import machine, plan
 from linfusion_cli.planning.speed import Speed
-from linfusion_cli.request import GenerateRequest
 from linfusion_cli.sampling.noise import phase_noise
+from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.dilation import dilated
 from linfusion_cli.strips.ops import StripSize
 from tests.fakes import Listener

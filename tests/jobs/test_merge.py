@@ -17,7 +17,7 @@ from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.models.locate import FAMILY_BASES, PUBLISHED_LINFUSION
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from tests.fakes import Listener
 from tests.models.test_locate import put_in_hub
 from tests.models_in_small import small_xl_unet, write_linfusion

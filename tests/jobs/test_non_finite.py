@@ -17,7 +17,7 @@ from linfusion_cli.images import read_info
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.story import make_picture
 from linfusion_cli.journal import Journal
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
 from tests.fakes import Listener
 

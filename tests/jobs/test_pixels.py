@@ -17,7 +17,7 @@ from linfusion_cli.images.scratch import ScratchPicture
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.pixels import resized_reader
 from linfusion_cli.jobs.writing import Writing
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 from tests.fakes import Listener
 from tests.models_in_small import small_vae
 

@@ -16,7 +16,7 @@ from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.upscale import upscale
 from linfusion_cli.journal import LOCK, Journal
 from linfusion_cli.planning import plan
-from linfusion_cli.request import SCHEDULERS, GenerateRequest, UpscaleRequest
+from linfusion_cli.settings.request import SCHEDULERS, GenerateRequest, UpscaleRequest
 from linfusion_cli.strips.ops import StripSize
 from tests.fakes import Listener
 from tests.marks import mostly_slow

@@ -13,7 +13,7 @@ from linfusion_cli.images.scratch import ScratchPicture
 from linfusion_cli.jobs import pixels
 from linfusion_cli.jobs.upscale import upscale
 from linfusion_cli.planning import plan
-from linfusion_cli.request import UpscaleRequest
+from linfusion_cli.settings.request import UpscaleRequest
 from tests.fakes import Listener
 
 

@@ -187,7 +187,7 @@ def test_a_broken_index_of_shards_is_refused(copy, index, named):
 def test_the_whole_way_ends_with_65_and_no_picture(copy, tmp_path):
     from linfusion_cli.core.geometry import Size
     from linfusion_cli.jobs.generate import generate
-    from linfusion_cli.request import GenerateRequest
+    from linfusion_cli.settings.request import GenerateRequest
 
     (copy / UNET).write_bytes((copy / UNET).read_bytes()[:-1])
     values = {"prompt": "a", "size": Size(64, 64), "model": str(copy), "linfusion": "none", "steps": (1,)}

@@ -19,9 +19,9 @@ from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import MARGIN_BYTES, STRIP_SIZES, Plan, Wanted, make_plan
 from linfusion_cli.planning.speed import Speed
-from linfusion_cli.request import GenerateRequest
 from linfusion_cli.sampling.ladder import Rungs, ladder
 from linfusion_cli.sampling.passes import count_passes
+from linfusion_cli.settings.request import GenerateRequest
 
 GIB = 1 << 30
 SIZES = [Size(256, 256), Size(8192, 8192)]

@@ -4,8 +4,8 @@ import pytest
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.request import GenerateRequest
 from linfusion_cli.sampling.ladder import Rungs, dilation, ladder, phase_strengths, steps_run
+from linfusion_cli.settings.request import GenerateRequest
 
 BASE = Size(1024, 1024)
 SIZES = [BASE.times(factor) for factor in (1, 2, 4, 8, 16)]

@@ -22,7 +22,7 @@ from scipy.ndimage import gaussian_filter, label, laplace
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
-from linfusion_cli.request import GenerateRequest
+from linfusion_cli.settings.request import GenerateRequest
 
 WORK = Path(".work/ladder")
 PROMPTS = {"sun": "a red sunset over mountains with the sun", "moon": "a starry night over mountains with a full moon"}

@@ -12,7 +12,7 @@ import platformdirs
 
 from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
 from linfusion_cli.core.units import is_file, user_path
-from linfusion_cli.presets.fields import PARSERS
+from linfusion_cli.settings.fields import PARSERS
 
 PRESET_FOLDER = Path(__file__).parent
 CONFIG_VARIABLE = "LINFUSION_CONFIG"

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
 from linfusion_cli.core.units import is_file
-from linfusion_cli.presets.fields import PARSERS
-from linfusion_cli.presets.files import (
+from linfusion_cli.settings.fields import PARSERS
+from linfusion_cli.settings.presets import (
     CONFIG_VARIABLE,
     config_path,
     parse_table,
@@ -19,7 +19,7 @@ from linfusion_cli.presets.files import (
     preset_path,
     read_toml,
 )
-from linfusion_cli.request import PictureRequest
+from linfusion_cli.settings.request import PictureRequest
 
 R = TypeVar("R", bound=PictureRequest)
 

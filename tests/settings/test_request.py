@@ -6,7 +6,7 @@ import pytest
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.presets import PARSERS
-from linfusion_cli.request import GenerateRequest, UpscaleRequest
+from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
 
 
 def request(**changed) -> GenerateRequest:

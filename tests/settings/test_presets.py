@@ -6,8 +6,8 @@ import pytest
 from linfusion_cli import presets
 from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.presets.fields import PARSERS
-from linfusion_cli.request import GenerateRequest, UpscaleRequest
+from linfusion_cli.settings.fields import PARSERS
+from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
 
 REQUIRED = {"prompt": "a", "size": Size(64, 64), "output": Path("a.png"), "model": "demo"}
 
