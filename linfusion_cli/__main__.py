@@ -7,7 +7,7 @@ def main() -> None:
     """Run the program; until it listens to signals itself, Ctrl-C ends it without a traceback."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from linfusion_cli import allocator
+    from linfusion_cli.hardware import allocator
 
     allocator.configure()  # before anything imports torch
     from linfusion_cli.cli import app

@@ -14,8 +14,8 @@ from linfusion_cli.cli.bugs import bug_sentence
 from linfusion_cli.cli.render import announce, answer
 from linfusion_cli.core import signals
 from linfusion_cli.core.errors import EXIT_BUG, LinfusionError, Stopped
-from linfusion_cli.cuda import quiet_start
-from linfusion_cli.failures import explained
+from linfusion_cli.hardware.cuda import quiet_start
+from linfusion_cli.hardware.failures import explained
 
 app = typer.Typer(
     name="linfusion",

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import typer
 
-from linfusion_cli import __version__, allocator, device, presets
+from linfusion_cli import __version__, presets
 from linfusion_cli.cli import render
 from linfusion_cli.core.errors import LinfusionError, first_line
 from linfusion_cli.core.units import format_bytes
-from linfusion_cli.cuda import platform_name, quiet_start
-from linfusion_cli.device import start
-from linfusion_cli.diagnosis import why_no_device
+from linfusion_cli.hardware import allocator, device
+from linfusion_cli.hardware.cuda import platform_name, quiet_start
+from linfusion_cli.hardware.device import start
+from linfusion_cli.hardware.diagnosis import why_no_device
 from linfusion_cli.models.locate import is_here
 
 if TYPE_CHECKING:

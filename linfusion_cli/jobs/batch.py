@@ -20,7 +20,7 @@ from linfusion_cli.core.errors import (
 )
 from linfusion_cli.core.events import JobStarted, Observer
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.failures import explained
+from linfusion_cli.hardware.failures import explained
 from linfusion_cli.jobs.complete import made_before
 from linfusion_cli.jobs.fields import shortened
 from linfusion_cli.jobs.joblist import MOST_SAID

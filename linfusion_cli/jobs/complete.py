@@ -13,7 +13,7 @@ from linfusion_cli.core.errors import LinfusionError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.units import is_file
-from linfusion_cli.device import versions
+from linfusion_cli.hardware.device import versions
 from linfusion_cli.images.source import SourcePicture
 from linfusion_cli.jobs import latents
 from linfusion_cli.jobs.dtypes import DTYPES

@@ -12,7 +12,7 @@ from linfusion_cli import presets
 from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.core.events import Observer, nobody
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.device import describe, versions
+from linfusion_cli.hardware.device import describe, versions
 from linfusion_cli.jobs.complete import Making
 from linfusion_cli.jobs.dtypes import DTYPES
 from linfusion_cli.jobs.keep import Keeper, journal_of

@@ -23,7 +23,7 @@ from linfusion_cli.core.errors import (
     first_line,
 )
 from linfusion_cli.core.signals import finishing, honoured
-from linfusion_cli.device import dtype_name, explained, free_memory, versions
+from linfusion_cli.hardware.device import dtype_name, explained, free_memory, versions
 from linfusion_cli.jobs.dtypes import DTYPES, NON_FINITE, used_dtypes, with_dtype
 from linfusion_cli.jobs.weights import named_weights
 from linfusion_cli.journal import SCHEMA, Damaged, Entry, Journal

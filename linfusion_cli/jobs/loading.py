@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.cuda import forbid_tf32
-from linfusion_cli.device import limit_device_memory
+from linfusion_cli.hardware.cuda import forbid_tf32
+from linfusion_cli.hardware.device import limit_device_memory
 from linfusion_cli.jobs.adapter import read_picture
 from linfusion_cli.jobs.attention import load_linear
 from linfusion_cli.jobs.control import load_controls

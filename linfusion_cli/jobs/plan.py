@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from linfusion_cli.cuda import has_bfloat16, is_cuda
-from linfusion_cli.device import dtype_name
+from linfusion_cli.hardware.cuda import has_bfloat16, is_cuda
+from linfusion_cli.hardware.device import dtype_name
 from linfusion_cli.jobs.attention import check_base
 from linfusion_cli.jobs.dtypes import WIDTHS
 from linfusion_cli.jobs.kept import OUTLINE, outline_key

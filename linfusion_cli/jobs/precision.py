@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from linfusion_cli.core.errors import DoesNotFit, NonFinite
-from linfusion_cli.device import dtype_name, free_memory
+from linfusion_cli.hardware.device import dtype_name, free_memory
 from linfusion_cli.jobs.dtypes import WIDTHS
 from linfusion_cli.jobs.kept import NETWORKS, to_host
 from linfusion_cli.jobs.loading import Models, load, read_prompts

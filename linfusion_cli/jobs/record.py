@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from linfusion_cli.core.events import Notice, Observer, Planned, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import StageReport
-from linfusion_cli.device import PeakMemory, free_memory
+from linfusion_cli.hardware.device import PeakMemory, free_memory
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from linfusion_cli.core.errors import DataError, first_line
 from linfusion_cli.core.units import is_file
-from linfusion_cli.device import is_out_of_memory
+from linfusion_cli.hardware.device import is_out_of_memory
 from linfusion_cli.models.families import family_of
 from linfusion_cli.models.load import load_part
 from linfusion_cli.models.locate_adapter import OUTPUTS, PLAIN, Adapter, AdapterFile

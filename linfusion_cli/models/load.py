@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linfusion_cli.core.errors import DataError, NonFinite, Unavailable, first_line
-from linfusion_cli.device import is_out_of_memory
+from linfusion_cli.hardware.device import is_out_of_memory
 from linfusion_cli.models.families import read_config
 from linfusion_cli.models.header import Header, read_header
 from linfusion_cli.models.original import depths_in, state_in

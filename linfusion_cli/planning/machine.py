@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from linfusion_cli import device as machine
-from linfusion_cli.allocator import Segments, segments
 from linfusion_cli.core.errors import DoesNotFit, UsageError
 from linfusion_cli.core.units import format_bytes, format_seconds
-from linfusion_cli.cuda import is_cuda
-from linfusion_cli.diagnosis import nvidia_is_here, why_no_device
+from linfusion_cli.hardware import device as machine
+from linfusion_cli.hardware.allocator import Segments, segments
+from linfusion_cli.hardware.cuda import is_cuda
+from linfusion_cli.hardware.diagnosis import nvidia_is_here, why_no_device
 from linfusion_cli.planning.speed import Speed, measured
 from linfusion_cli.settings.request import PictureRequest
 

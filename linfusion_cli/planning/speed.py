@@ -10,7 +10,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from linfusion_cli.cuda import synchronize
+from linfusion_cli.hardware.cuda import synchronize
 
 PROBE_SEC = 0.15
 # Of the rates measured by the probe, what a forward reaches: its products are smaller and of many shapes, and its

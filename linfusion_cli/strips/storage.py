@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from linfusion_cli.allocator import segments
+from linfusion_cli.hardware.allocator import segments
 from linfusion_cli.strips.copies import Copies, Upload
 from linfusion_cli.strips.pinned import PinnedMemory, map_memory
 from linfusion_cli.strips.stats import Moments

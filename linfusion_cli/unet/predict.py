@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from linfusion_cli.device import free_memory, is_out_of_memory
+from linfusion_cli.hardware.device import free_memory, is_out_of_memory
 from linfusion_cli.strips.dilation import dilated
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.unet.check import check_control, check_supported

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linfusion_cli.core.errors import NonFinite
-from linfusion_cli.device import dtype_name, free_memory, is_out_of_memory
+from linfusion_cli.hardware.device import dtype_name, free_memory, is_out_of_memory
 from linfusion_cli.strips.copies import Download
 from linfusion_cli.strips.pinned import PinnedMemory
 from linfusion_cli.strips.storage import Storage

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from linfusion_cli import allocator
-from tests.stub_driver import StubDriver
-from tests.test_cuda_start import FAULTS, TOO_OLD
+from linfusion_cli.hardware import allocator
+from tests.hardware.stub_driver import StubDriver
+from tests.hardware.test_cuda_start import FAULTS, TOO_OLD
 
 
 @pytest.fixture

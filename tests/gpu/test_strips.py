@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from linfusion_cli.attention.mount import mounted
-from linfusion_cli.device import limit_device_memory
+from linfusion_cli.hardware.device import limit_device_memory
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from linfusion_cli import device
 from linfusion_cli.core.errors import NonFinite, Stopped
 from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished
+from linfusion_cli.hardware import device
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs import loading, plan, precision
 from linfusion_cli.jobs.latents import kept_latents

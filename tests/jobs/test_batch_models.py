@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from linfusion_cli.core.events import nobody
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.device import free_memory, resident_bytes
+from linfusion_cli.hardware.device import free_memory, resident_bytes
 from linfusion_cli.jobs import loading, paint
 from linfusion_cli.jobs.batch import looked_for, made
 from linfusion_cli.jobs.generate import generate

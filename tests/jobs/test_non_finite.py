@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli import device
 from linfusion_cli.core.errors import NonFinite, Stopped, UsageError
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
+from linfusion_cli.hardware import device
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.story import make_picture

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from linfusion_cli.attention.mount import mounted
-from linfusion_cli.device import free_memory
+from linfusion_cli.hardware.device import free_memory
 from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage

@@ -20,8 +20,8 @@ import torch
 
 from linfusion_cli.attention.mount import mounted
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.cuda import synchronize
-from linfusion_cli.device import PeakMemory, free_memory, pick_vae_dtype, resident_bytes
+from linfusion_cli.hardware.cuda import synchronize
+from linfusion_cli.hardware.device import PeakMemory, free_memory, pick_vae_dtype, resident_bytes
 from linfusion_cli.planning.conversion import STREAM_ROWS, patch_counts
 from linfusion_cli.planning.plan import STRIP_SIZES
 from linfusion_cli.planning.speed import mean_seconds

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.device import PeakMemory, free_memory, resident_bytes
+from linfusion_cli.hardware.device import PeakMemory, free_memory, resident_bytes
 from linfusion_cli.images import PictureInfo, open_sink
 from linfusion_cli.images.quantise import quantised
 from linfusion_cli.jobs.writing import Writing

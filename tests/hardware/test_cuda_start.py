@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from linfusion_cli import allocator, cuda, device, diagnosis
 from linfusion_cli.core.errors import DeviceFailed, DoesNotFit, Unavailable, UsageError
 from linfusion_cli.core.geometry import Size
+from linfusion_cli.hardware import allocator, cuda, device, diagnosis
 from linfusion_cli.planning import machine
 from linfusion_cli.planning.speed import Speed
 from linfusion_cli.settings.request import GenerateRequest
-from tests.stub_driver import FREE_BYTES, GIB, TOTAL_BYTES, StubDriver
+from tests.hardware.stub_driver import FREE_BYTES, GIB, TOTAL_BYTES, StubDriver
 
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from linfusion_cli.core.errors import first_line
-from linfusion_cli.cuda import platform_name, quiet_start
-from linfusion_cli.failures import MENDED, hint_for
+from linfusion_cli.hardware.cuda import platform_name, quiet_start
+from linfusion_cli.hardware.failures import MENDED, hint_for
 
 NVIDIA = (Path("/proc/driver/nvidia/gpus"), Path("/dev/nvidia0"))
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from linfusion_cli import allocator
 from linfusion_cli.core.errors import UsageError
+from linfusion_cli.hardware import allocator
 
 OLD, HIP, NEW = allocator.VARIABLES
 TRUE = "expandable_segments:True"

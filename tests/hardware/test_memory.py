@@ -2,7 +2,7 @@
 
 import psutil
 
-from linfusion_cli import memory
+from linfusion_cli.hardware import memory
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ import errno
 import re
 
 from linfusion_cli.core.errors import DeviceFailed, LinfusionError, RanOutOfMemory, first_line
-from linfusion_cli.cuda import is_full
+from linfusion_cli.hardware.cuda import is_full
 
 CARD = r"(?:CUDA|HIP)(?: driver)? error: "
 LIBRARY = r"(?:(?:CUDA|HIP) error|cuDNN(?: Frontend)? error|MIOpen error): "

@@ -13,11 +13,19 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from linfusion_cli import __version__, allocator, diagnosis
+from linfusion_cli import __version__
 from linfusion_cli.core.errors import DeviceFailed, DoesNotFit, LinfusionError, Unavailable, UsageError, first_line
-from linfusion_cli.cuda import free_device_bytes, has_bfloat16, is_cuda, limit_device_memory, platform_name, synchronize
-from linfusion_cli.failures import MENDED, explained, is_out_of_memory
-from linfusion_cli.memory import (
+from linfusion_cli.hardware import allocator, diagnosis
+from linfusion_cli.hardware.cuda import (
+    free_device_bytes,
+    has_bfloat16,
+    is_cuda,
+    limit_device_memory,
+    platform_name,
+    synchronize,
+)
+from linfusion_cli.hardware.failures import MENDED, explained, is_out_of_memory
+from linfusion_cli.hardware.memory import (
     forgets_peaks,
     free_host_bytes,
     high_water_bytes,

@@ -6,8 +6,8 @@ import psutil
 import pytest
 import torch
 
-from linfusion_cli import device, memory
 from linfusion_cli.core.errors import Unavailable, UsageError
+from linfusion_cli.hardware import device, memory
 
 MIB = 1 << 20
 

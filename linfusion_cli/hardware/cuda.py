@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from linfusion_cli import allocator
+from linfusion_cli.hardware import allocator
 
 if TYPE_CHECKING:
     import torch

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from linfusion_cli import device, failures
 from linfusion_cli.core.errors import DataError, DeviceFailed, RanOutOfMemory, WriteFailed
+from linfusion_cli.hardware import device, failures
 from linfusion_cli.jobs.results import Outcome
 from tests.batches import builder, carried_out, entries, failing
-from tests.stub_driver import GIB, StubDriver
+from tests.hardware.stub_driver import GIB, StubDriver
 
 MORE = "\nSearch for `cudaErrorX' in https://docs.nvidia.com for more.\nCUDA kernel errors might be reported elsewhere."
 CUDA0 = torch.device("cuda", 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo  # of which parts are imported only where there is a driver: not now, but when the stub has gone
 
-from linfusion_cli import device
+from linfusion_cli.hardware import device
 
 GIB = 1 << 30
 TOTAL_BYTES, FREE_BYTES = 24 * GIB, 20 * GIB
