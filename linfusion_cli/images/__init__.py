@@ -1,9 +1,7 @@
 """Pictures of any height, written row by row in bounded memory, and read back without decoding them."""
 
 from linfusion_cli.core.atomic_file import PendingFile
-from linfusion_cli.images.fileinfo import FileInfo
-from linfusion_cli.images.formats import FORMATS, bytes_needed, format_for, hold, open_sink
-from linfusion_cli.images.metadata import (
+from linfusion_cli.images.metadata.metadata import (
     PictureInfo,
     a1111_parameters,
     request_json,
@@ -11,11 +9,13 @@ from linfusion_cli.images.metadata import (
     srgb_profile,
     without_prompt,
 )
-from linfusion_cli.images.preview import PreviewSink, preview_size
-from linfusion_cli.images.read import read_info
-from linfusion_cli.images.sink import RowSink
-from linfusion_cli.images.verify import verify
-from linfusion_cli.images.xmp import xmp_packet
+from linfusion_cli.images.metadata.xmp import xmp_packet
+from linfusion_cli.images.read.file_info import FileInfo
+from linfusion_cli.images.read.info import read_info
+from linfusion_cli.images.verify.verify import verify
+from linfusion_cli.images.write.preview_sink import PreviewSink, preview_size
+from linfusion_cli.images.write.registry import FORMATS, bytes_needed, format_for, hold, open_sink
+from linfusion_cli.images.write.sink import RowSink
 
 __all__ = [
     "FORMATS",

@@ -14,7 +14,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.units import is_file
 from linfusion_cli.hardware.device import versions
-from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.images.read.source import SourcePicture
 from linfusion_cli.jobs import latents
 from linfusion_cli.jobs.dtypes import DTYPES
 from linfusion_cli.jobs.keep import BESIDE, as_json, changes_since, journal_of

@@ -12,8 +12,8 @@ from torch import Tensor
 from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.attention.mount import mounted
 from linfusion_cli.core.geometry import bands
-from linfusion_cli.images.scratch import ScratchPicture
-from linfusion_cli.images.source import oriented, source_rows
+from linfusion_cli.images.process.scratch import ScratchPicture
+from linfusion_cli.images.read.source import oriented, source_rows
 from linfusion_cli.jobs.find_controls import FoundControl
 from linfusion_cli.jobs.pixels import resized_reader
 from linfusion_cli.jobs.run import Run

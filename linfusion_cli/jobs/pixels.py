@@ -12,10 +12,10 @@ from torch import Tensor
 
 from linfusion_cli.core.geometry import Size, bands
 from linfusion_cli.images import RowSink
-from linfusion_cli.images.quantise import quantised
-from linfusion_cli.images.resize import ReadRegion, resized_region
-from linfusion_cli.images.scratch import ScratchPicture
-from linfusion_cli.images.source import SourcePicture, oriented, source_rows
+from linfusion_cli.images.process.quantise import quantised
+from linfusion_cli.images.process.resize import ReadRegion, resized_region
+from linfusion_cli.images.process.scratch import ScratchPicture
+from linfusion_cli.images.read.source import SourcePicture, oriented, source_rows
 from linfusion_cli.jobs.run import Run
 from linfusion_cli.jobs.writing import Writing
 from linfusion_cli.models.load import Vae

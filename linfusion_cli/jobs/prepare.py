@@ -12,8 +12,8 @@ from linfusion_cli.core.fs import check_distinct
 from linfusion_cli.core.geometry import MOST_BEND, Size, base_size, bend, phase_sizes, upscale_sizes
 from linfusion_cli.core.units import format_bytes
 from linfusion_cli.hardware.device import pick_device, pick_dtype
-from linfusion_cli.images.scratch import BYTES_PER_PX
-from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.images.process.scratch import BYTES_PER_PX
+from linfusion_cli.images.read.source import SourcePicture
 from linfusion_cli.jobs.adapter import find_adapters
 from linfusion_cli.jobs.find_controls import Controls, find_controls
 from linfusion_cli.jobs.naming import phase_path

@@ -13,7 +13,7 @@ from linfusion_cli.core.events import Observer
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.signals import honoured
 from linfusion_cli.hardware.device import describe, versions
-from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.images.read.source import SourcePicture
 from linfusion_cli.jobs.complete import Making, clear_journal, made_before
 from linfusion_cli.jobs.keep import journal_head, opened_keeper
 from linfusion_cli.jobs.latents import write_latents

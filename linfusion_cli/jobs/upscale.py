@@ -10,7 +10,7 @@ from linfusion_cli.core.events import Observer, nobody
 from linfusion_cli.core.geometry import Size, fitted
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.units import SMALLEST_PX
-from linfusion_cli.images.source import SourcePicture, inspect_source, transparent
+from linfusion_cli.images.read.source import SourcePicture, inspect_source, transparent
 from linfusion_cli.jobs.story import make_picture
 from linfusion_cli.settings.request import UpscaleRequest
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.core.units import is_file, is_folder, user_path
-from linfusion_cli.images.source import SourcePicture
+from linfusion_cli.images.read.source import SourcePicture
 from linfusion_cli.models.adapter_files import FoundFile, Kind, find_file
 from linfusion_cli.models.families import read_config
 from linfusion_cli.models.header import read_header

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from linfusion_cli.images.quantise import quantised
+from linfusion_cli.images.process.quantise import quantised
 from linfusion_cli.sampling.noise import latent_noise, phase_noise, step_noise
 from tests.golden.cases import NOISE_FILE, NOISE_TOLERANCE, largest_difference, noises
 

@@ -1,10 +1,10 @@
-"""Pictures for the tests of `images/source.py`, and what reads them."""
+"""Pictures for the tests of `images/read/source.py`, and what reads them."""
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from linfusion_cli.images import srgb_profile
-from linfusion_cli.images.source import inspect_source, source_rows
+from linfusion_cli.images.read.source import inspect_source, source_rows
 from tests.images.conftest import picture
 
 WIDTH, HEIGHT = 90, 70

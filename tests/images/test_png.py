@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linfusion_cli.images import deflate, open_sink, png
-from linfusion_cli.images.deflate import adler32_combine, deflate_part, zlib_stream
+from linfusion_cli.images import open_sink
+from linfusion_cli.images.write import deflate, png
+from linfusion_cli.images.write.deflate import adler32_combine, deflate_part, zlib_stream
 from tests.images.conftest import PROMPT, picture, write_unevenly
 from tests.system_packages import needs
 

@@ -1,6 +1,6 @@
 import os
 
-from linfusion_cli.images import pool
+from linfusion_cli.images.write import pool
 
 
 def test_threads_follow_the_cpus_of_this_process(monkeypatch):

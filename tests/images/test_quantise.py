@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from linfusion_cli.images.quantise import quantised
+from linfusion_cli.images.process.quantise import quantised
 
 
 @pytest.mark.parametrize(("bits", "kind", "steps"), [(8, np.uint8, 255), (16, np.uint16, 65535)])

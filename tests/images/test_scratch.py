@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from linfusion_cli.core.errors import WriteFailed
-from linfusion_cli.images.resize import resized_region
-from linfusion_cli.images.scratch import ScratchPicture
+from linfusion_cli.images.process.resize import resized_region
+from linfusion_cli.images.process.scratch import ScratchPicture
 
 
 @pytest.mark.parametrize("in_memory", [False, True])

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.images import open_sink
-from linfusion_cli.images.source import inspect_source, oriented, source_rows
+from linfusion_cli.images.read.source import inspect_source, oriented, source_rows
 from tests.images.conftest import picture
 from tests.images.sources import (
     FORMATS,
@@ -83,8 +83,8 @@ def test_rows_come_once_in_bands_of_256(tmp_path):
 
 
 def test_bands_of_a_very_wide_picture_are_lower(tmp_path, monkeypatch):
-    monkeypatch.setattr("linfusion_cli.images.source.BAND_PX", 30 * WIDTH)
-    monkeypatch.setattr("linfusion_cli.images.source.FETCH_PX", 7 * WIDTH)
+    monkeypatch.setattr("linfusion_cli.images.read.source.BAND_PX", 30 * WIDTH)
+    monkeypatch.setattr("linfusion_cli.images.read.source.FETCH_PX", 7 * WIDTH)
     bands = list(source_rows(inspect_source(saved(tmp_path / "a", PIXELS, "png")), None, unheard))
     assert [len(band) for band in bands] == [30, 30, 10]
     np.testing.assert_allclose(np.concatenate(bands) * 255, PIXELS, atol=1e-4)

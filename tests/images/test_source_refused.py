@@ -7,7 +7,7 @@ import tifffile
 from PIL import Image
 
 from linfusion_cli.core.errors import DataError, InputMissing, LinfusionError
-from linfusion_cli.images.source import inspect_source, source_rows
+from linfusion_cli.images.read.source import inspect_source, source_rows
 from tests.images.conftest import picture
 from tests.images.sources import (
     FORMATS,

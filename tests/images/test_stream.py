@@ -8,8 +8,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from linfusion_cli.images import PreviewSink, jpeg, open_sink, png, read_info, tiff
-from linfusion_cli.images.pool import OrderedPool
+from linfusion_cli.images import PreviewSink, open_sink, read_info
+from linfusion_cli.images.write import jpeg, png, tiff
+from linfusion_cli.images.write.pool import OrderedPool
 from tests.images.conftest import left_in, picture
 
 FORMATS = ["tiff", "png", "jpeg"]

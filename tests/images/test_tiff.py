@@ -6,7 +6,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from linfusion_cli.images import ifd, open_sink, read_info
+from linfusion_cli.images import open_sink, read_info
+from linfusion_cli.images.write import ifd
 from tests.images.conftest import picture, write_unevenly
 
 

@@ -12,8 +12,10 @@ import tifffile
 from PIL import Image, PngImagePlugin
 
 from linfusion_cli.core.errors import DataError, InputMissing
-from linfusion_cli.images import PictureInfo, PreviewSink, ifd, open_sink, read_info, tiff, verify, without_prompt
-from linfusion_cli.images.jpeg import segments
+from linfusion_cli.images import PictureInfo, PreviewSink, open_sink, read_info, without_prompt
+from linfusion_cli.images.verify import verify
+from linfusion_cli.images.write import ifd, tiff
+from linfusion_cli.images.write.jpeg import segments
 from tests.images.conftest import picture
 
 pytestmark = pytest.mark.usefixtures("nothing_printed")
@@ -273,7 +275,7 @@ def test_other_layouts_of_tiff(tmp_path, options, bits):
 
 
 def test_a_tile_too_large_to_hold_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("linfusion_cli.images.verify_tiff.MOST_HELD_BYTES", 10 << 20)
+    monkeypatch.setattr("linfusion_cli.images.verify.tiff.MOST_HELD_BYTES", 10 << 20)
     tifffile.imwrite(tmp_path / "a", np.zeros((2000, 2000, 3), np.uint8), photometric="rgb", compression="deflate")
     with tifffile.TiffFile(tmp_path / "a", mode="r+") as file:
         file.pages[0].tags[278].overwrite(2000)

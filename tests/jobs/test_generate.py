@@ -312,7 +312,7 @@ def test_a_picture_that_fails_leaves_no_preview(make, tmp_path, monkeypatch):
     def fail(self):
         raise WriteFailed("No space left.")
 
-    monkeypatch.setattr("linfusion_cli.images.png.PngSink.close", fail)
+    monkeypatch.setattr("linfusion_cli.images.write.png.PngSink.close", fail)
     with pytest.raises(WriteFailed):
         make(preview=tmp_path / "small.jpg")
     assert files(tmp_path) == {"out.png.linfusion"}

@@ -12,7 +12,7 @@ from PIL import Image
 from linfusion_cli.core.errors import DataError, InputMissing, Unavailable, UsageError
 from linfusion_cli.core.events import StageStarted
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.images.source import inspect_source
+from linfusion_cli.images.read.source import inspect_source
 from linfusion_cli.jobs import adapter, paint
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.settings.request import GenerateRequest

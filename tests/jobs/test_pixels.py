@@ -13,7 +13,7 @@ from linfusion_cli.core.errors import DataError, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.images.scratch import ScratchPicture
+from linfusion_cli.images.process.scratch import ScratchPicture
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.pixels import resized_reader
 from linfusion_cli.jobs.writing import Writing
@@ -200,7 +200,7 @@ def test_a_full_disk_while_writing_leaves_nothing(make, tmp_path, monkeypatch):
         self.abort()
         raise WriteFailed("No space left.")
 
-    monkeypatch.setattr("linfusion_cli.images.png.PngSink.write", fail)
+    monkeypatch.setattr("linfusion_cli.images.write.png.PngSink.write", fail)
     with pytest.raises(WriteFailed):
         make()
     assert [path.name for path in tmp_path.iterdir()] == ["out.png.linfusion"]

@@ -9,7 +9,7 @@ from linfusion_cli.core.errors import DataError, InputMissing, UsageError
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.images.scratch import ScratchPicture
+from linfusion_cli.images.process.scratch import ScratchPicture
 from linfusion_cli.jobs import pixels
 from linfusion_cli.jobs.upscale import upscale
 from linfusion_cli.planning import plan

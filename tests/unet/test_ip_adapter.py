@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.images.source import inspect_source
+from linfusion_cli.images.read.source import inspect_source
 from linfusion_cli.models.ip_adapter import load_adapters
 from linfusion_cli.models.locate_adapter import Adapter, read_adapter
 from linfusion_cli.strips.ops import StripSize

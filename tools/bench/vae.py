@@ -27,7 +27,7 @@ from torch import Tensor
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware.device import PeakMemory, free_memory, resident_bytes
 from linfusion_cli.images import PictureInfo, open_sink
-from linfusion_cli.images.quantise import quantised
+from linfusion_cli.images.process.quantise import quantised
 from linfusion_cli.jobs.writing import Writing
 from linfusion_cli.models.load import load_vae
 from linfusion_cli.models.locate import DEMO_FOLDER

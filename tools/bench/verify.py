@@ -23,7 +23,7 @@ FORMATS = ("tiff", "tiff-zstd", "png", "jpeg")
 
 def child(path: Path) -> dict[str, float]:
     """One run in this process. CPU time and peak memory count the interpreter and the imports too."""
-    from linfusion_cli.images import verify
+    from linfusion_cli.images.verify import verify
 
     begin = time.perf_counter()
     found = verify(path)

@@ -5,9 +5,9 @@ import os
 import numpy as np
 
 from linfusion_cli.core.atomic_file import PendingFile
-from linfusion_cli.images.formats import format_for, open_sink
-from linfusion_cli.images.metadata import PictureInfo
-from linfusion_cli.images.stream import check_rows
+from linfusion_cli.images.metadata.metadata import PictureInfo
+from linfusion_cli.images.write.block_sink import check_rows
+from linfusion_cli.images.write.registry import format_for, open_sink
 
 BAND_ROWS = 64
 MAX_SIDE_PX = 2048

@@ -3,7 +3,7 @@
 import re
 from xml.etree import ElementTree
 
-from linfusion_cli.images.metadata import PictureInfo
+from linfusion_cli.images.metadata.metadata import PictureInfo
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 NAMESPACES = {

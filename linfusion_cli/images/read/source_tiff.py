@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.images.fileinfo import truncated
-from linfusion_cli.images.read import MALFORMED
+from linfusion_cli.images.read.file_info import truncated
+from linfusion_cli.images.read.info import MALFORMED
 
 # What libtiff decodes in every build: none, CCITT, LZW, JPEG, deflate, PackBits.
 COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946)
@@ -28,7 +28,7 @@ def bytes_held_by_tiff(path: Path) -> int:
     """
     import tifffile
 
-    from linfusion_cli.images.read_tiff import silent_tifffile
+    from linfusion_cli.images.read.tiff import silent_tifffile
 
     with silent_tifffile(), tifffile.TiffFile(path) as file:
         page = _first_page(path, file)

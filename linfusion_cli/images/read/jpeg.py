@@ -5,8 +5,8 @@ import struct
 import warnings
 from pathlib import Path
 
-from linfusion_cli.images.fileinfo import FileInfo, parse_checksum, parse_request, truncated
-from linfusion_cli.images.jpeg import APP0, APP1, COM, COMMENT_NAME, DIGITS_IN_COMMENT, END, SOS, segments
+from linfusion_cli.images.read.file_info import FileInfo, parse_checksum, parse_request, truncated
+from linfusion_cli.images.write.jpeg import APP0, APP1, COM, COMMENT_NAME, DIGITS_IN_COMMENT, END, SOS, segments
 
 NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # the tables among the markers C0 to CF
 FRAMES = [marker for marker in range(0xC0, 0xD0) if marker not in NOT_FRAMES]

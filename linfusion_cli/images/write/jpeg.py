@@ -8,9 +8,9 @@ import numpy as np
 
 from linfusion_cli.core.atomic_file import PendingFile
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.images.metadata import DIGITS_AT, PictureInfo, request_json, srgb_profile
-from linfusion_cli.images.stream import RowStream
-from linfusion_cli.images.xmp import xmp_packet
+from linfusion_cli.images.metadata.metadata import DIGITS_AT, PictureInfo, request_json, srgb_profile
+from linfusion_cli.images.metadata.xmp import xmp_packet
+from linfusion_cli.images.write.block_sink import RowStream
 
 LARGEST_SIDE_PX = 65_500  # the format ends at 65,535, libjpeg (so every reader) at 65,500
 STRIP_ROWS = 64  # eight rows of 8 x 8 blocks: restart markers count from 0 to 7 and begin again

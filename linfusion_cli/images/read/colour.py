@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from linfusion_cli.images.read import PNG_MAGIC
+from linfusion_cli.images.read.info import PNG_MAGIC
 
 PROFILE = "icc-profile-data"
 PIL_MODES = {"b-w": "L", "grey16": "L", "srgb": "RGB", "rgb16": "RGB", "cmyk": "CMYK"}

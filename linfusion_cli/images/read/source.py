@@ -17,10 +17,10 @@ import numpy as np
 
 from linfusion_cli.core.errors import DataError, first_line
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.images.colour import to_srgb
-from linfusion_cli.images.read import MAGIC_BYTES, format_of, reading
-from linfusion_cli.images.resize import ReadRegion
-from linfusion_cli.images.source_tiff import bytes_held_by_tiff
+from linfusion_cli.images.process.resize import ReadRegion
+from linfusion_cli.images.read.colour import to_srgb
+from linfusion_cli.images.read.info import MAGIC_BYTES, format_of, reading
+from linfusion_cli.images.read.source_tiff import bytes_held_by_tiff
 
 LARGEST_SIDE_PX = 1_000_000
 # Some files can only be decoded whole. 2 GiB lets the largest WebP pass, and 16384 x 16384 in the other formats.

@@ -6,10 +6,10 @@ import zlib
 import numpy as np
 
 from linfusion_cli.core.atomic_file import PendingFile
-from linfusion_cli.images.deflate import adler32, adler32_combine, crc32, deflate_part
-from linfusion_cli.images.metadata import DIGITS_AT, PictureInfo, request_json, sealed, utf8
-from linfusion_cli.images.stream import RowStream
-from linfusion_cli.images.xmp import xmp_packet
+from linfusion_cli.images.metadata.metadata import DIGITS_AT, PictureInfo, request_json, sealed, utf8
+from linfusion_cli.images.metadata.xmp import xmp_packet
+from linfusion_cli.images.write.block_sink import RowStream
+from linfusion_cli.images.write.deflate import adler32, adler32_combine, crc32, deflate_part
 
 BLOCK_BYTES = 3 << 19  # 32 rows of 16384 RGB pixels: large enough that a lost window costs nothing, small in memory
 SIGNATURE = b"\x89PNG\r\n\x1a\n"

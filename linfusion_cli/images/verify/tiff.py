@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli.core.errors import DataError, first_line
-from linfusion_cli.images.pool import OrderedPool, default_threads
-from linfusion_cli.images.read import MALFORMED
-from linfusion_cli.images.read_tiff import silent_tifffile
-from linfusion_cli.images.source import MOST_HELD_BYTES
+from linfusion_cli.images.read.info import MALFORMED
+from linfusion_cli.images.read.source import MOST_HELD_BYTES
+from linfusion_cli.images.read.tiff import silent_tifffile
+from linfusion_cli.images.write.pool import OrderedPool, default_threads
 
 UNCOMPRESSED = 1
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from linfusion_cli.images.fileinfo import FileInfo, parse_checksum, parse_request, truncated
-from linfusion_cli.images.png import DIGITS_IN_CHUNK, REQUEST
+from linfusion_cli.images.read.file_info import FileInfo, parse_checksum, parse_request, truncated
+from linfusion_cli.images.write.png import DIGITS_IN_CHUNK, REQUEST
 
 MOST_TEXT_BYTES = 1 << 26  # of one chunk, also after decompression
 TEXT_KINDS = (b"tEXt", b"zTXt", b"iTXt")

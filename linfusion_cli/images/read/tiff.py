@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from linfusion_cli.images.fileinfo import FileInfo, parse_checksum, parse_request, truncated
-from linfusion_cli.images.metadata import DIGITS_AT
-from linfusion_cli.images.tiff import DESCRIPTION
-from linfusion_cli.images.xmp import xmp_user_comment
+from linfusion_cli.images.metadata.metadata import DIGITS_AT
+from linfusion_cli.images.metadata.xmp import xmp_user_comment
+from linfusion_cli.images.read.file_info import FileInfo, parse_checksum, parse_request, truncated
+from linfusion_cli.images.write.tiff import DESCRIPTION
 
 NAMES = {1: "none", 5: "lzw", 6: "jpeg", 7: "jpeg", 8: "deflate", 32946: "deflate", 50000: "zstd"}
 DPI_PER_UNIT = {2: 1.0, 3: 2.54}

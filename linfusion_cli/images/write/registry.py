@@ -5,8 +5,8 @@ from pathlib import Path
 
 from linfusion_cli.core.atomic_file import PendingFile
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.images.metadata import PictureInfo
-from linfusion_cli.images.sink import RowSink
+from linfusion_cli.images.metadata.metadata import PictureInfo
+from linfusion_cli.images.write.sink import RowSink
 
 FORMATS = ("tiff", "png", "jpeg")
 SUFFIXES = {".tif": "tiff", ".tiff": "tiff", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
@@ -46,7 +46,7 @@ def bytes_needed(format: str, size_px: tuple[int, int], bits: int, compression: 
     compression = _checked(format, size_px, bits, compression)
     width_px, height_px = size_px
     if format == "tiff":
-        from linfusion_cli.images.tiff import tile_px
+        from linfusion_cli.images.write.tiff import tile_px
 
         width_px, height_px = (-(-side // tile) * tile for side, tile in zip(size_px, tile_px(size_px), strict=True))
     raw = (width_px * 3 * bits // 8 + 1) * height_px
@@ -106,14 +106,14 @@ def _sink(
     threads: int | None,
 ) -> RowSink:
     if format == "png":
-        from linfusion_cli.images.png import PngSink
+        from linfusion_cli.images.write.png import PngSink
 
         return PngSink(pending, size_px, bits, info, threads)
     if format == "jpeg":
-        from linfusion_cli.images.jpeg import JpegSink
+        from linfusion_cli.images.write.jpeg import JpegSink
 
         return JpegSink(pending, size_px, info, jpeg_quality, threads)
-    from linfusion_cli.images.tiff import TiffSink
+    from linfusion_cli.images.write.tiff import TiffSink
 
     return TiffSink(pending, size_px, bits, info, compression, jpeg_quality, threads)
 
@@ -127,7 +127,7 @@ def _checked(format: str, size_px: tuple[int, int], bits: int, compression: str 
         choices = ", ".join(COMPRESSIONS[format])
         raise UsageError(f"{format} has no compression {compression!r}.", f"Use one of {choices}.")
     if format == "jpeg":
-        from linfusion_cli.images.jpeg import check_jpeg_size
+        from linfusion_cli.images.write.jpeg import check_jpeg_size
 
         check_jpeg_size(size_px)
         compression = "jpeg"

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import numpy as np
 
-from linfusion_cli.images.metadata import PictureInfo
+from linfusion_cli.images.metadata.metadata import PictureInfo
 
 
 class RowSink(Protocol):

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.images.fileinfo import FileInfo
-from linfusion_cli.images.ifd import HEADER_BYTES
-from linfusion_cli.images.metadata import NO_DIGITS
-from linfusion_cli.images.read import read_info, reading
+from linfusion_cli.images.metadata.metadata import NO_DIGITS
+from linfusion_cli.images.read.file_info import FileInfo
+from linfusion_cli.images.read.info import read_info, reading
+from linfusion_cli.images.write.ifd import HEADER_BYTES
 
 PIECE_BYTES = 1 << 20
 
@@ -38,15 +38,15 @@ def verify(path: str | os.PathLike[str]) -> FileInfo:
 
 def _decode(found: FileInfo) -> None:
     if found.format == "tiff":
-        from linfusion_cli.images.verify_tiff import decode_tiff
+        from linfusion_cli.images.verify.tiff import decode_tiff
 
         decode_tiff(found.path)
     elif found.format == "png":
-        from linfusion_cli.images.verify_png import decode_png
+        from linfusion_cli.images.verify.png import decode_png
 
         decode_png(found.path)
     else:
-        from linfusion_cli.images.source import decode_source
+        from linfusion_cli.images.read.source import decode_source
 
         decode_source(found.path)
 
@@ -71,7 +71,7 @@ def _as_counted(found: FileInfo) -> Iterator[bytes]:
         yield NO_DIGITS.encode()
         rest_at = digits_at + len(NO_DIGITS)
         if found.format == "png":
-            from linfusion_cli.images.verify_png import rest_of_chunk
+            from linfusion_cli.images.verify.png import rest_of_chunk
 
             rest = rest_of_chunk(file, digits_at)
             yield rest

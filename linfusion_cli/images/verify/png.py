@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from linfusion_cli.images.deflate import INFLATE_ERRORS, crc32, inflater
-from linfusion_cli.images.metadata import NO_DIGITS
-from linfusion_cli.images.png import DIGITS_IN_CHUNK
+from linfusion_cli.images.metadata.metadata import NO_DIGITS
+from linfusion_cli.images.write.deflate import INFLATE_ERRORS, crc32, inflater
+from linfusion_cli.images.write.png import DIGITS_IN_CHUNK
 
 PIECE_BYTES = 1 << 15  # inflates to a thousand times as much at the most
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type

@@ -8,12 +8,12 @@ import numpy as np
 
 from linfusion_cli.core.atomic_file import PendingFile
 from linfusion_cli.core.errors import Unavailable
-from linfusion_cli.images import ifd
-from linfusion_cli.images.deflate import zlib_stream
-from linfusion_cli.images.jpeg import encode_jpeg
-from linfusion_cli.images.metadata import DIGITS_AT, PictureInfo, request_json, srgb_profile
-from linfusion_cli.images.stream import RowStream
-from linfusion_cli.images.xmp import xmp_packet
+from linfusion_cli.images.metadata.metadata import DIGITS_AT, PictureInfo, request_json, srgb_profile
+from linfusion_cli.images.metadata.xmp import xmp_packet
+from linfusion_cli.images.write import ifd
+from linfusion_cli.images.write.block_sink import RowStream
+from linfusion_cli.images.write.deflate import zlib_stream
+from linfusion_cli.images.write.jpeg import encode_jpeg
 
 TILE_PX = 512
 DESCRIPTION = 270

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from linfusion_cli.core.atomic_file import PendingFile
-from linfusion_cli.images.metadata import PictureInfo
-from linfusion_cli.images.pool import OrderedPool, default_threads
+from linfusion_cli.images.metadata.metadata import PictureInfo
+from linfusion_cli.images.write.pool import OrderedPool, default_threads
 
 OPEN, DONE, ABORTED = "open", "closed", "aborted"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.images.metadata import CHECKSUM, NO_DIGITS
+from linfusion_cli.images.metadata.metadata import CHECKSUM, NO_DIGITS
 
 # Any characters: a damaged digit must not pass for a file without a checksum.
 SEAL = re.compile(rf'{{"{CHECKSUM}": "(.{{{len(NO_DIGITS)}}})"', re.DOTALL)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from linfusion_cli.core.errors import DataError, InputMissing
-from linfusion_cli.images.fileinfo import FileInfo, truncated
+from linfusion_cli.images.read.file_info import FileInfo, truncated
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAGIC_BYTES = 12
@@ -50,15 +50,15 @@ def reading(path: Path) -> Iterator[None]:
 def _reader(path: Path, magic: bytes) -> Callable[[Path], FileInfo]:
     format = format_of(path, magic)
     if format == "png":
-        from linfusion_cli.images.read_png import read_png
+        from linfusion_cli.images.read.png import read_png
 
         return read_png
     if format == "jpeg":
-        from linfusion_cli.images.read_jpeg import read_jpeg
+        from linfusion_cli.images.read.jpeg import read_jpeg
 
         return read_jpeg
     if format == "tiff":
-        from linfusion_cli.images.read_tiff import read_tiff
+        from linfusion_cli.images.read.tiff import read_tiff
 
         return read_tiff
     raise DataError(f"{path} is not a TIFF, PNG or JPEG picture.")
