@@ -27,7 +27,7 @@ def command(
     """What a picture file says of itself; fails if it is not whole."""
     from linfusion_cli import images
 
-    found = images.verify(file) if verify else images.read_info(file)
+    found = images.verify_image(file) if verify else images.read_info(file)
     verified = decoded(found) | {"checksum": found.file_sha256} if verify else None
     if as_json:
         render.answer(json.dumps(asdict(found) | {"path": str(file), "verified": verified}, indent=2))

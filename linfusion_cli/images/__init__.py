@@ -12,7 +12,7 @@ from linfusion_cli.images.metadata.metadata import (
 from linfusion_cli.images.metadata.xmp import xmp_packet
 from linfusion_cli.images.read.file_info import FileInfo
 from linfusion_cli.images.read.info import read_info
-from linfusion_cli.images.verify.verify import verify
+from linfusion_cli.images.verify.verify import verify_image
 from linfusion_cli.images.write.preview_sink import PreviewSink, preview_size
 from linfusion_cli.images.write.registry import FORMATS, bytes_needed, format_for, hold, open_sink
 from linfusion_cli.images.write.sink import RowSink

@@ -126,7 +126,7 @@ def picture_made_with(path: Path, size: Size) -> Mapping[str, Any] | None:
         return None
     try:
         found = images.read_info(path)
-        return images.verify(path).request if (found.width_px, found.height_px) == size.pair else None
+        return images.verify_image(path).request if (found.width_px, found.height_px) == size.pair else None
     except LinfusionError:
         return None
 

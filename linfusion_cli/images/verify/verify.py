@@ -21,7 +21,7 @@ from linfusion_cli.images.write.ifd import HEADER_BYTES
 PIECE_BYTES = 1 << 20
 
 
-def verify(path: str | os.PathLike[str]) -> FileInfo:
+def verify_image(path: str | os.PathLike[str]) -> FileInfo:
     """Decodes every tile, strip or row of a TIFF (its first page), PNG or JPEG, a few at a time, and checks the
     checksum that it carries; `file_sha256` is None in the answer if it carries none, as files of other software.
 
