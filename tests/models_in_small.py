@@ -15,9 +15,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import self_attentions
-from linfusion_cli.attention.weights import save_weights
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import self_attentions
+from linfusion_cli.mixers.linear.weights import save_weights
 
 TEXT_WIDTH = 16
 PROJECTION = 16

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.mixers.linear.linear import LinearAttention
 from tools.demo_model.distill import UnnormalisedAttention
 from tools.demo_model.errors import closed
 from tools.demo_model.judges import ColourJudge, best_threshold, disc_score, mean_colours, spread

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.merge import PROJECTIONS, add_difference, keep_own
-from linfusion_cli.attention.mount import self_attentions
-from linfusion_cli.attention.weights import load_weights, unused
 from linfusion_cli.jobs.run import Run
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, keep_own
+from linfusion_cli.mixers.linear.mount import self_attentions
+from linfusion_cli.mixers.linear.weights import load_weights, unused
 from linfusion_cli.models.base import BaseWeights
 
 UNUSED = "{} of the layers in the LinFusion weights {} are not in this smaller model, and are not used."

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli import images
+from linfusion_cli.checkpoint.store import Damaged, Entry, Journal
 from linfusion_cli.core.errors import LinfusionError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
@@ -22,7 +23,6 @@ from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.weights import hashed_weights, made_with, to_json
-from linfusion_cli.journal import Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile
 from linfusion_cli.settings.request import PictureRequest
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import mounted
 from linfusion_cli.core.geometry import bands
 from linfusion_cli.images.process.scratch import ScratchPicture
 from linfusion_cli.images.read.source import oriented, source_rows
 from linfusion_cli.jobs.find_controls import FoundControl
 from linfusion_cli.jobs.pixels import resized_reader
 from linfusion_cli.jobs.run import Run
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.models.load_controlnet import LoadedControl
 from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.strips.storage import Storage

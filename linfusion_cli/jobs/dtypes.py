@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linfusion_cli.journal import Entry
+from linfusion_cli.checkpoint.store import Entry
 
 if TYPE_CHECKING:
     from linfusion_cli.jobs.reached import Reached

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
+from linfusion_cli.checkpoint.store import SCHEMA, Damaged, Entry, Journal
 from linfusion_cli.core.atomic_file import resolved
 from linfusion_cli.core.errors import (
     LinfusionError,
@@ -26,7 +27,6 @@ from linfusion_cli.core.signals import finishing, honoured
 from linfusion_cli.hardware.device import dtype_name, explained, free_memory, versions
 from linfusion_cli.jobs.dtypes import DTYPES, NON_FINITE, used_dtypes, with_dtype
 from linfusion_cli.jobs.weights import named_weights
-from linfusion_cli.journal import SCHEMA, Damaged, Entry, Journal
 from linfusion_cli.models.digest import WeightsFile, digested
 from linfusion_cli.models.parts import PARTS
 from linfusion_cli.settings.request import PictureRequest, flag

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.core.units import is_file
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.run import Run
 from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.weights import WHOLE, weights_read
+from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.models.digest import identity
 from linfusion_cli.models.load import Vae
 from linfusion_cli.models.load_controlnet import LoadedControl

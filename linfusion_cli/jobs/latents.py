@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linfusion_cli.checkpoint.store import Damaged, Journal
 from linfusion_cli.core.errors import DataError, InputMissing, LinfusionError, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import is_file, is_folder, parse_size
 from linfusion_cli.images import PendingFile
 from linfusion_cli.jobs.dtypes import DTYPES
-from linfusion_cli.journal import Damaged, Journal
 from linfusion_cli.models.header import Header, read_header
 
 if TYPE_CHECKING:

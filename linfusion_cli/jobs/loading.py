@@ -10,7 +10,6 @@ from functools import cache, partial
 import torch
 from diffusers import UNet2DConditionModel
 
-from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.hardware.cuda import forbid_tf32
 from linfusion_cli.hardware.device import limit_device_memory
 from linfusion_cli.jobs.adapter import read_picture
@@ -25,6 +24,7 @@ from linfusion_cli.jobs.reached import Reached
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run
 from linfusion_cli.jobs.shelf import Shelf
+from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.models.inversion import read_inversions
 from linfusion_cli.models.ip_adapter import encode_pictures, load_adapters
 from linfusion_cli.models.load import Vae, load_unet, load_vae

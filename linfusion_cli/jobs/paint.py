@@ -12,7 +12,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.core.signals import finishing
 from linfusion_cli.jobs.control import ActingControl, acting
 from linfusion_cli.jobs.kept import move_networks_to_host
@@ -21,6 +20,7 @@ from linfusion_cli.jobs.pixels import begun_with, enlarge
 from linfusion_cli.jobs.precision import Overflowed, Work, explain_non_finite
 from linfusion_cli.jobs.reached import Begun, Reached
 from linfusion_cli.jobs.run import Run
+from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.models.load import Vae
 from linfusion_cli.models.text import Conditioning, SizeConditioning
 from linfusion_cli.planning.needs import Mode
@@ -33,7 +33,7 @@ from linfusion_cli.sampling.passes import demofusion_of, phase_schedule
 from linfusion_cli.sampling.probe import noise_correlation, prediction_type
 from linfusion_cli.sampling.schedule import Draw, Schedule
 from linfusion_cli.settings.request import PictureRequest
-from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.strips.pinned import PinnedMemory
 from linfusion_cli.strips.storage import Storage

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from linfusion_cli.attention import weights
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.core.units import is_file, is_folder, user_path
+from linfusion_cli.mixers.linear import weights
 from linfusion_cli.models.adapter_files import MODEL, find_file, find_lora, is_hub_file, is_lora
 from linfusion_cli.models.controlnet import UNION_NAMES
 from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts

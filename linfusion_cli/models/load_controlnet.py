@@ -10,8 +10,8 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import nn
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import self_attentions
 from linfusion_cli.models.controlnet import is_union
 from linfusion_cli.models.load import load_part, outline
 from linfusion_cli.models.parts import Part

@@ -21,8 +21,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from linfusion_cli.attention.linear import LinearAttention
 from linfusion_cli.core.errors import DataError
+from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.models.lora_file import PREFIX, UNET, Factors, Lora, read_lora
 
 OTHER_FAMILY = "Use a LoRA made for this model's family."

@@ -11,9 +11,9 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from linfusion_cli.attention import weights
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import mounted, self_attentions
+from linfusion_cli.mixers.linear import weights
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.models.ip_adapter import load_adapters
 from linfusion_cli.models.load import Vae, outline, vae_kind
 from linfusion_cli.models.load_controlnet import LoadedControl

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from linfusion_cli.core.geometry import equal_bands
+from linfusion_cli.strips.communicator import Exchange
 from linfusion_cli.strips.dilation import halo_rows, inner
-from linfusion_cli.strips.exchange import Exchange
 from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.storage import Map, Storage
 from linfusion_cli.strips.windows import Source, Windows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from linfusion_cli.strips.exchange import Exchange
+    from linfusion_cli.strips.communicator import Exchange
 
 
 @dataclass(frozen=True)

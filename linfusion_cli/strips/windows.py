@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from linfusion_cli.strips.exchange import Exchange
+from linfusion_cli.strips.communicator import Exchange
 from linfusion_cli.strips.stats import Moments, group_affine
 from linfusion_cli.strips.storage import HostMap, Map
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import mounted, self_attentions
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 
 TEACHER_WEIGHT = 0.5
 LAYERS_WEIGHT = 0.5

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from torch import nn
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import self_attentions
 from linfusion_cli.core.errors import DataError
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import self_attentions
 
 BLOCKS = {
     "down_blocks": ("DownBlock2D", "CrossAttnDownBlock2D"),

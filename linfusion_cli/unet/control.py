@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor, nn
 
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.dilation import dilated, inner
-from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows
 from linfusion_cli.strips.storage import HostMap, Map, Storage
 from linfusion_cli.strips.stream import Convolution, Pointwise, Stage, streamed

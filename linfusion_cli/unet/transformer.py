@@ -14,11 +14,11 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from linfusion_cli.attention.linear import KeyValueSums, LinearAttention, attend
 from linfusion_cli.core.geometry import equal_bands
+from linfusion_cli.mixers.linear.linear import KeyValueSums, LinearAttention, attend
+from linfusion_cli.strips.communicator import Exchange
 from linfusion_cli.strips.cost import Cost, Outline
 from linfusion_cli.strips.dilation import inner
-from linfusion_cli.strips.exchange import Exchange
 from linfusion_cli.strips.ops import PIECE_MULTIPLE, Strips, StripSize, Writer, as_picture, as_rows
 from linfusion_cli.strips.storage import Map
 from linfusion_cli.strips.windows import Normed

@@ -14,9 +14,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from linfusion_cli.attention import weights
+from linfusion_cli.checkpoint.store import Entry, Journal
 from linfusion_cli.jobs import attention, loading, story
-from linfusion_cli.journal import Entry, Journal
+from linfusion_cli.mixers.linear import weights
 from linfusion_cli.models import ip_adapter, load, load_controlnet, text
 from linfusion_cli.models.parts import Part
 from linfusion_cli.planning.outline import ModelOutline

@@ -38,7 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All faults are slow. Of their kinds, tests/test_journal.py and tests/cli have a quick one each."""
+    """All faults are slow. Of their kinds, tests/checkpoint/test_store.py and tests/cli have a quick one each."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.slow)

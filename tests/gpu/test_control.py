@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from linfusion_cli.attention.mount import mounted
+from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.models.load_controlnet import linear_attention
-from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize, as_rows
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.control import StripControl, WholeControl, embedded_picture

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from linfusion_cli.attention.mount import mounted
 from linfusion_cli.hardware.device import limit_device_memory
-from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.forward import Condition, strip_forward

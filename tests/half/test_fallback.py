@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from linfusion_cli.checkpoint.store import Journal
 from linfusion_cli.core.errors import NonFinite, Stopped
 from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished
 from linfusion_cli.hardware import device
@@ -16,7 +17,6 @@ from linfusion_cli.images import read_info
 from linfusion_cli.jobs import loading, plan, precision
 from linfusion_cli.jobs.latents import kept_latents
 from linfusion_cli.jobs.shelf import Shelf
-from linfusion_cli.journal import Journal
 from linfusion_cli.models import text
 from tests.half.runs import BASE, DOUBLE, HALF, files, history, notices
 from tests.marks import mostly_slow

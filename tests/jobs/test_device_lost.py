@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from linfusion_cli.checkpoint.store import Journal
 from linfusion_cli.jobs import keep
 from linfusion_cli.jobs.reached import Reached
-from linfusion_cli.journal import Journal
 from linfusion_cli.sampling.schedule import Schedule
 
 MORE = "\nSearch for `cudaErrorX' in https://docs.nvidia.com for more.\nCUDA kernel errors might be reported elsewhere."

@@ -8,9 +8,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from linfusion_cli import presets
-from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
+from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.load import load_unet
 from linfusion_cli.models.parts import Model
 from linfusion_cli.settings.request import GenerateRequest

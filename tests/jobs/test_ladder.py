@@ -6,13 +6,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from linfusion_cli.attention.mount import mounted
-from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.core.errors import CannotCreate, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
+from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.parts import Model
 from linfusion_cli.models.text import encode_prompts

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from linfusion_cli.checkpoint.store import Journal
 from linfusion_cli.core.errors import NonFinite, Stopped, UsageError
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
@@ -16,7 +17,6 @@ from linfusion_cli.hardware import device
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.story import make_picture
-from linfusion_cli.journal import Journal
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
 from tests.fakes import Listener

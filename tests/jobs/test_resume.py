@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from linfusion_cli.checkpoint.store import LOCK, Journal
 from linfusion_cli.core.errors import CannotCreate, Stopped, TryAgain, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice, StageAdvanced, StageStarted
 from linfusion_cli.core.geometry import Size
@@ -14,7 +15,6 @@ from linfusion_cli.images import read_info
 from linfusion_cli.jobs import keep, loading
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.upscale import upscale
-from linfusion_cli.journal import LOCK, Journal
 from linfusion_cli.planning import plan
 from linfusion_cli.settings.request import SCHEDULERS, GenerateRequest, UpscaleRequest
 from linfusion_cli.strips.ops import StripSize
@@ -247,7 +247,7 @@ def test_a_state_that_cannot_be_saved_does_not_end_the_run(make, tmp_path, monke
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("linfusion_cli.journal._write_synced", fail)
+    monkeypatch.setattr("linfusion_cli.checkpoint.store._write_synced", fail)
     listener = Listener()
     report = make(listener)
     told = [notice.text for notice in listener.of(Notice)]

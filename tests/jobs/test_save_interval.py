@@ -4,10 +4,10 @@ import time
 
 import pytest
 
+from linfusion_cli.checkpoint.store import Journal
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.keep import Keeper
 from linfusion_cli.jobs.reached import Reached
-from linfusion_cli.journal import Journal
 from linfusion_cli.settings.request import GenerateRequest
 
 STEP_SEC, STEPS = 1.0, 10_000

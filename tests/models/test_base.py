@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.attention.merge import PROJECTIONS
-from linfusion_cli.attention.mount import self_attentions
 from linfusion_cli.core.errors import DataError, Unavailable
+from linfusion_cli.mixers.linear.merge import PROJECTIONS
+from linfusion_cli.mixers.linear.mount import self_attentions
 from linfusion_cli.models.base import BaseWeights, find_base
 from linfusion_cli.models.locate import DEMO_FOLDER, FAMILY_BASES
 from linfusion_cli.models.parts import Model

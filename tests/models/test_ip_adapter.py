@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.attention.mount import mounted
-from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.core.errors import DataError, Unavailable
+from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.adapter_files import FoundFile
 from linfusion_cli.models.ip_adapter import load_adapters, wanted_shapes
 from linfusion_cli.models.locate_adapter import Adapter, AdapterFile, find_adapter, find_encoder, read_adapter
@@ -20,8 +20,8 @@ from linfusion_cli.models.parts import Model
 from linfusion_cli.planning.outline import ModelOutline, count
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.cost import Setting, reckon
-from tests.attention.test_weights import sdxl_unet_on_meta
 from tests.ip_in_small import HIDDEN, PROJECTION, TOKENS, adapter_tensors, write_adapter, write_encoder
+from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.models.test_locate import put_in_hub
 from tests.models.test_lora import factors_for, in_kohya_layout, layers_in, write
 from tests.models_in_small import small_sd_unet, small_xl_unet, write_linfusion

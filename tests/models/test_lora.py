@@ -12,12 +12,12 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors.torch import save_file
 from torch import nn
 
-from linfusion_cli.attention.mount import mounted, self_attentions
-from linfusion_cli.attention.weights import load_weights
 from linfusion_cli.core.errors import DataError
+from linfusion_cli.mixers.linear.mount import mounted, self_attentions
+from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.adapter_files import find_lora
 from linfusion_cli.models.lora import Merged, layer_paths, merge_lora, spelled
-from tests.attention.test_weights import sdxl_unet_on_meta
+from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.models_in_small import small_sd_unet, small_xl_unet, write_linfusion
 
 RANK = 3

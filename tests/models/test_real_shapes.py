@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from linfusion_cli.attention import weights
-from linfusion_cli.attention.weights import CONFIG_NAME, ModuleSpec, check_specs, empty, spec_of
 from linfusion_cli.core.errors import DataError
+from linfusion_cli.mixers.linear import weights
+from linfusion_cli.mixers.linear.weights import CONFIG_NAME, ModuleSpec, check_specs, empty, spec_of
 from linfusion_cli.models.families import family_of, family_of_file
 from linfusion_cli.models.header import Header
 from linfusion_cli.models.load import fitting_state
@@ -21,7 +21,7 @@ from linfusion_cli.models.original import depths_in
 from linfusion_cli.planning.outline import ModelOutline, count
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.cost import Setting, reckon
-from tests.attention.test_weights import sdxl_unet_on_meta
+from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.original_in_small import original_clip, original_open_clip, original_unet, original_vae
 from tools.bench.shapes import linear_attentions
 

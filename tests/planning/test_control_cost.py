@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from linfusion_cli.attention.mount import mounted
 from linfusion_cli.core.geometry import Size
+from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.models.families import read_facts
 from linfusion_cli.models.load_controlnet import linear_attention
 from linfusion_cli.models.parts import Model
@@ -17,7 +17,7 @@ from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Wanted, make_plan
 from linfusion_cli.sampling.ladder import Rungs, ladder
 from linfusion_cli.sampling.passes import count_passes
-from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.control import StripControl, embedded_picture

@@ -5,9 +5,9 @@ import weakref
 import pytest
 import torch
 
-from linfusion_cli.attention.mount import mounted
+from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.cost import Ledger
-from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, HostMap, Map, Storage
 from linfusion_cli.unet.cost import Setting, reckon

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.copies import streams
-from linfusion_cli.strips.exchange import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.unet.forward import strip_forward
 from tests.strips.late_card import late_card

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.stats import Moments, group_affine
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from linfusion_cli.hardware.device import resident_bytes
-from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, HostMap, Storage, mapped
 

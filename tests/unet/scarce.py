@@ -10,9 +10,9 @@ import sys
 import psutil
 import torch
 
-from linfusion_cli.attention.mount import mounted
 from linfusion_cli.hardware.device import free_memory
-from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet.predict import InStrips

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import mounted, self_attentions
 from linfusion_cli.core.errors import DataError
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.sampling.guidance import guided, guided_together
-from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet import predict

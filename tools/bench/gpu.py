@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from linfusion_cli.attention.mount import mounted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware.cuda import synchronize
 from linfusion_cli.hardware.device import PeakMemory, free_memory, pick_vae_dtype, resident_bytes
+from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.planning.conversion import STREAM_ROWS, patch_counts
 from linfusion_cli.planning.plan import STRIP_SIZES
 from linfusion_cli.planning.speed import mean_seconds
-from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.cost import Setting, reckon

@@ -5,8 +5,8 @@ import math
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import self_attentions
 from linfusion_cli.unet.forward import Condition
 
 TEXT_TOKENS, POOLED = 77, 1280

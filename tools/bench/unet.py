@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from linfusion_cli.attention.mount import mounted
 from linfusion_cli.hardware.device import PeakMemory, cpu_count, free_memory, resident_bytes
+from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.planning.needs import HEAP_BYTES
-from linfusion_cli.strips.exchange import Alone
+from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet.cost import Setting, reckon

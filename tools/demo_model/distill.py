@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.training.distillation import distillation_loss, noise_loss, start_from_originals
 from tools.demo_model import parallel
 from tools.demo_model.latents import Latents, encoded

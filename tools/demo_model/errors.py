@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from linfusion_cli.attention.mount import mounted, self_attentions
+from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from tools.demo_model.vae import as_input
 
 Modules = Mapping[str, nn.Module]

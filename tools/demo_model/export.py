@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.attention.weights import save_weights
+from linfusion_cli.mixers.linear.weights import save_weights
 from tools.demo_model.distill import load_linear
 from tools.demo_model.store import MODEL, WORK, log
 from tools.demo_model.tokenizer import FOLDER, make_tokenizer

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from linfusion_cli.attention.merge import PROJECTIONS, add_difference, keep_own
-from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, keep_own
+from linfusion_cli.mixers.linear.mount import self_attentions
 from tools.demo_model.errors import noised, predicted
 from tools.demo_model.finetune import HELD_OUT, KINDS, finetune, folder_of, load_finetuned
 from tools.demo_model.sample import load_shipped

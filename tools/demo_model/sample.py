@@ -11,8 +11,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import nn
 
-from linfusion_cli.attention.mount import mounted
-from linfusion_cli.attention.weights import load_weights
+from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.mixers.linear.weights import load_weights
 from tools.demo_model.store import MODEL, ROOT, log
 
 SIDE_PX = 256

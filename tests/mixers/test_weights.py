@@ -5,10 +5,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import self_attentions
-from linfusion_cli.attention.weights import CONFIG_NAME, WEIGHTS_NAME, load_weights, outline, save_weights, unused
 from linfusion_cli.core.errors import DataError, InputMissing
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import self_attentions
+from linfusion_cli.mixers.linear.weights import CONFIG_NAME, WEIGHTS_NAME, load_weights, outline, save_weights, unused
 from tests.models_in_small import small_xl_unet, write_linfusion
 
 

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion_cli.attention import linear
-from linfusion_cli.attention.linear import KeyValueSums, LinearAttention, attend, linear_attention
+from linfusion_cli.mixers.linear import linear
+from linfusion_cli.mixers.linear.linear import KeyValueSums, LinearAttention, attend, linear_attention
 
 
 def by_pairs(module: LinearAttention, x: Tensor) -> Tensor:

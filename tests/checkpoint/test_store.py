@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
+from linfusion_cli.checkpoint.store import Damaged, Journal
 from linfusion_cli.core.errors import CannotCreate, TryAgain, WriteFailed
-from linfusion_cli.journal import Damaged, Journal
 
 STATE = {"latents": torch.arange(12.0).reshape(1, 3, 2, 2), "steps": 3, "more": {"outputs": [None, torch.ones(2)]}}
 
@@ -85,7 +85,7 @@ def test_a_save_that_fails_leaves_the_state_before(journal, monkeypatch, failing
 
     with monkeypatch.context() as patch:
         targets = {
-            "write": "linfusion_cli.journal._write_synced",
+            "write": "linfusion_cli.checkpoint.store._write_synced",
             "fsync": "os.fsync",
             "rename": "pathlib.Path.replace",
         }
@@ -102,7 +102,7 @@ def test_a_folder_that_does_not_sync_after_the_rename_has_the_new_state(journal,
     journal.save({}, {"state": {"x": torch.zeros(3)}})
     with monkeypatch.context() as patch:
         patch.setattr(
-            "linfusion_cli.journal.sync_folder", lambda folder: (_ for _ in ()).throw(OSError(5, "I/O error"))
+            "linfusion_cli.checkpoint.store.sync_folder", lambda folder: (_ for _ in ()).throw(OSError(5, "I/O error"))
         )
         with pytest.raises(WriteFailed):
             journal.save({}, {"state": {"x": torch.ones(3)}})
@@ -190,7 +190,7 @@ def test_one_run_at_a_time_and_none_after_a_kill(tmp_path):
 
 def test_a_folder_that_vanishes_between_making_and_locking(tmp_path, monkeypatch):
     """The holder ends in that very moment, and takes its folder away."""
-    from linfusion_cli import journal as module
+    from linfusion_cli.checkpoint import store as module
 
     lock, calls = module.open_locked, []
 

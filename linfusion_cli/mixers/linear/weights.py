@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import self_attentions
 from linfusion_cli.core.errors import DataError, InputMissing
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import self_attentions
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CONFIG_NAME = "config.json"

@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.merge import PROJECTIONS, add_difference, keep_own
-from linfusion_cli.attention.mount import self_attentions
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, keep_own
+from linfusion_cli.mixers.linear.mount import self_attentions
 from tests.models_in_small import small_xl_unet
 
 

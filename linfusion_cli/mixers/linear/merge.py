@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from linfusion_cli.attention.linear import LinearAttention
+from linfusion_cli.mixers.linear.linear import LinearAttention
 
 PROJECTIONS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
 ReadLayer = Callable[[str], Mapping[str, Tensor]]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from linfusion_cli.attention.linear import LinearAttention
-from linfusion_cli.attention.mount import mounted, self_attentions
+from linfusion_cli.mixers.linear.linear import LinearAttention
+from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from tests.models_in_small import small_sd_unet
 
 
