@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from linfusion_cli.models.load import outline
-from linfusion_cli.models.lora import original_places
-from linfusion_cli.models.parts import Model
+from linfusion_cli.models.adapters.lora import original_places
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.load.parts import outline
 from tests.models_in_small import small_sd_unet, small_text_config, small_tokenizer, small_vae
 
 UNET_PLACES = {

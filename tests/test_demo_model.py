@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from linfusion_cli.models.header import read_header
+from linfusion_cli.models.files.header import read_header
 from tools.demo_model.errors import closed, noise_errors, zeroed
 from tools.demo_model.obey import FIRST, Judges, obedience, variety
 from tools.demo_model.sample import load_shipped, paint

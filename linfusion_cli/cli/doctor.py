@@ -16,7 +16,7 @@ from linfusion_cli.hardware import allocator, device
 from linfusion_cli.hardware.cuda import platform_name, quiet_start
 from linfusion_cli.hardware.device import start
 from linfusion_cli.hardware.diagnosis import why_no_device
-from linfusion_cli.models.locate import is_here
+from linfusion_cli.models.locate.model import is_here
 
 if TYPE_CHECKING:
     import torch

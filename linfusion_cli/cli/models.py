@@ -15,7 +15,7 @@ from linfusion_cli.cli.request import quieten_hub
 from linfusion_cli.core.units import format_bytes
 
 if TYPE_CHECKING:
-    from linfusion_cli.models.check import Found
+    from linfusion_cli.models.inspect.check import Found
 
 app = typer.Typer(help="Models on this machine.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -28,7 +28,7 @@ Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 def list_models(as_json: Json = False) -> None:
     """Every model on this machine: the embedded one, and what is in the hub's cache."""
     quieten_hub(download=False, quiet=True)
-    from linfusion_cli.models.inventory import on_this_machine
+    from linfusion_cli.models.inspect.inventory import on_this_machine
 
     entries = [asdict(entry) | {"path": str(entry.path)} for entry in on_this_machine()]
     render.answer(json.dumps(entries, indent=2) if as_json else render.plain(inventory_table(entries), PATH_COLUMNS))
@@ -55,7 +55,7 @@ def pull(
 ) -> None:
     """Fetch a model and LinFusion's weights for it into the hub's cache; files that are there are not fetched again."""
     quieten_hub(download=True, quiet=quiet)
-    from linfusion_cli.models.inventory import pulled
+    from linfusion_cli.models.inspect.inventory import pulled
 
     for path in pulled(name, configs, (lambda text: None) if quiet else render.say):
         gc.collect()  # ends the library's progress bars, which would draw themselves once more over the answer
@@ -69,7 +69,7 @@ def check(
 ) -> None:
     """Say what a model is; fails with 65 if it cannot be used, naming the first thing that is wrong with it."""
     quieten_hub(download=False, quiet=True)
-    from linfusion_cli.models.check import check as check_model
+    from linfusion_cli.models.inspect.check import check as check_model
 
     found = check_model(name)
     render.answer(json.dumps(asdict(found), indent=2, default=str) if as_json else described(name, found))

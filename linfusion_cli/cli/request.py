@@ -16,7 +16,7 @@ from linfusion_cli.core import signals
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.events import Notice, Observer
 from linfusion_cli.core.units import parse_seconds, parse_size
-from linfusion_cli.models.locate import is_here
+from linfusion_cli.models.locate.model import is_here
 from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest, flag
 
 R = TypeVar("R", bound=PictureRequest)

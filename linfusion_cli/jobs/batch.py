@@ -27,9 +27,9 @@ from linfusion_cli.jobs.joblist import MOST_SAID
 from linfusion_cli.jobs.listing import Job
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.results import Outcome, Record, Status, Tally
-from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.story import make_picture
 from linfusion_cli.jobs.upscale import opened
+from linfusion_cli.models.cache import Shelf
 from linfusion_cli.settings.request import PictureRequest, UpscaleRequest
 
 MOST_KEPT = 10_000  # failures that are remembered until the end: the record has all

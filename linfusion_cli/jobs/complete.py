@@ -21,9 +21,9 @@ from linfusion_cli.jobs.dtypes import DTYPES
 from linfusion_cli.jobs.keep import BESIDE, as_json, changes_since, journal_of
 from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.jobs.record import Recorder
-from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.weights import hashed_weights, made_with, to_json
-from linfusion_cli.models.digest import WeightsFile
+from linfusion_cli.models.cache import Shelf
+from linfusion_cli.models.files.digest import WeightsFile
 from linfusion_cli.settings.request import PictureRequest
 
 

@@ -17,7 +17,7 @@ from linfusion_cli.jobs.pixels import resized_reader
 from linfusion_cli.jobs.run import Run
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted
-from linfusion_cli.models.load_controlnet import LoadedControl
+from linfusion_cli.models.load.controlnet import LoadedControl
 from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet.control import PICTURE_ROWS, StripControl, WholeControl, embedded_picture

@@ -20,10 +20,10 @@ from linfusion_cli.jobs.latents import KeptLatents
 from linfusion_cli.jobs.outputs import held_picture, opened_outputs
 from linfusion_cli.jobs.prepare import Prepared, check_disk, prepare
 from linfusion_cli.jobs.record import Recorder
-from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.story import finished
 from linfusion_cli.jobs.weights import hashed_weights, to_json
-from linfusion_cli.models.digest import WeightsFile
+from linfusion_cli.models.cache import Shelf
+from linfusion_cli.models.files.digest import WeightsFile
 from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
 
 VAE_USE = "vae"

@@ -9,8 +9,8 @@ from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import MOST_BEND, Size, bend
 from linfusion_cli.core.units import user_path
 from linfusion_cli.images.read.source import SourcePicture, inspect_source
-from linfusion_cli.models.controlnet import check_fits, find_controlnet, is_union, kind_number
-from linfusion_cli.models.parts import Model
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, kind_number
 from linfusion_cli.sampling.ladder import spread
 from linfusion_cli.settings.request import PictureRequest
 

@@ -23,14 +23,14 @@ from linfusion_cli.jobs.prompts import literal_notice
 from linfusion_cli.jobs.reached import Reached
 from linfusion_cli.jobs.record import Recorder
 from linfusion_cli.jobs.run import Run
-from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.models.inversion import read_inversions
-from linfusion_cli.models.ip_adapter import encode_pictures, load_adapters
-from linfusion_cli.models.load import Vae, load_unet, load_vae
-from linfusion_cli.models.load_controlnet import LoadedControl
-from linfusion_cli.models.lora import merge_lora
-from linfusion_cli.models.text import Conditioning, Encoder, TextChanges, encode_prompts
+from linfusion_cli.models.adapters.ip_adapter import encode_pictures, load_adapters
+from linfusion_cli.models.adapters.lora import merge_lora
+from linfusion_cli.models.adapters.textual_inversion import read_inversions
+from linfusion_cli.models.cache import Shelf
+from linfusion_cli.models.load.controlnet import LoadedControl
+from linfusion_cli.models.load.parts import Vae, load_unet, load_vae
+from linfusion_cli.models.text.encode import Conditioning, Encoder, TextChanges, encode_prompts
 from linfusion_cli.planning.machine import cpu_notice
 
 UNHEARD = "The {} is too long for the model's text encoder, which did not hear its end: {!r}."

@@ -21,8 +21,8 @@ from linfusion_cli.jobs.precision import Overflowed, Work, explain_non_finite
 from linfusion_cli.jobs.reached import Begun, Reached
 from linfusion_cli.jobs.run import Run
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
-from linfusion_cli.models.load import Vae
-from linfusion_cli.models.text import Conditioning, SizeConditioning
+from linfusion_cli.models.load.parts import Vae
+from linfusion_cli.models.text.encode import Conditioning, SizeConditioning
 from linfusion_cli.planning.needs import Mode
 from linfusion_cli.sampling.demofusion import Channels, demofusion
 from linfusion_cli.sampling.denoise import denoise, sdedit

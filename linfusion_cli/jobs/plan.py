@@ -15,7 +15,7 @@ from linfusion_cli.jobs.attention import check_base
 from linfusion_cli.jobs.dtypes import WIDTHS
 from linfusion_cli.jobs.kept import OUTLINE, outline_key
 from linfusion_cli.jobs.prepare import Prepared
-from linfusion_cli.jobs.shelf import Shelf
+from linfusion_cli.models.cache import Shelf
 from linfusion_cli.planning.machine import Machine, survey
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Plan, Wanted, executed_ways, make_plan

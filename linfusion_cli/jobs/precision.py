@@ -22,8 +22,8 @@ from linfusion_cli.jobs.loading import Models, load, read_prompts
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.reached import Reached
 from linfusion_cli.jobs.run import Run
-from linfusion_cli.models.load import Vae
-from linfusion_cli.models.text import ENCODERS
+from linfusion_cli.models.load.parts import Vae
+from linfusion_cli.models.text.encode import ENCODERS
 from linfusion_cli.planning.plan import Plan
 from linfusion_cli.sampling.ladder import Phase
 

@@ -18,12 +18,12 @@ from linfusion_cli.jobs.adapter import find_adapters
 from linfusion_cli.jobs.find_controls import Controls, find_controls
 from linfusion_cli.jobs.naming import phase_path
 from linfusion_cli.jobs.prompts import check_prompts
-from linfusion_cli.models.adapter_files import find_inversion, find_lora, split_token, split_weight
-from linfusion_cli.models.base import base_here, find_base
-from linfusion_cli.models.families import ModelFacts, read_facts
-from linfusion_cli.models.locate import find_linfusion, find_model, find_vae
-from linfusion_cli.models.locate_adapter import Adapter
-from linfusion_cli.models.parts import Model, Part
+from linfusion_cli.models.families.facts import ModelFacts, read_facts
+from linfusion_cli.models.files.parts import Model, Part
+from linfusion_cli.models.locate.base import base_here, find_base
+from linfusion_cli.models.locate.files import find_inversion, find_lora, split_token, split_weight
+from linfusion_cli.models.locate.ip_adapter import Adapter
+from linfusion_cli.models.locate.model import find_linfusion, find_model, find_vae
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
 from linfusion_cli.settings.request import PictureRequest
 

@@ -11,7 +11,7 @@ from linfusion_cli.images import RowSink
 from linfusion_cli.jobs.keep import Keeper
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder, Stage
-from linfusion_cli.jobs.shelf import Shelf
+from linfusion_cli.models.cache import Shelf
 
 if TYPE_CHECKING:
     import torch

@@ -20,8 +20,8 @@ from linfusion_cli.jobs.latents import write_latents
 from linfusion_cli.jobs.outputs import held_latents, held_picture, opened_outputs, opened_phases, retell
 from linfusion_cli.jobs.prepare import check_disk, prepare
 from linfusion_cli.jobs.record import Recorder
-from linfusion_cli.jobs.shelf import Shelf
 from linfusion_cli.jobs.weights import hashed_weights, to_json
+from linfusion_cli.models.cache import Shelf
 from linfusion_cli.settings.request import PictureRequest
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from linfusion_cli.jobs.dtypes import DTYPES
 from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.jobs.record import Recorder
-from linfusion_cli.jobs.shelf import Shelf
-from linfusion_cli.models.digest import WeightsFile, digested
-from linfusion_cli.models.locate import LINFUSION_WEIGHTS
-from linfusion_cli.models.parts import PARTS, weights_files
+from linfusion_cli.models.cache import Shelf
+from linfusion_cli.models.files.digest import WeightsFile, digested
+from linfusion_cli.models.files.parts import PARTS, weights_files
+from linfusion_cli.models.locate.model import LINFUSION_WEIGHTS
 from linfusion_cli.settings.request import PictureRequest
 
 WHOLE = "model"  # the use of a file that holds a whole model

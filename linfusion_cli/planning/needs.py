@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.models.families import ModelFacts
+from linfusion_cli.models.families.facts import ModelFacts
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.strips.cost import Ledger

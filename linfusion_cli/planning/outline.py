@@ -14,11 +14,11 @@ from torch import nn
 from linfusion_cli.mixers.linear import weights
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
-from linfusion_cli.models.ip_adapter import load_adapters
-from linfusion_cli.models.load import Vae, outline, vae_kind
-from linfusion_cli.models.load_controlnet import LoadedControl
-from linfusion_cli.models.locate_adapter import Adapter
-from linfusion_cli.models.parts import Model, Part
+from linfusion_cli.models.adapters.ip_adapter import load_adapters
+from linfusion_cli.models.files.parts import Model, Part
+from linfusion_cli.models.load.controlnet import LoadedControl
+from linfusion_cli.models.load.parts import Vae, outline, vae_kind
+from linfusion_cli.models.locate.ip_adapter import Adapter
 
 
 @dataclass(frozen=True)

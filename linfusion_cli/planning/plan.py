@@ -11,7 +11,7 @@ from linfusion_cli.core.errors import DoesNotFit
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import bytes_at_least, format_bytes
 from linfusion_cli.images.process.scratch import BYTES_PER_PX
-from linfusion_cli.models.families import ModelFacts
+from linfusion_cli.models.families.facts import ModelFacts
 from linfusion_cli.planning.conversion import Kind, methods_for
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.needs import Mode, Need, Reckoner

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.models.locate import DEMO_FOLDER, FAMILY_BASES
+from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
 from tests.control_in_small import small_control, write_control
 from tests.fake_hub import COMMIT, serving
 from tests.ip_in_small import write_adapter
@@ -129,8 +129,8 @@ def test_check_of_what_is_incomplete(cli, xl_model, tmp_path, lost):
 
 
 def test_linfusion_weights_of_another_model_are_named(cli, xl_model, sd_model, tmp_path):
-    from linfusion_cli.models.load import load_unet
-    from linfusion_cli.models.parts import Model
+    from linfusion_cli.models.files.parts import Model
+    from linfusion_cli.models.load.parts import load_unet
 
     folder = shutil.copytree(sd_model, tmp_path / "copy")
     write_linfusion(folder / "linfusion", load_unet(Model(xl_model), torch.float32))

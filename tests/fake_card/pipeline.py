@@ -32,7 +32,7 @@ from linfusion_cli.core.errors import Stopped
 from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs import pixels, story
-from linfusion_cli.models.families import ModelFacts
+from linfusion_cli.models.families.facts import ModelFacts
 from linfusion_cli.planning import machine, plan
 from linfusion_cli.planning.conversion import patch_counts
 from linfusion_cli.planning.machine import Machine

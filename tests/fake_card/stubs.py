@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from linfusion_cli.checkpoint.store import Entry, Journal
 from linfusion_cli.jobs import attention, loading, story
 from linfusion_cli.mixers.linear import weights
-from linfusion_cli.models import ip_adapter, load, load_controlnet, text
-from linfusion_cli.models.parts import Part
+from linfusion_cli.models.adapters import ip_adapter
+from linfusion_cli.models.files.parts import Part
+from linfusion_cli.models.load import controlnet
+from linfusion_cli.models.load import parts as load_parts
+from linfusion_cli.models.text import encode
 from linfusion_cli.planning.outline import ModelOutline
 from tests.fake_card.tensor import CPU, FakeTensor
 
@@ -75,7 +78,7 @@ def fake_part(kind: type[nn.Module], part: Part, dtype: torch.dtype, device: tor
 @cache
 def made_once(kind: type[nn.Module], part: Part) -> nn.Module:
     """The outline of a network, which takes longer to make than to copy."""
-    return load.outline(kind, part)
+    return load_parts.outline(kind, part)
 
 
 read_outline = cache(ModelOutline.read)
@@ -161,7 +164,7 @@ def stubbed(checkpoints: Checkpoints, sink: CountingSink) -> Iterator[None]:
         yield sink
 
     with ExitStack() as stack:
-        for module in (load, text, ip_adapter, load_controlnet):
+        for module in (load_parts, encode, ip_adapter, controlnet):
             stack.enter_context(patch.object(module, "load_part", fake_part))
         stack.enter_context(patch.object(ModelOutline, "read", known_outline))
         stack.enter_context(patch.object(attention, "load_weights", fake_linear))

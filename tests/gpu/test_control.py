@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from linfusion_cli.mixers.linear.mount import mounted
-from linfusion_cli.models.load_controlnet import linear_attention
+from linfusion_cli.models.load.controlnet import linear_attention
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize, as_rows
 from linfusion_cli.strips.storage import PLACES, Storage

@@ -16,8 +16,8 @@ from linfusion_cli.hardware import device
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs import loading, plan, precision
 from linfusion_cli.jobs.latents import kept_latents
-from linfusion_cli.jobs.shelf import Shelf
-from linfusion_cli.models import text
+from linfusion_cli.models.cache import Shelf
+from linfusion_cli.models.text import encode as text_encode
 from tests.half.runs import BASE, DOUBLE, HALF, files, history, notices
 from tests.marks import mostly_slow
 from tests.models_in_small import small_vae
@@ -193,8 +193,8 @@ def test_without_room_for_it_the_last_good_state_waits_for_more(make, clear, for
 
 
 def test_prompts_are_encoded_anew_and_what_was_said_of_them_is_not_said_twice(make, forwards, monkeypatch):
-    heard, encode = [], text._encode
-    monkeypatch.setattr(text, "_encode", lambda *args: heard.append(args[0].network.dtype) or encode(*args))
+    heard, encode = [], text_encode._encode
+    monkeypatch.setattr(text_encode, "_encode", lambda *args: heard.append(args[0].network.dtype) or encode(*args))
     forwards.bad = {(BASE, 2): {"float16"}}
     made = make(prompt="a hill " * 60)
     assert heard == [torch.float16] * 2 + [torch.bfloat16] * 2

@@ -18,7 +18,7 @@ from linfusion_cli.jobs.batch import looked_for, made
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.jobs.joblist import Entry
 from linfusion_cli.jobs.kept import VAE
-from linfusion_cli.models.tokens import load_tokenizer
+from linfusion_cli.models.text.tokens import load_tokenizer
 from tests.batches import builder, carried_out, entries
 from tests.control_in_small import small_control, write_control
 from tests.ip_in_small import write_adapter, write_encoder, write_picture
@@ -50,7 +50,7 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(loading, "load_unet", counting("unet", loading.load_unet))
     monkeypatch.setattr(loading, "load_vae", counting("vae", loading.load_vae))
-    monkeypatch.setattr("linfusion_cli.models.text.load_tokenizer", counting("text", load_tokenizer))
+    monkeypatch.setattr("linfusion_cli.models.text.encode.load_tokenizer", counting("text", load_tokenizer))
     return counts
 
 

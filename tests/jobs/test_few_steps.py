@@ -11,8 +11,8 @@ from linfusion_cli import presets
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.mixers.linear.weights import load_weights
-from linfusion_cli.models.load import load_unet
-from linfusion_cli.models.parts import Model
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.load.parts import load_unet
 from linfusion_cli.settings.request import GenerateRequest
 from tests.fakes import Listener
 
@@ -72,7 +72,7 @@ def test_the_ladder_runs_a_few_steps_in_each_phase(make, preset):
 
 
 def test_linear_attention_hears_the_lora_too(xl_model, lora):
-    from linfusion_cli.models.lora import merge_lora
+    from linfusion_cli.models.adapters.lora import merge_lora
 
     unet = load_unet(Model(xl_model), torch.float32)
     linear = load_weights(xl_model / "linfusion", unet, torch.float32)

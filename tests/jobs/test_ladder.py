@@ -13,9 +13,9 @@ from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.mixers.linear.weights import load_weights
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.parts import Model
-from linfusion_cli.models.text import encode_prompts
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.text.encode import encode_prompts
 from linfusion_cli.planning import machine, plan
 from linfusion_cli.planning.speed import Speed
 from linfusion_cli.sampling.noise import phase_noise
@@ -195,7 +195,7 @@ def test_latents_can_be_enlarged_instead_of_pixels(make, tmp_path, save):
 def test_what_sdxl_is_told_of_sizes_can_be_said(make, monkeypatch):
     told = []
     monkeypatch.setattr(
-        "linfusion_cli.models.text.Embedding.added",
+        "linfusion_cli.models.text.encode.Embedding.added",
         lambda self, sizes: (
             told.append(sizes.numbers)
             or {"text_embeds": self.pooled, "time_ids": torch.tensor([sizes.numbers], dtype=torch.float32)}

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.mixers.linear.merge import PROJECTIONS
 from linfusion_cli.mixers.linear.mount import self_attentions
-from linfusion_cli.models.base import BaseWeights, find_base
-from linfusion_cli.models.locate import DEMO_FOLDER, FAMILY_BASES
-from linfusion_cli.models.parts import Model
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.locate.base import BaseWeights, find_base
+from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
 from tests.models.test_locate import put_in_hub
 from tests.models_in_small import small_xl_unet
 

@@ -5,9 +5,9 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.parts import Model
-from linfusion_cli.models.text import TextChanges, encode_prompts, heard_layer
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.text.encode import TextChanges, encode_prompts, heard_layer
 
 CPU = torch.device("cpu")
 PROMPTS = "a hill", "a cat"

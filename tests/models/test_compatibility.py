@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.locate import FAMILY_BASES, find_model
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.locate.model import FAMILY_BASES, find_model
 from tests.models.test_locate import put_in_hub
 from tests.models_in_small import scheduler_config
 from tests.original_in_small import without_weights, write_original

@@ -6,10 +6,10 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from linfusion_cli.core.errors import DataError, UsageError
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.inversion import read_inversion, read_inversions
-from linfusion_cli.models.parts import Model
-from linfusion_cli.models.text import TextChanges, encode_prompts
+from linfusion_cli.models.adapters.textual_inversion import read_inversion, read_inversions
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.text.encode import TextChanges, encode_prompts
 from tests.models_in_small import TEXT_WIDTH
 
 CPU = torch.device("cpu")

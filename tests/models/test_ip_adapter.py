@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.mixers.linear.weights import load_weights
-from linfusion_cli.models.adapter_files import FoundFile
-from linfusion_cli.models.ip_adapter import load_adapters, wanted_shapes
-from linfusion_cli.models.locate_adapter import Adapter, AdapterFile, find_adapter, find_encoder, read_adapter
-from linfusion_cli.models.lora import merge_lora
-from linfusion_cli.models.parts import Model
+from linfusion_cli.models.adapters.ip_adapter import load_adapters, wanted_shapes
+from linfusion_cli.models.adapters.lora import merge_lora
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.locate.files import FoundFile
+from linfusion_cli.models.locate.ip_adapter import Adapter, AdapterFile, find_adapter, find_encoder, read_adapter
 from linfusion_cli.planning.outline import ModelOutline, count
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.cost import Setting, reckon

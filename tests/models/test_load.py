@@ -8,11 +8,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.load import load_unet, load_vae
-from linfusion_cli.models.parts import Model, Part
-from linfusion_cli.models.text import SizeConditioning, encode_prompts
-from linfusion_cli.models.tokens import load_tokenizer, tokenize
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.files.parts import Model, Part
+from linfusion_cli.models.load.parts import load_unet, load_vae
+from linfusion_cli.models.text.encode import SizeConditioning, encode_prompts
+from linfusion_cli.models.text.tokens import load_tokenizer, tokenize
 from tests.models_in_small import small_text_config, write_small_xl
 
 CPU = torch.device("cpu")

@@ -4,16 +4,16 @@ import shutil
 import pytest
 
 from linfusion_cli.core.errors import DataError, Unavailable
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.hub import download_patterns
-from linfusion_cli.models.locate import (
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.files.hub import download_patterns
+from linfusion_cli.models.files.parts import Model, Part, weights_files
+from linfusion_cli.models.locate.model import (
     DEMO_FOLDER,
     find_linfusion,
     find_model,
     find_vae,
     is_here,
 )
-from linfusion_cli.models.parts import Model, Part, weights_files
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_pickles_are_refused_with_a_way_to_convert(copy):
 def test_download_fetches_only_what_is_not_here(xl_model, monkeypatch):
     """With --download a complete model runs without a network, and one that was cut off is fetched."""
     snapshot = put_in_hub(xl_model, "someone/small-xl")
-    monkeypatch.setattr("linfusion_cli.models.hub.fetch", lambda name, kind: f"fetched {name}")
+    monkeypatch.setattr("linfusion_cli.models.files.hub.fetch", lambda name, kind: f"fetched {name}")
     assert find_model("someone/small-xl", download=True) == Model(snapshot)
     (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert find_model("someone/small-xl", download=True) == Model("fetched someone/small-xl")

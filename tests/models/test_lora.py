@@ -15,8 +15,8 @@ from torch import nn
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.mixers.linear.weights import load_weights
-from linfusion_cli.models.adapter_files import find_lora
-from linfusion_cli.models.lora import Merged, layer_paths, merge_lora, spelled
+from linfusion_cli.models.adapters.lora import Merged, layer_paths, merge_lora, spelled
+from linfusion_cli.models.locate.files import find_lora
 from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.models_in_small import small_sd_unet, small_xl_unet, write_linfusion
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linfusion_cli.core.errors import DataError, LinfusionError
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.header import read_header
-from linfusion_cli.models.load import load_unet, load_vae
-from linfusion_cli.models.locate import FAMILY_BASES, find_model
-from linfusion_cli.models.parts import Model, Part
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.files.header import read_header
+from linfusion_cli.models.files.parts import Model, Part
+from linfusion_cli.models.load.parts import load_unet, load_vae
+from linfusion_cli.models.locate.model import FAMILY_BASES, find_model
 from tests.models.test_locate import put_in_hub
 from tests.original_in_small import without_weights, write_original
 

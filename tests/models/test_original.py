@@ -9,11 +9,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from safetensors.torch import load_file, save_file
 
 from linfusion_cli.core.errors import DataError, Unavailable
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.load import load_part, load_unet, load_vae, outline
-from linfusion_cli.models.locate import FAMILY_BASES, find_model, find_vae
-from linfusion_cli.models.parts import Model
-from linfusion_cli.models.text import encode_prompts
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.load.parts import load_part, load_unet, load_vae, outline
+from linfusion_cli.models.locate.model import FAMILY_BASES, find_model, find_vae
+from linfusion_cli.models.text.encode import encode_prompts
 from tests.models.test_locate import put_in_hub
 from tests.models_in_small import small_xl_unet, write_small_sd, write_small_xl
 from tests.original_in_small import (
@@ -107,7 +107,9 @@ def test_without_the_familys_configs_one_sentence_says_what_to_pull(family):
 
 def test_with_download_only_configs_are_fetched(family, monkeypatch):
     asked = []
-    monkeypatch.setattr("linfusion_cli.models.locate.fetch", lambda *given, **options: asked.append((given, options)))
+    monkeypatch.setattr(
+        "linfusion_cli.models.locate.model.fetch", lambda *given, **options: asked.append((given, options))
+    )
     find_model(str(family[2]), download=True)
     assert asked == [((FAMILY_BASES[family[0]], "--model"), {"configs_only": True})]
 

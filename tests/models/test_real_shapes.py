@@ -14,10 +14,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.mixers.linear import weights
 from linfusion_cli.mixers.linear.weights import CONFIG_NAME, ModuleSpec, check_specs, empty, spec_of
-from linfusion_cli.models.families import family_of, family_of_file
-from linfusion_cli.models.header import Header
-from linfusion_cli.models.load import fitting_state
-from linfusion_cli.models.original import depths_in
+from linfusion_cli.models.families.facts import family_of, family_of_file
+from linfusion_cli.models.files.header import Header
+from linfusion_cli.models.load.parts import fitting_state
+from linfusion_cli.models.load.single_file import depths_in
 from linfusion_cli.planning.outline import ModelOutline, count
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.cost import Setting, reckon

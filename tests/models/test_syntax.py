@@ -2,7 +2,7 @@
 
 import pytest
 
-from linfusion_cli.models.syntax import commands_in, option_in, plain_brackets_in
+from linfusion_cli.models.text.prompt_syntax import commands_in, option_in, plain_brackets_in
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.lora import merge_lora, merge_text_lora, text_layer_paths
-from linfusion_cli.models.lora_file import read_lora
-from linfusion_cli.models.parts import Model
-from linfusion_cli.models.text import TextChanges, encode_prompts
+from linfusion_cli.models.adapters.lora import merge_lora, merge_text_lora, text_layer_paths
+from linfusion_cli.models.adapters.lora_file import read_lora
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.text.encode import TextChanges, encode_prompts
 from tests.models_in_small import small_sd_unet
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.mixers.linear.mount import mounted
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.load_controlnet import linear_attention
-from linfusion_cli.models.parts import Model
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.load.controlnet import linear_attention
 from linfusion_cli.planning.needs import Need
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Wanted, make_plan

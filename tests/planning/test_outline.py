@@ -4,8 +4,8 @@ from collections import Counter
 
 from torch import nn
 
-from linfusion_cli.models.locate import DEMO_FOLDER
-from linfusion_cli.models.parts import Model
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.locate.model import DEMO_FOLDER
 from linfusion_cli.planning import outline
 from linfusion_cli.planning.outline import ModelOutline
 from tests.planning.test_plan import GIB, machine, plan

@@ -12,9 +12,9 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import parse_bytes
 from linfusion_cli.jobs.plan import plan_run
 from linfusion_cli.jobs.prepare import prepare
-from linfusion_cli.models.families import read_facts
-from linfusion_cli.models.locate import DEMO_FOLDER
-from linfusion_cli.models.parts import Model
+from linfusion_cli.models.families.facts import read_facts
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.locate.model import DEMO_FOLDER
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import MARGIN_BYTES, STRIP_SIZES, Plan, Wanted, make_plan

@@ -12,7 +12,7 @@ from torch import Tensor
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
-from linfusion_cli.models.load_controlnet import linear_attention
+from linfusion_cli.models.load.controlnet import linear_attention
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize, as_rows
 from linfusion_cli.strips.storage import PLACES, HostMap, Storage

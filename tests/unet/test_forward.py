@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.mixers.linear.weights import load_weights
-from linfusion_cli.models.load import load_unet
-from linfusion_cli.models.locate import DEMO_FOLDER
-from linfusion_cli.models.parts import Model
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.load.parts import load_unet
+from linfusion_cli.models.locate.model import DEMO_FOLDER
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage

@@ -7,8 +7,8 @@ import torch
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.images.read.source import inspect_source
-from linfusion_cli.models.ip_adapter import load_adapters
-from linfusion_cli.models.locate_adapter import Adapter, read_adapter
+from linfusion_cli.models.adapters.ip_adapter import load_adapters
+from linfusion_cli.models.locate.ip_adapter import Adapter, read_adapter
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.check import check_supported

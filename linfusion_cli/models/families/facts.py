@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli.core.errors import DataError, Unavailable
-from linfusion_cli.models.compatibility import KINDS, POOLED_TEXT, UNET, ZERO_SNR, check_compatible, prediction_in
-from linfusion_cli.models.header import Header, read_header
-from linfusion_cli.models.parts import Model, Part
+from linfusion_cli.models.families.compatibility import (
+    KINDS,
+    POOLED_TEXT,
+    UNET,
+    ZERO_SNR,
+    check_compatible,
+    prediction_in,
+)
+from linfusion_cli.models.files.header import Header, read_header
+from linfusion_cli.models.files.parts import Model, Part
 
 FAMILY_NAMES = {"sdxl": "SDXL", "sd21": "SD 2.1", "sd15": "SD 1.5"}
 # In a single file: what the names of the VAE begin with, and those that only SDXL's refiner has.

@@ -17,19 +17,19 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.core.units import is_file, is_folder, user_path
 from linfusion_cli.mixers.linear import weights
-from linfusion_cli.models.adapter_files import MODEL, find_file, find_lora, is_hub_file, is_lora
-from linfusion_cli.models.controlnet import UNION_NAMES
-from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts
-from linfusion_cli.models.header import COUNTERS, Header, read_header
-from linfusion_cli.models.hub import cached
-from linfusion_cli.models.inversion import is_inversion, read_inversion
-from linfusion_cli.models.load import AGAIN, checked_headers, fitting_state, misfit, outline, plain, vae_kind
-from linfusion_cli.models.locate import DEMO, LAYOUTS, check_weights_name, find_linfusion, find_model
-from linfusion_cli.models.locate_adapter import INPUTS, read_adapter
-from linfusion_cli.models.lora_file import read_lora
-from linfusion_cli.models.original import place_in
-from linfusion_cli.models.parts import Model, Part
-from linfusion_cli.models.tokens import load_tokenizer
+from linfusion_cli.models.adapters.lora_file import read_lora
+from linfusion_cli.models.adapters.textual_inversion import is_inversion, read_inversion
+from linfusion_cli.models.families.facts import FAMILY_NAMES, read_config, read_facts
+from linfusion_cli.models.files.header import COUNTERS, Header, read_header
+from linfusion_cli.models.files.hub import cached
+from linfusion_cli.models.files.parts import Model, Part
+from linfusion_cli.models.load.parts import AGAIN, checked_headers, fitting_state, misfit, outline, plain, vae_kind
+from linfusion_cli.models.load.single_file import place_in
+from linfusion_cli.models.locate.controlnet import UNION_NAMES
+from linfusion_cli.models.locate.files import MODEL, find_file, find_lora, is_hub_file, is_lora
+from linfusion_cli.models.locate.ip_adapter import INPUTS, read_adapter
+from linfusion_cli.models.locate.model import DEMO, LAYOUTS, check_weights_name, find_linfusion, find_model
+from linfusion_cli.models.text.tokens import load_tokenizer
 
 ALONE = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, ControlNetModel)}
 ALONE |= dict.fromkeys(UNION_NAMES, ControlNetUnionModel)

@@ -7,10 +7,10 @@ from typing import Any
 
 from linfusion_cli.core.errors import DataError, Unavailable, UsageError
 from linfusion_cli.core.units import is_file, is_folder, user_path
-from linfusion_cli.models.families import factor, read_config
-from linfusion_cli.models.hub import find_in_hub
-from linfusion_cli.models.locate import check_weights_name
-from linfusion_cli.models.parts import Model, weights_files
+from linfusion_cli.models.families.facts import factor, read_config
+from linfusion_cli.models.files.hub import find_in_hub
+from linfusion_cli.models.files.parts import Model, weights_files
+from linfusion_cli.models.locate.model import check_weights_name
 
 PLAIN, UNION = "ControlNetModel", "ControlNetUnionModel"
 UNION_NAMES = (UNION, "ControlNetModel_Union")  # the second by those who made them

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.models.parts import pickled
+from linfusion_cli.models.files.parts import pickled
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 COUNTERS = ("position_ids", "num_batches_tracked")  # the whole numbers that networks keep beside their weights

@@ -22,10 +22,10 @@ from transformers import CLIPVisionModelWithProjection
 from linfusion_cli.core.errors import DataError, first_line
 from linfusion_cli.core.units import is_file
 from linfusion_cli.hardware.device import is_out_of_memory
-from linfusion_cli.models.families import family_of
-from linfusion_cli.models.load import load_part
-from linfusion_cli.models.locate_adapter import OUTPUTS, PLAIN, Adapter, AdapterFile
-from linfusion_cli.models.parts import Part
+from linfusion_cli.models.families.facts import family_of
+from linfusion_cli.models.files.parts import Part
+from linfusion_cli.models.load.parts import load_part
+from linfusion_cli.models.locate.ip_adapter import OUTPUTS, PLAIN, Adapter, AdapterFile
 
 PLAIN_TOKENS = 4  # that a plain adapter makes of its picture, side by side in the rows of one matrix
 LOADING_ERRORS = (RuntimeError, ValueError, KeyError, IndexError, AttributeError, SafetensorError, OSError)

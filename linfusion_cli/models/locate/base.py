@@ -10,10 +10,10 @@ from safetensors import safe_open
 
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.core.units import is_file, is_folder, user_path
-from linfusion_cli.models.header import read_header
-from linfusion_cli.models.hub import SMALL_FILES, cached, download_patterns, hub_errors, split_revision
-from linfusion_cli.models.locate import DEMO, DEMO_FOLDER, FAMILY_BASES
-from linfusion_cli.models.parts import Model, weights_files
+from linfusion_cli.models.files.header import read_header
+from linfusion_cli.models.files.hub import SMALL_FILES, cached, download_patterns, hub_errors, split_revision
+from linfusion_cli.models.files.parts import Model, weights_files
+from linfusion_cli.models.locate.model import DEMO, DEMO_FOLDER, FAMILY_BASES
 
 if TYPE_CHECKING:
     from torch import Tensor

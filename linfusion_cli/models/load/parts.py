@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from linfusion_cli.core.errors import DataError, NonFinite, Unavailable, first_line
 from linfusion_cli.hardware.device import is_out_of_memory
-from linfusion_cli.models.families import read_config
-from linfusion_cli.models.header import Header, read_header
-from linfusion_cli.models.original import depths_in, state_in
-from linfusion_cli.models.parts import Model, Part
+from linfusion_cli.models.families.facts import read_config
+from linfusion_cli.models.files.header import Header, read_header
+from linfusion_cli.models.files.parts import Model, Part
+from linfusion_cli.models.load.single_file import depths_in, state_in
 
 Vae = AutoencoderKL | AutoencoderTiny
 Network = TypeVar("Network", bound=nn.Module)

@@ -12,9 +12,9 @@ from torch import nn
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import self_attentions
-from linfusion_cli.models.controlnet import is_union
-from linfusion_cli.models.load import load_part, outline
-from linfusion_cli.models.parts import Part
+from linfusion_cli.models.files.parts import Part
+from linfusion_cli.models.load.parts import load_part, outline
+from linfusion_cli.models.locate.controlnet import is_union
 
 ControlNet = ControlNetModel | ControlNetUnionModel
 

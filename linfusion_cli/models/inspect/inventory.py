@@ -9,12 +9,12 @@ from pathlib import Path
 from linfusion_cli import presets
 from linfusion_cli.core.errors import LinfusionError, UsageError
 from linfusion_cli.core.units import is_file, is_folder, user_path
-from linfusion_cli.models.adapter_files import LORA, Kind, fetch_file, is_lora, split_hub_name
-from linfusion_cli.models.families import FAMILY_NAMES, read_config, read_facts
-from linfusion_cli.models.header import read_header
-from linfusion_cli.models.hub import fetch, is_fetched_whole
-from linfusion_cli.models.locate import DEMO, DEMO_FOLDER, PUBLISHED_LINFUSION
-from linfusion_cli.models.parts import CONVERT, LINFUSION, Model
+from linfusion_cli.models.families.facts import FAMILY_NAMES, read_config, read_facts
+from linfusion_cli.models.files.header import read_header
+from linfusion_cli.models.files.hub import fetch, is_fetched_whole
+from linfusion_cli.models.files.parts import CONVERT, LINFUSION, Model
+from linfusion_cli.models.locate.files import LORA, Kind, fetch_file, is_lora, split_hub_name
+from linfusion_cli.models.locate.model import DEMO, DEMO_FOLDER, PUBLISHED_LINFUSION
 
 PULLED = Kind("models pull", "a model", LORA.usual, CONVERT)
 

@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from linfusion_cli.core.errors import DataError, Unavailable, UsageError
 from linfusion_cli.core.units import is_file, is_folder, user_path
-from linfusion_cli.models.header import Header
-from linfusion_cli.models.hub import cached, hub_errors, split_revision
-from linfusion_cli.models.parts import CONVERT, PICKLES
+from linfusion_cli.models.files.header import Header
+from linfusion_cli.models.files.hub import cached, hub_errors, split_revision
+from linfusion_cli.models.files.parts import CONVERT, PICKLES
 
 LARGEST_LORA_WEIGHT = 10.0
 SAFE = ".safetensors"

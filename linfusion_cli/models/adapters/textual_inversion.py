@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from linfusion_cli.core.errors import DataError, UsageError
-from linfusion_cli.models.header import Header, read_header
+from linfusion_cli.models.files.header import Header, read_header
 
 A1111_KEY = "emb_params"
 ENCODER_KEYS = {

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.core.units import is_file, is_folder, user_path
-from linfusion_cli.models.adapter_files import MODEL, find_file, is_hub_file
-from linfusion_cli.models.compatibility import check_markers
-from linfusion_cli.models.families import family_of_file, read_config, read_facts
-from linfusion_cli.models.header import read_header
-from linfusion_cli.models.hub import cached, fetch, find_in_hub
-from linfusion_cli.models.parts import LINFUSION, PARTS, PICKLES, Model, Part, pickled, weights_files
+from linfusion_cli.models.families.compatibility import check_markers
+from linfusion_cli.models.families.facts import family_of_file, read_config, read_facts
+from linfusion_cli.models.files.header import read_header
+from linfusion_cli.models.files.hub import cached, fetch, find_in_hub
+from linfusion_cli.models.files.parts import LINFUSION, PARTS, PICKLES, Model, Part, pickled, weights_files
+from linfusion_cli.models.locate.files import MODEL, find_file, is_hub_file
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.core.units import is_file, is_folder, user_path
 from linfusion_cli.images.read.source import SourcePicture
-from linfusion_cli.models.adapter_files import FoundFile, Kind, find_file
-from linfusion_cli.models.families import read_config
-from linfusion_cli.models.header import read_header
-from linfusion_cli.models.hub import hub_errors, split_revision
-from linfusion_cli.models.parts import PICKLES, weights_files
+from linfusion_cli.models.families.facts import read_config
+from linfusion_cli.models.files.header import read_header
+from linfusion_cli.models.files.hub import hub_errors, split_revision
+from linfusion_cli.models.files.parts import PICKLES, weights_files
+from linfusion_cli.models.locate.files import FoundFile, Kind, find_file
 
 P = TypeVar("P", bound=PurePath)
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.models.header import Header, read_header
+from linfusion_cli.models.files.header import Header, read_header
 
 FACTOR = re.compile(r"(?P<layer>.+)[._]lora(?:_linear_layer)?[._](?P<side>A|B|down|up)\.weight")
 SIDES = {"A": "down", "B": "up"}

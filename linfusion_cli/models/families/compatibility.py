@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.models.header import Header
+from linfusion_cli.models.files.header import Header
 
 KINDS = "Use a text-to-image model of the SDXL, SD 2.1 or SD 1.5 family."
 # In a single file: what the names of its networks begin with, and the embedding that only SDXL has.

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from linfusion_cli.core.errors import Unavailable, first_line
-from linfusion_cli.models.parts import LINFUSION, PARTS
+from linfusion_cli.models.files.parts import LINFUSION, PARTS
 
 SMALL_FILES = ("*.json", "*.txt", "*.model")
 

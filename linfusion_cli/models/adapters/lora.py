@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.models.lora_file import PREFIX, UNET, Factors, Lora, read_lora
+from linfusion_cli.models.adapters.lora_file import PREFIX, UNET, Factors, Lora, read_lora
 
 OTHER_FAMILY = "Use a LoRA made for this model's family."
 ORIGINAL_PLACES = {

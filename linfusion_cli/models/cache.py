@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from linfusion_cli.models.digest import Identity
+from linfusion_cli.models.files.digest import Identity
 
 Thing = TypeVar("Thing")
 Key = Callable[[], Hashable]  # called only where something may be kept

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.models.compatibility import UNET
-from linfusion_cli.models.families import VAE
-from linfusion_cli.models.header import Header
+from linfusion_cli.models.families.compatibility import UNET
+from linfusion_cli.models.families.facts import VAE
+from linfusion_cli.models.files.header import Header
 
 CLIP = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 OPEN_CLIP = "cond_stage_model.model."  # the one encoder of SD 2.1

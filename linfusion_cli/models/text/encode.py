@@ -15,13 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from linfusion_cli.core.errors import NonFinite, UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.models.families import ModelFacts, read_config
-from linfusion_cli.models.inversion import Inversion, add_words, check_widths
-from linfusion_cli.models.load import load_part
-from linfusion_cli.models.lora import merge_text_lora
-from linfusion_cli.models.lora_file import check_parts
-from linfusion_cli.models.parts import Model
-from linfusion_cli.models.tokens import load_tokenizer, tokenize
+from linfusion_cli.models.adapters.lora import merge_text_lora
+from linfusion_cli.models.adapters.lora_file import check_parts
+from linfusion_cli.models.adapters.textual_inversion import Inversion, add_words, check_widths
+from linfusion_cli.models.families.facts import ModelFacts, read_config
+from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.load.parts import load_part
+from linfusion_cli.models.text.tokens import load_tokenizer, tokenize
 
 ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
