@@ -34,7 +34,7 @@ __all__ = [
     "request_json",
     "scrubbed",
     "srgb_profile",
-    "verify",
+    "verify_image",
     "without_prompt",
     "xmp_packet",
 ]

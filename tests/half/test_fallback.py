@@ -86,9 +86,9 @@ def test_files_report_and_notice_tell_it(make, forwards):
 def test_files_of_other_formats_tell_it_too(make, forwards, format):
     forwards.bad = {(BASE, 0): {"float16"}}
     make(output=Path(f"a.{format}"))
-    from linfusion_cli.images.verify import verify
+    from linfusion_cli.images.verify.verify import verify_image
 
-    assert verify(Path(f"a.{format}")).request["dtypes"] == history((0, 0, "bfloat16"))
+    assert verify_image(Path(f"a.{format}")).request["dtypes"] == history((0, 0, "bfloat16"))
 
 
 @pytest.mark.parametrize(

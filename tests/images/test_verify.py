@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from linfusion_cli.core.errors import DataError, InputMissing
 from linfusion_cli.images import PictureInfo, PreviewSink, open_sink, read_info, without_prompt
-from linfusion_cli.images.verify import verify
+from linfusion_cli.images.verify.verify import verify_image
 from linfusion_cli.images.write import ifd, tiff
 from linfusion_cli.images.write.jpeg import segments
 from tests.images.conftest import picture
@@ -73,7 +73,7 @@ def data_of(path):
 @pytest.mark.parametrize(("format", "compression", "bits"), KINDS)
 def test_what_was_written_is_verified(tmp_path, info, format, compression, bits, size):
     path = written(tmp_path / "a", format, compression, bits, info, size)
-    found = verify(path)
+    found = verify_image(path)
     assert found == read_info(path)
     assert found.file_sha256 == by_the_rule(path)
     assert found.request == info.request
@@ -84,21 +84,21 @@ def test_what_was_written_is_verified(tmp_path, info, format, compression, bits,
 def test_what_looks_like_a_checksum_is_left_alone(tmp_path, info, format, length):
     prompt = LOOKALIKE + "é" * length  # longer than a JPEG's segment
     info = dataclasses.replace(info, prompt=prompt, request={"prompt": prompt}, parameters=prompt)
-    found = verify(written(tmp_path / "a", format, None, 8, info))
+    found = verify_image(written(tmp_path / "a", format, None, 8, info))
     assert found.request == {"prompt": prompt}
     assert set(found.file_sha256) <= set("0123456789abcdef") and found.file_sha256 != "0" * 64
 
 
 @pytest.mark.parametrize("format", ["tiff", "png", "jpeg"])
 def test_no_file_is_without_a_checksum(tmp_path, info, format):
-    assert verify(written(tmp_path / "a", format, None, 8, without_prompt(info))).file_sha256
+    assert verify_image(written(tmp_path / "a", format, None, 8, without_prompt(info))).file_sha256
     nothing = PictureInfo("s", 72.0, {}, "", "", "")
-    found = verify(written(tmp_path / "a", format, None, 8, nothing))
+    found = verify_image(written(tmp_path / "a", format, None, 8, nothing))
     assert (found.request, len(found.file_sha256)) == ({}, 64)
     preview = PreviewSink(tmp_path / f"a.{format}", (60, 45), 16, info, max_side_px=20)
     preview.write(picture(60, 45, 16))
     preview.close()
-    assert verify(tmp_path / f"a.{format}").file_sha256
+    assert verify_image(tmp_path / f"a.{format}").file_sha256
 
 
 @pytest.mark.parametrize("size", [(1, 1), (40, 70)], ids=str)
@@ -106,7 +106,7 @@ def test_bigtiff(tmp_path, info, monkeypatch, size):
     monkeypatch.setattr(ifd, "CLASSIC_LIMIT", 20)
     path = written(tmp_path / "a", "tiff", None, 8, info, size)
     assert path.read_bytes()[2] == 43
-    assert verify(path).file_sha256 == by_the_rule(path)
+    assert verify_image(path).file_sha256 == by_the_rule(path)
 
 
 @pytest.mark.parametrize(("format", "compression"), EIGHT_BITS)
@@ -117,7 +117,7 @@ def test_every_flipped_bit_of_the_picture_is_noticed(tmp_path, info, format, com
     for bit in np.random.default_rng(1).integers(8 * begin, 8 * end, FLIPS):
         path.write_bytes(flipped(content, bit))
         with pytest.raises(DataError) as caught:
-            verify(path)
+            verify_image(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -130,7 +130,7 @@ def test_flipped_bits_elsewhere_are_noticed_or_cost_the_checksum(tmp_path, info,
     for bit in np.random.default_rng(1).choice(bits, FLIPS, replace=False):
         path.write_bytes(flipped(content, bit))
         try:
-            assert verify(path).file_sha256 is None
+            assert verify_image(path).file_sha256 is None
             unnoticed += 1
         except DataError:
             pass
@@ -138,7 +138,7 @@ def test_flipped_bits_elsewhere_are_noticed_or_cost_the_checksum(tmp_path, info,
     for at in range(found.file_sha256_at, found.file_sha256_at + 64):
         path.write_bytes(flipped(content, 8 * at + 6))  # no digit any more
         with pytest.raises(DataError):
-            verify(path)
+            verify_image(path)
 
 
 def flipped(content, bit):
@@ -154,10 +154,10 @@ def test_every_truncation_is_noticed(tmp_path, info, format, compression):
     for length in np.linspace(0, len(content) - 1, 100).astype(int):
         path.write_bytes(content[:length])
         with pytest.raises(DataError):
-            verify(path)
+            verify_image(path)
     path.write_bytes(content + b"\0")
     with pytest.raises(DataError):
-        verify(path)
+        verify_image(path)
 
 
 def test_the_tile_is_named(tmp_path, info):
@@ -166,7 +166,7 @@ def test_the_tile_is_named(tmp_path, info):
         at = file.pages[0].dataoffsets[2] + 30
     path.write_bytes(flipped(path.read_bytes(), 8 * at))
     with pytest.raises(DataError, match=r"a.tif is damaged: tile 3 of 4 does not decode \(\S"):
-        verify(path)
+        verify_image(path)
 
 
 def test_the_rows_are_named(tmp_path, info):
@@ -174,20 +174,20 @@ def test_the_rows_are_named(tmp_path, info):
     begin, end = data_of(path)
     path.write_bytes(flipped(path.read_bytes(), 4 * (begin + end)))
     with pytest.raises(DataError, match=r"a.png is damaged: (its data do not inflate|.* follows|.* IDAT chunk)"):
-        verify(path)
+        verify_image(path)
     path = written(tmp_path / "a.jpg", "jpeg", None, 8, info, (60, 500))
     content = path.read_bytes()
     begin, end = data_of(path)
     path.write_bytes(content[: (begin + end) // 2] + content[(begin + end) // 2 + 400 :])
     with pytest.raises(DataError, match="a.jpg cannot be decoded from row 1 on: Corrupt JPEG data"):
-        verify(path)
+        verify_image(path)
 
 
 def test_a_change_that_decodes_is_found_by_the_checksum(tmp_path, info):
     path = written(tmp_path / "a.tif", "tiff", "none", 8, info)
     path.write_bytes(flipped(path.read_bytes(), 8 * 1000))
     with pytest.raises(DataError, match="a.tif is not what was written: its checksum is [0-9a-f]{64}, not the one"):
-        verify(path)
+        verify_image(path)
 
 
 @pytest.mark.parametrize(("format", "compression"), EIGHT_BITS)
@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_picture(tmp_path, info, monkeypatch, form
 
     def peak(name):
         tracemalloc.start()
-        verify(tmp_path / name)
+        verify_image(tmp_path / name)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
@@ -221,12 +221,12 @@ def test_a_picture_saved_again_with_its_old_request_is_refused(tmp_path, rewrite
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=texts)
     assert read_info(tmp_path / "a.png").request == {"seed": 1}
     with pytest.raises(DataError, match="not what was written"):
-        verify(tmp_path / "a.png")
+        verify_image(tmp_path / "a.png")
 
 
 def test_not_there(tmp_path):
     with pytest.raises(InputMissing):
-        verify(tmp_path / "missing.tif")
+        verify_image(tmp_path / "missing.tif")
 
 
 OTHERS = [
@@ -245,7 +245,7 @@ def test_files_of_other_programs_are_decoded(tmp_path, format, mode, options):
     if mode == "I;16":
         image = Image.fromarray(picture(61, 170, 16)[..., 0])
     image.save(tmp_path / "a", format, **options)
-    found = verify(tmp_path / "a")
+    found = verify_image(tmp_path / "a")
     assert (found.width_px, found.height_px, found.file_sha256, found.file_sha256_at) == (61, 170, None, None)
     assert found.request is None
 
@@ -266,12 +266,12 @@ def test_other_layouts_of_tiff(tmp_path, options, bits):
     pixels = picture(61, 90, bits)
     pixels = np.moveaxis(pixels, -1, 0) if "planarconfig" in options else pixels
     tifffile.imwrite(tmp_path / "a", pixels, photometric="rgb", metadata=None, **options)
-    assert verify(tmp_path / "a").file_sha256 is None
+    assert verify_image(tmp_path / "a").file_sha256 is None
     with tifffile.TiffFile(tmp_path / "a", mode="r+") as file:
         tag = file.pages[0].tags[325 if "tile" in options else 279]
         tag.overwrite(np.maximum(np.asarray(tag.value) // 2, 1).tolist())
     with pytest.raises(DataError, match="(tile|strip) 1 of"):
-        verify(tmp_path / "a")
+        verify_image(tmp_path / "a")
 
 
 def test_a_tile_too_large_to_hold_is_refused(tmp_path, monkeypatch):
@@ -282,7 +282,7 @@ def test_a_tile_too_large_to_hold_is_refused(tmp_path, monkeypatch):
         for tag in (273, 279):
             file.pages[0].tags[tag].overwrite(file.pages[0].tags[tag].value[:1])
     with pytest.raises(DataError, match="11 MiB of it must be decoded at once"):
-        verify(tmp_path / "a")
+        verify_image(tmp_path / "a")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (61, 90)], ids=str)
@@ -291,7 +291,7 @@ def test_an_interlaced_png_is_decoded(tmp_path, size, bands):
     pyvips = pytest.importorskip("pyvips")
     pyvips.Image.new_from_array(picture(*size)[..., :bands]).pngsave(str(tmp_path / "a"), interlace=True)
     assert (tmp_path / "a").read_bytes()[28] == 1
-    assert verify(tmp_path / "a").height_px == size[1]
+    assert verify_image(tmp_path / "a").height_px == size[1]
 
 
 def png(data, header=(4, 3, 8, 2, 0, 0, 0)):
@@ -318,11 +318,11 @@ BROKEN = [
 
 def test_a_png_made_by_hand_is_verified(tmp_path):
     (tmp_path / "a").write_bytes(png(ROWS))
-    assert verify(tmp_path / "a").height_px == 3
+    assert verify_image(tmp_path / "a").height_px == 3
 
 
 @pytest.mark.parametrize(("content", "reason"), BROKEN, ids=[reason for _, reason in BROKEN])
 def test_a_png_that_is_none(tmp_path, content, reason):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(DataError, match=reason):
-        verify(tmp_path / "a")
+        verify_image(tmp_path / "a")

@@ -23,10 +23,10 @@ FORMATS = ("tiff", "tiff-zstd", "png", "jpeg")
 
 def child(path: Path) -> dict[str, float]:
     """One run in this process. CPU time and peak memory count the interpreter and the imports too."""
-    from linfusion_cli.images.verify import verify
+    from linfusion_cli.images.verify.verify import verify_image
 
     begin = time.perf_counter()
-    found = verify(path)
+    found = verify_image(path)
     wall_sec = time.perf_counter() - begin
     usage = resource.getrusage(resource.RUSAGE_SELF)
     cpu_sec = usage.ru_utime + usage.ru_stime
