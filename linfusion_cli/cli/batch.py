@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linfusion_cli import presets
+from linfusion_cli.batch.filenames import TEMPLATE, Template
+from linfusion_cli.batch.shard import Shard as Part
+from linfusion_cli.batch.shard import parse_seeds
 from linfusion_cli.cli import log, options, render
 from linfusion_cli.cli.bugs import bug_sentence
 from linfusion_cli.cli.generate import report_file
 from linfusion_cli.cli.request import Sources, keep_to, quieten_hub, read_options
 from linfusion_cli.core.errors import LinfusionError, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice, Observer
-from linfusion_cli.jobs.naming import TEMPLATE, Template
-from linfusion_cli.jobs.spread import Shard as Part
-from linfusion_cli.jobs.spread import parse_seeds
 from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
 
 if TYPE_CHECKING:
+    from linfusion_cli.batch.queue import Listing
+    from linfusion_cli.batch.results import Outcome, Tally
+    from linfusion_cli.batch.runner import Batch
     from linfusion_cli.core.report import RunReport
-    from linfusion_cli.jobs.batch import Batch
-    from linfusion_cli.jobs.listing import Listing
-    from linfusion_cli.jobs.results import Outcome, Tally
 
 OF_EACH_PICTURE = ("output", "preview", "keep_latents")  # files: one name cannot be that of many
 MOST_LISTED = 20
@@ -112,7 +112,7 @@ def read_listing(
     reports: bool,
 ) -> Listing:
     """How lists become jobs; raises UsageError, InputMissing or ConfigError for what holds for all of them."""
-    from linfusion_cli.jobs.listing import Listing  # numpy and more: not for --help to wait for
+    from linfusion_cli.batch.queue import Listing  # numpy and more: not for --help to wait for
 
     given = read_options(given)
     preset = given.pop("preset")
@@ -139,8 +139,8 @@ def job_request(sources: Sources, values: Mapping[str, Any]) -> tuple[dict[str, 
 
 def opened_batch(listing: Listing, observer: Observer, shown: Shown, stop_on_error: bool, dry_run: bool) -> Batch:
     """What carries jobs out, with its record, which a dry run has not; raises CannotCreate."""
-    from linfusion_cli.jobs.batch import Batch, looked_for, made
-    from linfusion_cli.jobs.results import Record
+    from linfusion_cli.batch.results import Record
+    from linfusion_cli.batch.runner import Batch, looked_for, made
 
     record = None if dry_run else Record(listing.folder / listing.shard.record)
     make = looked_for if dry_run else made
@@ -149,7 +149,7 @@ def opened_batch(listing: Listing, observer: Observer, shown: Shown, stop_on_err
 
 def carry_out(batch: Batch, listing: Listing, source: str) -> Tally:
     """Run the jobs of one list; raises InputMissing, or DataError for a file that is not a list or has no jobs."""
-    from linfusion_cli.jobs.joblist import STDIN, read_list
+    from linfusion_cli.batch.parsers.parsers import STDIN, read_list
     from linfusion_cli.jobs.prompts import OptionsInList
 
     options_found, name = OptionsInList(), Path(source).name
@@ -161,7 +161,7 @@ def carry_out(batch: Batch, listing: Listing, source: str) -> Tally:
 
 def watch_folder(batch: Batch, listing: Listing, folder: Path) -> None:
     """Run the jobs of every list that appears, for ever, and report unreadable lists and files that are not lists."""
-    from linfusion_cli.jobs.watch import watch
+    from linfusion_cli.batch.watch import watch
 
     def carried_out(path: Path) -> bool:
         try:
@@ -233,7 +233,7 @@ def write_report(output: Path, report: RunReport) -> None:
 
     Raises CannotCreate where another file is in its place.
     """
-    from linfusion_cli.jobs.listing import REPORT_SUFFIX
+    from linfusion_cli.batch.queue import REPORT_SUFFIX
 
     path = output.with_name(output.name + REPORT_SUFFIX)
     ours = is_report(path)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from linfusion_cli import __version__, images
+from linfusion_cli.batch.filenames import phase_path
 from linfusion_cli.core.errors import LinfusionError, WriteFailed
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.jobs.complete import Making
-from linfusion_cli.jobs.naming import phase_path
 from linfusion_cli.jobs.prepare import Prepared, saved_sizes
 from linfusion_cli.jobs.weights import main_hash
 from linfusion_cli.settings.request import PictureRequest

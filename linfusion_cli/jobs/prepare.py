@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linfusion_cli import images
+from linfusion_cli.batch.filenames import phase_path
 from linfusion_cli.core.errors import UsageError, WriteFailed
 from linfusion_cli.core.fs import check_distinct
 from linfusion_cli.core.geometry import MOST_BEND, Size, base_size, bend, phase_sizes, upscale_sizes
@@ -16,7 +17,6 @@ from linfusion_cli.images.process.scratch import BYTES_PER_PX
 from linfusion_cli.images.read.source import SourcePicture
 from linfusion_cli.jobs.adapter import find_adapters
 from linfusion_cli.jobs.find_controls import Controls, find_controls
-from linfusion_cli.jobs.naming import phase_path
 from linfusion_cli.jobs.prompts import check_prompts
 from linfusion_cli.models.families.facts import ModelFacts, read_facts
 from linfusion_cli.models.files.parts import Model, Part

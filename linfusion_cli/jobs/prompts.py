@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from linfusion_cli.batch.parsers.parsers import Entry
+from linfusion_cli.batch.parsers.schema import MOST_QUOTED, cut
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.jobs.fields import MOST_QUOTED, cut
-from linfusion_cli.jobs.joblist import Entry
 from linfusion_cli.models.text.prompt_syntax import commands_in, option_in, plain_brackets_in
 from linfusion_cli.settings.request import PictureRequest, flag
 

@@ -54,7 +54,7 @@ def test_a_dry_run_tells_and_makes_nothing(cli, quick, tmp_path, monkeypatch):
     assert cli("batch", "jobs.txt", *quick, "--name", "{slug}")[0] == 0
     (tmp_path / "out/a-sea.png").unlink()
     before = (tmp_path / "out/results.jsonl").read_bytes()
-    monkeypatch.setattr("linfusion_cli.jobs.batch.make_picture", None)
+    monkeypatch.setattr("linfusion_cli.batch.runner.make_picture", None)
     code, out, _ = cli("batch", "jobs.txt", *quick, "--name", "{slug}", "--dry-run")
     assert (code, out) == (0, "skipped\tout/a-hill.png\nplanned\tout/a-sea.png\n")
     code, out, _ = cli("batch", "jobs.txt", *quick, "--name", "{slug}", "--dry-run", "--json")

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from linfusion_cli.batch.results import Outcome
 from linfusion_cli.core.errors import DataError, DeviceFailed, RanOutOfMemory, WriteFailed
 from linfusion_cli.hardware import device, failures
-from linfusion_cli.jobs.results import Outcome
-from tests.batches import builder, carried_out, entries, failing
+from tests.batch.helpers import builder, carried_out, entries, failing
 from tests.hardware.stub_driver import GIB, StubDriver
 
 MORE = "\nSearch for `cudaErrorX' in https://docs.nvidia.com for more.\nCUDA kernel errors might be reported elsewhere."

@@ -130,7 +130,7 @@ FILES = ("lora", "textual_inversion", "ip_adapter", "ip_image", "controlnet", "c
 @pytest.mark.parametrize("setting", FILES)
 def test_a_comma_is_part_of_a_files_name_everywhere(tmp_path, setting):
     """In a preset, a config file, the environment and a job; several files are a list."""
-    from linfusion_cli.jobs.fields import read_fields
+    from linfusion_cli.batch.parsers.schema import read_fields
 
     name = "My Style, v2.safetensors"
     path = tmp_path / "mine.toml"
@@ -143,7 +143,7 @@ def test_a_comma_is_part_of_a_files_name_everywhere(tmp_path, setting):
 
 
 def test_a_comma_still_separates_numbers_and_words():
-    from linfusion_cli.jobs.fields import read_fields
+    from linfusion_cli.batch.parsers.schema import read_fields
 
     values = {"steps": "50, 30", "attention": "original,linear", "ip_scale": "0.5,1", "control_phases": "0,2"}
     expected = {"steps": (50, 30), "attention": ("original", "linear"), "ip_scale": (0.5, 1.0)}

@@ -18,11 +18,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from linfusion_cli.batch.parsers.line_reader import MOST_BYTES, TOO_LONG, Line, lines_of
+from linfusion_cli.batch.parsers.list_format import SEPARATORS, TABLE, Format, check_suffix, recognise_format
+from linfusion_cli.batch.parsers.schema import FIELDS, quoted, read_fields, shortened
 from linfusion_cli.core.errors import DataError, InputMissing, LinfusionError, UsageError, first_line
 from linfusion_cli.core.units import user_path
-from linfusion_cli.jobs.fields import FIELDS, quoted, read_fields, shortened
-from linfusion_cli.jobs.lines import MOST_BYTES, TOO_LONG, Line, lines_of
-from linfusion_cli.jobs.list_format import SEPARATORS, TABLE, Format, check_suffix, recognise_format
 
 STDIN = "-"
 MOST_SAID = 300  # letters of what is wrong with a job

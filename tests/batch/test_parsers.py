@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from linfusion_cli.batch.parsers import parsers
+from linfusion_cli.batch.parsers.parsers import MOST_SAID, Entry, read_list
+from linfusion_cli.batch.parsers.schema import FIELDS, shortened
 from linfusion_cli.core.errors import DataError, InputMissing
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs import joblist
-from linfusion_cli.jobs.fields import FIELDS, shortened
-from linfusion_cli.jobs.joblist import MOST_SAID, Entry, read_list
 
 GOOD = b'{"prompt": "a hill", "seed": 3}'
 DEEP = 15_000
@@ -229,6 +229,6 @@ def test_what_is_told_is_short_keeps_its_reason_and_does_nothing_to_a_terminal()
 
 
 def test_the_limits_are_those_of_the_lines(read):
-    prompt = "a" * (joblist.MOST_BYTES - len('{"prompt": ""}'))
+    prompt = "a" * (parsers.MOST_BYTES - len('{"prompt": ""}'))
     assert read(f'{{"prompt": "{prompt}"}}\n')[0].values == {"prompt": prompt}
     assert "longer than" in read(f'{{"prompt": "{prompt}a"}}\n')[0].problem

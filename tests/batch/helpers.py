@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from linfusion_cli.batch.filenames import TEMPLATE, Template
+from linfusion_cli.batch.parsers.parsers import Entry
+from linfusion_cli.batch.queue import Build, Listing
+from linfusion_cli.batch.results import Record
+from linfusion_cli.batch.runner import Batch, Make
 from linfusion_cli.core.events import Observer, nobody
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.jobs.batch import Batch, Make
-from linfusion_cli.jobs.joblist import Entry
-from linfusion_cli.jobs.listing import Build, Listing
-from linfusion_cli.jobs.naming import TEMPLATE, Template
-from linfusion_cli.jobs.results import Record
 from linfusion_cli.settings.request import GenerateRequest
 
 

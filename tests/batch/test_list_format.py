@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from linfusion_cli.batch.parsers.parsers import read_list
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.jobs.joblist import read_list
 
 HILL = {"prompt": "a hill"}
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from linfusion_cli.batch.parsers.parsers import Entry
+from linfusion_cli.batch.results import Record
+from linfusion_cli.batch.shard import Shard
 from linfusion_cli.core.errors import CannotCreate, DataError, Stopped, TryAgain, WriteFailed
 from linfusion_cli.core.events import JobStarted
-from linfusion_cli.jobs.joblist import Entry
-from linfusion_cli.jobs.results import Record
-from linfusion_cli.jobs.spread import Shard
-from tests.batches import builder, carried_out, entries, failing
+from tests.batch.helpers import builder, carried_out, entries, failing
 from tests.fakes import Listener
 
 

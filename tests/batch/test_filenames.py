@@ -5,10 +5,10 @@ import string
 
 import pytest
 
+from linfusion_cli.batch.filenames import TEMPLATE, Names, Template, slug
+from linfusion_cli.batch.shard import Shard, parse_seeds
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.naming import TEMPLATE, Names, Template, slug
-from linfusion_cli.jobs.spread import Shard, parse_seeds
 from linfusion_cli.settings.request import GenerateRequest
 
 ODD = [

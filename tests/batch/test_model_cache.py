@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from linfusion_cli.batch.parsers.parsers import Entry
+from linfusion_cli.batch.runner import looked_for, made
 from linfusion_cli.core.events import nobody
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware.device import free_memory, resident_bytes
 from linfusion_cli.jobs import loading, paint
-from linfusion_cli.jobs.batch import looked_for, made
 from linfusion_cli.jobs.generate import generate
-from linfusion_cli.jobs.joblist import Entry
 from linfusion_cli.jobs.kept import VAE
 from linfusion_cli.models.text.tokens import load_tokenizer
-from tests.batches import builder, carried_out, entries
+from tests.batch.helpers import builder, carried_out, entries
 from tests.control_in_small import small_control, write_control
 from tests.ip_in_small import write_adapter, write_encoder, write_picture
 from tests.models_in_small import small_xl_unet

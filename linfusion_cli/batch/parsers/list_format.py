@@ -8,9 +8,9 @@ from itertools import chain
 from pathlib import PurePath
 from typing import Literal
 
+from linfusion_cli.batch.parsers.line_reader import Line
+from linfusion_cli.batch.parsers.schema import FIELDS, quoted
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.jobs.fields import FIELDS, quoted
-from linfusion_cli.jobs.lines import Line
 
 Format = Literal["JSONL", "CSV", "TOML", "text"]
 

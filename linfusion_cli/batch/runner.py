@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from linfusion_cli.batch.parsers.parsers import MOST_SAID
+from linfusion_cli.batch.parsers.schema import shortened
+from linfusion_cli.batch.queue import Job
+from linfusion_cli.batch.results import Outcome, Record, Status, Tally
 from linfusion_cli.core.errors import (
     EXIT_BUG,
     CannotCreate,
@@ -22,11 +26,7 @@ from linfusion_cli.core.events import JobStarted, Observer
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.hardware.failures import explained
 from linfusion_cli.jobs.complete import made_before
-from linfusion_cli.jobs.fields import shortened
-from linfusion_cli.jobs.joblist import MOST_SAID
-from linfusion_cli.jobs.listing import Job
 from linfusion_cli.jobs.record import Recorder
-from linfusion_cli.jobs.results import Outcome, Record, Status, Tally
 from linfusion_cli.jobs.story import make_picture
 from linfusion_cli.jobs.upscale import opened
 from linfusion_cli.models.cache import Shelf

@@ -8,9 +8,9 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from linfusion_cli.batch.parsers.schema import quoted
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.fields import quoted
 from linfusion_cli.settings.request import PictureRequest
 
 TEMPLATE = "{index:04}-{slug}-{seed}"

@@ -12,12 +12,12 @@ from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
+from linfusion_cli.batch.filenames import RESULTS
+from linfusion_cli.batch.parsers.list_format import LIST_NAMES, has_list_suffix
 from linfusion_cli.core.errors import CannotCreate, InputMissing
 from linfusion_cli.core.events import Notice, Observer, nobody
 from linfusion_cli.core.fs import renamed, spare_names
 from linfusion_cli.core.units import is_folder
-from linfusion_cli.jobs.list_format import LIST_NAMES, has_list_suffix
-from linfusion_cli.jobs.naming import RESULTS
 
 POLL_SEC = 1.0
 UNFINISHED = (".part", ".tmp")  # as what is being copied here is called

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from linfusion_cli.batch.watch import watch
 from linfusion_cli.core.errors import Stopped
 from linfusion_cli.core.events import Notice, Observer, nobody
-from linfusion_cli.jobs.watch import watch
 from tests.fakes import Listener
 
 
@@ -80,7 +80,7 @@ def test_a_list_that_cannot_be_put_aside_is_not_done_again(lists, monkeypatch):
     def refuse(*_):
         raise PermissionError("no")
 
-    monkeypatch.setattr("linfusion_cli.jobs.watch.renamed", refuse)
+    monkeypatch.setattr("linfusion_cli.batch.watch.renamed", refuse)
     (lists / "a.txt").write_text("a")
     watched(lists, [nothing] * 5, lambda path: taken.append(path) or True)
     assert len(taken) == 1
