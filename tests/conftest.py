@@ -54,16 +54,16 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 @pytest.fixture
 def phases(monkeypatch: pytest.MonkeyPatch) -> list:
     """What each phase that ran began with, and what it ended with: two `Reached`."""
-    from linfusion_cli.jobs import paint
+    from linfusion_cli.run.stages import denoise
 
-    seen, denoised = [], paint.denoised
+    seen, denoised = [], denoise.denoised
 
     def spy(run, models, reached, phase):
         result = denoised(run, models, reached, phase)
         seen.append((reached, result))
         return result
 
-    monkeypatch.setattr(paint, "denoised", spy)
+    monkeypatch.setattr(denoise, "denoised", spy)
     return seen
 
 

@@ -25,11 +25,11 @@ from linfusion_cli.core.errors import (
 from linfusion_cli.core.events import JobStarted, Observer
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.hardware.failures import explained
-from linfusion_cli.jobs.complete import made_before
-from linfusion_cli.jobs.record import Recorder
-from linfusion_cli.jobs.story import make_picture
-from linfusion_cli.jobs.upscale import opened
 from linfusion_cli.models.cache import Shelf
+from linfusion_cli.run.inputs.source_image import opened
+from linfusion_cli.run.outputs.existing import made_before
+from linfusion_cli.run.pipeline import make_picture
+from linfusion_cli.run.progress.recorder import Recorder
 from linfusion_cli.settings.request import PictureRequest, UpscaleRequest
 
 MOST_KEPT = 10_000  # failures that are remembered until the end: the record has all

@@ -26,10 +26,10 @@ def command(given: dict[str, Any], as_json: options.Json = False) -> None:
     quieten_hub(bool(given["download"]), quiet=False)
     kind = GenerateRequest if given["image"] is None else UpscaleRequest
     origins, request = read_request(given, render.notices_only, kind)
-    from linfusion_cli.jobs.plan import plan_run  # torch and diffusers: not for --help to wait for
-    from linfusion_cli.jobs.prepare import disk_bytes, prepare
-    from linfusion_cli.jobs.upscale import opened
     from linfusion_cli.planning.machine import cpu_notice
+    from linfusion_cli.run.inputs.resolve import disk_bytes, prepare
+    from linfusion_cli.run.inputs.source_image import opened
+    from linfusion_cli.run.stages.plan import plan_run  # torch and diffusers: not for --help to wait for
 
     request, picture = (request, None) if kind is GenerateRequest else opened(request)
     prepared = prepare(request, picture)

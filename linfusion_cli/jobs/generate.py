@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from linfusion_cli.core.events import Observer, nobody
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.jobs.story import make_picture
+from linfusion_cli.run.pipeline import make_picture
 from linfusion_cli.settings.request import GenerateRequest
 
 

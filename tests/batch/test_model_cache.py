@@ -15,10 +15,11 @@ from linfusion_cli.batch.runner import looked_for, made
 from linfusion_cli.core.events import nobody
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware.device import free_memory, resident_bytes
-from linfusion_cli.jobs import loading, paint
 from linfusion_cli.jobs.generate import generate
-from linfusion_cli.jobs.kept import VAE
 from linfusion_cli.models.text.tokens import load_tokenizer
+from linfusion_cli.run.stages import denoise
+from linfusion_cli.run.stages import load as stages_load
+from linfusion_cli.run.stages.cache_keys import VAE
 from tests.batch.helpers import builder, carried_out, entries
 from tests.control_in_small import small_control, write_control
 from tests.ip_in_small import write_adapter, write_encoder, write_picture
@@ -48,8 +49,8 @@ def counted(monkeypatch):
 
         return load
 
-    monkeypatch.setattr(loading, "load_unet", counting("unet", loading.load_unet))
-    monkeypatch.setattr(loading, "load_vae", counting("vae", loading.load_vae))
+    monkeypatch.setattr(stages_load, "load_unet", counting("unet", stages_load.load_unet))
+    monkeypatch.setattr(stages_load, "load_vae", counting("vae", stages_load.load_vae))
     monkeypatch.setattr("linfusion_cli.models.text.encode.load_tokenizer", counting("text", load_tokenizer))
     return counts
 
@@ -196,7 +197,7 @@ def test_text_encoders_stay_only_where_there_is_room_for_them(batch, counted, mo
     jobs = entries(3, model=str(sd_model))
     batch(jobs[:2], made, build=builder(ram=8 << 30))
     assert counted["text"] == 1
-    monkeypatch.setattr("linfusion_cli.jobs.kept.weights_bytes", lambda networks: 8 << 30)
+    monkeypatch.setattr("linfusion_cli.run.stages.cache_keys.weights_bytes", lambda networks: 8 << 30)
     told, _ = batch(jobs, made, build=builder(ram=8 << 30, seed=1))
     assert set(told.status().values()) == {"done"} and counted["text"] == 4
 
@@ -211,7 +212,7 @@ def test_what_another_run_is_making_is_held(batch, tmp_path, sd_model):
 
 
 def test_after_a_bug_models_are_loaded_anew(batch, counted, monkeypatch, sd_model):
-    real, calls = paint.settled, []
+    real, calls = denoise.settled, []
 
     def fail(*arguments):
         calls.append(1)
@@ -219,6 +220,6 @@ def test_after_a_bug_models_are_loaded_anew(batch, counted, monkeypatch, sd_mode
             raise ZeroDivisionError("oops")
         return real(*arguments)
 
-    monkeypatch.setattr(paint, "settled", fail)
+    monkeypatch.setattr(denoise, "settled", fail)
     told, _ = batch(entries(3, model=str(sd_model)), made)
     assert told.status() == {1: "done", 2: "failed", 3: "done"} and counted == {"unet": 2, "vae": 2, "text": 2}

@@ -164,7 +164,7 @@ def test_a_bug_is_one_line_and_a_log(cli, quick, monkeypatch):
     def fail(*arguments):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("linfusion_cli.jobs.story.prepare", fail)
+    monkeypatch.setattr("linfusion_cli.run.pipeline.prepare", fail)
     code, out, err = cli(*quick)
     assert (code, out) == (70, "") and len(err.splitlines()) == 1
     log = Path(re.search(r"Log: (\S+)", err)[1])
@@ -176,7 +176,7 @@ def test_out_of_memory_is_71(cli, quick, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr("linfusion_cli.jobs.story.prepare", fail)
+    monkeypatch.setattr("linfusion_cli.run.pipeline.prepare", fail)
     assert cli(*quick)[0] == 71
 
 
@@ -193,7 +193,7 @@ def test_what_torch_says_of_a_gpu_outside_of_a_run_has_its_code(cli, quick, monk
     def fail(*arguments):
         raise RuntimeError(f"{text}\nCUDA kernel errors might be reported elsewhere.")
 
-    monkeypatch.setattr("linfusion_cli.jobs.plan.plan_run", fail)
+    monkeypatch.setattr("linfusion_cli.run.stages.plan.plan_run", fail)
     found, out, err = cli("plan", *quick[1:])
     assert (found, out) == (code, "") and len(err.splitlines()) == 1
     assert code == 70 or text in err
@@ -322,7 +322,7 @@ def test_a_bug_where_no_log_can_be_written_is_still_one_line(cli, quick, monkeyp
     def fail(*arguments):
         raise ZeroDivisionError("oops\nand more")
 
-    monkeypatch.setattr("linfusion_cli.jobs.story.prepare", fail)
+    monkeypatch.setattr("linfusion_cli.run.pipeline.prepare", fail)
     monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
     code, _, err = cli(*quick)
     assert code == 70 and "bug in linfusion: oops (ZeroDivisionError)" in err and "Traceback" not in err

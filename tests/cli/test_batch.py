@@ -153,16 +153,16 @@ def test_what_a_person_gets_wrong_is_one_sentence(cli, quick, tmp_path, options,
 
 
 def test_a_bug_is_logged_and_the_next_job_runs(cli, quick, tmp_path, monkeypatch):
-    from linfusion_cli.jobs import story
+    from linfusion_cli.run import pipeline
 
-    real = story.prepare
+    real = pipeline.prepare
 
     def fail(request, picture):
         if request.seed == 1:
             raise ZeroDivisionError("oops")
         return real(request, picture)
 
-    monkeypatch.setattr(story, "prepare", fail)
+    monkeypatch.setattr(pipeline, "prepare", fail)
     write(tmp_path / "jobs.jsonl", {"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 2})
     code, out, err = cli("batch", "jobs.jsonl", *quick)
     assert (code, out) == (3, "out/0002-b-2.png\n") and "bug in linfusion (ZeroDivisionError). Log: " in err

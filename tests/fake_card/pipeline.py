@@ -31,7 +31,6 @@ from diffusers import AutoencoderKL
 from linfusion_cli.core.errors import Stopped
 from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs import pixels, story
 from linfusion_cli.models.families.facts import ModelFacts
 from linfusion_cli.planning import machine, plan
 from linfusion_cli.planning.conversion import patch_counts
@@ -39,6 +38,8 @@ from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.needs import Reckoner
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.speed import Speed
+from linfusion_cli.run import pipeline
+from linfusion_cli.run.stages import convert
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips import storage
 from linfusion_cli.vae.decode import decode_rows
@@ -55,8 +56,8 @@ from tools.bench.shapes import SDXL_KEYS, sdxl_vae
 SCALARS = {
     "sampling/schedule.py:stepped": True,
     "sampling/schedule.py:is_finite": True,
-    "jobs/reached.py:<genexpr>": True,
-    "jobs/reached.py:is_finite": True,
+    "run/checkpoint/state.py:<genexpr>": True,
+    "run/checkpoint/state.py:is_finite": True,
 }
 H200 = Speed(4e14, 1e12)
 
@@ -107,7 +108,7 @@ def make(case: Case, folder: Path, checkpoints: Checkpoints, stops_at: str | Non
         card.fails = list(case.fails)
         sink, watch = CountingSink(), Watch(card, stops_at)
         with stubbed(checkpoints, sink), chosen(case):
-            report = story.make_picture(request_of(case, folder), None, {}, watch)
+            report = pipeline.make_picture(request_of(case, folder), None, {}, watch)
         result = {"rows": sink.rows, "complete": sink.is_complete, "notices": watch.notices, "fails": card.fails}
         result |= {"resumed": report.resumed_from, "left_pinned": card.pinned_bytes}
         return result | {"stages": [stage | needed(stage, report.plan) for stage in watch.stages]}
@@ -169,7 +170,7 @@ def chosen(case: Case) -> Iterator[None]:
         for module in (machine, storage):
             stack.enter_context(patch.object(module, "segments", lambda: case.segments))
         if not case.decodes:
-            stack.enter_context(patch.object(pixels, "write", lambda *_: None))
+            stack.enter_context(patch.object(convert, "write", lambda *_: None))
         yield
 
 

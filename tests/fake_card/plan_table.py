@@ -17,8 +17,8 @@ from tests.fake_card.pipeline import chosen, make, request_of  # first, as it re
 
 # isort: split
 from linfusion_cli.core.errors import DoesNotFit
-from linfusion_cli.jobs.plan import plan_run
-from linfusion_cli.jobs.prepare import prepare
+from linfusion_cli.run.inputs.resolve import prepare
+from linfusion_cli.run.stages.plan import plan_run
 from tests.fake_card import guard
 from tests.fake_card.card import FakeCard
 from tests.fake_card.cases import GIB, Case

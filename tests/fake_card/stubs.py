@@ -15,7 +15,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from linfusion_cli.checkpoint.store import Entry, Journal
-from linfusion_cli.jobs import attention, loading, story
 from linfusion_cli.mixers.linear import weights
 from linfusion_cli.models.adapters import ip_adapter
 from linfusion_cli.models.files.parts import Part
@@ -23,6 +22,8 @@ from linfusion_cli.models.load import controlnet
 from linfusion_cli.models.load import parts as load_parts
 from linfusion_cli.models.text import encode
 from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.run import pipeline
+from linfusion_cli.run.stages import linear_attention, load
 from tests.fake_card.tensor import CPU, FakeTensor
 
 
@@ -167,9 +168,9 @@ def stubbed(checkpoints: Checkpoints, sink: CountingSink) -> Iterator[None]:
         for module in (load_parts, encode, ip_adapter, controlnet):
             stack.enter_context(patch.object(module, "load_part", fake_part))
         stack.enter_context(patch.object(ModelOutline, "read", known_outline))
-        stack.enter_context(patch.object(attention, "load_weights", fake_linear))
-        stack.enter_context(patch.object(loading, "load_adapters", fake_adapters))
-        stack.enter_context(patch.object(story, "opened_outputs", opened))
+        stack.enter_context(patch.object(linear_attention, "load_weights", fake_linear))
+        stack.enter_context(patch.object(load, "load_adapters", fake_adapters))
+        stack.enter_context(patch.object(pipeline, "opened_outputs", opened))
         for name in ("save", "read", "remove"):
             method = getattr(checkpoints, name)
             stack.enter_context(patch.object(Journal, name, lambda *args, method=method: method(*args)))

@@ -72,7 +72,7 @@ def with_time(note: Callable[[str], None]) -> Callable[[str], None]:
 def tell_events(note: Callable[[str], None]) -> None:
     """Note the events of the run: which stage begins, how far it is, and where it ends."""
     from linfusion_cli.core.events import Event, Observer, StageAdvanced, StageFinished, StageStarted
-    from linfusion_cli.jobs.record import Recorder
+    from linfusion_cli.run.progress.recorder import Recorder
 
     begin = Recorder.__init__
 

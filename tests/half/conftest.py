@@ -13,8 +13,8 @@ from torch import Tensor
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.hardware.device import dtype_name
-from linfusion_cli.jobs.latents import kept_latents
-from linfusion_cli.jobs.story import make_picture
+from linfusion_cli.run.checkpoint.latents_file import kept_latents
+from linfusion_cli.run.pipeline import make_picture
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
 from tests.fakes import Listener

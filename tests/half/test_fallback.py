@@ -14,10 +14,11 @@ from linfusion_cli.core.errors import NonFinite, Stopped
 from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished
 from linfusion_cli.hardware import device
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs import loading, plan, precision
-from linfusion_cli.jobs.latents import kept_latents
 from linfusion_cli.models.cache import Shelf
 from linfusion_cli.models.text import encode as text_encode
+from linfusion_cli.run.checkpoint.latents_file import kept_latents
+from linfusion_cli.run.stages import load as stages_load
+from linfusion_cli.run.stages import plan, precision
 from tests.half.runs import BASE, DOUBLE, HALF, files, history, notices
 from tests.marks import mostly_slow
 from tests.models_in_small import small_vae
@@ -218,7 +219,7 @@ def test_the_next_job_of_a_batch_begins_in_its_own_dtype(make, clear, forwards):
 
 @pytest.mark.parametrize("keeps", mostly_slow((False, True), quick=(False,)))
 def test_the_narrow_models_are_gone_before_the_wide_ones_are_read(make, forwards, monkeypatch, keeps):
-    read, alive, load = [], [], loading.load_unet
+    read, alive, load = [], [], stages_load.load_unet
 
     def watched(model, dtype):
         gc.collect()
@@ -227,7 +228,7 @@ def test_the_narrow_models_are_gone_before_the_wide_ones_are_read(make, forwards
         read.append(weakref.ref(unet))
         return unet
 
-    monkeypatch.setattr(loading, "load_unet", watched)
+    monkeypatch.setattr(stages_load, "load_unet", watched)
     forwards.bad = {(BASE, 1): HALF}
     make(shelf=Shelf(keeps))
     assert alive == [0, 0, 0]
@@ -267,7 +268,7 @@ def test_upscaling_begins_with_a_picture_and_falls_back_all_the_same(xl_model, t
     from PIL import Image
 
     from linfusion_cli.core.geometry import Size
-    from linfusion_cli.jobs.upscale import upscale
+    from linfusion_cli.run.inputs.source_image import upscale
     from linfusion_cli.settings.request import UpscaleRequest
 
     monkeypatch.chdir(tmp_path)

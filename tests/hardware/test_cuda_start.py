@@ -341,7 +341,7 @@ def test_fp32_is_fp32_in_convolutions_too():
 
 def test_a_run_forbids_tf32(cli, xl_model, monkeypatch):
     called = []
-    monkeypatch.setattr("linfusion_cli.jobs.loading.forbid_tf32", lambda: called.append(True))
+    monkeypatch.setattr("linfusion_cli.run.stages.load.forbid_tf32", lambda: called.append(True))
     options = ["generate", "x", "--model", xl_model, "--size", 64, "--steps", 1, "-o", "a.png"]
     assert cli(*options)[0] == 0 and called == [True]
 

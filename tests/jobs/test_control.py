@@ -17,8 +17,8 @@ from PIL import Image
 
 from linfusion_cli.core.errors import DataError, InputMissing, Unavailable, UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
+from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import Whole
 from tests.control_in_small import small_control, small_union, write_control
@@ -218,6 +218,6 @@ def test_a_controlled_phase_in_strips_is_the_plain_forwards_with_the_same_attent
     how = {"size": Size(124, 116), "controlnet": (nets["xl"], nets["union"]), "control_type": ("depth",)}
     how |= {"control_image": (pictures["large"], pictures["b"]), "control_phases": ("1",), "steps": (2,)}
     found = make(guidance_scale=(1.0,), upscaler="demofusion", **how)
-    monkeypatch.setattr(paint, "runners", whole)
+    monkeypatch.setattr(denoise, "runners", whole)
     expected = make(guidance_scale=(1.0,), upscaler="demofusion", **how)
     assert np.abs(found - expected).max() <= 1.1 / 255

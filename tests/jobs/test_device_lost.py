@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from linfusion_cli.checkpoint.store import Journal
-from linfusion_cli.jobs import keep
-from linfusion_cli.jobs.reached import Reached
+from linfusion_cli.run.checkpoint import manager
+from linfusion_cli.run.checkpoint.state import Reached
 from linfusion_cli.sampling.schedule import Schedule
 
 MORE = "\nSearch for `cudaErrorX' in https://docs.nvidia.com for more.\nCUDA kernel errors might be reported elsewhere."
@@ -176,7 +176,7 @@ def test_what_was_being_computed_is_freed_before_the_state_is_read(card, make, m
 
     seen = []
     monkeypatch.setattr(Schedule, "stepped", fails)
-    monkeypatch.setattr(keep, "free_memory", lambda device: seen.append((device, freed[0]())))
+    monkeypatch.setattr(manager, "free_memory", lambda device: seen.append((device, freed[0]())))
     assert make(*SELDOM)[0] == 71 and [found for _, found in seen] == [None]
 
 

@@ -11,9 +11,10 @@ from linfusion_cli.core.errors import CannotCreate, DataError, DoesNotFit, Stopp
 from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs import paint, prepare
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.planning import plan
+from linfusion_cli.run.inputs import resolve
+from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet import predict
@@ -129,7 +130,9 @@ def test_strips_of_any_height_paint_the_same_picture(make, tmp_path, monkeypatch
 
 def test_a_phase_with_linear_attention_is_the_plain_forward_with_the_same_attention(make, tmp_path, monkeypatch):
     make(output="strips.png", attention=("linear",), size=Size(160, 136))
-    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, phase, _: [Whole(unet), Whole(unet, phase.dilation)])
+    monkeypatch.setattr(
+        denoise, "runners", lambda run, unet, mode, phase, _: [Whole(unet), Whole(unet, phase.dilation)]
+    )
     make(output="whole.png", attention=("linear",), size=Size(160, 136))
     difference = np.abs(pixels(tmp_path / "strips.png").astype(int) - pixels(tmp_path / "whole.png"))
     assert difference.max() <= 1
@@ -246,7 +249,7 @@ def test_an_existing_file_is_refused_before_any_work_and_kept(make, tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_any_work(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 1000))
+    monkeypatch.setattr(resolve.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(WriteFailed, match=r"1000 B free, and 128x128 needs .* MiB"):
         make()
     assert files(tmp_path) == set()
@@ -336,6 +339,6 @@ def test_the_disk_that_counts_is_that_of_the_link_s_target(make, tmp_path, monke
         asked.append(folder)
         return shutil._ntuple_diskusage(1, 1, 1 << 40)
 
-    monkeypatch.setattr(prepare.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(resolve.shutil, "disk_usage", disk_usage)
     make()
     assert asked == [tmp_path / "far"] and (tmp_path / "far" / "real.png").exists()

@@ -13,8 +13,9 @@ from linfusion_cli.core.errors import DataError, InputMissing, Unavailable, Usag
 from linfusion_cli.core.events import StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images.read.source import inspect_source
-from linfusion_cli.jobs import adapter, paint
 from linfusion_cli.jobs.generate import generate
+from linfusion_cli.run.inputs import ip_adapters
+from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import Whole
 from tests.fakes import Listener
@@ -101,14 +102,18 @@ def test_strips_hear_what_the_plain_forward_hears(make, monkeypatch):
     kinds = ("plus", "plain")
     wanted = {"attention": ("linear",), "size": Size(120, 104), "upscaler": "demofusion", "strength": (0.7,)}
     strips = make(*kinds, **wanted)
-    monkeypatch.setattr(paint, "runners", lambda run, unet, mode, phase, _: [Whole(unet), Whole(unet, phase.dilation)])
+    monkeypatch.setattr(
+        denoise, "runners", lambda run, unet, mode, phase, _: [Whole(unet), Whole(unet, phase.dilation)]
+    )
     assert np.abs(strips - make(*kinds, **wanted)).max() <= 1
 
 
 def test_both_halves_at_once_are_each_of_them(make, monkeypatch):
     in_turn = make("plus", "plain", family="sd", linfusion="none")
-    plain = paint.guided_prediction
-    monkeypatch.setattr(paint, "guided_prediction", lambda run, heard, unet, _, how: plain(run, heard, unet, True, how))
+    plain = denoise.guided_prediction
+    monkeypatch.setattr(
+        denoise, "guided_prediction", lambda run, heard, unet, _, how: plain(run, heard, unet, True, how)
+    )
     assert np.abs(in_turn - make("plus", "plain", family="sd", linfusion="none")).max() <= 1
 
 
@@ -116,7 +121,7 @@ def test_the_picture_is_read_as_it_is_to_be_seen(adapters, tmp_path):
     """Its orientation is applied, and transparent parts are white."""
 
     def read(name):
-        return np.asarray(adapter.read_picture(inspect_source(tmp_path / name), notices.append))
+        return np.asarray(ip_adapters.read_picture(inspect_source(tmp_path / name), notices.append))
 
     notices, original = [], Image.open(adapters / "a.png")
     exif = Image.Exif()
@@ -189,6 +194,6 @@ def test_an_adapter_of_another_family_is_refused_before_anything_loads(make, ada
 
 
 def test_a_huge_picture_is_refused(make, adapters, monkeypatch):
-    monkeypatch.setattr(adapter, "MOST_PX", 50 * 41 - 1)
+    monkeypatch.setattr(ip_adapters, "MOST_PX", 50 * 41 - 1)
     with pytest.raises(DataError, match="a.png is 50x41 px"):
         make("plain")

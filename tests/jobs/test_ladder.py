@@ -9,7 +9,6 @@ from PIL import Image
 from linfusion_cli.core.errors import CannotCreate, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs import paint
 from linfusion_cli.jobs.generate import generate
 from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.mixers.linear.weights import load_weights
@@ -18,6 +17,7 @@ from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.text.encode import encode_prompts
 from linfusion_cli.planning import machine, plan
 from linfusion_cli.planning.speed import Speed
+from linfusion_cli.run.stages import denoise
 from linfusion_cli.sampling.noise import phase_noise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.dilation import dilated
@@ -148,13 +148,13 @@ def test_dilated_passes_are_planned_and_run_as_often_as_their_weight_asks(make, 
 
 
 def test_guidance_within_an_interval_saves_the_other_half(make, monkeypatch):
-    halves, predictor = [], paint.Whole.predictor
+    halves, predictor = [], denoise.Whole.predictor
 
     def counted(self, text, added):
         predict = predictor(self, text, added)
         return lambda latents, timestep: halves.append(float(timestep)) or predict(latents, timestep)
 
-    monkeypatch.setattr(paint.Whole, "predictor", counted)
+    monkeypatch.setattr(denoise.Whole, "predictor", counted)
     make(size=Size(64, 64), guidance_interval=(1.0, 5.0))
     always = len(set(halves))
     assert always == 8 < len(halves) < 16

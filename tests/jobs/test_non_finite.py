@@ -16,7 +16,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware import device
 from linfusion_cli.images import read_info
 from linfusion_cli.jobs.generate import generate
-from linfusion_cli.jobs.story import make_picture
+from linfusion_cli.run.pipeline import make_picture
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
 from tests.fakes import Listener
@@ -173,7 +173,7 @@ def test_another_dtype_goes_on_and_every_file_says_which_steps_had_which(request
     assert any("float32 instead of bfloat16" in notice.text for notice in listener.of(Notice))
     told = read_info(Path("a.png")).request
     assert told["dtypes"] == report.to_json()["dtypes"] == expected and told["dtype"] == "float32"
-    from linfusion_cli.jobs.latents import kept_latents
+    from linfusion_cli.run.checkpoint.latents_file import kept_latents
 
     assert kept_latents(Path("a.safetensors")).made_with["dtypes"] == expected
     # The requested dtype identifies a request: the file is that of the second command, not of the first.

@@ -12,10 +12,11 @@ from linfusion_cli.core.errors import CannotCreate, Stopped, TryAgain, UsageErro
 from linfusion_cli.core.events import Notice, StageAdvanced, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs import keep, loading
 from linfusion_cli.jobs.generate import generate
-from linfusion_cli.jobs.upscale import upscale
 from linfusion_cli.planning import plan
+from linfusion_cli.run.checkpoint import manager
+from linfusion_cli.run.inputs.source_image import upscale
+from linfusion_cli.run.stages import load
 from linfusion_cli.settings.request import SCHEDULERS, GenerateRequest, UpscaleRequest
 from linfusion_cli.strips.ops import StripSize
 from tests.fakes import Listener
@@ -211,7 +212,7 @@ def test_the_plan_that_was_executed_is_executed_again(make, monkeypatch, tmp_pat
     made = Journal(tmp_path / "a.png").read().head
     monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(2, 128),))
     threads = torch.get_num_threads()
-    monkeypatch.setattr(loading, "THREADS", threads + 1)
+    monkeypatch.setattr(load, "THREADS", threads + 1)
     listener = Listener()
     report = make(listener)
     rows = [stage["mode"]["strips"]["rows"] for stage in report.plan["stages"] if stage["name"] == "2x"]
@@ -266,7 +267,7 @@ def test_a_run_in_the_way_is_told(make, tmp_path):
 def test_killed_after_the_rename_it_is_complete(make, tmp_path, monkeypatch):
     """The file has its name, and the journal could not go any more."""
     with monkeypatch.context() as patch:
-        patch.setattr(keep.Keeper, "complete", lambda self: None)
+        patch.setattr(manager.Keeper, "complete", lambda self: None)
         make(preview=Path("small.jpg"))
     expected = files(tmp_path)
     listener = Listener()
@@ -280,7 +281,7 @@ def test_killed_after_the_rename_it_is_complete(make, tmp_path, monkeypatch):
 
 def test_killed_before_its_preview_it_makes_both(make, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(keep.Keeper, "complete", lambda self: None)
+        patch.setattr(manager.Keeper, "complete", lambda self: None)
         make(preview=Path("small.jpg"))
     expected = files(tmp_path)
     (tmp_path / "small.jpg").unlink()
@@ -313,7 +314,7 @@ def test_a_journal_that_cannot_be_used_is_set_aside(make, tmp_path, damage):
         manifest.write_text("[" * 100_000)
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(keep, "__version__", "0.0.1")
+            patch.setattr(manager, "__version__", "0.0.1")
             shutil.rmtree(folder)
             with pytest.raises(Stopped):
                 make(in_second_phase)
@@ -327,7 +328,7 @@ def test_a_journal_that_cannot_be_used_is_set_aside(make, tmp_path, damage):
 def test_without_prompts_in_files_the_journal_proves_whose_they_are(make, tmp_path, monkeypatch):
     hidden = {"prompt_metadata": False, "preview": Path("small.png")}
     with monkeypatch.context() as patch:
-        patch.setattr(keep.Keeper, "complete", lambda self: None)
+        patch.setattr(manager.Keeper, "complete", lambda self: None)
         make(**hidden)
     journal = Journal(tmp_path / "a.png").read()
     assert make(**hidden).already_complete

@@ -6,8 +6,8 @@ import pytest
 
 from linfusion_cli.checkpoint.store import Journal
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.keep import Keeper
-from linfusion_cli.jobs.reached import Reached
+from linfusion_cli.run.checkpoint.manager import Keeper
+from linfusion_cli.run.checkpoint.state import Reached
 from linfusion_cli.settings.request import GenerateRequest
 
 STEP_SEC, STEPS = 1.0, 10_000

@@ -10,9 +10,9 @@ from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.images.process.scratch import ScratchPicture
-from linfusion_cli.jobs import pixels
-from linfusion_cli.jobs.upscale import upscale
 from linfusion_cli.planning import plan
+from linfusion_cli.run.inputs.source_image import upscale
+from linfusion_cli.run.stages import convert
 from linfusion_cli.settings.request import UpscaleRequest
 from tests.fakes import Listener
 
@@ -86,8 +86,8 @@ def test_with_no_steps_to_run_it_is_a_resize_through_the_vae(make, tmp_path, mon
         asked.append(read(0, size.height, 0, size.width).numpy())
         return encode(vae, read, size, *more)
 
-    encode = pixels.encode_rows
-    monkeypatch.setattr(pixels, "encode_rows", spy)
+    encode = convert.encode_rows
+    monkeypatch.setattr(convert, "encode_rows", spy)
     make(size=Size(201, 134), strength=(0.0,))
     planes = Image.open(tmp_path / "photo.png").split()
     expected = [np.asarray(plane.convert("F").resize((201, 134), Image.Resampling.LANCZOS)) / 255 for plane in planes]

@@ -10,8 +10,6 @@ import torch
 from linfusion_cli.core.errors import DataError, DoesNotFit
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import parse_bytes
-from linfusion_cli.jobs.plan import plan_run
-from linfusion_cli.jobs.prepare import prepare
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.locate.model import DEMO_FOLDER
@@ -19,6 +17,8 @@ from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import MARGIN_BYTES, STRIP_SIZES, Plan, Wanted, make_plan
 from linfusion_cli.planning.speed import Speed
+from linfusion_cli.run.inputs.resolve import prepare
+from linfusion_cli.run.stages.plan import plan_run
 from linfusion_cli.sampling.ladder import Rungs, ladder
 from linfusion_cli.sampling.passes import count_passes
 from linfusion_cli.settings.request import GenerateRequest

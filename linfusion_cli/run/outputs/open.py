@@ -12,9 +12,9 @@ from linfusion_cli import __version__, images
 from linfusion_cli.batch.filenames import phase_path
 from linfusion_cli.core.errors import LinfusionError, WriteFailed
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.complete import Making
-from linfusion_cli.jobs.prepare import Prepared, saved_sizes
-from linfusion_cli.jobs.weights import main_hash
+from linfusion_cli.run.inputs.provenance import main_hash
+from linfusion_cli.run.inputs.resolve import Prepared, saved_sizes
+from linfusion_cli.run.outputs.existing import Making
 from linfusion_cli.settings.request import PictureRequest
 
 A1111_HASH_DIGITS = 10

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 
-from linfusion_cli.jobs.run import Run
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, keep_own
 from linfusion_cli.mixers.linear.mount import self_attentions
 from linfusion_cli.mixers.linear.weights import load_weights, unused
 from linfusion_cli.models.locate.base import BaseWeights
+from linfusion_cli.run.stages.context import Run
 
 UNUSED = "{} of the layers in the LinFusion weights {} are not in this smaller model, and are not used."
 MERGED = "What the model's self-attention has changed since {} goes into LinFusion's weights (--linfusion-merge delta)."

@@ -16,15 +16,15 @@ import torch
 
 from linfusion_cli.core.errors import DoesNotFit, NonFinite
 from linfusion_cli.hardware.device import dtype_name, free_memory
-from linfusion_cli.jobs.dtypes import WIDTHS
-from linfusion_cli.jobs.kept import NETWORKS, to_host
-from linfusion_cli.jobs.loading import Models, load, read_prompts
-from linfusion_cli.jobs.plan import plan_run
-from linfusion_cli.jobs.reached import Reached
-from linfusion_cli.jobs.run import Run
 from linfusion_cli.models.load.parts import Vae
 from linfusion_cli.models.text.encode import ENCODERS
 from linfusion_cli.planning.plan import Plan
+from linfusion_cli.run.checkpoint.dtype_history import WIDTHS
+from linfusion_cli.run.checkpoint.state import Reached
+from linfusion_cli.run.stages.cache_keys import NETWORKS, to_host
+from linfusion_cli.run.stages.context import Run
+from linfusion_cli.run.stages.load import Models, load, read_prompts
+from linfusion_cli.run.stages.plan import plan_run
 from linfusion_cli.sampling.ladder import Phase
 
 Result = TypeVar("Result")

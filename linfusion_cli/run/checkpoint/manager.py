@@ -25,16 +25,16 @@ from linfusion_cli.core.errors import (
 )
 from linfusion_cli.core.signals import finishing, honoured
 from linfusion_cli.hardware.device import dtype_name, explained, free_memory, versions
-from linfusion_cli.jobs.dtypes import DTYPES, NON_FINITE, used_dtypes, with_dtype
-from linfusion_cli.jobs.weights import named_weights
 from linfusion_cli.models.files.digest import WeightsFile, digested
 from linfusion_cli.models.files.parts import PARTS
+from linfusion_cli.run.checkpoint.dtype_history import DTYPES, NON_FINITE, used_dtypes, with_dtype
+from linfusion_cli.run.inputs.provenance import named_weights
 from linfusion_cli.settings.request import PictureRequest, flag
 
 if TYPE_CHECKING:
-    from linfusion_cli.jobs.prepare import Prepared
-    from linfusion_cli.jobs.reached import Reached
     from linfusion_cli.planning.plan import Plan
+    from linfusion_cli.run.checkpoint.state import Reached
+    from linfusion_cli.run.inputs.resolve import Prepared
 
 MOST_SHOWN = 60
 CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2")  # parts of a model that have no weights
@@ -102,7 +102,7 @@ class Keeper:
 
     def found_state(self) -> Reached:
         """What this run goes on from."""
-        from linfusion_cli.jobs.reached import Reached
+        from linfusion_cli.run.checkpoint.state import Reached
 
         return Reached() if self.found is None else Reached.of(self.found.parts)
 
@@ -307,7 +307,7 @@ def usable(journal: Journal, request: PictureRequest, notice: Callable[[str], No
         reason = OTHER_VERSION.format(entry.head.get("linfusion"))
         notice(ASIDE.format(journal.folder, reason, journal.set_aside()))
         return None
-    from linfusion_cli.jobs.reached import Reached
+    from linfusion_cli.run.checkpoint.state import Reached
 
     if entry is not None and not Reached.of(entry.parts).is_finite:
         notice(ASIDE.format(journal.folder, "holds latents with NaN or Inf", journal.set_aside()))

@@ -11,15 +11,15 @@ import torch
 
 from linfusion_cli.hardware.cuda import has_bfloat16, is_cuda
 from linfusion_cli.hardware.device import dtype_name
-from linfusion_cli.jobs.attention import check_base
-from linfusion_cli.jobs.dtypes import WIDTHS
-from linfusion_cli.jobs.kept import OUTLINE, outline_key
-from linfusion_cli.jobs.prepare import Prepared
 from linfusion_cli.models.cache import Shelf
 from linfusion_cli.planning.machine import Machine, survey
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Plan, Wanted, executed_ways, make_plan
 from linfusion_cli.planning.speed import measured
+from linfusion_cli.run.checkpoint.dtype_history import WIDTHS
+from linfusion_cli.run.inputs.resolve import Prepared
+from linfusion_cli.run.stages.cache_keys import OUTLINE, outline_key
+from linfusion_cli.run.stages.linear_attention import check_base
 from linfusion_cli.sampling.passes import count_passes
 from linfusion_cli.unet.check import check_control, check_supported
 

@@ -16,9 +16,9 @@ from linfusion_cli.images.process.quantise import quantised
 from linfusion_cli.images.process.resize import ReadRegion, resized_region
 from linfusion_cli.images.process.scratch import ScratchPicture
 from linfusion_cli.images.read.source import SourcePicture, oriented, source_rows
-from linfusion_cli.jobs.run import Run
-from linfusion_cli.jobs.writing import Writing
 from linfusion_cli.models.load.parts import Vae
+from linfusion_cli.run.outputs.async_writer import Writing
+from linfusion_cli.run.stages.context import Run
 from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.sampling.noise import latent_noise
 from linfusion_cli.settings.request import PictureRequest

@@ -13,17 +13,17 @@ from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.core.events import Observer, nobody
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.hardware.device import describe, versions
-from linfusion_cli.jobs.complete import Making
-from linfusion_cli.jobs.dtypes import DTYPES
-from linfusion_cli.jobs.keep import Keeper, journal_of
-from linfusion_cli.jobs.latents import KeptLatents
-from linfusion_cli.jobs.outputs import held_picture, opened_outputs
-from linfusion_cli.jobs.prepare import Prepared, check_disk, prepare
-from linfusion_cli.jobs.record import Recorder
-from linfusion_cli.jobs.story import finished
-from linfusion_cli.jobs.weights import hashed_weights, to_json
 from linfusion_cli.models.cache import Shelf
 from linfusion_cli.models.files.digest import WeightsFile
+from linfusion_cli.run.checkpoint.dtype_history import DTYPES
+from linfusion_cli.run.checkpoint.latents_file import KeptLatents
+from linfusion_cli.run.checkpoint.manager import Keeper, journal_of
+from linfusion_cli.run.inputs.provenance import hashed_weights, to_json
+from linfusion_cli.run.inputs.resolve import Prepared, check_disk, prepare
+from linfusion_cli.run.outputs.existing import Making
+from linfusion_cli.run.outputs.open import held_picture, opened_outputs
+from linfusion_cli.run.pipeline import finished
+from linfusion_cli.run.progress.recorder import Recorder
 from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
 
 VAE_USE = "vae"
@@ -57,18 +57,18 @@ def decode(
         with recorder.stage("start", "load", None, 1, "start"):
             prepared = decoding_alone(prepare(replace(request, **UNUSED)), kept)
             check_disk(prepared)
-            from linfusion_cli.jobs import loading, pixels  # torch and diffusers take seconds to import
+            from linfusion_cli.run.stages import convert, load  # torch and diffusers take seconds to import
 
             shelf, keeper = Shelf(keeps=False), Keeper(journal_of(request), None, request)
-            run = loading.begin(prepared, recorder, keeper, shelf)
+            run = load.begin(prepared, recorder, keeper, shelf)
         machine, plan = describe(run.device), run.plan.to_json()
         read = [weights for weights in hashed_weights(prepared, recorder, shelf) if weights.use == VAE_USE]
         report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, to_json(read), recorder.stages)
         report.dtypes = list(kept.made_with[DTYPES])
         making = Making(request, weights_with(kept, read), proven=False, dtypes=report.dtypes)
         with opened_outputs(file, making) as sink:
-            vae = loading.load_decoder(run)
-            pixels.write(run, vae, kept.read(), sink)
+            vae = load.load_decoder(run)
+            convert.write(run, vae, kept.read(), sink)
     return finished(report, request, started)
 
 

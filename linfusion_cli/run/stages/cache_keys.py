@@ -9,9 +9,6 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from linfusion_cli.core.units import is_file
-from linfusion_cli.jobs.prepare import Prepared
-from linfusion_cli.jobs.run import Run
-from linfusion_cli.jobs.weights import WHOLE, weights_read
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.models.cache import Shelf
 from linfusion_cli.models.files.digest import identity
@@ -19,6 +16,9 @@ from linfusion_cli.models.load.controlnet import LoadedControl
 from linfusion_cli.models.load.parts import Vae
 from linfusion_cli.models.text.encode import ENCODERS, Encoder
 from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.run.inputs.provenance import WHOLE, weights_read
+from linfusion_cli.run.inputs.resolve import Prepared
+from linfusion_cli.run.stages.context import Run
 
 # What is kept under which name; text encoders have those of their parts.
 VAE, NETWORKS, OUTLINE = "vae", "networks", "outline"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from linfusion_cli.images import RowSink
-from linfusion_cli.jobs.keep import Keeper
-from linfusion_cli.jobs.prepare import Prepared
-from linfusion_cli.jobs.record import Recorder, Stage
 from linfusion_cli.models.cache import Shelf
+from linfusion_cli.run.checkpoint.manager import Keeper
+from linfusion_cli.run.inputs.resolve import Prepared
+from linfusion_cli.run.progress.recorder import Recorder, Stage
 
 if TYPE_CHECKING:
     import torch

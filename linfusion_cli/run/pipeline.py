@@ -14,14 +14,14 @@ from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.signals import honoured
 from linfusion_cli.hardware.device import describe, versions
 from linfusion_cli.images.read.source import SourcePicture
-from linfusion_cli.jobs.complete import Making, clear_journal, made_before
-from linfusion_cli.jobs.keep import journal_head, opened_keeper
-from linfusion_cli.jobs.latents import write_latents
-from linfusion_cli.jobs.outputs import held_latents, held_picture, opened_outputs, opened_phases, retell
-from linfusion_cli.jobs.prepare import check_disk, prepare
-from linfusion_cli.jobs.record import Recorder
-from linfusion_cli.jobs.weights import hashed_weights, to_json
 from linfusion_cli.models.cache import Shelf
+from linfusion_cli.run.checkpoint.latents_file import write_latents
+from linfusion_cli.run.checkpoint.manager import journal_head, opened_keeper
+from linfusion_cli.run.inputs.provenance import hashed_weights, to_json
+from linfusion_cli.run.inputs.resolve import check_disk, prepare
+from linfusion_cli.run.outputs.existing import Making, clear_journal, made_before
+from linfusion_cli.run.outputs.open import held_latents, held_picture, opened_outputs, opened_phases, retell
+from linfusion_cli.run.progress.recorder import Recorder
 from linfusion_cli.settings.request import PictureRequest
 
 
@@ -58,9 +58,9 @@ def make_picture(
             check_disk(prepared)
             for warning in prepared.facts.warnings:
                 recorder.notice(warning)
-            from linfusion_cli.jobs import loading, paint, pixels  # torch and diffusers take seconds to import
+            from linfusion_cli.run.stages import convert, denoise, load  # torch and diffusers take seconds to import
 
-            run = loading.begin(prepared, recorder, keeper, shelf)
+            run = load.begin(prepared, recorder, keeper, shelf)
         machine, plan = describe(run.device), run.plan.to_json()
         weights = hashed_weights(prepared, recorder, shelf)
         keeper.begin(journal_head(prepared, weights, run.plan))
@@ -76,12 +76,12 @@ def make_picture(
             held_latents(making) as kept,
         ):
             run = replace(run, phase_sinks=phase_sinks, retell=partial(retell, prepared, making, sink, phase_sinks))
-            vae = loading.load_decoder(run)
-            run, latents = paint.painted(run, vae)  # 3. the base, and up the ladder
+            vae = load.load_decoder(run)
+            run, latents = denoise.painted(run, vae)  # 3. the base, and up the ladder
             report.plan = run.plan.to_json()  # another one after NaN in half precision
             if kept is not None:
                 write_latents(kept, latents, prepared.phases[-1].size, making.told)
-            pixels.write(run, vae, latents, sink)  # 4. stream into the files, which get their names
+            convert.write(run, vae, latents, sink)  # 4. stream into the files, which get their names
         keeper.complete()
     report.checkpoints = asdict(keeper.saves)
     return finished(report, request, started)

@@ -11,7 +11,7 @@ from linfusion_cli.core.geometry import Size, fitted
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.units import SMALLEST_PX
 from linfusion_cli.images.read.source import SourcePicture, inspect_source, transparent
-from linfusion_cli.jobs.story import make_picture
+from linfusion_cli.run.pipeline import make_picture
 from linfusion_cli.settings.request import UpscaleRequest
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from linfusion_cli.checkpoint.store import Entry
 
 if TYPE_CHECKING:
-    from linfusion_cli.jobs.reached import Reached
+    from linfusion_cli.run.checkpoint.state import Reached
 
 DTYPES = "dtypes"
 WIDTHS = ("float16", "bfloat16", "float32")  # each takes numbers at which the one before overflows, or rounds less
@@ -27,7 +27,7 @@ def with_dtype(before: Sequence[Mapping[str, Any]], reached: Reached, dtype: str
 
 def used_dtypes(entry: Entry) -> list[dict[str, Any]]:
     """The history of an earlier run, without the dtypes of a step that gave NaN or Inf in them and so ended it."""
-    from linfusion_cli.jobs.reached import Reached
+    from linfusion_cli.run.checkpoint.state import Reached
 
     found = entry.head.get(DTYPES, [])
     return without_steps(found, Reached.of(entry.parts)) if NON_FINITE in entry.head else list(found)

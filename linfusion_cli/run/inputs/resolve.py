@@ -15,15 +15,15 @@ from linfusion_cli.core.units import format_bytes
 from linfusion_cli.hardware.device import pick_device, pick_dtype
 from linfusion_cli.images.process.scratch import BYTES_PER_PX
 from linfusion_cli.images.read.source import SourcePicture
-from linfusion_cli.jobs.adapter import find_adapters
-from linfusion_cli.jobs.find_controls import Controls, find_controls
-from linfusion_cli.jobs.prompts import check_prompts
 from linfusion_cli.models.families.facts import ModelFacts, read_facts
 from linfusion_cli.models.files.parts import Model, Part
 from linfusion_cli.models.locate.base import base_here, find_base
 from linfusion_cli.models.locate.files import find_inversion, find_lora, split_token, split_weight
 from linfusion_cli.models.locate.ip_adapter import Adapter
 from linfusion_cli.models.locate.model import find_linfusion, find_model, find_vae
+from linfusion_cli.run.inputs.controlnets import Controls, find_controls
+from linfusion_cli.run.inputs.ip_adapters import find_adapters
+from linfusion_cli.run.inputs.prompt_checks import check_prompts
 from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
 from linfusion_cli.settings.request import PictureRequest
 

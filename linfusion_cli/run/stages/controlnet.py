@@ -12,12 +12,12 @@ from torch import Tensor
 from linfusion_cli.core.geometry import bands
 from linfusion_cli.images.process.scratch import ScratchPicture
 from linfusion_cli.images.read.source import oriented, source_rows
-from linfusion_cli.jobs.find_controls import FoundControl
-from linfusion_cli.jobs.pixels import resized_reader
-from linfusion_cli.jobs.run import Run
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.models.load.controlnet import LoadedControl
+from linfusion_cli.run.inputs.controlnets import FoundControl
+from linfusion_cli.run.stages.context import Run
+from linfusion_cli.run.stages.convert import resized_reader
 from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet.control import PICTURE_ROWS, StripControl, WholeControl, embedded_picture

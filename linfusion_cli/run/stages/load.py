@@ -12,17 +12,6 @@ from diffusers import UNet2DConditionModel
 
 from linfusion_cli.hardware.cuda import forbid_tf32
 from linfusion_cli.hardware.device import limit_device_memory
-from linfusion_cli.jobs.adapter import read_picture
-from linfusion_cli.jobs.attention import load_linear
-from linfusion_cli.jobs.control import load_controls
-from linfusion_cli.jobs.keep import Keeper
-from linfusion_cli.jobs.kept import NETWORKS, VAE, Networks, networks_key, settle_text, text_key, to_host, vae_key
-from linfusion_cli.jobs.plan import plan_run
-from linfusion_cli.jobs.prepare import Prepared
-from linfusion_cli.jobs.prompts import literal_notice
-from linfusion_cli.jobs.reached import Reached
-from linfusion_cli.jobs.record import Recorder
-from linfusion_cli.jobs.run import Run
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.models.adapters.ip_adapter import encode_pictures, load_adapters
 from linfusion_cli.models.adapters.lora import merge_lora
@@ -32,6 +21,26 @@ from linfusion_cli.models.load.controlnet import LoadedControl
 from linfusion_cli.models.load.parts import Vae, load_unet, load_vae
 from linfusion_cli.models.text.encode import Conditioning, Encoder, TextChanges, encode_prompts
 from linfusion_cli.planning.machine import cpu_notice
+from linfusion_cli.run.checkpoint.manager import Keeper
+from linfusion_cli.run.checkpoint.state import Reached
+from linfusion_cli.run.inputs.ip_adapters import read_picture
+from linfusion_cli.run.inputs.prompt_checks import literal_notice
+from linfusion_cli.run.inputs.resolve import Prepared
+from linfusion_cli.run.progress.recorder import Recorder
+from linfusion_cli.run.stages.cache_keys import (
+    NETWORKS,
+    VAE,
+    Networks,
+    networks_key,
+    settle_text,
+    text_key,
+    to_host,
+    vae_key,
+)
+from linfusion_cli.run.stages.context import Run
+from linfusion_cli.run.stages.controlnet import load_controls
+from linfusion_cli.run.stages.linear_attention import load_linear
+from linfusion_cli.run.stages.plan import plan_run
 
 UNHEARD = "The {} is too long for the model's text encoder, which did not hear its end: {!r}."
 UNUSED = "Neither prompt has the token {!r} of a textual inversion, which does nothing."

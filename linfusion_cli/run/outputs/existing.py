@@ -16,14 +16,14 @@ from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.units import is_file
 from linfusion_cli.hardware.device import versions
 from linfusion_cli.images.read.source import SourcePicture
-from linfusion_cli.jobs import latents
-from linfusion_cli.jobs.dtypes import DTYPES
-from linfusion_cli.jobs.keep import BESIDE, as_json, changes_since, journal_of
-from linfusion_cli.jobs.prepare import prepare
-from linfusion_cli.jobs.record import Recorder
-from linfusion_cli.jobs.weights import hashed_weights, made_with, to_json
 from linfusion_cli.models.cache import Shelf
 from linfusion_cli.models.files.digest import WeightsFile
+from linfusion_cli.run.checkpoint import latents_file
+from linfusion_cli.run.checkpoint.dtype_history import DTYPES
+from linfusion_cli.run.checkpoint.manager import BESIDE, as_json, changes_since, journal_of
+from linfusion_cli.run.inputs.provenance import hashed_weights, made_with, to_json
+from linfusion_cli.run.inputs.resolve import prepare
+from linfusion_cli.run.progress.recorder import Recorder
 from linfusion_cli.settings.request import PictureRequest
 
 
@@ -52,7 +52,7 @@ class Making:
         if not (self.request.prompt_metadata or self.proven):
             return False
         if path == self.request.keep_latents:
-            found, expected = latents.made_with(path), self.told
+            found, expected = latents_file.made_with(path), self.told
         else:
             found = picture_made_with(path, size)
             expected = self.told if self.request.prompt_metadata else images.scrubbed(self.told)

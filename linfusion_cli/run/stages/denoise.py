@@ -13,17 +13,17 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from linfusion_cli.core.signals import finishing
-from linfusion_cli.jobs.control import ActingControl, acting
-from linfusion_cli.jobs.kept import move_networks_to_host
-from linfusion_cli.jobs.loading import Models
-from linfusion_cli.jobs.pixels import begun_with, enlarge
-from linfusion_cli.jobs.precision import Overflowed, Work, explain_non_finite
-from linfusion_cli.jobs.reached import Begun, Reached
-from linfusion_cli.jobs.run import Run
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.models.load.parts import Vae
 from linfusion_cli.models.text.encode import Conditioning, SizeConditioning
 from linfusion_cli.planning.needs import Mode
+from linfusion_cli.run.checkpoint.state import Begun, Reached
+from linfusion_cli.run.stages.cache_keys import move_networks_to_host
+from linfusion_cli.run.stages.context import Run
+from linfusion_cli.run.stages.controlnet import ActingControl, acting
+from linfusion_cli.run.stages.convert import begun_with, enlarge
+from linfusion_cli.run.stages.load import Models
+from linfusion_cli.run.stages.precision import Overflowed, Work, explain_non_finite
 from linfusion_cli.sampling.demofusion import Channels, demofusion
 from linfusion_cli.sampling.denoise import denoise, sdedit
 from linfusion_cli.sampling.guidance import Predict, guided, guided_together, where_guided
