@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from linfusion_cli import __version__
-from linfusion_cli.cli import batch, decode, doctor, generate, info, log, models, plan, presets, upscale
-from linfusion_cli.cli.bugs import bug_sentence
-from linfusion_cli.cli.render import announce, answer
+from linfusion_cli.cli.commands import batch, decode, doctor, generate, info, models, plan, presets, upscale
+from linfusion_cli.cli.output import log_file
+from linfusion_cli.cli.output.crash_report import bug_sentence
+from linfusion_cli.cli.output.render import announce, answer
 from linfusion_cli.core import signals
 from linfusion_cli.core.errors import EXIT_BUG, LinfusionError, Stopped
 from linfusion_cli.hardware.cuda import quiet_start
@@ -77,7 +78,7 @@ def show_anything() -> None:
 def guarded() -> int:
     """Run the app; every error becomes one clear line on stderr and its exit code, and the log's last line tells it."""
     exit_code = carried_out()
-    log.end(exit_code)
+    log_file.end(exit_code)
     return exit_code
 
 

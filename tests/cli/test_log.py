@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from linfusion_cli.cli import log
+from linfusion_cli.cli.output import log_file
 from linfusion_cli.core.errors import CannotCreate
 
 LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d) (\d+) (.+)")
@@ -30,14 +30,14 @@ def complaints():
 
 @pytest.fixture
 def file(tmp_path, complaints):
-    opened = log.LogFile(tmp_path / "run.log", complaints.append)
+    opened = log_file.LogFile(tmp_path / "run.log", complaints.append)
     yield opened
     opened.close()
 
 
 def test_a_log_is_appended_to(tmp_path, file):
     file.write("one")
-    other = log.LogFile(tmp_path / "run.log", print)
+    other = log_file.LogFile(tmp_path / "run.log", print)
     other.write("two")
     file.write("three")
     other.close()
@@ -110,12 +110,12 @@ def test_a_log_that_cannot_be_opened_is_refused(tmp_path, monkeypatch, name):
     os.mkfifo("pipe")  # that nobody reads
     Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     with pytest.raises(CannotCreate, match="--log-file '"):
-        log.begin(Path(name), print)
+        log_file.begin(Path(name), print)
     assert Path("picture.png").stat().st_size == 16
 
 
 def test_a_full_disk_is_said_once(complaints):
-    file = log.LogFile(Path("/dev/full"), complaints.append)
+    file = log_file.LogFile(Path("/dev/full"), complaints.append)
     file.write("one")
     file.write("two")
     file.close()
@@ -175,9 +175,9 @@ def test_processes_that_share_a_log_which_rotates_tear_no_line_and_lose_none(tmp
     ],
 )
 def test_the_last_line_says_how_a_run_ended(tmp_path, code, words):
-    log.begin(tmp_path / "run.log", print)
-    log.end(code)
-    log.write("nobody listens any more")
+    log_file.begin(tmp_path / "run.log", print)
+    log_file.end(code)
+    log_file.write("nobody listens any more")
     begun, ended = texts(tmp_path / "run.log")
     assert begun.startswith("begun: linfusion ") and ended.startswith(f"ended: {words}, exit code {code}, after 0.")
 

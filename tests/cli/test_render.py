@@ -11,7 +11,7 @@ from datetime import datetime
 
 import pytest
 
-from linfusion_cli.cli import render
+from linfusion_cli.cli.output import render
 from linfusion_cli.core.events import Notice, Planned, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport, StageReport

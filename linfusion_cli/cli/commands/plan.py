@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from linfusion_cli.cli import options, render
-from linfusion_cli.cli.request import quieten_hub, read_request
+from linfusion_cli.cli.output import render
+from linfusion_cli.cli.parsing import options
+from linfusion_cli.cli.parsing.build_request import quieten_hub, read_request
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.units import format_bytes, format_seconds
 from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from linfusion_cli.cli import options
-from linfusion_cli.cli.generate import asked, run
+from linfusion_cli.cli.commands.generate import asked, run
+from linfusion_cli.cli.parsing import options
 from linfusion_cli.settings.request import UpscaleRequest
 
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from linfusion_cli.cli import options
-from linfusion_cli.cli.generate import Asked, run
-from linfusion_cli.cli.request import read_text
+from linfusion_cli.cli.commands.generate import Asked, run
+from linfusion_cli.cli.parsing import options
+from linfusion_cli.cli.parsing.build_request import read_text
 from linfusion_cli.core.events import Observer
 
 Latents = Annotated[

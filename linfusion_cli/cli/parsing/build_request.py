@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from linfusion_cli import presets
-from linfusion_cli.cli import render
+from linfusion_cli.cli.output import render
 from linfusion_cli.core import signals
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.events import Notice, Observer

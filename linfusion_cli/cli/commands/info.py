@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linfusion_cli.cli import render
+from linfusion_cli.cli.output import render
 from linfusion_cli.core.units import format_bytes
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from linfusion_cli.cli import render
-from linfusion_cli.cli.request import quieten_hub
+from linfusion_cli.cli.output import render
+from linfusion_cli.cli.parsing.build_request import quieten_hub
 from linfusion_cli.core.units import format_bytes
 
 if TYPE_CHECKING:

@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from linfusion_cli.cli import log, options, render
-from linfusion_cli.cli.request import keep_to, quieten_hub, read_request
+from linfusion_cli.cli.output import log_file as output_log_file
+from linfusion_cli.cli.output import render
+from linfusion_cli.cli.parsing import options
+from linfusion_cli.cli.parsing.build_request import keep_to, quieten_hub, read_request
 from linfusion_cli.core.events import Observer
 from linfusion_cli.core.fs import check_distinct
 from linfusion_cli.core.report import RunReport
@@ -56,7 +58,7 @@ def run(
         origins, request, job = ask(observer)
         files = {"--output": request.output, "--preview": request.preview, "--keep-latents": request.keep_latents}
         check_distinct(files | {"--report": report, "--log-file": log_file})
-        log.write(f"output: {request.output}")
+        output_log_file.write(f"output: {request.output}")
         with report_file(report, request.overwrite) as save:
             result = job(request, origins, observer)
             save(result)

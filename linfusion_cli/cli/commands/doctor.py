@@ -9,7 +9,7 @@ import psutil
 import typer
 
 from linfusion_cli import __version__, presets
-from linfusion_cli.cli import render
+from linfusion_cli.cli.output import render
 from linfusion_cli.core.errors import LinfusionError, first_line
 from linfusion_cli.core.units import format_bytes
 from linfusion_cli.hardware import allocator, device

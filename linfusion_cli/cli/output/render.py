@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from linfusion_cli.cli import log
+from linfusion_cli.cli.output import log_file as output_log_file
 from linfusion_cli.core.errors import WriteFailed
 from linfusion_cli.core.events import (
     Event,
@@ -53,13 +53,17 @@ def say(text: str) -> None:
 
 def tell(text: str) -> None:
     """One line for a person on stderr, whatever `text` holds; with the time where nobody watches."""
-    say(log.printable(text) if on_terminal() else f"{log.timestamp()} {log.printable(text)}")
+    say(
+        output_log_file.printable(text)
+        if on_terminal()
+        else f"{output_log_file.timestamp()} {output_log_file.printable(text)}"
+    )
 
 
 def announce(text: str) -> None:
     """One line on stderr, and in the log."""
     tell(text)
-    log.write(text)
+    output_log_file.write(text)
 
 
 def discard_rest(stream: TextIO) -> None:
@@ -125,9 +129,9 @@ def watching(quiet: bool, log_file: Path | None = None) -> Iterator[Observer]:
 
     All lines also go to `log_file`, which stays open for how the run ends. Raises CannotCreate if it cannot be opened.
     """
-    log.begin(log_file, tell)
+    output_log_file.begin(log_file, tell)
     with answers_alone(), ExitStack() as stack:
-        logged = [] if log_file is None else [stack.enter_context(Lines(log.write))]
+        logged = [] if log_file is None else [stack.enter_context(Lines(output_log_file.write))]
         shown = notices_only if quiet else stack.enter_context(Bars() if on_terminal() else Lines(tell))
         yield told([shown, *logged])
 
@@ -189,7 +193,9 @@ class Bars:
     def __call__(self, event: Event) -> None:
         match event:
             case Notice(text):
-                self._progress.console.print(f"linfusion: {log.printable(text)}", markup=False, soft_wrap=True)
+                self._progress.console.print(
+                    f"linfusion: {output_log_file.printable(text)}", markup=False, soft_wrap=True
+                )
             case JobStarted():
                 for task in self._progress.task_ids:  # of the job before, which would all be drawn on and on
                     self._progress.remove_task(task)
@@ -288,7 +294,7 @@ def plain(table: Table, columns: int = PLAIN_COLUMNS) -> str:
 
 def show_report(report: RunReport, quiet: bool) -> None:
     """The end of a run: a table on a terminal, one line elsewhere and in the log."""
-    log.write(completed(report))
+    output_log_file.write(completed(report))
     if not quiet and on_terminal():
         say(plain(report_table(report)))
     elif not quiet:

@@ -16,10 +16,12 @@ from linfusion_cli import presets
 from linfusion_cli.batch.filenames import TEMPLATE, Template
 from linfusion_cli.batch.shard import Shard as Part
 from linfusion_cli.batch.shard import parse_seeds
-from linfusion_cli.cli import log, options, render
-from linfusion_cli.cli.bugs import bug_sentence
-from linfusion_cli.cli.generate import report_file
-from linfusion_cli.cli.request import Sources, keep_to, quieten_hub, read_options
+from linfusion_cli.cli.commands.generate import report_file
+from linfusion_cli.cli.output import log_file as output_log_file
+from linfusion_cli.cli.output import render
+from linfusion_cli.cli.output.crash_report import bug_sentence
+from linfusion_cli.cli.parsing import options
+from linfusion_cli.cli.parsing.build_request import Sources, keep_to, quieten_hub, read_options
 from linfusion_cli.core.errors import LinfusionError, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice, Observer
 from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
@@ -211,7 +213,7 @@ class Shown:
         record = None if batch.record is None else str(batch.record.path)
         counts = ", ".join(f"{count} {status}" for status, count in tally.items() if count) or "no job is finished"
         told = f"batch: {counts}" if record is None else f"batch: {counts}; all are told of in {record}"
-        tell = render.announce if not self.is_quiet or batch.tally.exit_code else log.write
+        tell = render.announce if not self.is_quiet or batch.tally.exit_code else output_log_file.write
         for line in (told, *failures_shown(batch.failures)):
             tell(line)
         if self.as_json:

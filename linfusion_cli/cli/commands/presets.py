@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from linfusion_cli import presets
-from linfusion_cli.cli import render
+from linfusion_cli.cli.output import render
 
 app = typer.Typer(help="The presets that come with the program.", no_args_is_help=True, rich_markup_mode=None)
 
