@@ -16,8 +16,8 @@ from linfusion_cli.planning.conversion import Kind, methods_for
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.needs import Mode, Need, Reckoner
 from linfusion_cli.planning.outline import ModelOutline
-from linfusion_cli.sampling.ladder import Phase
-from linfusion_cli.sampling.passes import Passes
+from linfusion_cli.sampling.phases import Phase
+from linfusion_cli.sampling.upscalers.pass_count import Passes
 from linfusion_cli.settings.request import PictureRequest
 from linfusion_cli.strips.ops import GOOD_ROWS, StripSize
 from linfusion_cli.strips.storage import PLACES, Place

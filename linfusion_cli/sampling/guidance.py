@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from linfusion_cli.sampling.schedule import Schedule
+from linfusion_cli.sampling.schedulers.schedule import Schedule
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (scaled latents [B, C, H, W], timestep []) -> prediction [B, C, H, W]
 Applies = Callable[[Tensor], bool]  # timestep [] -> whether guidance works there

@@ -54,8 +54,8 @@ from tools.bench.shapes import SDXL_KEYS, sdxl_vae
 
 # Where single values may be read from the card, and what is there.
 SCALARS = {
-    "sampling/schedule.py:stepped": True,
-    "sampling/schedule.py:is_finite": True,
+    "sampling/schedulers/schedule.py:stepped": True,
+    "sampling/schedulers/schedule.py:is_finite": True,
     "run/checkpoint/state.py:<genexpr>": True,
     "run/checkpoint/state.py:is_finite": True,
 }

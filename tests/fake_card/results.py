@@ -22,7 +22,7 @@ MAY_WAIT = {
     "pageable upload strips/storage.py:pixels": 1,  # where the attention of the VAE looks
     "pageable upload strips/windows.py:places": 8,  # what an enlarged map repeats: kept for all forwards
 }
-NOISE = "pageable upload sampling/schedule.py:<lambda>"  # that some schedulers add: latents, in each step
+NOISE = "pageable upload sampling/schedulers/schedule.py:<lambda>"  # that some schedulers add: latents, in each step
 # torch.cat widens: diffusers joins SDXL's pooled text with sizes in fp32, and narrows the result.
 MAY_MIX = {"cat in torch.float16, torch.float32", "cat in torch.bfloat16, torch.float32"}
 

@@ -10,7 +10,7 @@ from PIL import Image
 from linfusion_cli.checkpoint.store import Journal
 from linfusion_cli.run.checkpoint import manager
 from linfusion_cli.run.checkpoint.state import Reached
-from linfusion_cli.sampling.schedule import Schedule
+from linfusion_cli.sampling.schedulers.schedule import Schedule
 
 MORE = "\nSearch for `cudaErrorX' in https://docs.nvidia.com for more.\nCUDA kernel errors might be reported elsewhere."
 LOST = "CUDA error: unspecified launch failure"

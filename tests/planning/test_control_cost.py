@@ -15,8 +15,8 @@ from linfusion_cli.models.load.controlnet import linear_attention
 from linfusion_cli.planning.needs import Need
 from linfusion_cli.planning.outline import ModelOutline
 from linfusion_cli.planning.plan import Wanted, make_plan
-from linfusion_cli.sampling.ladder import Rungs, ladder
-from linfusion_cli.sampling.passes import count_passes
+from linfusion_cli.sampling.phases import Rungs, ladder
+from linfusion_cli.sampling.upscalers.pass_count import count_passes
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES

@@ -19,8 +19,8 @@ from linfusion_cli.planning.plan import MARGIN_BYTES, STRIP_SIZES, Plan, Wanted,
 from linfusion_cli.planning.speed import Speed
 from linfusion_cli.run.inputs.resolve import prepare
 from linfusion_cli.run.stages.plan import plan_run
-from linfusion_cli.sampling.ladder import Rungs, ladder
-from linfusion_cli.sampling.passes import count_passes
+from linfusion_cli.sampling.phases import Rungs, ladder
+from linfusion_cli.sampling.upscalers.pass_count import count_passes
 from linfusion_cli.settings.request import GenerateRequest
 
 GIB = 1 << 30

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linfusion_cli.sampling.demofusion import Channels, DemoFusion, blurred, cosines, demofusion
 from linfusion_cli.sampling.noise import phase_noise
-from linfusion_cli.sampling.schedule import SOLVERS, make_schedule
+from linfusion_cli.sampling.schedulers.schedule import SOLVERS, make_schedule
+from linfusion_cli.sampling.upscalers.demofusion import Channels, DemoFusion, blurred, cosines, demofusion
 from linfusion_cli.strips.dilation import dilated
 from tests.models_in_small import scheduler_config
 

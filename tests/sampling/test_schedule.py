@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from linfusion_cli.core.errors import DataError, NonFinite, UsageError
-from linfusion_cli.sampling.denoise import denoise, sdedit
 from linfusion_cli.sampling.noise import InTurn
-from linfusion_cli.sampling.schedule import SOLVERS, make_schedule, no_noise
+from linfusion_cli.sampling.schedulers.schedule import SOLVERS, make_schedule, no_noise
+from linfusion_cli.sampling.upscalers.sdedit import denoise, sdedit
 from linfusion_cli.settings.request import SCHEDULERS
 from tests.models_in_small import scheduler_config
 

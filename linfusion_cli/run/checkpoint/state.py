@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from linfusion_cli.sampling.demofusion import Channels
+from linfusion_cli.sampling.upscalers.demofusion import Channels
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from linfusion_cli.core.units import user_path
 from linfusion_cli.images.read.source import SourcePicture, inspect_source
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, kind_number
-from linfusion_cli.sampling.ladder import spread
+from linfusion_cli.sampling.phases import spread
 from linfusion_cli.settings.request import PictureRequest
 
 

@@ -10,7 +10,7 @@ from linfusion_cli.core.errors import DataError
 from linfusion_cli.core.units import user_path
 from linfusion_cli.images.read.source import SourcePicture, inspect_source, oriented, source_rows
 from linfusion_cli.models.locate.ip_adapter import Adapter, find_adapter, find_encoder, read_adapter
-from linfusion_cli.sampling.ladder import spread
+from linfusion_cli.sampling.phases import spread
 from linfusion_cli.settings.request import PictureRequest
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from linfusion_cli.models.locate.model import find_linfusion, find_model, find_v
 from linfusion_cli.run.inputs.controlnets import Controls, find_controls
 from linfusion_cli.run.inputs.ip_adapters import find_adapters
 from linfusion_cli.run.inputs.prompt_checks import check_prompts
-from linfusion_cli.sampling.ladder import Phase, Rungs, ladder
+from linfusion_cli.sampling.phases import Phase, Rungs, ladder
 from linfusion_cli.settings.request import PictureRequest
 
 JOURNAL_COPIES = 9  # one of what a phase began with; latents and three of a scheduler, old and new

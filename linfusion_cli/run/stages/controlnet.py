@@ -18,7 +18,7 @@ from linfusion_cli.models.load.controlnet import LoadedControl
 from linfusion_cli.run.inputs.controlnets import FoundControl
 from linfusion_cli.run.stages.context import Run
 from linfusion_cli.run.stages.convert import resized_reader
-from linfusion_cli.sampling.ladder import Phase
+from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet.control import PICTURE_ROWS, StripControl, WholeControl, embedded_picture
 

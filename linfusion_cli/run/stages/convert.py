@@ -19,8 +19,8 @@ from linfusion_cli.images.read.source import SourcePicture, oriented, source_row
 from linfusion_cli.models.load.parts import Vae
 from linfusion_cli.run.outputs.async_writer import Writing
 from linfusion_cli.run.stages.context import Run
-from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.sampling.noise import latent_noise
+from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.settings.request import PictureRequest
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import DrawNoise, encode_rows

@@ -24,14 +24,14 @@ from linfusion_cli.run.stages.controlnet import ActingControl, acting
 from linfusion_cli.run.stages.convert import begun_with, enlarge
 from linfusion_cli.run.stages.load import Models
 from linfusion_cli.run.stages.precision import Overflowed, Work, explain_non_finite
-from linfusion_cli.sampling.demofusion import Channels, demofusion
-from linfusion_cli.sampling.denoise import denoise, sdedit
 from linfusion_cli.sampling.guidance import Predict, guided, guided_together, where_guided
-from linfusion_cli.sampling.ladder import Phase
 from linfusion_cli.sampling.noise import InTurn, phase_noise, step_noise
-from linfusion_cli.sampling.passes import demofusion_of, phase_schedule
+from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.sampling.probe import noise_correlation, prediction_type
-from linfusion_cli.sampling.schedule import Draw, Schedule
+from linfusion_cli.sampling.schedulers.schedule import Draw, Schedule
+from linfusion_cli.sampling.upscalers.demofusion import Channels, demofusion
+from linfusion_cli.sampling.upscalers.pass_count import demofusion_of, phase_schedule
+from linfusion_cli.sampling.upscalers.sdedit import denoise, sdedit
 from linfusion_cli.settings.request import PictureRequest
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips

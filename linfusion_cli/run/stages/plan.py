@@ -20,7 +20,7 @@ from linfusion_cli.run.checkpoint.dtype_history import WIDTHS
 from linfusion_cli.run.inputs.resolve import Prepared
 from linfusion_cli.run.stages.cache_keys import OUTLINE, outline_key
 from linfusion_cli.run.stages.linear_attention import check_base
-from linfusion_cli.sampling.passes import count_passes
+from linfusion_cli.sampling.upscalers.pass_count import count_passes
 from linfusion_cli.unet.check import check_control, check_supported
 
 

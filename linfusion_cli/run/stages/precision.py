@@ -25,7 +25,7 @@ from linfusion_cli.run.stages.cache_keys import NETWORKS, to_host
 from linfusion_cli.run.stages.context import Run
 from linfusion_cli.run.stages.load import Models, load, read_prompts
 from linfusion_cli.run.stages.plan import plan_run
-from linfusion_cli.sampling.ladder import Phase
+from linfusion_cli.sampling.phases import Phase
 
 Result = TypeVar("Result")
 

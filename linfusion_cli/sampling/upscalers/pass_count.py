@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from linfusion_cli.sampling.demofusion import DemoFusion
 from linfusion_cli.sampling.guidance import where_guided
-from linfusion_cli.sampling.ladder import Phase
-from linfusion_cli.sampling.schedule import Draw, Schedule, make_schedule, no_noise
+from linfusion_cli.sampling.phases import Phase
+from linfusion_cli.sampling.schedulers.schedule import Draw, Schedule, make_schedule, no_noise
+from linfusion_cli.sampling.upscalers.demofusion import DemoFusion
 from linfusion_cli.settings.request import PictureRequest
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linfusion_cli.sampling.guidance import Predict
-from linfusion_cli.sampling.schedule import Schedule
+from linfusion_cli.sampling.schedulers.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from linfusion_cli.sampling.guidance import Predict
-from linfusion_cli.sampling.schedule import Schedule
+from linfusion_cli.sampling.schedulers.schedule import Schedule
 
 
 def denoise(latents: Tensor, schedule: Schedule, predict: Predict, done: int = 0) -> Iterator[Tensor]:
