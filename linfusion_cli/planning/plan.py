@@ -12,10 +12,10 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import bytes_at_least, format_bytes
 from linfusion_cli.images.process.scratch import BYTES_PER_PX
 from linfusion_cli.models.families.facts import ModelFacts
-from linfusion_cli.planning.conversion import Kind, methods_for
+from linfusion_cli.planning.estimate import Mode, Need, Reckoner
 from linfusion_cli.planning.machine import Machine
-from linfusion_cli.planning.needs import Mode, Need, Reckoner
-from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.planning.meta_model import ModelOutline
+from linfusion_cli.planning.vae_strategies import Kind, methods_for
 from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.sampling.upscalers.pass_count import Passes
 from linfusion_cli.settings.request import PictureRequest

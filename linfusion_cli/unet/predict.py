@@ -14,7 +14,7 @@ from linfusion_cli.hardware.device import free_memory, is_out_of_memory
 from linfusion_cli.strips.dilation import dilated
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.unet.check import check_control, check_supported
-from linfusion_cli.unet.control import StripControl, WholeControl
+from linfusion_cli.unet.controlnet import StripControl, WholeControl
 from linfusion_cli.unet.forward import Added, Condition, strip_forward
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timestep []) -> prediction [B, C, h, w]

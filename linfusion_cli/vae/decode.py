@@ -8,10 +8,10 @@ from torch import Tensor
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.vae.conversion import Conversion, Notify, nobody
 from linfusion_cli.vae.patches import Source
 from linfusion_cli.vae.stages import Vae, decoder_stages
 from linfusion_cli.vae.statistics import Method
+from linfusion_cli.vae.streaming import Conversion, Notify, nobody
 
 
 def decode_rows(

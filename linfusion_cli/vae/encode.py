@@ -9,10 +9,10 @@ from torch import Tensor
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.vae.conversion import Conversion, Notify, nobody
 from linfusion_cli.vae.patches import READ_ROWS, Source
 from linfusion_cli.vae.stages import Vae, encoder_stages
 from linfusion_cli.vae.statistics import Method
+from linfusion_cli.vae.streaming import Conversion, Notify, nobody
 
 COLOURS = 3
 LOGVAR_LIMITS = (-30.0, 20.0)  # those of diffusers' DiagonalGaussianDistribution

@@ -33,11 +33,11 @@ from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished, Stag
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families.facts import ModelFacts
 from linfusion_cli.planning import machine, plan
-from linfusion_cli.planning.conversion import patch_counts
+from linfusion_cli.planning.estimate import Reckoner
 from linfusion_cli.planning.machine import Machine
-from linfusion_cli.planning.needs import Reckoner
-from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.planning.meta_model import ModelOutline
 from linfusion_cli.planning.speed import Speed
+from linfusion_cli.planning.vae_strategies import patch_counts
 from linfusion_cli.run import pipeline
 from linfusion_cli.run.stages import convert
 from linfusion_cli.settings.request import GenerateRequest

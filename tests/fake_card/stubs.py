@@ -21,7 +21,7 @@ from linfusion_cli.models.files.parts import Part
 from linfusion_cli.models.load import controlnet
 from linfusion_cli.models.load import parts as load_parts
 from linfusion_cli.models.text import encode
-from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.planning.meta_model import ModelOutline
 from linfusion_cli.run import pipeline
 from linfusion_cli.run.stages import linear_attention, load
 from tests.fake_card.tensor import CPU, FakeTensor

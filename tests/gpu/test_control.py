@@ -11,7 +11,7 @@ from linfusion_cli.models.load.controlnet import linear_attention
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize, as_rows
 from linfusion_cli.strips.storage import PLACES, Storage
-from linfusion_cli.unet.control import StripControl, WholeControl, embedded_picture
+from linfusion_cli.unet.controlnet import StripControl, WholeControl, embedded_picture
 from linfusion_cli.unet.forward import strip_forward
 from linfusion_cli.unet.predict import Whole
 from tests.control_in_small import small_control

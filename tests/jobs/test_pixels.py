@@ -149,10 +149,10 @@ def test_a_vae_that_gives_nan_ends_with_an_error_and_no_file(make, tmp_path, xl_
 
 
 def test_memory_that_runs_out_at_the_last_decode_is_told_and_the_file_is_complete(make, tmp_path, monkeypatch):
-    from linfusion_cli.vae import conversion
+    from linfusion_cli.vae import streaming
 
     make("a.png")
-    real, failed = conversion.streamed, []
+    real, failed = streaming.streamed, []
 
     def scarce(stages, read, length, height, step=None):
         for i, rows in enumerate(real(stages, read, length, height, step)):
@@ -161,7 +161,7 @@ def test_memory_that_runs_out_at_the_last_decode_is_told_and_the_file_is_complet
                 raise MemoryError
             yield rows
 
-    monkeypatch.setattr(conversion, "streamed", scarce)
+    monkeypatch.setattr(streaming, "streamed", scarce)
     listener = Listener()
     make("b.png", listener)
     notices = [event.text for event in listener.of(Notice)]

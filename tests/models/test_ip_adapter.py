@@ -17,9 +17,9 @@ from linfusion_cli.models.adapters.lora import merge_lora
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.locate.files import FoundFile
 from linfusion_cli.models.locate.ip_adapter import Adapter, AdapterFile, find_adapter, find_encoder, read_adapter
-from linfusion_cli.planning.outline import ModelOutline, count
+from linfusion_cli.planning.meta_model import ModelOutline, count
 from linfusion_cli.strips.ops import StripSize
-from linfusion_cli.unet.cost import Setting, reckon
+from linfusion_cli.unet.estimate import Setting, reckon
 from tests.ip_in_small import HIDDEN, PROJECTION, TOKENS, adapter_tensors, write_adapter, write_encoder
 from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.models.test_locate import put_in_hub

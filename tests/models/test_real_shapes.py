@@ -18,9 +18,9 @@ from linfusion_cli.models.families.facts import family_of, family_of_file
 from linfusion_cli.models.files.header import Header
 from linfusion_cli.models.load.parts import fitting_state
 from linfusion_cli.models.load.single_file import depths_in
-from linfusion_cli.planning.outline import ModelOutline, count
+from linfusion_cli.planning.meta_model import ModelOutline, count
 from linfusion_cli.strips.ops import StripSize
-from linfusion_cli.unet.cost import Setting, reckon
+from linfusion_cli.unet.estimate import Setting, reckon
 from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.original_in_small import original_clip, original_open_clip, original_unet, original_vae
 from tools.bench.shapes import linear_attentions

@@ -14,7 +14,7 @@ from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.locate.model import DEMO_FOLDER
 from linfusion_cli.planning.machine import Machine
-from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.planning.meta_model import ModelOutline
 from linfusion_cli.planning.plan import MARGIN_BYTES, STRIP_SIZES, Plan, Wanted, make_plan
 from linfusion_cli.planning.speed import Speed
 from linfusion_cli.run.inputs.resolve import prepare

@@ -8,13 +8,13 @@ from linfusion_cli.core.errors import DataError, NonFinite
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import reach, streamed
-from linfusion_cli.vae import conversion
-from linfusion_cli.vae.conversion import one_behind
+from linfusion_cli.vae import streaming
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.patches import Source
 from linfusion_cli.vae.stages import decoder_stages
 from linfusion_cli.vae.statistics import Method, last_normed, settle, starts
+from linfusion_cli.vae.streaming import one_behind
 from tests.models_in_small import small_vae
 from tests.vae.conftest import deep_vae, ready
 from tools.bench.vae import demo_vae
@@ -181,7 +181,7 @@ def test_what_stays_no_number_ends_with_an_error(dtype):
 def test_memory_that_runs_out_is_told_and_no_row_is_lost_or_given_twice(deep, monkeypatch):
     latents, said, calls = torch.randn(1, 4, 48, 12), [], []
     true = decoded(deep, latents, exact(deep))
-    real = conversion.streamed
+    real = streaming.streamed
 
     def scarce(stages, read, length, height, step=None):
         for i, rows in enumerate(real(stages, read, length, height, step)):
@@ -190,7 +190,7 @@ def test_memory_that_runs_out_is_told_and_no_row_is_lost_or_given_twice(deep, mo
                 raise MemoryError
             yield rows
 
-    monkeypatch.setattr(conversion, "streamed", scarce)
+    monkeypatch.setattr(streaming, "streamed", scarce)
     found = decoded(deep, latents, exact(deep, 8), notify=said.append)
     assert apart(found, true) <= 1e-5 and len(said) == 2 and set(calls) == {8, 4, 2}
     assert "Memory ran out" in said[0] and "4 rows" in said[0]

@@ -22,16 +22,16 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware.cuda import synchronize
 from linfusion_cli.hardware.device import PeakMemory, free_memory, pick_vae_dtype, resident_bytes
 from linfusion_cli.mixers.linear.mount import mounted
-from linfusion_cli.planning.conversion import STREAM_ROWS, patch_counts
 from linfusion_cli.planning.plan import STRIP_SIZES
 from linfusion_cli.planning.speed import mean_seconds
+from linfusion_cli.planning.vae_strategies import STREAM_ROWS, patch_counts
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
-from linfusion_cli.unet.cost import Setting, reckon
+from linfusion_cli.unet.estimate import Setting, reckon
 from linfusion_cli.unet.forward import strip_forward
-from linfusion_cli.vae.cost import vae_cost
 from linfusion_cli.vae.decode import decode_rows
+from linfusion_cli.vae.estimate import vae_cost
 from linfusion_cli.vae.stages import decoder_stages
 from linfusion_cli.vae.statistics import Method
 from tools.bench.shapes import SDXL_KEYS, linear_attentions, random_condition, sdxl_unet, sdxl_vae

@@ -19,11 +19,11 @@ import torch
 
 from linfusion_cli.hardware.device import PeakMemory, cpu_count, free_memory, resident_bytes
 from linfusion_cli.mixers.linear.mount import mounted
-from linfusion_cli.planning.needs import HEAP_BYTES
+from linfusion_cli.planning.estimate import HEAP_BYTES
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.unet.cost import Setting, reckon
+from linfusion_cli.unet.estimate import Setting, reckon
 from linfusion_cli.unet.forward import strip_forward
 from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 

@@ -31,7 +31,7 @@ from linfusion_cli.images.process.quantise import quantised
 from linfusion_cli.models.files.parts import Part
 from linfusion_cli.models.load.parts import load_vae
 from linfusion_cli.models.locate.model import DEMO_FOLDER
-from linfusion_cli.planning.conversion import STREAM_ROWS, patch_counts
+from linfusion_cli.planning.vae_strategies import STREAM_ROWS, patch_counts
 from linfusion_cli.run.outputs.async_writer import Writing
 from linfusion_cli.strips.stream import reach
 from linfusion_cli.vae.decode import decode_rows

@@ -16,7 +16,7 @@ from linfusion_cli.core.units import format_bytes, format_seconds
 from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
 
 if TYPE_CHECKING:
-    from linfusion_cli.planning.needs import Mode, Need
+    from linfusion_cli.planning.estimate import Mode, Need
     from linfusion_cli.planning.plan import Plan, PlannedStage
     from linfusion_cli.vae.statistics import Method
 

@@ -16,7 +16,7 @@ from linfusion_cli.hardware.device import PeakMemory, free_memory
 if TYPE_CHECKING:
     import torch
 
-    from linfusion_cli.planning.needs import Need
+    from linfusion_cli.planning.estimate import Need
 
 
 class Stage:

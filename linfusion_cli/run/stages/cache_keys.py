@@ -15,7 +15,7 @@ from linfusion_cli.models.files.digest import identity
 from linfusion_cli.models.load.controlnet import LoadedControl
 from linfusion_cli.models.load.parts import Vae
 from linfusion_cli.models.text.encode import ENCODERS, Encoder
-from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.planning.meta_model import ModelOutline
 from linfusion_cli.run.inputs.provenance import WHOLE, weights_read
 from linfusion_cli.run.inputs.resolve import Prepared
 from linfusion_cli.run.stages.context import Run

@@ -20,7 +20,7 @@ from linfusion_cli.run.stages.context import Run
 from linfusion_cli.run.stages.convert import resized_reader
 from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.unet.control import PICTURE_ROWS, StripControl, WholeControl, embedded_picture
+from linfusion_cli.unet.controlnet import PICTURE_ROWS, StripControl, WholeControl, embedded_picture
 
 BEHIND = (0, 0, 0)  # transparent parts of a control picture: black is "nothing here" in edges, poses and depths
 

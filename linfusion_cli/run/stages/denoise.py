@@ -16,7 +16,7 @@ from linfusion_cli.core.signals import finishing
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.models.load.parts import Vae
 from linfusion_cli.models.text.encode import Conditioning, SizeConditioning
-from linfusion_cli.planning.needs import Mode
+from linfusion_cli.planning.estimate import Mode
 from linfusion_cli.run.checkpoint.state import Begun, Reached
 from linfusion_cli.run.stages.cache_keys import move_networks_to_host
 from linfusion_cli.run.stages.context import Run

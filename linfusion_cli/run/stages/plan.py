@@ -13,7 +13,7 @@ from linfusion_cli.hardware.cuda import has_bfloat16, is_cuda
 from linfusion_cli.hardware.device import dtype_name
 from linfusion_cli.models.cache import Shelf
 from linfusion_cli.planning.machine import Machine, survey
-from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.planning.meta_model import ModelOutline
 from linfusion_cli.planning.plan import Plan, Wanted, executed_ways, make_plan
 from linfusion_cli.planning.speed import measured
 from linfusion_cli.run.checkpoint.dtype_history import WIDTHS

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from linfusion_cli.core.geometry import Size
+from linfusion_cli.planning.estimate import Reckoner
 from linfusion_cli.planning.machine import Machine
-from linfusion_cli.planning.needs import Reckoner
 from linfusion_cli.strips.storage import Place
 from linfusion_cli.vae.statistics import FEWEST_PATCHES, Method, starts
 

@@ -17,7 +17,7 @@ from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize, as_rows
 from linfusion_cli.strips.storage import PLACES, HostMap, Storage
 from linfusion_cli.unet.check import check_control
-from linfusion_cli.unet.control import Control, StripControl, WholeControl, embedded_picture
+from linfusion_cli.unet.controlnet import Control, StripControl, WholeControl, embedded_picture
 from linfusion_cli.unet.forward import strip_forward
 from linfusion_cli.unet.predict import InStrips, Whole
 from tests.control_in_small import small_control, small_union

@@ -12,20 +12,20 @@ from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.load.controlnet import linear_attention
-from linfusion_cli.planning.needs import Need
-from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.planning.estimate import Need
+from linfusion_cli.planning.meta_model import ModelOutline
 from linfusion_cli.planning.plan import Wanted, make_plan
 from linfusion_cli.sampling.phases import Rungs, ladder
 from linfusion_cli.sampling.upscalers.pass_count import count_passes
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES
-from linfusion_cli.unet.control import StripControl, embedded_picture
-from linfusion_cli.unet.cost import Setting, embedding_cost, reckon
+from linfusion_cli.unet.controlnet import StripControl, embedded_picture
+from linfusion_cli.unet.estimate import Setting, embedding_cost, reckon
 from linfusion_cli.unet.forward import strip_forward
 from tests.control_in_small import small_control, small_union, write_control
 from tests.models_in_small import small_xl_unet
-from tests.planning.test_cost import CountingStorage, check_peaks
+from tests.planning.test_estimate import CountingStorage, check_peaks
 from tests.planning.test_plan import a_request, machine
 from tests.unet.test_forward import random_condition
 from tools.bench.shapes import linear_attentions

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families.facts import ModelFacts
 from linfusion_cli.planning.machine import Machine
-from linfusion_cli.planning.outline import ModelOutline
+from linfusion_cli.planning.meta_model import ModelOutline
 from linfusion_cli.strips.cost import Ledger
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
 from linfusion_cli.strips.stream import Stage
 from linfusion_cli.unet.check import unknown_parts
-from linfusion_cli.unet.cost import Setting, embedding_cost, reckon, whole_bytes
-from linfusion_cli.vae.cost import vae_cost
+from linfusion_cli.unet.estimate import Setting, embedding_cost, reckon, whole_bytes
+from linfusion_cli.vae.estimate import vae_cost
 from linfusion_cli.vae.stages import decoder_stages, encoder_stages
 from linfusion_cli.vae.statistics import Method
 

@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.vae.cost import vae_cost
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows
+from linfusion_cli.vae.estimate import vae_cost
 from linfusion_cli.vae.stages import decoder_stages, encoder_stages
 from linfusion_cli.vae.statistics import Method, last_normed, starts
 from tools.bench.shapes import sdxl_vae

@@ -16,7 +16,7 @@ from linfusion_cli.strips.cost import WIDE_BYTES, Beside, Cost, Ledger, Outline,
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
-from linfusion_cli.unet.control import PICTURE_ROWS, ControlNet
+from linfusion_cli.unet.controlnet import PICTURE_ROWS, ControlNet
 from linfusion_cli.unet.resnet import resnet_cost, reusable
 from linfusion_cli.unet.transformer import transformer_cost
 from linfusion_cli.unet.walk import encoded, walk
