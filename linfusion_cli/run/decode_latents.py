@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from linfusion_cli import presets
+from linfusion_cli import settings
 from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.core.events import Observer, nobody
 from linfusion_cli.core.report import RunReport
@@ -97,8 +97,8 @@ def request_of(kept: KeptLatents, given: Mapping[str, Any]) -> tuple[dict[str, s
     """
     kind = UpscaleRequest if kept.made_with.get("image") else GenerateRequest
     try:
-        settings = presets.merge([presets.flag_layer(given), presets.Layer(f"latents {kept.path}", told(kept, kind))])
-        return settings.origins(kind), presets.build_request(settings, kind)
+        merged = settings.merge([settings.flag_layer(given), settings.Layer(f"latents {kept.path}", told(kept, kind))])
+        return merged.origins(kind), settings.build_request(merged, kind)
     except (LookupError, ValueError, TypeError, AttributeError, UsageError) as error:
         if given.get(getattr(error, "setting", None) or "") is not None:
             raise
@@ -107,7 +107,7 @@ def request_of(kept: KeptLatents, given: Mapping[str, Any]) -> tuple[dict[str, s
 
 def told(kept: KeptLatents, kind: type[PictureRequest]) -> dict[str, Any]:
     """The settings that the latents were made with; those of other files than the picture are not theirs any more."""
-    made, parsers = kept.made_with, presets.PARSERS
+    made, parsers = kept.made_with, settings.PARSERS
     values = {name: parsers[name](made[name]) for name in parsers if made.get(name) is not None}
     values |= {"image": Path(made["image"])} if kind is UpscaleRequest else {}
     return values | {"save_phases": False, "format": None, "output": kept.path.with_suffix(".tif")}

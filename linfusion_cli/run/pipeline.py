@@ -1,4 +1,4 @@
-"""From a request to a file: the whole story of making a picture, from noise or from a picture that there is."""
+"""The generation pipeline: resolve, plan, load, denoise, decode, write. Shared by `generate` and `upscale`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from linfusion_cli import images
-from linfusion_cli.core.events import Observer
+from linfusion_cli.core.events import Observer, nobody
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.signals import honoured
 from linfusion_cli.hardware.device import describe, versions
@@ -19,10 +19,22 @@ from linfusion_cli.run.checkpoint.latents_file import write_latents
 from linfusion_cli.run.checkpoint.manager import journal_head, opened_keeper
 from linfusion_cli.run.inputs.provenance import hashed_weights, to_json
 from linfusion_cli.run.inputs.resolve import check_disk, prepare
+from linfusion_cli.run.inputs.source_image import opened
 from linfusion_cli.run.outputs.existing import Making, clear_journal, made_before
 from linfusion_cli.run.outputs.open import held_latents, held_picture, opened_outputs, opened_phases, retell
 from linfusion_cli.run.progress.recorder import Recorder
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
+
+
+def generate(request: GenerateRequest, origins: Mapping[str, str], observer: Observer = nobody) -> RunReport:
+    """Generate the image of a prompt; raises a LinfusionError, with no partial file left."""
+    return make_picture(request, None, origins, observer)
+
+
+def upscale(request: UpscaleRequest, origins: Mapping[str, str], observer: Observer = nobody) -> RunReport:
+    """Upscale the image `request.image`; raises a LinfusionError, with no partial file left."""
+    request, picture = opened(request)
+    return make_picture(request, picture, origins, observer)
 
 
 @honoured()

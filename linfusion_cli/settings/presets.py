@@ -14,7 +14,11 @@ from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
 from linfusion_cli.core.units import is_file, user_path
 from linfusion_cli.settings.fields import PARSERS
 
-PRESET_FOLDER = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
+# A wheel has its presets inside the package; a checkout and an editable install have them beside it.
+PRESET_FOLDER = next(
+    (p for p in (PACKAGE / "_presets", PACKAGE.parent / "presets") if p.is_dir()), PACKAGE / "_presets"
+)
 CONFIG_VARIABLE = "LINFUSION_CONFIG"
 
 

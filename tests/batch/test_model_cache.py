@@ -15,8 +15,8 @@ from linfusion_cli.batch.runner import looked_for, made
 from linfusion_cli.core.events import nobody
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware.device import free_memory, resident_bytes
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.text.tokens import load_tokenizer
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.run.stages import load as stages_load
 from linfusion_cli.run.stages.cache_keys import VAE

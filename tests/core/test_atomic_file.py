@@ -237,7 +237,7 @@ def test_a_file_size_limit(tmp_path, info):
     """The real error of the kernel, in a child: the limit holds for a whole process."""
     code = f"""
 import resource, numpy as np
-from linfusion_cli import files
+from linfusion_cli.core import fs as files
 from linfusion_cli.core.errors import WriteFailed
 from linfusion_cli.images import PictureInfo, open_sink
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, {resource.RLIM_INFINITY}))

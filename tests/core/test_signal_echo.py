@@ -7,7 +7,7 @@ import pytest
 
 CODE = """
 import os, signal, sys
-from linfusion_cli import stopping
+from linfusion_cli.core import signals as stopping
 from linfusion_cli.core.errors import Stopped
 
 stopping.listen()

@@ -9,7 +9,7 @@ import pytest
 
 WORK = """
 import sys, time
-from linfusion_cli import stopping
+from linfusion_cli.core import signals as stopping
 from linfusion_cli.core.errors import Stopped
 
 said = []

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from tests.faults import child
 
-HEAVY = ("torch", "diffusers", "transformers", "linfusion_cli.cli.app", "linfusion_cli.jobs.generate")
+HEAVY = ("torch", "diffusers", "transformers", "linfusion_cli.cli.app", "linfusion_cli.run.pipeline")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.generate import generate
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.sampling.noise import InTurn, latent_noise, phase_noise, step_noise
 from linfusion_cli.settings.request import LARGEST_SEED, GenerateRequest
 

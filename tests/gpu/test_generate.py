@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.generate import generate
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -268,7 +268,7 @@ def test_upscaling_begins_with_a_picture_and_falls_back_all_the_same(xl_model, t
     from PIL import Image
 
     from linfusion_cli.core.geometry import Size
-    from linfusion_cli.run.inputs.source_image import upscale
+    from linfusion_cli.run.pipeline import upscale
     from linfusion_cli.settings.request import UpscaleRequest
 
     monkeypatch.chdir(tmp_path)

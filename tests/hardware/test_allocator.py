@@ -133,7 +133,7 @@ def test_options_that_torch_does_not_understand_are_usage(torch_is, monkeypatch,
 # torch reads the options when it is first asked for them: here, each time in a child of its own.
 READS = """
 import json, os, sys, torch
-from linfusion_cli import allocator
+from linfusion_cli.hardware import allocator
 for environment in json.loads(sys.argv[1]):
     for configures in (False, True):
         if os.fork() == 0:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
 from tests.fakes import Listener
 from tests.models.test_locate import put_in_hub

@@ -17,7 +17,7 @@ from PIL import Image
 
 from linfusion_cli.core.errors import DataError, InputMissing, Unavailable, UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.generate import generate
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import Whole

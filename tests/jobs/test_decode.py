@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from linfusion_cli.core.errors import CannotCreate, DataError, InputMissing, WriteFailed
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.run.checkpoint.latents_file import kept_latents
 from linfusion_cli.run.decode_latents import decode, request_of
-from linfusion_cli.run.inputs.source_image import upscale
+from linfusion_cli.run.pipeline import generate, upscale
 from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
 
 

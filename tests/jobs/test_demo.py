@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.generate import generate
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
 
 PROMPTS = {

@@ -7,12 +7,12 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, Stabl
 from PIL import Image
 from safetensors.torch import save_file
 
-from linfusion_cli import presets
+from linfusion_cli import settings
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.load.parts import load_unet
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
 from tests.fakes import Listener
 
@@ -41,7 +41,7 @@ def lora(xl_model, tmp_path_factory):
 @pytest.fixture
 def make(xl_model, tmp_path, lora):
     def run(preset, output="out.png", **changed):
-        values = dict(presets.preset_layer(preset).values) | {"prompt": "a hill", "model": str(xl_model)}
+        values = dict(settings.preset_layer(preset).values) | {"prompt": "a hill", "model": str(xl_model)}
         values |= {"lora": (f"{lora}:0.8",), "size": Size(64, 64), "output": tmp_path / output}
         return generate(GenerateRequest(**values | changed), {}, Listener())
 

@@ -11,9 +11,9 @@ from linfusion_cli.core.errors import CannotCreate, DataError, DoesNotFit, Stopp
 from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.planning import plan
 from linfusion_cli.run.inputs import resolve
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.ops import StripSize

@@ -13,8 +13,8 @@ from linfusion_cli.core.errors import DataError, InputMissing, Unavailable, Usag
 from linfusion_cli.core.events import StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images.read.source import inspect_source
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.run.inputs import ip_adapters
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import Whole

@@ -9,7 +9,6 @@ from PIL import Image
 from linfusion_cli.core.errors import CannotCreate, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.families.facts import read_facts
@@ -17,6 +16,7 @@ from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.text.encode import encode_prompts
 from linfusion_cli.planning import machine, plan
 from linfusion_cli.planning.speed import Speed
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.sampling.noise import phase_noise
 from linfusion_cli.settings.request import GenerateRequest

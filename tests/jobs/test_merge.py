@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.core.errors import DataError, Unavailable, UsageError
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.mixers.linear.merge import PROJECTIONS
 from linfusion_cli.mixers.linear.weights import CONFIG_NAME, WEIGHTS_NAME, read_specs
 from linfusion_cli.models.locate.model import FAMILY_BASES, PUBLISHED_LINFUSION
 from linfusion_cli.run.inputs.resolve import prepare
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.plan import plan_run
 from linfusion_cli.settings.request import GenerateRequest
 from tests.fakes import Listener

@@ -15,8 +15,7 @@ from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware import device
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs.generate import generate
-from linfusion_cli.run.pipeline import make_picture
+from linfusion_cli.run.pipeline import generate, make_picture
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
 from tests.fakes import Listener

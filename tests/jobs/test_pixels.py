@@ -14,8 +14,8 @@ from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.images.process.scratch import ScratchPicture
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.run.outputs.async_writer import Writing
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.convert import resized_reader
 from linfusion_cli.settings.request import GenerateRequest
 from tests.fakes import Listener

@@ -12,7 +12,7 @@ from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.core.events import Notice, StageFinished
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs.generate import generate
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
 from tests.fakes import Listener
 from tests.models_in_small import TEXT_WIDTH

@@ -12,10 +12,9 @@ from linfusion_cli.core.errors import CannotCreate, Stopped, TryAgain, UsageErro
 from linfusion_cli.core.events import Notice, StageAdvanced, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.planning import plan
 from linfusion_cli.run.checkpoint import manager
-from linfusion_cli.run.inputs.source_image import upscale
+from linfusion_cli.run.pipeline import generate, upscale
 from linfusion_cli.run.stages import load
 from linfusion_cli.settings.request import SCHEDULERS, GenerateRequest, UpscaleRequest
 from linfusion_cli.strips.ops import StripSize

@@ -11,7 +11,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.images.process.scratch import ScratchPicture
 from linfusion_cli.planning import plan
-from linfusion_cli.run.inputs.source_image import upscale
+from linfusion_cli.run.pipeline import upscale
 from linfusion_cli.run.stages import convert
 from linfusion_cli.settings.request import UpscaleRequest
 from tests.fakes import Listener

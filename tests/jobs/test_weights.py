@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.jobs.generate import generate
 from linfusion_cli.models.files.digest import digested
 from linfusion_cli.models.locate.model import FAMILY_BASES
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
 from tests.models.test_locate import put_in_hub
 from tests.original_in_small import without_weights, write_original

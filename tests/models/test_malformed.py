@@ -186,7 +186,7 @@ def test_a_broken_index_of_shards_is_refused(copy, index, named):
 
 def test_the_whole_way_ends_with_65_and_no_picture(copy, tmp_path):
     from linfusion_cli.core.geometry import Size
-    from linfusion_cli.jobs.generate import generate
+    from linfusion_cli.run.pipeline import generate
     from linfusion_cli.settings.request import GenerateRequest
 
     (copy / UNET).write_bytes((copy / UNET).read_bytes()[:-1])

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from linfusion_cli import presets
+from linfusion_cli import settings
 from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.settings.fields import PARSERS
@@ -12,10 +12,10 @@ from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
 REQUIRED = {"prompt": "a", "size": Size(64, 64), "output": Path("a.png"), "model": "demo"}
 
 
-@pytest.mark.parametrize("name", presets.preset_names())
+@pytest.mark.parametrize("name", settings.preset_names())
 def test_every_preset_is_a_request(name):
-    layers = [presets.flag_layer({"size": Size(64, 64), "output": Path("a.png")}), presets.preset_layer(name)]
-    request = presets.build_request(presets.merge(layers), GenerateRequest)
+    layers = [settings.flag_layer({"size": Size(64, 64), "output": Path("a.png")}), settings.preset_layer(name)]
+    request = settings.build_request(settings.merge(layers), GenerateRequest)
     assert request.prompt and request.steps
 
 
@@ -28,20 +28,20 @@ def test_flag_before_environment_before_config_before_preset_before_default(tmp_
     preset.write_text("steps = 1\nseed = 1\nstrength = 0.1\ndpi = 100")
     config.write_text("steps = 2\nseed = 2\nstrength = 0.2\npreset = 'x.toml'")
     environ = {"LINFUSION_CONFIG": str(config), "LINFUSION_STEPS": "3", "LINFUSION_SEED": "3"}
-    config_layer, preset_name = presets.config_layer(environ)
-    layers = [presets.flag_layer(REQUIRED | {"steps": (4,), "dtype": None}), presets.environment_layer(environ)]
-    settings = presets.merge([*layers, config_layer, presets.preset_layer(str(preset))])
-    request = presets.build_request(settings, GenerateRequest)
+    config_layer, preset_name = settings.config_layer(environ)
+    layers = [settings.flag_layer(REQUIRED | {"steps": (4,), "dtype": None}), settings.environment_layer(environ)]
+    merged = settings.merge([*layers, config_layer, settings.preset_layer(str(preset))])
+    request = settings.build_request(merged, GenerateRequest)
     assert (request.steps, request.seed, request.strength, request.dpi, request.dtype) == ((4,), 3, (0.2,), 100, "auto")
     assert preset_name == "x.toml"
-    origins = settings.origins(GenerateRequest)
+    origins = merged.origins(GenerateRequest)
     assert (origins["steps"], origins["seed"], origins["dtype"]) == ("flag", "LINFUSION_SEED", "default")
     assert str(config) in origins["strength"] and str(preset) in origins["dpi"]
 
 
 def test_types_from_the_environment():
     environ = {"LINFUSION_SIZE": "100x200", "LINFUSION_DPI": "72.5", "LINFUSION_PROMPT_METADATA": "no"}
-    values = presets.environment_layer(environ).values
+    values = settings.environment_layer(environ).values
     assert values == {"size": Size(100, 200), "dpi": 72.5, "prompt_metadata": False}
 
 
@@ -51,13 +51,13 @@ def test_types_from_the_environment():
 )
 def test_a_wrong_variable_is_named(name, text):
     with pytest.raises(UsageError, match=f"LINFUSION_{name}='{text}'"):
-        presets.environment_layer({f"LINFUSION_{name}": text})
+        settings.environment_layer({f"LINFUSION_{name}": text})
 
 
 def test_a_variable_out_of_range_is_named():
-    settings = presets.merge([presets.flag_layer(REQUIRED), presets.environment_layer({"LINFUSION_STEPS": "0"})])
+    merged = settings.merge([settings.flag_layer(REQUIRED), settings.environment_layer({"LINFUSION_STEPS": "0"})])
     with pytest.raises(UsageError, match="LINFUSION_STEPS: --steps 0"):
-        presets.build_request(settings, GenerateRequest)
+        settings.build_request(merged, GenerateRequest)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,15 @@ def test_a_wrong_line_of_a_file_is_named(tmp_path, text, line, named):
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"mine.toml:{line}: .*{named}"):
-        presets.preset_layer(str(path))
+        settings.preset_layer(str(path))
 
 
 def test_a_value_out_of_range_in_a_file_is_named_with_its_line(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("seed = 1\nsteps = 0")
-    settings = presets.merge([presets.flag_layer(REQUIRED), presets.preset_layer(str(path))])
+    merged = settings.merge([settings.flag_layer(REQUIRED), settings.preset_layer(str(path))])
     with pytest.raises(ConfigError, match="mine.toml:2: --steps 0"):
-        presets.build_request(settings, GenerateRequest)
+        settings.build_request(merged, GenerateRequest)
 
 
 @pytest.mark.parametrize("content", [b"seed = ", b"\xff\xfe", b"[[["])
@@ -90,30 +90,30 @@ def test_what_is_no_toml_is_refused(tmp_path, content):
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="mine.toml is not TOML"):
-        presets.preset_layer(str(path))
+        settings.preset_layer(str(path))
 
 
 def test_an_unknown_preset_lists_those_there_are():
     with pytest.raises(UsageError, match="demo, sd15, sd21, sdxl"):
-        presets.preset_layer("nope")
+        settings.preset_layer("nope")
 
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(InputMissing, match="nope.toml"):
-        presets.preset_layer(str(tmp_path / "nope.toml"))
+        settings.preset_layer(str(tmp_path / "nope.toml"))
     with pytest.raises(InputMissing, match="none.toml"):
-        presets.config_layer({"LINFUSION_CONFIG": str(tmp_path / "none.toml")})
+        settings.config_layer({"LINFUSION_CONFIG": str(tmp_path / "none.toml")})
 
 
 def test_without_a_config_file_there_are_no_settings_from_it():
-    assert presets.config_layer({})[0].values == {}
+    assert settings.config_layer({})[0].values == {}
 
 
 @pytest.mark.parametrize("missing", ["prompt", "size"])
 def test_what_has_no_default_is_asked_for(missing):
     given = {key: value for key, value in REQUIRED.items() if key != missing}
     with pytest.raises(UsageError, match=f"No {missing} was given"):
-        presets.build_request(presets.merge([presets.flag_layer(given)]), GenerateRequest)
+        settings.build_request(settings.merge([settings.flag_layer(given)]), GenerateRequest)
 
 
 @pytest.mark.parametrize("value", ["3", "'nope'", "true"])
@@ -121,7 +121,7 @@ def test_a_config_file_that_names_no_preset_is_wrong_in_that_line(tmp_path, valu
     path = tmp_path / "config.toml"
     path.write_text(f"seed = 1\npreset = {value}")
     with pytest.raises(ConfigError, match=r"config\.toml:2: there is no preset"):
-        presets.config_layer({"LINFUSION_CONFIG": str(path)})
+        settings.config_layer({"LINFUSION_CONFIG": str(path)})
 
 
 FILES = ("lora", "textual_inversion", "ip_adapter", "ip_image", "controlnet", "control_image")
@@ -135,9 +135,9 @@ def test_a_comma_is_part_of_a_files_name_everywhere(tmp_path, setting):
     name = "My Style, v2.safetensors"
     path = tmp_path / "mine.toml"
     path.write_text(f'{setting} = "{name}"')
-    assert presets.preset_layer(str(path)).values == {setting: (name,)}
-    assert presets.config_layer({"LINFUSION_CONFIG": str(path)})[0].values == {setting: (name,)}
-    assert presets.environment_layer({f"LINFUSION_{setting.upper()}": name}).values == {setting: (name,)}
+    assert settings.preset_layer(str(path)).values == {setting: (name,)}
+    assert settings.config_layer({"LINFUSION_CONFIG": str(path)})[0].values == {setting: (name,)}
+    assert settings.environment_layer({f"LINFUSION_{setting.upper()}": name}).values == {setting: (name,)}
     assert read_fields({setting: name}) == {setting: (name,)}
     assert read_fields({setting: [name, " b, c "]}) == {setting: (name, "b, c")}
 

@@ -5,7 +5,7 @@ import pytest
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.presets import PARSERS
+from linfusion_cli.settings import PARSERS
 from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
 
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, label, laplace
 
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.jobs.generate import generate
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
 
 WORK = Path(".work/ladder")

@@ -16,7 +16,7 @@ from linfusion_cli.mixers.linear.weights import load_weights
 from tools.demo_model.store import MODEL, ROOT, log
 
 SIDE_PX = 256
-PRESET = tomllib.loads((ROOT / "linfusion_cli/presets/demo.toml").read_text(encoding="utf-8"))
+PRESET = tomllib.loads((ROOT / "presets/demo.toml").read_text(encoding="utf-8"))
 PROMPTS = (
     "a starry night over mountains with a moon",
     "a sunset over the sea with a sun, clouds",

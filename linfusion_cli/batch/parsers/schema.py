@@ -8,7 +8,7 @@ from typing import Any
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.units import user_path
-from linfusion_cli.presets import PARSERS
+from linfusion_cli.settings import PARSERS
 
 MOST_QUOTED = 60  # letters of what somebody wrote: an answer to 100 kB is one sentence
 EMPTY = "It says nothing: give it a prompt at least."

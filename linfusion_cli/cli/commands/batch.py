@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linfusion_cli import presets
+from linfusion_cli import settings
 from linfusion_cli.batch.filenames import TEMPLATE, Template
 from linfusion_cli.batch.shard import Shard as Part
 from linfusion_cli.batch.shard import parse_seeds
@@ -133,10 +133,10 @@ def job_request(sources: Sources, values: Mapping[str, Any]) -> tuple[dict[str, 
     """The request of a job that says this, all else from `sources`; before it, where each setting came from."""
     kind = GenerateRequest if "image" not in values else UpscaleRequest
     own = {name: value for name, value in values.items() if name != "preset"}
-    settings = sources.settings(kind, presets.Layer(presets.JOB, own), values.get("preset"))
-    if kind is GenerateRequest and "prompt" not in settings.values:
+    merged = sources.merge(kind, settings.Layer(settings.JOB, own), values.get("preset"))
+    if kind is GenerateRequest and "prompt" not in merged.values:
         raise UsageError("It has no prompt.", "Give it one, or an image to upscale.")
-    return settings.origins(kind), presets.build_request(settings, kind)
+    return merged.origins(kind), settings.build_request(merged, kind)
 
 
 def opened_batch(listing: Listing, observer: Observer, shown: Shown, stop_on_error: bool, dry_run: bool) -> Batch:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import typer
 
-from linfusion_cli import __version__, presets
+from linfusion_cli import __version__, settings
 from linfusion_cli.cli.output import render
 from linfusion_cli.core.errors import LinfusionError, first_line
 from linfusion_cli.core.units import format_bytes
@@ -43,7 +43,7 @@ def findings() -> dict[str, Any]:
         "memory": f"{format_bytes(memory.total)}, {format_bytes(memory.available)} free",
         "memory limit": format_bytes(device.memory_limit_bytes()),
         **{f"codec {name}": device.installed(name) or "not installed" for name in CODECS},
-        **{f"model {name}": model_state(name) for name in presets.preset_names()},
+        **{f"model {name}": model_state(name) for name in settings.preset_names()},
     }
 
 
@@ -76,5 +76,5 @@ def card_state(device: torch.device) -> str:
 
 def model_state(preset: str) -> str:
     """Whether the preset's model is here."""
-    name = presets.preset_layer(preset).values["model"]
+    name = settings.preset_layer(preset).values["model"]
     return f"{name}, {'here' if is_here(name) else 'not on this machine'}"

@@ -32,7 +32,7 @@ def command(
     time_limit: options.TimeLimit = None,
 ) -> None:
     """Make a picture from a prompt and write it to a file."""
-    from linfusion_cli.jobs.generate import generate  # numpy and more: not for --help to wait for
+    from linfusion_cli.run.pipeline import generate  # numpy and more: not for --help to wait for
 
     run(partial(asked, given, GenerateRequest, generate), given, report, as_json, quiet, log_file, time_limit)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from linfusion_cli import presets
+from linfusion_cli import settings
 from linfusion_cli.cli.output import render
 
 app = typer.Typer(help="The presets that come with the program.", no_args_is_help=True, rich_markup_mode=None)
@@ -15,12 +15,12 @@ app = typer.Typer(help="The presets that come with the program.", no_args_is_hel
 @app.command("list")
 def list_presets() -> None:
     """Names and models of all presets."""
-    for name in presets.preset_names():
-        render.answer(f"{name:16}{presets.preset_layer(name).values['model']}")
+    for name in settings.preset_names():
+        render.answer(f"{name:16}{settings.preset_layer(name).values['model']}")
 
 
 @app.command("show")
 def show(name: Annotated[str, typer.Argument(help="A name from the list, or the path of a .toml file.")]) -> None:
     """The file of one preset: a start for one's own."""
-    presets.preset_layer(name)
-    render.answer(presets.preset_path(name).read_text(encoding="utf-8").rstrip())
+    settings.preset_layer(name)
+    render.answer(settings.preset_path(name).read_text(encoding="utf-8").rstrip())

@@ -20,6 +20,6 @@ def command(
     time_limit: options.TimeLimit = None,
 ) -> None:
     """Grow a picture that you have, and write the larger one to a file."""
-    from linfusion_cli.run.inputs.source_image import upscale  # numpy and more: not for --help to wait for
+    from linfusion_cli.run.pipeline import upscale  # numpy and more: not for --help to wait for
 
     run(partial(asked, given, UpscaleRequest, upscale), given, report, as_json, quiet, log_file, time_limit)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from linfusion_cli import presets
+from linfusion_cli import settings
 from linfusion_cli.cli.output import render
 from linfusion_cli.core import signals
 from linfusion_cli.core.errors import UsageError
@@ -58,8 +58,8 @@ def read_request(
     given = read_options(given)
     preset = given.pop("preset")
     given["prompt"] = read_prompt(given["prompt"])
-    settings = resolve(given, preset, os.environ, observer, kind)
-    return settings.origins(kind), presets.build_request(settings, kind)
+    merged = resolve(given, preset, os.environ, observer, kind)
+    return merged.origins(kind), settings.build_request(merged, kind)
 
 
 def read_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def read_text(setting: str, text: str) -> Any:
     if setting in SIZES:
         return parse_size(text, setting)
     try:
-        return presets.PARSERS[setting](text)
+        return settings.PARSERS[setting](text)
     except ValueError as error:
         raise UsageError(f"{flag(setting)} {text!r} {error}.", "", setting) from error
 
@@ -121,9 +121,9 @@ def resolve(
     environ: Mapping[str, str],
     observer: Observer,
     kind: type[PictureRequest],
-) -> presets.Settings:
+) -> settings.Settings:
     """All settings of a run, merged."""
-    return Sources.read(given, preset, environ, observer).settings(kind)
+    return Sources.read(given, preset, environ, observer).merge(kind)
 
 
 @dataclass(frozen=True)
@@ -133,23 +133,23 @@ class Sources:
     With no preset and no model named anywhere, that is SDXL's if SDXL is here, else the embedded model's.
     """
 
-    layers: list[presets.Layer]
+    layers: list[settings.Layer]
     preset: str | None
     observer: Observer
-    found: dict[str, presets.Layer] = field(default_factory=dict)  # presets that were read
+    found: dict[str, settings.Layer] = field(default_factory=dict)  # presets that were read
 
     @staticmethod
     def read(given: Mapping[str, Any], preset: str | None, environ: Mapping[str, str], observer: Observer) -> Sources:
         """Read all of them; raises UsageError, InputMissing or ConfigError."""
-        config, config_preset = presets.config_layer(environ)
-        layers = [presets.flag_layer(given), presets.environment_layer(environ), config]
+        config, config_preset = settings.config_layer(environ)
+        layers = [settings.flag_layer(given), settings.environment_layer(environ), config]
         named = (preset, environ.get("LINFUSION_PRESET"), config_preset)
         name = next((name for name in named if name is not None), None)
-        return Sources(layers, name, observer, {} if name is None else {name: presets.preset_layer(name)})
+        return Sources(layers, name, observer, {} if name is None else {name: settings.preset_layer(name)})
 
-    def settings(
-        self, kind: type[PictureRequest], job: presets.Layer | None = None, preset: str | None = None
-    ) -> presets.Settings:
+    def merge(
+        self, kind: type[PictureRequest], job: settings.Layer | None = None, preset: str | None = None
+    ) -> settings.Settings:
         """All settings, merged: above all others those of a `job`, whose `preset` is another one."""
         layers = [job, *self.layers] if job else list(self.layers)
         name = self.preset if preset is None else preset
@@ -158,34 +158,34 @@ class Sources:
         if name is not None:
             layer = self._preset_layer(name)
             layers.append(without_prompt(layer) if kind is UpscaleRequest or job else layer)
-        return presets.merge([*layers, output_layer(layers)])
+        return settings.merge([*layers, output_layer(layers)])
 
     @cached_property
     def _default(self) -> str:
-        if is_here(presets.preset_layer(presets.SDXL).values["model"]):
-            return presets.SDXL
+        if is_here(settings.preset_layer(settings.SDXL).values["model"]):
+            return settings.SDXL
         self.observer(
             Notice("SDXL with LinFusion's weights is not on this machine: the small embedded demo model paints.")
         )
-        return presets.DEMO
+        return settings.DEMO
 
-    def _preset_layer(self, name: str) -> presets.Layer:
+    def _preset_layer(self, name: str) -> settings.Layer:
         if name not in self.found:
-            self.found[name] = presets.preset_layer(name)
+            self.found[name] = settings.preset_layer(name)
         return self.found[name]
 
 
-def without_prompt(preset: presets.Layer) -> presets.Layer:
+def without_prompt(preset: settings.Layer) -> settings.Layer:
     """A preset without its sample prompt: of a picture that there is it says nothing, and no job means it."""
     return replace(preset, values={name: value for name, value in preset.values.items() if name != "prompt"})
 
 
-def output_layer(layers: list[presets.Layer]) -> presets.Layer:
+def output_layer(layers: list[settings.Layer]) -> settings.Layer:
     """The output's name where none is given: it tells size and seed, or the picture it grew from, and stands here."""
-    values = presets.merge(layers).values
+    values = settings.merge(layers).values
     suffix = {"png": ".png", "jpeg": ".jpg"}.get(values.get("format"), ".tif")
     size, image = values.get("size"), values.get("image")
     name = f"linfusion-{size}-seed{values.get('seed', 0)}"
     if image is not None and size is not None:
         name = f"{image.stem}-{max(size.pair)}"
-    return presets.Layer("default", {"output": Path(name + suffix)})
+    return settings.Layer("default", {"output": Path(name + suffix)})

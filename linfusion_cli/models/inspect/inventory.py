@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from linfusion_cli import presets
+from linfusion_cli import settings
 from linfusion_cli.core.errors import LinfusionError, UsageError
 from linfusion_cli.core.units import is_file, is_folder, user_path
 from linfusion_cli.models.families.facts import FAMILY_NAMES, read_config, read_facts
@@ -65,9 +65,9 @@ def wanted_by(name: str) -> list[str]:
     """The hub's names that a preset means, or `name` itself; raises UsageError for what is on this machine anyway."""
     if is_folder(user_path(name)) or is_file(user_path(name)) or name == DEMO:
         raise UsageError(f"{name} is on this machine already.", "Name a hub id or a preset.")
-    if name not in presets.preset_names():
+    if name not in settings.preset_names():
         return [name]
-    values = presets.preset_layer(name).values
+    values = settings.preset_layer(name).values
     return [values["model"], *values.get("lora", ())]
 
 

@@ -1,24 +1,14 @@
-"""From a picture to a larger one: what `linfusion upscale` does."""
+"""The source image of `linfusion upscale`: inspect it and fit the requested size to its proportions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.core.events import Observer, nobody
 from linfusion_cli.core.geometry import Size, fitted
-from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.units import SMALLEST_PX
 from linfusion_cli.images.read.source import SourcePicture, inspect_source, transparent
-from linfusion_cli.run.pipeline import make_picture
 from linfusion_cli.settings.request import UpscaleRequest
-
-
-def upscale(request: UpscaleRequest, origins: Mapping[str, str], observer: Observer = nobody) -> RunReport:
-    """Grow the picture `request.image`; raises a LinfusionError with nothing left behind."""
-    request, picture = opened(request)
-    return make_picture(request, picture, origins, observer)
 
 
 def opened(request: UpscaleRequest) -> tuple[UpscaleRequest, SourcePicture]:

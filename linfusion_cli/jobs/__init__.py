@@ -1,1 +1,0 @@
-"""The stories: what each command does, from the request to the finished file."""
