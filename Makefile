@@ -38,7 +38,7 @@ faults: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests/test_architecture.py tests/test_wheel.py
+	$(BIN)/python -m pytest tests/project/test_architecture.py tests/project/test_wheel.py
 
 clean:
 	rm -rf $(VENV) out build dist

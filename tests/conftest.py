@@ -23,14 +23,14 @@ for ignored, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SI
 
 @pytest.fixture(scope="session")
 def xl_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.models_in_small import write_small_xl
+    from tests.support.small_models import write_small_xl
 
     return write_small_xl(tmp_path_factory.mktemp("models") / "xl")
 
 
 @pytest.fixture(scope="session")
 def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.models_in_small import write_small_sd
+    from tests.support.small_models import write_small_sd
 
     return write_small_sd(tmp_path_factory.mktemp("models") / "sd")
 

@@ -9,7 +9,7 @@ from linfusion_cli.batch.filenames import Names
 from linfusion_cli.core import fs
 from linfusion_cli.core.errors import TryAgain, UsageError
 from linfusion_cli.images import PendingFile
-from tests.other_process import locked_elsewhere
+from tests.support.other_process import locked_elsewhere
 
 SMALL = ("a hill", "--size", "128", "--steps", "2", "--strength", "0.5", "--save-phases", "-o", "v.png")
 

@@ -21,10 +21,10 @@ from linfusion_cli.run.stages import denoise
 from linfusion_cli.run.stages import load as stages_load
 from linfusion_cli.run.stages.cache_keys import VAE
 from tests.batch.helpers import builder, carried_out, entries
-from tests.control_in_small import small_control, write_control
-from tests.ip_in_small import write_adapter, write_encoder, write_picture
-from tests.models_in_small import small_xl_unet
-from tests.other_process import locked_elsewhere
+from tests.support.other_process import locked_elsewhere
+from tests.support.small_controlnets import small_control, write_control
+from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
+from tests.support.small_models import small_xl_unet
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from linfusion_cli.batch.shard import Shard
 from linfusion_cli.core.errors import CannotCreate, DataError, Stopped, TryAgain, WriteFailed
 from linfusion_cli.core.events import JobStarted
 from tests.batch.helpers import builder, carried_out, entries, failing
-from tests.fakes import Listener
+from tests.support.fakes import Listener
 
 
 @pytest.fixture

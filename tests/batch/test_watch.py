@@ -9,7 +9,7 @@ import pytest
 from linfusion_cli.batch.watch import watch
 from linfusion_cli.core.errors import Stopped
 from linfusion_cli.core.events import Notice, Observer, nobody
-from tests.fakes import Listener
+from tests.support.fakes import Listener
 
 
 @pytest.fixture

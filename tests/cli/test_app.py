@@ -11,7 +11,7 @@ import pytest
 
 from linfusion_cli.images import read_info
 from tests.core.test_signals import STOPS
-from tests.marks import mostly_slow
+from tests.support.marks import mostly_slow
 
 
 @pytest.fixture

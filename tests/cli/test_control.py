@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.control_in_small import small_control, small_union, write_control
-from tests.models_in_small import small_xl_unet
+from tests.support.small_controlnets import small_control, small_union, write_control
+from tests.support.small_models import small_xl_unet
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from tests.ip_in_small import write_adapter, write_encoder, write_picture
-from tests.models_in_small import small_xl_unet
+from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
+from tests.support.small_models import small_xl_unet
 
 
 @pytest.fixture(scope="module")

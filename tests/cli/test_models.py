@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
-from tests.control_in_small import small_control, write_control
-from tests.fake_hub import COMMIT, serving
-from tests.ip_in_small import write_adapter
 from tests.models.test_locate import put_in_hub
-from tests.models_in_small import small_xl_unet, write_linfusion
-from tests.original_in_small import without_weights, write_original, write_small_sd21
+from tests.support.fake_hub import COMMIT, serving
+from tests.support.small_controlnets import small_control, write_control
+from tests.support.small_ip_adapters import write_adapter
+from tests.support.small_models import small_xl_unet, write_linfusion
+from tests.support.small_single_files import without_weights, write_original, write_small_sd21
 
 LARGE = 24 << 20  # beyond two of the pieces that the hub's library writes at a time
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from PIL import Image
 
-from tests.fake_hub import COMMIT
-from tests.models_in_small import small_tokenizer
+from tests.support.fake_hub import COMMIT
+from tests.support.small_models import small_tokenizer
 
 WITHOUT_NETWORK = """
 import socket, sys

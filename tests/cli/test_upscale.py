@@ -8,8 +8,8 @@ import tifffile
 from PIL import Image
 
 from linfusion_cli.images import read_info
-from tests.control_in_small import small_control, write_control
-from tests.models_in_small import small_xl_unet
+from tests.support.small_controlnets import small_control, write_control
+from tests.support.small_models import small_xl_unet
 
 
 @pytest.fixture

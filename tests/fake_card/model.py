@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from linfusion_cli.mixers.linear.weights import spec_of
-from tests.models_in_small import scheduler_config, small_tokenizer
+from tests.support.small_models import scheduler_config, small_tokenizer
 from tools.bench.shapes import linear_attentions, sdxl_unet, sdxl_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -4,7 +4,7 @@ import pytest
 
 from tests.fake_card.cases import LARGEST, PAIRWISE, SINGLE
 from tests.fake_card.results import check, check_work, group_of, result, steps_of
-from tests.system_packages import needs
+from tests.support.system_packages import needs
 
 FAULT = next(case for case in SINGLE if case.fails)
 ALL = [case for case in (*PAIRWISE, *SINGLE) if not case.fails]

@@ -4,7 +4,7 @@ import pytest
 
 from tests.fake_card.cases import PIXELS, VAE
 from tests.fake_card.results import check, check_work, group_of, result
-from tests.system_packages import needs
+from tests.support.system_packages import needs
 
 pytestmark = needs("g++")
 

@@ -14,7 +14,7 @@ from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.controlnet import StripControl, WholeControl, embedded_picture
 from linfusion_cli.unet.forward import strip_forward
 from linfusion_cli.unet.predict import Whole
-from tests.control_in_small import small_control
+from tests.support.small_controlnets import small_control
 from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -17,7 +17,7 @@ from linfusion_cli.run.checkpoint.latents_file import kept_latents
 from linfusion_cli.run.pipeline import make_picture
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
-from tests.fakes import Listener
+from tests.support.fakes import Listener
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from linfusion_cli.core.geometry import Size
-from tests.control_in_small import small_control, small_union, write_control
-from tests.ip_in_small import write_adapter, write_encoder, write_picture
-from tests.models_in_small import small_sd_unet, small_xl_unet, write_linfusion
+from tests.support.small_controlnets import small_control, small_union, write_control
+from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
+from tests.support.small_models import small_sd_unet, small_xl_unet, write_linfusion
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,8 @@ from linfusion_cli.run.checkpoint.latents_file import kept_latents
 from linfusion_cli.run.stages import load as stages_load
 from linfusion_cli.run.stages import plan, precision
 from tests.half.runs import BASE, DOUBLE, HALF, files, history, notices
-from tests.marks import mostly_slow
-from tests.models_in_small import small_vae
+from tests.support.marks import mostly_slow
+from tests.support.small_models import small_vae
 
 FAILS = {"dpmpp-2m": (BASE, 2), "euler-a": (BASE, 1), "unipc": (DOUBLE, 1), "euler": (DOUBLE, 0)}
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from linfusion_cli.core.errors import NonFinite
 from tests.half.runs import BASE, history, notices
-from tests.marks import mostly_slow
+from tests.support.marks import mostly_slow
 
 # 1e5 times a text encoder's weights are still numbers in fp16, and so are 3e5 times those of a convolution; what comes
 # out of them is not, and normalisations make numbers again of what wider dtypes hold.

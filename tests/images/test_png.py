@@ -10,7 +10,7 @@ from linfusion_cli.images import open_sink
 from linfusion_cli.images.write import deflate, png
 from linfusion_cli.images.write.deflate import adler32_combine, deflate_part, zlib_stream
 from tests.images.conftest import PROMPT, picture, write_unevenly
-from tests.system_packages import needs
+from tests.support.system_packages import needs
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (1, 0), (0, 5), (3, 70_000), (65_521, 131_042), (1_000_003, 1)])

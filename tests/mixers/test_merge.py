@@ -6,7 +6,7 @@ import torch
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, keep_own
 from linfusion_cli.mixers.linear.mount import self_attentions
-from tests.models_in_small import small_xl_unet
+from tests.support.small_models import small_xl_unet
 
 
 @pytest.fixture

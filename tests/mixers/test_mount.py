@@ -3,7 +3,7 @@ import torch
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
-from tests.models_in_small import small_sd_unet
+from tests.support.small_models import small_sd_unet
 
 
 def linear_modules(unet):

@@ -9,7 +9,7 @@ from linfusion_cli.core.errors import DataError, InputMissing
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import self_attentions
 from linfusion_cli.mixers.linear.weights import CONFIG_NAME, WEIGHTS_NAME, load_weights, outline, save_weights, unused
-from tests.models_in_small import small_xl_unet, write_linfusion
+from tests.support.small_models import small_xl_unet, write_linfusion
 
 
 def sdxl_unet_on_meta() -> UNet2DConditionModel:

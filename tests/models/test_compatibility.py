@@ -12,8 +12,8 @@ from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.locate.model import FAMILY_BASES, find_model
 from tests.models.test_locate import put_in_hub
-from tests.models_in_small import scheduler_config
-from tests.original_in_small import without_weights, write_original
+from tests.support.small_models import scheduler_config
+from tests.support.small_single_files import without_weights, write_original
 
 BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 NO_BETAS = dict.fromkeys(BETAS)

@@ -11,8 +11,8 @@ from linfusion_cli.core.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.load.controlnet import LoadedControl
 from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, kind_number
-from tests.control_in_small import small_control, small_union, write_control
-from tests.models_in_small import small_sd_unet, small_xl_unet
+from tests.support.small_controlnets import small_control, small_union, write_control
+from tests.support.small_models import small_sd_unet, small_xl_unet
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from linfusion_cli.models.adapters.textual_inversion import read_inversion, read
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.text.encode import TextChanges, encode_prompts
-from tests.models_in_small import TEXT_WIDTH
+from tests.support.small_models import TEXT_WIDTH
 
 CPU = torch.device("cpu")
 LEVELS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}

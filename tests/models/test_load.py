@@ -13,7 +13,7 @@ from linfusion_cli.models.files.parts import Model, Part
 from linfusion_cli.models.load.parts import load_unet, load_vae
 from linfusion_cli.models.text.encode import SizeConditioning, encode_prompts
 from linfusion_cli.models.text.tokens import load_tokenizer, tokenize
-from tests.models_in_small import small_text_config, write_small_xl
+from tests.support.small_models import small_text_config, write_small_xl
 
 CPU = torch.device("cpu")
 TOLD = SizeConditioning(Size(640, 480), (8, 16), Size(320, 240))

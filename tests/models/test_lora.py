@@ -18,7 +18,7 @@ from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.adapters.lora import Merged, layer_paths, merge_lora, spelled
 from linfusion_cli.models.locate.files import find_lora
 from tests.mixers.test_weights import sdxl_unet_on_meta
-from tests.models_in_small import small_sd_unet, small_xl_unet, write_linfusion
+from tests.support.small_models import small_sd_unet, small_xl_unet, write_linfusion
 
 RANK = 3
 SIZE = 1.0  # of the factors: large enough that a LoRA that is not heard is seen

@@ -16,7 +16,7 @@ from linfusion_cli.models.files.parts import Model, Part
 from linfusion_cli.models.load.parts import load_unet, load_vae
 from linfusion_cli.models.locate.model import FAMILY_BASES, find_model
 from tests.models.test_locate import put_in_hub
-from tests.original_in_small import without_weights, write_original
+from tests.support.small_single_files import without_weights, write_original
 
 CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -22,7 +22,7 @@ from linfusion_cli.planning.meta_model import ModelOutline, count
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.estimate import Setting, reckon
 from tests.mixers.test_weights import sdxl_unet_on_meta
-from tests.original_in_small import original_clip, original_open_clip, original_unet, original_vae
+from tests.support.small_single_files import original_clip, original_open_clip, original_unet, original_vae
 from tools.bench.shapes import linear_attentions
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}

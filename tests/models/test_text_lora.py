@@ -15,7 +15,7 @@ from linfusion_cli.models.adapters.lora_file import read_lora
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.text.encode import TextChanges, encode_prompts
-from tests.models_in_small import small_sd_unet
+from tests.support.small_models import small_sd_unet
 
 CPU = torch.device("cpu")
 PROMPT, NEGATIVE = "a cat", "blurry"

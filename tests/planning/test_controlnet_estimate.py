@@ -23,10 +23,10 @@ from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.controlnet import StripControl, embedded_picture
 from linfusion_cli.unet.estimate import Setting, embedding_cost, reckon
 from linfusion_cli.unet.forward import strip_forward
-from tests.control_in_small import small_control, small_union, write_control
-from tests.models_in_small import small_xl_unet
 from tests.planning.test_estimate import CountingStorage, check_peaks
 from tests.planning.test_plan import a_request, machine
+from tests.support.small_controlnets import small_control, small_union, write_control
+from tests.support.small_models import small_xl_unet
 from tests.unet.test_forward import random_condition
 from tools.bench.shapes import linear_attentions
 

@@ -10,7 +10,7 @@ from linfusion_cli.sampling.noise import phase_noise
 from linfusion_cli.sampling.schedulers.schedule import SOLVERS, make_schedule
 from linfusion_cli.sampling.upscalers.demofusion import Channels, DemoFusion, blurred, cosines, demofusion
 from linfusion_cli.strips.dilation import dilated
-from tests.models_in_small import scheduler_config
+from tests.support.small_models import scheduler_config
 
 CONFIG = scheduler_config()
 STEPS, COUNT = 20, 7

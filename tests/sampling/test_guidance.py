@@ -2,7 +2,7 @@ import torch
 
 from linfusion_cli.sampling.guidance import guided, guided_together, rescaled, where_guided
 from linfusion_cli.sampling.schedulers.schedule import make_schedule, no_noise
-from tests.models_in_small import scheduler_config
+from tests.support.small_models import scheduler_config
 
 HOW = {"scale": 5.0, "rescale": 0.0}
 

@@ -8,7 +8,7 @@ from linfusion_cli.sampling.noise import InTurn
 from linfusion_cli.sampling.schedulers.schedule import SOLVERS, make_schedule, no_noise
 from linfusion_cli.sampling.upscalers.sdedit import denoise, sdedit
 from linfusion_cli.settings.request import SCHEDULERS
-from tests.models_in_small import scheduler_config
+from tests.support.small_models import scheduler_config
 
 CONFIG = scheduler_config()
 ANYWHERE = [name for name, solver in SOLVERS.items() if solver.anywhere]

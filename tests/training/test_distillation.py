@@ -7,7 +7,7 @@ from torch import nn
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.training.distillation import DistillationLoss, distillation_loss, noise_loss, start_from_originals
-from tests.models_in_small import small_sd_unet
+from tests.support.small_models import small_sd_unet
 
 
 class Recorder(nn.Module):

@@ -5,7 +5,7 @@ import torch
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.unet.check import check_supported, unknown_parts
-from tests.models_in_small import small_xl_unet
+from tests.support.small_models import small_xl_unet
 from tests.unet.test_forward import FAMILIES, with_linear_attention
 
 

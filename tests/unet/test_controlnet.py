@@ -20,8 +20,8 @@ from linfusion_cli.unet.check import check_control
 from linfusion_cli.unet.controlnet import Control, StripControl, WholeControl, embedded_picture
 from linfusion_cli.unet.forward import strip_forward
 from linfusion_cli.unet.predict import InStrips, Whole
-from tests.control_in_small import small_control, small_union
-from tests.models_in_small import small_sd_unet, small_xl_unet
+from tests.support.small_controlnets import small_control, small_union
+from tests.support.small_models import small_sd_unet, small_xl_unet
 from tests.unet.test_forward import CPU, TIMESTEP, error, random_condition
 from tests.unet.test_ip_adapter import heard, listening
 

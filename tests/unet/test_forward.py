@@ -20,8 +20,8 @@ from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.check import check_supported
 from linfusion_cli.unet.forward import Condition, strip_forward
-from tests.fakes import GivenControl
-from tests.models_in_small import small_sd_unet, small_xl_unet
+from tests.support.fakes import GivenControl
+from tests.support.small_models import small_sd_unet, small_xl_unet
 
 CPU, TIMESTEP = torch.device("cpu"), torch.tensor(500)
 WHOLE = StripSize(1 << 20, 1 << 30)

@@ -13,8 +13,8 @@ from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.check import check_supported
 from linfusion_cli.unet.forward import Condition
-from tests.ip_in_small import HIDDEN, PROJECTION, TOKENS, write_adapter, write_picture
-from tests.models_in_small import small_sd_unet, small_xl_unet
+from tests.support.small_ip_adapters import HIDDEN, PROJECTION, TOKENS, write_adapter, write_picture
+from tests.support.small_models import small_sd_unet, small_xl_unet
 from tests.unet.test_forward import WHOLE, error, in_strips, plain, random_condition, with_linear_attention
 
 FAMILIES = {"xl": small_xl_unet, "sd15": small_sd_unet}

@@ -9,7 +9,7 @@ import torch
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.forward import strip_forward
-from tests.fakes import GivenControl, Rank, on_ranks
+from tests.support.fakes import GivenControl, Rank, on_ranks
 from tests.unet.test_forward import (
     CPU,
     FAMILIES,

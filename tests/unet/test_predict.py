@@ -12,7 +12,7 @@ from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet import predict
 from linfusion_cli.unet.predict import InStrips, Whole
-from tests.models_in_small import PROJECTION, TEXT_WIDTH, small_xl_unet
+from tests.support.small_models import PROJECTION, TEXT_WIDTH, small_xl_unet
 
 SIZE = StripSize(4, 512)
 

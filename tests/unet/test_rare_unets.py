@@ -14,8 +14,8 @@ from linfusion_cli.core.errors import DataError
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.check import check_supported
-from tests.fakes import GivenControl
-from tests.models_in_small import small_sd_unet, small_xl_unet
+from tests.support.fakes import GivenControl
+from tests.support.small_models import small_sd_unet, small_xl_unet
 from tests.unet.test_forward import error, in_strips, plain, random_condition, with_linear_attention
 
 SMALL = StripSize(2, 9)

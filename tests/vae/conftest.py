@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from tests.models_in_small import small_vae
+from tests.support.small_models import small_vae
 
 
 def ready(vae, dtype=torch.float32):

@@ -15,7 +15,7 @@ from linfusion_cli.vae.patches import Source
 from linfusion_cli.vae.stages import decoder_stages
 from linfusion_cli.vae.statistics import Method, last_normed, settle, starts
 from linfusion_cli.vae.streaming import one_behind
-from tests.models_in_small import small_vae
+from tests.support.small_models import small_vae
 from tests.vae.conftest import deep_vae, ready
 from tools.bench.vae import demo_vae
 from tools.demo_model.scenes import scene

@@ -18,9 +18,9 @@ from linfusion_cli.run.inputs.resolve import prepare
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.plan import plan_run
 from linfusion_cli.settings.request import GenerateRequest
-from tests.fakes import Listener
 from tests.models.test_locate import put_in_hub
-from tests.models_in_small import small_xl_unet, write_linfusion
+from tests.support.fakes import Listener
+from tests.support.small_models import small_xl_unet, write_linfusion
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 PATH = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 from linfusion_cli.models.adapters.lora import original_places
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.load.parts import outline
-from tests.models_in_small import small_sd_unet, small_text_config, small_tokenizer, small_vae
+from tests.support.small_models import small_sd_unet, small_text_config, small_tokenizer, small_vae
 
 UNET_PLACES = {
     "conv_in": "input_blocks.0.0",

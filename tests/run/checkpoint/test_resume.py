@@ -18,9 +18,9 @@ from linfusion_cli.run.pipeline import generate, upscale
 from linfusion_cli.run.stages import load
 from linfusion_cli.settings.request import SCHEDULERS, GenerateRequest, UpscaleRequest
 from linfusion_cli.strips.ops import StripSize
-from tests.fakes import Listener
-from tests.marks import mostly_slow
-from tests.other_process import locked_elsewhere
+from tests.support.fakes import Listener
+from tests.support.marks import mostly_slow
+from tests.support.other_process import locked_elsewhere
 
 VARIANTS = {
     "demofusion": {"upscaler": "demofusion", "guidance_scale": (2.0,)},

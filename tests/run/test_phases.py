@@ -22,9 +22,9 @@ from linfusion_cli.sampling.noise import phase_noise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.dilation import dilated
 from linfusion_cli.strips.ops import StripSize
-from tests.fakes import Listener
-from tests.models_in_small import write_small_sd
 from tests.sampling.test_demofusion import naive_blur
+from tests.support.fakes import Listener
+from tests.support.small_models import write_small_sd
 
 
 @pytest.fixture

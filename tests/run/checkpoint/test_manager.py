@@ -13,10 +13,10 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
-from tests.fakes import Listener
 from tests.models.test_locate import put_in_hub
-from tests.models_in_small import write_small_sd, write_small_xl
-from tests.original_in_small import without_weights, write_original, write_small_sd21
+from tests.support.fakes import Listener
+from tests.support.small_models import write_small_sd, write_small_xl
+from tests.support.small_single_files import without_weights, write_original, write_small_sd21
 
 WRITERS = {"sdxl": write_small_xl, "sd21": write_small_sd21, "sd15": write_small_sd}
 SIZE, STEPS, SCALE, SEED = 64, 4, 3.0, 5

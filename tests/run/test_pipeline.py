@@ -19,7 +19,7 @@ from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet import predict
 from linfusion_cli.unet.predict import Whole
-from tests.fakes import Listener
+from tests.support.fakes import Listener
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import Whole
-from tests.fakes import Listener
-from tests.ip_in_small import write_adapter, write_encoder, write_picture
 from tests.models.test_lora import factors_for, in_peft_layout, layers_in, write
-from tests.models_in_small import small_sd_unet, small_xl_unet
+from tests.support.fakes import Listener
+from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
+from tests.support.small_models import small_sd_unet, small_xl_unet
 
 UNETS = {"xl": small_xl_unet, "sd": small_sd_unet}
 PIPELINES = {"xl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}

@@ -18,8 +18,8 @@ from linfusion_cli.run.outputs.async_writer import Writing
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.convert import resized_reader
 from linfusion_cli.settings.request import GenerateRequest
-from tests.fakes import Listener
-from tests.models_in_small import small_vae
+from tests.support.fakes import Listener
+from tests.support.small_models import small_vae
 
 
 @pytest.fixture

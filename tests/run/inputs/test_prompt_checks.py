@@ -14,8 +14,8 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
-from tests.fakes import Listener
-from tests.models_in_small import TEXT_WIDTH
+from tests.support.fakes import Listener
+from tests.support.small_models import TEXT_WIDTH
 
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
 ADAPTED = ("attn1.to_q", "attn2.to_k", "ff.net.2", "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")

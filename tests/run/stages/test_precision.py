@@ -18,7 +18,7 @@ from linfusion_cli.images import read_info
 from linfusion_cli.run.pipeline import generate, make_picture
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
-from tests.fakes import Listener
+from tests.support.fakes import Listener
 
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 

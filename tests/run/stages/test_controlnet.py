@@ -21,9 +21,9 @@ from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import Whole
-from tests.control_in_small import small_control, small_union, write_control
-from tests.fakes import Listener
-from tests.models_in_small import small_sd_unet, small_xl_unet
+from tests.support.fakes import Listener
+from tests.support.small_controlnets import small_control, small_union, write_control
+from tests.support.small_models import small_sd_unet, small_xl_unet
 
 STEPS = 3
 PHASES = ("base", "all", "1")

@@ -14,7 +14,7 @@ from linfusion_cli.planning import plan
 from linfusion_cli.run.pipeline import upscale
 from linfusion_cli.run.stages import convert
 from linfusion_cli.settings.request import UpscaleRequest
-from tests.fakes import Listener
+from tests.support.fakes import Listener
 
 
 @pytest.fixture

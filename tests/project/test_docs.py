@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 from linfusion_cli.cli.app import app
-from tests.system_packages import needs
+from tests.support.system_packages import needs
 
 TEXT = (Path(__file__).parent.parent / "docs" / "cron.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)

@@ -14,7 +14,7 @@ from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.load.parts import load_unet
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
-from tests.fakes import Listener
+from tests.support.fakes import Listener
 
 # What the model cards say: the scheduler made from the model's own, and how its timesteps are spread.
 PUBLISHED = {
