@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
-from tests.models.test_locate import put_in_hub
+from tests.models.locate.test_model import put_in_hub
 from tests.support.fake_hub import COMMIT, serving
 from tests.support.small_controlnets import small_control, write_control
 from tests.support.small_ip_adapters import write_adapter

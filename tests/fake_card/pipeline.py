@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tests.fake_card import driver, guard
 from tests.fake_card.cases import CASES, TOTAL_BYTES, Case, VaeCase
+from tests.fake_card.device import driver, guard
 
 driver.install(TOTAL_BYTES)  # before modules of the package take functions of torch
 
@@ -46,10 +46,10 @@ from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.stages import decoder_stages, encoder_stages
 from linfusion_cli.vae.statistics import Method, starts
-from tests.fake_card.card import FakeCard
+from tests.fake_card.device.card import FakeCard
+from tests.fake_card.device.stubs import Checkpoints, CountingSink, as_fake, stubbed
+from tests.fake_card.device.tensor import CUDA
 from tests.fake_card.model import write_sdxl
-from tests.fake_card.stubs import Checkpoints, CountingSink, as_fake, stubbed
-from tests.fake_card.tensor import CUDA
 from tools.bench.shapes import SDXL_KEYS, sdxl_vae
 
 # Where single values may be read from the card, and what is there.

@@ -19,11 +19,11 @@ from tests.fake_card.pipeline import chosen, make, request_of  # first, as it re
 from linfusion_cli.core.errors import DoesNotFit
 from linfusion_cli.run.inputs.resolve import prepare
 from linfusion_cli.run.stages.plan import plan_run
-from tests.fake_card import guard
-from tests.fake_card.card import FakeCard
 from tests.fake_card.cases import GIB, Case
+from tests.fake_card.device import guard
+from tests.fake_card.device.card import FakeCard
+from tests.fake_card.device.stubs import Checkpoints, CountingSink, stubbed
 from tests.fake_card.model import write_sdxl
-from tests.fake_card.stubs import Checkpoints, CountingSink, stubbed
 
 USABLE = 0.9  # of a card's memory, in GB
 HEAD = f"| card | size | UNet | planned | reserved | VAE | planned | reserved | pinned |\n{'|---' * 9}|\n"

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.fake_card.allocator import LARGE_SEGMENT, MIB, SMALL_SEGMENT, CachingAllocator, OutOfMemory
+from tests.fake_card.device.allocator import LARGE_SEGMENT, MIB, SMALL_SEGMENT, CachingAllocator, OutOfMemory
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("tests.faults.trials")
+pytest.register_assert_rewrite("tests.faults.harness.trials")
 
-from tests.faults.moments import Moment  # noqa: E402
-from tests.faults.requests import REQUESTS  # noqa: E402
-from tests.faults.runs import Server  # noqa: E402
-from tests.faults.trials import Lab  # noqa: E402
+from tests.faults.harness.moments import Moment  # noqa: E402
+from tests.faults.harness.requests import REQUESTS  # noqa: E402
+from tests.faults.harness.runs import Server  # noqa: E402
+from tests.faults.harness.trials import Lab  # noqa: E402
 
 WORKERS = 2
 TALLY: dict[str, Counter[str]] = defaultdict(Counter)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.batch.test_parsers import hostile_json
-from tests.faults.moments import Moment, side_by_side
-from tests.faults.requests import STEPS
-from tests.faults.runs import Run
-from tests.faults.trials import Lab
+from tests.faults.harness.moments import Moment, side_by_side
+from tests.faults.harness.requests import STEPS
+from tests.faults.harness.runs import Run
+from tests.faults.harness.trials import Lab
 
 SOME_FAILED = 3
 OPTIONS = ("--output-dir", "out", "--preset", "demo", "--size", "96", "--base-size", "64", *STEPS, "0")

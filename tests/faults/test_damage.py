@@ -8,9 +8,9 @@ from threading import Lock
 
 import pytest
 
-from tests.faults.calls import Fault
-from tests.faults.moments import Moment, side_by_side
-from tests.faults.trials import Lab, Trial
+from tests.faults.harness.calls import Fault
+from tests.faults.harness.moments import Moment, side_by_side
+from tests.faults.harness.trials import Lab, Trial
 
 STATES = 5  # different moments at which the runs of the journals were killed
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.moments import Moment, side_by_side
-from tests.faults.runs import CANNOT_CREATE, NOT_WRITTEN
-from tests.faults.trials import Lab
+from tests.faults.harness.moments import Moment, side_by_side
+from tests.faults.harness.runs import CANNOT_CREATE, NOT_WRITTEN
+from tests.faults.harness.trials import Lab
 
 
 @side_by_side

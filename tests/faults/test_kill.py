@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.faults.calls import Fault
-from tests.faults.moments import Moment, side_by_side
-from tests.faults.requests import ALL_CALLS
-from tests.faults.runs import Run
-from tests.faults.trials import Lab, Trial
+from tests.faults.harness.calls import Fault
+from tests.faults.harness.moments import Moment, side_by_side
+from tests.faults.harness.requests import ALL_CALLS
+from tests.faults.harness.runs import Run
+from tests.faults.harness.trials import Lab, Trial
 
 IMPORTS_SEC = 8.0
 SOONER = 0.98  # where a run that was to be killed has ended before

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.faults.runs import TRY_AGAIN
-from tests.faults.trials import Lab
+from tests.faults.harness.runs import TRY_AGAIN
+from tests.faults.harness.trials import Lab
 
 RUNS = 20
 

@@ -1,6 +1,6 @@
 """What all other tests here rely on: a forked run is what a truly started one is."""
 
-from tests.faults.trials import Lab
+from tests.faults.harness.trials import Lab
 
 
 def test_a_forked_run_makes_the_same_files(lab: Lab):

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from tests.faults.calls import Fault
-from tests.faults.moments import Moment, side_by_side
-from tests.faults.runs import Run
-from tests.faults.trials import Lab, Trial
+from tests.faults.harness.calls import Fault
+from tests.faults.harness.moments import Moment, side_by_side
+from tests.faults.harness.runs import Run
+from tests.faults.harness.trials import Lab, Trial
 
 SOON_SEC = 5.0
 ECHO_SEC = 0.7  # two signals closer together than this may be one wish

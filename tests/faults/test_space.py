@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.calls import WRITES, Fault
-from tests.faults.moments import Moment, side_by_side
-from tests.faults.runs import NOT_WRITTEN
-from tests.faults.trials import Lab
+from tests.faults.harness.calls import WRITES, Fault
+from tests.faults.harness.moments import Moment, side_by_side
+from tests.faults.harness.runs import NOT_WRITTEN
+from tests.faults.harness.trials import Lab
 
 DISK_BYTES, PAGE_BYTES = 16 << 20, 4096
 LEAST_BYTES = 16 << 10  # of a file: what the tests themselves note has room

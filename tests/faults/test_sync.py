@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.faults.calls import SYNCS, Fault
-from tests.faults.moments import Moment, side_by_side
-from tests.faults.requests import ALL_CALLS
-from tests.faults.runs import CANNOT_CREATE, NOT_WRITTEN
-from tests.faults.trials import Lab
+from tests.faults.harness.calls import SYNCS, Fault
+from tests.faults.harness.moments import Moment, side_by_side
+from tests.faults.harness.requests import ALL_CALLS
+from tests.faults.harness.runs import CANNOT_CREATE, NOT_WRITTEN
+from tests.faults.harness.trials import Lab
 
 FAILING = (*SYNCS, "rename", "replace", "link")
 

@@ -15,7 +15,7 @@ from linfusion_cli.models.files.header import read_header
 from linfusion_cli.models.files.parts import Model, Part
 from linfusion_cli.models.load.parts import load_unet, load_vae
 from linfusion_cli.models.locate.model import FAMILY_BASES, find_model
-from tests.models.test_locate import put_in_hub
+from tests.models.locate.test_model import put_in_hub
 from tests.support.small_single_files import without_weights, write_original
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
-from tests.models.test_locate import put_in_hub
+from tests.models.locate.test_model import put_in_hub
 from tests.support.fakes import Listener
 from tests.support.small_models import write_small_sd, write_small_xl
 from tests.support.small_single_files import without_weights, write_original, write_small_sd21

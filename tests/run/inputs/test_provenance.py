@@ -14,7 +14,7 @@ from linfusion_cli.models.files.digest import digested
 from linfusion_cli.models.locate.model import FAMILY_BASES
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
-from tests.models.test_locate import put_in_hub
+from tests.models.locate.test_model import put_in_hub
 from tests.support.small_single_files import without_weights, write_original
 
 

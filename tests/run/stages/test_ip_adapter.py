@@ -18,7 +18,7 @@ from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import Whole
-from tests.models.test_lora import factors_for, in_peft_layout, layers_in, write
+from tests.models.adapters.test_lora import factors_for, in_peft_layout, layers_in, write
 from tests.support.fakes import Listener
 from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
 from tests.support.small_models import small_sd_unet, small_xl_unet

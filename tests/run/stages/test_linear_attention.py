@@ -18,7 +18,7 @@ from linfusion_cli.run.inputs.resolve import prepare
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.plan import plan_run
 from linfusion_cli.settings.request import GenerateRequest
-from tests.models.test_locate import put_in_hub
+from tests.models.locate.test_model import put_in_hub
 from tests.support.fakes import Listener
 from tests.support.small_models import small_xl_unet, write_linfusion
 

@@ -6,7 +6,7 @@ import pytest
 
 from linfusion_cli.core.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.locate.files import find_inversion, find_lora, split_token, split_weight
-from tests.models.test_locate import put_in_hub
+from tests.models.locate.test_model import put_in_hub
 
 STANDARD = "pytorch_lora_weights.safetensors"
 

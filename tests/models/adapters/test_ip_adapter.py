@@ -21,8 +21,8 @@ from linfusion_cli.planning.meta_model import ModelOutline, count
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.estimate import Setting, reckon
 from tests.mixers.test_weights import sdxl_unet_on_meta
-from tests.models.test_locate import put_in_hub
-from tests.models.test_lora import factors_for, in_kohya_layout, layers_in, write
+from tests.models.adapters.test_lora import factors_for, in_kohya_layout, layers_in, write
+from tests.models.locate.test_model import put_in_hub
 from tests.support.small_ip_adapters import HIDDEN, PROJECTION, TOKENS, adapter_tensors, write_adapter, write_encoder
 from tests.support.small_models import small_sd_unet, small_xl_unet, write_linfusion
 

@@ -24,7 +24,7 @@ from linfusion_cli.models.text import encode
 from linfusion_cli.planning.meta_model import ModelOutline
 from linfusion_cli.run import pipeline
 from linfusion_cli.run.stages import linear_attention, load
-from tests.fake_card.tensor import CPU, FakeTensor
+from tests.fake_card.device.tensor import CPU, FakeTensor
 
 
 class CountingSink:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from tests.faults import child
+from tests.faults.harness import child
 
 HEAVY = ("torch", "diffusers", "transformers", "linfusion_cli.cli.app", "linfusion_cli.run.pipeline")
 

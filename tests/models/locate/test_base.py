@@ -14,7 +14,7 @@ from linfusion_cli.mixers.linear.mount import self_attentions
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.locate.base import BaseWeights, find_base
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
-from tests.models.test_locate import put_in_hub
+from tests.models.locate.test_model import put_in_hub
 from tests.support.small_models import small_xl_unet
 
 NAME = "diffusion_pytorch_model"

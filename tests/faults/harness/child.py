@@ -11,7 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from tests.faults import calls
+from tests.faults.harness import calls
 
 LIMITS = {"file": resource.RLIMIT_FSIZE}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
-from tests.faults.calls import Fault
+from tests.faults.harness.calls import Fault
 
 ROOT = Path(__file__).parent.parent.parent
 CANNOT_CREATE, NOT_WRITTEN, TRY_AGAIN = 73, 74, 75
@@ -125,7 +125,7 @@ class Server:
         self._one_asks = Lock()
         self._logs.mkdir()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.server"],
+            [sys.executable, "-m", "tests.faults.harness.server"],
             cwd=ROOT,
             env=environment(folder),
             stdin=subprocess.PIPE,

@@ -14,7 +14,7 @@ from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.load.parts import load_part, load_unet, load_vae, outline
 from linfusion_cli.models.locate.model import FAMILY_BASES, find_model, find_vae
 from linfusion_cli.models.text.encode import encode_prompts
-from tests.models.test_locate import put_in_hub
+from tests.models.locate.test_model import put_in_hub
 from tests.support.small_models import small_xl_unet, write_small_sd, write_small_xl
 from tests.support.small_single_files import (
     original_unet,

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.faults.calls import Fault
-from tests.faults.requests import OLD, REQUESTS, Request
-from tests.faults.runs import CANNOT_CREATE, Run, Server, truly_started
+from tests.faults.harness.calls import Fault
+from tests.faults.harness.requests import OLD, REQUESTS, Request
+from tests.faults.harness.runs import CANNOT_CREATE, Run, Server, truly_started
 
 NOBODY = 65534
 

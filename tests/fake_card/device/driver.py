@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.fake_card.card import FakeCard
-from tests.fake_card.tensor import FakeTensor
+from tests.fake_card.device.card import FakeCard
+from tests.fake_card.device.tensor import FakeTensor
 
 NAME = "Fake card"
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tests.fake_card.allocator import CachingAllocator
-from tests.fake_card.tensor import CPU, CUDA, FakeTensor, tensors_in, to_meta
+from tests.fake_card.device.allocator import CachingAllocator
+from tests.fake_card.device.tensor import CPU, CUDA, FakeTensor, tensors_in, to_meta
 
 LARGEST_KERNEL = 1 << 31  # elements: many kernels count them in 32 bits
 SCALAR_BYTES = 4096  # copies up to this size may block: a timestep, sizes, indices of columns

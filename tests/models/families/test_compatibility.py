@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.locate.model import FAMILY_BASES, find_model
-from tests.models.test_locate import put_in_hub
+from tests.models.locate.test_model import put_in_hub
 from tests.support.small_models import scheduler_config
 from tests.support.small_single_files import without_weights, write_original
 
