@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "linfusion_cli"
+PACKAGE = Path(__file__).parents[2] / "linfusion_cli"
 ROOT = PACKAGE.parent
 LAYERS = {
     0: ["errors", "units", "geometry", "files"],

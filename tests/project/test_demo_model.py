@@ -1,6 +1,6 @@
 """A small share of what docs/demo-model.md reports, measured on the shipped model: no worse one takes its place unseen.
 
-The bounds leave room for few seeds; `python -m tools.demo_model.measure` measures the whole.
+The bounds leave room for few seeds; `python -m tools.demo_model.evaluate.measure` measures the whole.
 """
 
 from functools import cache
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from linfusion_cli.models.files.header import read_header
-from tools.demo_model.errors import closed, noise_errors, zeroed
-from tools.demo_model.obey import FIRST, Judges, obedience, variety
-from tools.demo_model.sample import load_shipped, paint
-from tools.demo_model.scenes import scene
+from tools.demo_model.evaluate.errors import closed, noise_errors, zeroed
+from tools.demo_model.evaluate.obey import FIRST, Judges, obedience, variety
+from tools.demo_model.evaluate.sample import load_shipped, paint
+from tools.demo_model.scenes.scene import scene
 from tools.demo_model.store import MODEL
-from tools.demo_model.vae import measure
+from tools.demo_model.train.vae import measure
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from typer.main import get_command
 from linfusion_cli.cli.app import app
 from tests.support.system_packages import needs
 
-TEXT = (Path(__file__).parent.parent / "docs" / "cron.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "cron.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 PROGRAM = "/usr/local/bin/linfusion"
 

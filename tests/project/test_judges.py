@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from tools.demo_model.distill import UnnormalisedAttention
-from tools.demo_model.errors import closed
-from tools.demo_model.judges import ColourJudge, best_threshold, disc_score, mean_colours, spread
-from tools.demo_model.scenes import draw
-from tools.demo_model.spec import LANDS, TIMES, Spec
+from tools.demo_model.evaluate.errors import closed
+from tools.demo_model.evaluate.judges import ColourJudge, best_threshold, disc_score, mean_colours, spread
+from tools.demo_model.scenes.scene import draw
+from tools.demo_model.scenes.spec import LANDS, TIMES, Spec
+from tools.demo_model.train.distill import UnnormalisedAttention
 
 Y, X = np.mgrid[:256, :256].astype(np.float32)
 

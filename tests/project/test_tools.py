@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tools.bench import gpu, unet, vae
-from tools.demo_model.finetune import KINDS
-from tools.demo_model.merges import figures
-from tools.demo_model.scenes import numbered, scene
+from tools.demo_model.evaluate.finetune import KINDS
+from tools.demo_model.evaluate.merges import figures
+from tools.demo_model.scenes.scene import numbered, scene
 
 pytestmark = pytest.mark.slow
 

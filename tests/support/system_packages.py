@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES_FILE = Path(__file__).with_name("system-packages.txt")
+PACKAGES_FILE = Path(__file__).parents[1] / "system-packages.txt"
 
 
 def read_packages() -> dict[str, str]:

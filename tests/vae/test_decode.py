@@ -18,7 +18,7 @@ from linfusion_cli.vae.streaming import one_behind
 from tests.support.small_models import small_vae
 from tests.vae.conftest import deep_vae, ready
 from tools.bench.vae import demo_vae
-from tools.demo_model.scenes import scene
+from tools.demo_model.scenes.scene import scene
 
 ALL_KEYS = 1 << 20
 SIZES = [(16, 16), (5, 9), (21, 13), (3, 40)]

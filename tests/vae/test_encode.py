@@ -11,7 +11,7 @@ from linfusion_cli.vae.stages import encoder_stages
 from linfusion_cli.vae.statistics import Method, last_normed, starts
 from tests.vae.conftest import deep_vae
 from tools.bench.vae import demo_vae
-from tools.demo_model.scenes import scene
+from tools.demo_model.scenes.scene import scene
 
 ALL_KEYS = 1 << 20
 SIZES = [(64, 64), (40, 72), (168, 104), (24, 320)]

@@ -39,7 +39,7 @@ from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.stages import decoder_stages
 from linfusion_cli.vae.statistics import Method, last_normed
 from tools.bench.shapes import SDXL_KEYS, sdxl_vae
-from tools.demo_model.scenes import scene
+from tools.demo_model.scenes.scene import scene
 
 MIB = 1 << 20
 CPU = torch.device("cpu")

@@ -2,16 +2,16 @@
 
 import argparse
 
-from tools.demo_model.adopt import UNET_STATE, adopt_shipped
-from tools.demo_model.distill import STAGES, train_linear
-from tools.demo_model.draw import draw_all
-from tools.demo_model.export import export
-from tools.demo_model.latents import encode_all
-from tools.demo_model.sample import sample_grids
+from tools.demo_model.evaluate.sample import sample_grids
 from tools.demo_model.store import WORK, start_log
-from tools.demo_model.tokenizer import make_tokenizer
-from tools.demo_model.unet import MINUTES, train_unet
-from tools.demo_model.vae import train_vae
+from tools.demo_model.train.adopt import UNET_STATE, adopt_shipped
+from tools.demo_model.train.distill import STAGES, train_linear
+from tools.demo_model.train.draw import draw_all
+from tools.demo_model.train.export import export
+from tools.demo_model.train.latents import encode_all
+from tools.demo_model.train.tokenizer import make_tokenizer
+from tools.demo_model.train.unet import MINUTES, train_unet
+from tools.demo_model.train.vae import train_vae
 
 
 def main() -> None:

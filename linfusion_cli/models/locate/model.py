@@ -14,7 +14,7 @@ from linfusion_cli.models.files.parts import LINFUSION, PARTS, PICKLES, Model, P
 from linfusion_cli.models.locate.files import MODEL, find_file, is_hub_file
 
 DEMO = "demo"
-DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 PUBLISHED_LINFUSION = {
     "sdxl": "Yuanshi/LinFusion-XL",
     "sd21": "Yuanshi/LinFusion-2-1",

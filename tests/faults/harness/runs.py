@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from tests.faults.harness.calls import Fault
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 CANNOT_CREATE, NOT_WRITTEN, TRY_AGAIN = 73, 74, 75
 POLL_SEC = 0.003
 LONGEST_SEC = 120.0  # a run that takes this long hangs

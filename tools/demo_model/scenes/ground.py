@@ -3,11 +3,11 @@
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
-from tools.demo_model.mountains import paint_mountains
-from tools.demo_model.noise import blend, field, line, smoothstep
-from tools.demo_model.palette import Palette
-from tools.demo_model.sky import Frame
-from tools.demo_model.spec import Spec
+from tools.demo_model.scenes.mountains import paint_mountains
+from tools.demo_model.scenes.noise import blend, field, line, smoothstep
+from tools.demo_model.scenes.palette import Palette
+from tools.demo_model.scenes.sky import Frame
+from tools.demo_model.scenes.spec import Spec
 
 Array = np.ndarray
 

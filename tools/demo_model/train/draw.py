@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.demo_model.scenes import scene
+from tools.demo_model.scenes.scene import scene
 from tools.demo_model.store import WORK, log, save_array, save_json
 
 SHARD = 80

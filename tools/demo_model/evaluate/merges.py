@@ -1,4 +1,4 @@
-"""`python -m tools.demo_model.merges [moon] [print] [mirror]`: which way to mount LinFusion's weights on a fine-tune.
+"""`python -m tools.demo_model.evaluate.merges [moon] [print] [mirror]`: which way to mount LinFusion's weights on a fine-tune.
 
 Fine-tunes the shipped model on each kind of scene, then compares the noise errors on held-out scenes of that kind.
 They go to `.work/demo/merges.json`.
@@ -23,9 +23,9 @@ from PIL import Image
 
 from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, keep_own
 from linfusion_cli.mixers.linear.mount import self_attentions
-from tools.demo_model.errors import noised, predicted
-from tools.demo_model.finetune import HELD_OUT, KINDS, finetune, folder_of, load_finetuned
-from tools.demo_model.sample import load_shipped
+from tools.demo_model.evaluate.errors import noised, predicted
+from tools.demo_model.evaluate.finetune import HELD_OUT, KINDS, finetune, folder_of, load_finetuned
+from tools.demo_model.evaluate.sample import load_shipped
 from tools.demo_model.store import MODEL, WORK, log, save_json, start_log
 
 FIGURES = WORK / "merges.json"
@@ -139,7 +139,7 @@ def _painted(model: Path, kind: str, seed: int, form: str, output: Path) -> np.n
 
 def main() -> None:
     """Fine-tune and measure what was asked for, or everything."""
-    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.merges", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.evaluate.merges", description=main.__doc__)
     parser.add_argument("kinds", nargs="*", default=tuple(KINDS), help=" ".join(KINDS))
     parser.add_argument("--minutes", type=float, default=10.0, help="of each fine-tune")
     parser.add_argument("--processes", type=int, default=2)

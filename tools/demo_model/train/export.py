@@ -9,11 +9,11 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from linfusion_cli.mixers.linear.weights import save_weights
-from tools.demo_model.distill import load_linear
 from tools.demo_model.store import MODEL, WORK, log
-from tools.demo_model.tokenizer import FOLDER, make_tokenizer
-from tools.demo_model.unet import build_scheduler, load_trained
-from tools.demo_model.vae import load_vae
+from tools.demo_model.train.distill import load_linear
+from tools.demo_model.train.tokenizer import FOLDER, make_tokenizer
+from tools.demo_model.train.unet import build_scheduler, load_trained
+from tools.demo_model.train.vae import load_vae
 
 LIMIT_BYTES = 16 * 1024 * 1024
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from tools.demo_model import parallel
-from tools.demo_model.draw import shards
 from tools.demo_model.store import WORK, TrainingState, load_tensors, log, save_json, save_tensors
-from tools.demo_model.vae_start import COLOUR_SCALE, start_as_thumbnail
+from tools.demo_model.train import parallel
+from tools.demo_model.train.draw import shards
+from tools.demo_model.train.vae_start import COLOUR_SCALE, start_as_thumbnail
 
 RESULT = WORK / "vae_done.safetensors"
 # side of the crop, pictures in a batch, share of the batches

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
-from tools.demo_model.vae import as_input
+from tools.demo_model.train.vae import as_input
 
 Modules = Mapping[str, nn.Module]
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tools.demo_model.tokenizer import TOKENS
+from tools.demo_model.train.tokenizer import TOKENS
 
 WIDTH = 64
 

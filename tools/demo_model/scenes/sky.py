@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from tools.demo_model.noise import blend, field, line, smoothstep
-from tools.demo_model.palette import Palette
-from tools.demo_model.spec import Spec
+from tools.demo_model.scenes.noise import blend, field, line, smoothstep
+from tools.demo_model.scenes.palette import Palette
+from tools.demo_model.scenes.spec import Spec
 
 Array = np.ndarray
 ORB_COLOURS = {

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tools.demo_model.noise import blend, field, line, smoothstep
-from tools.demo_model.palette import SNOW, Palette
-from tools.demo_model.sky import Frame
-from tools.demo_model.spec import Spec
+from tools.demo_model.scenes.noise import blend, field, line, smoothstep
+from tools.demo_model.scenes.palette import SNOW, Palette
+from tools.demo_model.scenes.sky import Frame
+from tools.demo_model.scenes.spec import Spec
 
 Array = np.ndarray
 

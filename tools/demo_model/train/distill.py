@@ -15,11 +15,11 @@ from transformers import CLIPTokenizer
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.training.distillation import distillation_loss, noise_loss, start_from_originals
-from tools.demo_model import parallel
-from tools.demo_model.latents import Latents, encoded
 from tools.demo_model.store import WORK, TrainingState, finished, load_tensors, log, save_tensors
-from tools.demo_model.unet import RESULT as UNET
-from tools.demo_model.unet import Noised, conditioning, load_trained, signal_levels
+from tools.demo_model.train import parallel
+from tools.demo_model.train.latents import Latents, encoded
+from tools.demo_model.train.unet import RESULT as UNET
+from tools.demo_model.train.unet import Noised, conditioning, load_trained, signal_levels
 
 NATIVE_TOKENS = 256
 # linear attention is there for large pictures, so more of them than the UNet was trained on

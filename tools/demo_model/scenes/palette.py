@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tools.demo_model.spec import Spec
+from tools.demo_model.scenes.spec import Spec
 
 Array = np.ndarray
 

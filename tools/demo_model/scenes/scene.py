@@ -5,11 +5,11 @@ from functools import partial
 
 import numpy as np
 
-from tools.demo_model.captions import caption
-from tools.demo_model.ground import paint_ground
-from tools.demo_model.palette import palette
-from tools.demo_model.sky import frame, paint_sky
-from tools.demo_model.spec import Spec, draw_spec
+from tools.demo_model.scenes.captions import caption
+from tools.demo_model.scenes.ground import paint_ground
+from tools.demo_model.scenes.palette import palette
+from tools.demo_model.scenes.sky import frame, paint_sky
+from tools.demo_model.scenes.spec import Spec, draw_spec
 
 SEED = 20240902
 

@@ -14,15 +14,15 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from tools.demo_model import parallel
-from tools.demo_model.errors import encode
-from tools.demo_model.latents import Latents
-from tools.demo_model.sample import load_shipped
-from tools.demo_model.scenes import numbered
-from tools.demo_model.spec import Spec
+from tools.demo_model.evaluate.errors import encode
+from tools.demo_model.evaluate.sample import load_shipped
+from tools.demo_model.scenes.scene import numbered
+from tools.demo_model.scenes.spec import Spec
 from tools.demo_model.store import MODEL, WORK, TrainingState, finished, load_tensors, log, save_tensors
-from tools.demo_model.text import TextEncoders, tokenize
-from tools.demo_model.unet import signal_levels, train_step
+from tools.demo_model.train import parallel
+from tools.demo_model.train.latents import Latents
+from tools.demo_model.train.text import TextEncoders, tokenize
+from tools.demo_model.train.unet import signal_levels, train_step
 
 FIRST, HELD_OUT = 60000, 90000  # numbers of scenes that nothing was trained on
 GROUPS = {"square": (1600, 256), "double": (240, 512)}  # scenes, and pixels of a side

@@ -7,10 +7,10 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from tools.demo_model import parallel
-from tools.demo_model.latents import Batch, Latents, encoded
 from tools.demo_model.store import WORK, TrainingState, finished, load_tensors, log, save_tensors
-from tools.demo_model.text import WIDTH, TextEncoders
+from tools.demo_model.train import parallel
+from tools.demo_model.train.latents import Batch, Latents, encoded
+from tools.demo_model.train.text import WIDTH, TextEncoders
 
 RESULT = WORK / "unet_done.safetensors"
 MINUTES = 95.0  # the shipped one's, on two CPU cores

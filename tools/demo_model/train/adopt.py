@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tools.demo_model.store import MODEL, WORK, save_tensors
-from tools.demo_model.tokenizer import FOLDER
-from tools.demo_model.unet import MINUTES
-from tools.demo_model.vae import RESULT as VAE
+from tools.demo_model.train.tokenizer import FOLDER
+from tools.demo_model.train.unet import MINUTES
+from tools.demo_model.train.vae import RESULT as VAE
 
 UNET_STATE = WORK / "unet.safetensors"
 TRAINED = {"unet.": "unet", "text.first.": "text_encoder", "text.second.": "text_encoder_2"}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tools.demo_model.spec import Spec
+from tools.demo_model.scenes.spec import Spec
 
 TIME_NOUNS = {
     "night": ("night", "night", "midnight", "nighttime"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tools.demo_model.judges import (
+from tools.demo_model.evaluate.judges import (
     LANDS,
     ColourJudge,
     LandJudge,
@@ -16,9 +16,9 @@ from tools.demo_model.judges import (
     spread,
     train_land_judge,
 )
-from tools.demo_model.sample import SIDE_PX
-from tools.demo_model.scenes import SEED, draw, scene
-from tools.demo_model.spec import TIMES, Spec, draw_spec
+from tools.demo_model.evaluate.sample import SIDE_PX
+from tools.demo_model.scenes.scene import SEED, draw, scene
+from tools.demo_model.scenes.spec import TIMES, Spec, draw_spec
 
 Array = np.ndarray
 Paint = Callable[[str, Sequence[int]], Array]  # a prompt and its seeds -> [n, 256, 256, 3] uint8

@@ -1,4 +1,4 @@
-"""`python -m tools.demo_model.measure [vae] [attention] [prompts]`: the shipped model's figures, beside those asked.
+"""`python -m tools.demo_model.evaluate.measure [vae] [attention] [prompts]`: the shipped model's figures, beside those asked.
 
 They go to `.work/demo/figures.json`, and the pictures that were judged to `.work/demo/judged/`, to be looked at.
 """
@@ -14,13 +14,13 @@ from multiprocessing.pool import Pool
 import numpy as np
 import torch
 
-from tools.demo_model.distill import load_linear, result_of
-from tools.demo_model.draw import captions, shards
-from tools.demo_model.errors import closed, noise_errors, zeroed
-from tools.demo_model.obey import VARIETY, Judges, Paint, obedience, variety
-from tools.demo_model.sample import PRESET, load_shipped, paint, save_grid
+from tools.demo_model.evaluate.errors import closed, noise_errors, zeroed
+from tools.demo_model.evaluate.obey import VARIETY, Judges, Paint, obedience, variety
+from tools.demo_model.evaluate.sample import PRESET, load_shipped, paint, save_grid
 from tools.demo_model.store import WORK, log, save_json, start_log
-from tools.demo_model.vae import measure
+from tools.demo_model.train.distill import load_linear, result_of
+from tools.demo_model.train.draw import captions, shards
+from tools.demo_model.train.vae import measure
 
 FIGURES = WORK / "figures.json"
 BATCH = 16
@@ -94,7 +94,7 @@ def _shipped():
 
 def main() -> None:
     """Measure what was asked for, or everything."""
-    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.measure", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.evaluate.measure", description=main.__doc__)
     parser.add_argument("what", nargs="*", default=STAGES, help=" ".join(STAGES))
     parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=PRESET["guidance_scale"])

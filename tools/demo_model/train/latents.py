@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from tools.demo_model.draw import captions, shards
 from tools.demo_model.store import WORK, load_tensors, log, save_tensors
-from tools.demo_model.text import tokenize
-from tools.demo_model.vae import as_input, load_vae
+from tools.demo_model.train.draw import captions, shards
+from tools.demo_model.train.text import tokenize
+from tools.demo_model.train.vae import as_input, load_vae
 
 ASPECTS = ("wide2", "wide", "tall2", "tall")
 # pictures in a batch: whole scenes, the same at half size, other aspects, two and four times larger, crops of the last

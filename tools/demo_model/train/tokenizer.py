@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from tools.demo_model.captions import FILLERS
-from tools.demo_model.draw import GROUPS, captions
+from tools.demo_model.scenes.captions import FILLERS
 from tools.demo_model.store import WORK
+from tools.demo_model.train.draw import GROUPS, captions
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 620

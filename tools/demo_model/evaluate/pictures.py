@@ -1,4 +1,4 @@
-"""`python -m tools.demo_model.pictures`: the pictures of README and docs, made by the shipped model."""
+"""`python -m tools.demo_model.evaluate.pictures`: the pictures of README and docs, made by the shipped model."""
 
 import argparse
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tools.demo_model.sample import PROMPTS, load_shipped, paint, save_grid
+from tools.demo_model.evaluate.sample import PROMPTS, load_shipped, paint, save_grid
 from tools.demo_model.store import ROOT, WORK, start_log
 
 DOCS = ROOT / "docs" / "pictures"
@@ -42,7 +42,7 @@ def with_crops(picture: Image.Image, corners: list[tuple[int, int]]) -> Image.Im
 
 def main() -> None:
     """Write them all."""
-    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.pictures", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.evaluate.pictures", description=main.__doc__)
     parser.parse_args()
     start_log()
     pipe, _ = load_shipped()
