@@ -8,9 +8,10 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from linfusion_cli.batch.parsers.schema import quoted
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.text import quoted
+from linfusion_cli.run.inputs.phase_files import output_of_phase
 from linfusion_cli.settings.request import PictureRequest
 
 TEMPLATE = "{index:04}-{slug}-{seed}"
@@ -21,7 +22,6 @@ PATH_BYTES = 1000
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}  # a TIFF's is .tif
 PICTURES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 SPEC = re.compile(r"[<>^]?\d{0,2}[ds]?")  # a width of digits at most: no format can be large, or run anything
-PHASE_NAME = re.compile(r"(.+)-[0-9]+x[0-9]+")  # the stem of a phase's picture, by that of the output
 RESULTS = re.compile(r"results.*\.jsonl", re.IGNORECASE)
 SAMPLE = {"index": 1, "slug": NO_SLUG, "seed": 0, "size": "64x64", "width": 64, "height": 64}
 
@@ -33,11 +33,6 @@ def slug(prompt: str) -> str:
     if len(words) > SLUG_LETTERS:
         words = words[: SLUG_LETTERS + 1].rpartition("-")[0] or words[:SLUG_LETTERS]
     return words or NO_SLUG
-
-
-def phase_path(output: Path, size: Size) -> Path:
-    """Where --save-phases keeps the picture of a phase: valley.tif -> valley-2048x2048.tif."""
-    return output.with_name(f"{output.stem}-{size}{output.suffix}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ class Names:
         if resolved in self._taken:
             reason = f"Its file {quoted(name)} is that of line {self._taken[resolved]}."
             raise UsageError(reason, "Name another, or let --name have {index} and {seed}.")
-        if (output := _output_of(resolved)) is not None:
+        if (output := output_of_phase(resolved)) is not None:
             if self._phased.get(output, line) != line:
                 reason = f"Its file {quoted(name)} could be a phase of line {self._phased[output]}, by --save-phases."
                 raise UsageError(reason, "Name another.")
@@ -124,12 +119,6 @@ class Names:
         except (OSError, RuntimeError):  # a loop of links
             return None
         return resolved if resolved.is_relative_to(self._inside) else None
-
-
-def _output_of(path: Path) -> Path | None:
-    """The output that `path` would be a phase of, by its name; None for other names."""
-    match = PHASE_NAME.fullmatch(path.stem)
-    return None if match is None else path.with_name(match[1] + path.suffix)
 
 
 def check_name(name: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from linfusion_cli import images
 from linfusion_cli.batch.filenames import Names, Template
 from linfusion_cli.batch.parsers.parsers import MOST_SAID, Entry
-from linfusion_cli.batch.parsers.schema import shortened
 from linfusion_cli.batch.shard import Shard
 from linfusion_cli.core.errors import LinfusionError
+from linfusion_cli.core.text import shortened
 from linfusion_cli.settings.request import PictureRequest
 
 Build = Callable[[Mapping[str, Any]], tuple[dict[str, str], PictureRequest]]

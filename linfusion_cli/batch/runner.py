@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 
 from linfusion_cli.batch.parsers.parsers import MOST_SAID
-from linfusion_cli.batch.parsers.schema import shortened
 from linfusion_cli.batch.queue import Job
 from linfusion_cli.batch.results import Outcome, Record, Status, Tally
 from linfusion_cli.core.errors import (
@@ -24,6 +23,7 @@ from linfusion_cli.core.errors import (
 )
 from linfusion_cli.core.events import JobStarted, Observer
 from linfusion_cli.core.report import RunReport
+from linfusion_cli.core.text import shortened
 from linfusion_cli.hardware.failures import explained
 from linfusion_cli.models.cache import Shelf
 from linfusion_cli.run.inputs.source_image import opened

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from linfusion_cli.batch.parsers.schema import quoted
 from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.text import quoted
 from linfusion_cli.settings.request import LARGEST_SEED
 
 MOST_SEEDS = 10_000

@@ -15,14 +15,13 @@ from linfusion_cli.core.report import RunReport
 from linfusion_cli.hardware.device import describe, versions
 from linfusion_cli.models.cache import Shelf
 from linfusion_cli.models.files.digest import WeightsFile
-from linfusion_cli.run.checkpoint.dtype_history import DTYPES
 from linfusion_cli.run.checkpoint.latents_file import KeptLatents
 from linfusion_cli.run.checkpoint.manager import Keeper, journal_of
-from linfusion_cli.run.inputs.provenance import hashed_weights, to_json
+from linfusion_cli.run.inputs.provenance import DTYPES, hashed_weights, to_json
 from linfusion_cli.run.inputs.resolve import Prepared, check_disk, prepare
 from linfusion_cli.run.outputs.existing import Making
 from linfusion_cli.run.outputs.open import held_picture, opened_outputs
-from linfusion_cli.run.pipeline import finished
+from linfusion_cli.run.outputs.report import finished
 from linfusion_cli.run.progress.recorder import Recorder
 from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 
-from linfusion_cli import images
 from linfusion_cli.core.events import Observer, nobody
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.signals import honoured
@@ -22,6 +20,7 @@ from linfusion_cli.run.inputs.resolve import check_disk, prepare
 from linfusion_cli.run.inputs.source_image import opened
 from linfusion_cli.run.outputs.existing import Making, clear_journal, made_before
 from linfusion_cli.run.outputs.open import held_latents, held_picture, opened_outputs, opened_phases, retell
+from linfusion_cli.run.outputs.report import finished
 from linfusion_cli.run.progress.recorder import Recorder
 from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
 
@@ -97,13 +96,3 @@ def make_picture(
         keeper.complete()
     report.checkpoints = asdict(keeper.saves)
     return finished(report, request, started)
-
-
-def finished(report: RunReport, request: PictureRequest, started: float) -> RunReport:
-    """The report of a run that began at `started`, whose file is complete."""
-    report.output, report.size = str(request.output), request.size
-    report.format = images.format_for(request.output, request.format)
-    with suppress(OSError):  # whoever waited for the file may have moved it already
-        report.file_bytes = request.output.stat().st_size
-    report.total_seconds = time.perf_counter() - started
-    return report

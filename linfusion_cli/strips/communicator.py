@@ -6,7 +6,16 @@ from typing import Protocol
 
 from torch import Tensor
 
-from linfusion_cli.strips.storage import Map
+
+class Rows(Protocol):
+    """Rows [B, H, W, C] that can be read, such as those of a feature map."""
+
+    @property
+    def height(self) -> int:
+        """The number of rows."""
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Rows [B, bottom - top, W, C] on the device."""
 
 
 class Exchange(Protocol):
@@ -15,7 +24,7 @@ class Exchange(Protocol):
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all devices' tensors, of one shape."""
 
-    def halo(self, part: Map, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    def halo(self, part: Rows, rows: int) -> tuple[Tensor | None, Tensor | None]:
         """The neighbours' `rows` rows [B, rows, W, C] above and below `part`; None at the edge of the picture.
 
         Every device must have as many: whoever divides the rows sees to that. Asked before a pass over `part` begins,
@@ -29,5 +38,5 @@ class Alone:
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def halo(self, part: Map, rows: int) -> tuple[None, None]:
+    def halo(self, part: Rows, rows: int) -> tuple[None, None]:
         return None, None

@@ -11,9 +11,9 @@ from torch import nn
 from linfusion_cli.core.geometry import equal_bands
 from linfusion_cli.strips.copies import DOWNLOADS, STAGED
 from linfusion_cli.strips.dilation import halo_rows, inner
+from linfusion_cli.strips.feature_map import Shaped
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.pinned import AddressSpace
-from linfusion_cli.strips.storage import Shaped
 
 WIDE_BYTES = 4  # statistics and what is normalised by them, in fp32
 CHANGES, WRITES = 6, 8  # times that each number is read or written on its way into a window, and out of a convolution

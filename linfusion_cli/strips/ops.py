@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from linfusion_cli.core.geometry import equal_bands
 from linfusion_cli.strips.communicator import Exchange
 from linfusion_cli.strips.dilation import halo_rows, inner
+from linfusion_cli.strips.feature_map import Map
 from linfusion_cli.strips.stats import Moments
-from linfusion_cli.strips.storage import Map, Storage
+from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.windows import Source, Windows
 
 GOOD_ROWS = 16  # below, convolutions take longer: maps go to the host first

@@ -6,13 +6,11 @@ Never E[x²] − E[x]²: at a mean of 50 deviations that loses half of the digit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from linfusion_cli.strips.communicator import Exchange
+from linfusion_cli.strips.communicator import Exchange
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from linfusion_cli.core.geometry import bands
 from linfusion_cli.strips.dilation import inner, rows_supplied
+from linfusion_cli.strips.feature_map import Map
 from linfusion_cli.strips.ops import as_picture, as_rows
 from linfusion_cli.strips.stats import Moments, group_affine
-from linfusion_cli.strips.storage import Map
 
 ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]
 

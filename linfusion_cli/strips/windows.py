@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from linfusion_cli.strips.communicator import Exchange
+from linfusion_cli.strips.feature_map import HostMap, Map
 from linfusion_cli.strips.stats import Moments, group_affine
-from linfusion_cli.strips.storage import HostMap, Map
 
 OnRead = Callable[[int, list[Tensor]], None]  # (top, rows of each part) once they have been read and are still whole
 

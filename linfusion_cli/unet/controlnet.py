@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.dilation import dilated, inner
+from linfusion_cli.strips.feature_map import HostMap, Map
 from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows
-from linfusion_cli.strips.storage import HostMap, Map, Storage
+from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import Convolution, Pointwise, Stage, streamed
 from linfusion_cli.unet.forward import Condition, Encoder, Heard, Residuals, embedded
 from linfusion_cli.unet.resample import Computed, computed_conv_in, fill

@@ -12,8 +12,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from linfusion_cli.strips.dilation import rows_supplied
+from linfusion_cli.strips.feature_map import Map
 from linfusion_cli.strips.ops import Strips
-from linfusion_cli.strips.storage import Map
 from linfusion_cli.unet import resample
 from linfusion_cli.unet.resnet import run_resnet
 from linfusion_cli.unet.transformer import run_transformer

@@ -12,9 +12,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from linfusion_cli.strips.dilation import inner
+from linfusion_cli.strips.feature_map import Map
 from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows, convolved
 from linfusion_cli.strips.stats import Moments
-from linfusion_cli.strips.storage import Map
 from linfusion_cli.strips.windows import Enlarged, Normed, Source
 
 ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from linfusion_cli.strips.cost import CHANGES, WRITES, Beside, Cost, Outline, convolution_cost, tallest
 from linfusion_cli.strips.dilation import inner
+from linfusion_cli.strips.feature_map import Map
 from linfusion_cli.strips.ops import Strips, StripSize, Writer, as_picture, as_rows, convolved
-from linfusion_cli.strips.storage import Map
 from linfusion_cli.strips.windows import Normed
 
 ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]

@@ -19,8 +19,8 @@ from linfusion_cli.mixers.linear.linear import KeyValueSums, LinearAttention, at
 from linfusion_cli.strips.communicator import Exchange
 from linfusion_cli.strips.cost import Cost, Outline
 from linfusion_cli.strips.dilation import inner
+from linfusion_cli.strips.feature_map import Map
 from linfusion_cli.strips.ops import PIECE_MULTIPLE, Strips, StripSize, Writer, as_picture, as_rows
-from linfusion_cli.strips.storage import Map
 from linfusion_cli.strips.windows import Normed
 
 TOKEN_LAYERS = (nn.Linear, nn.Conv2d)

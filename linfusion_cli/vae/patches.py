@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from linfusion_cli.core.geometry import Size, bands
+from linfusion_cli.strips.feature_map import Map
 from linfusion_cli.strips.stats import Moments
-from linfusion_cli.strips.storage import Map, Storage
+from linfusion_cli.strips.storage import Storage
 from linfusion_cli.vae.sample import Sample
 
 READ_ROWS = 64  # rows of a source read at a time: whoever resizes them reads some around them each time

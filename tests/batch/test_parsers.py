@@ -11,9 +11,10 @@ import pytest
 
 from linfusion_cli.batch.parsers import parsers
 from linfusion_cli.batch.parsers.parsers import MOST_SAID, Entry, read_list
-from linfusion_cli.batch.parsers.schema import FIELDS, shortened
+from linfusion_cli.batch.parsers.schema import FIELDS
 from linfusion_cli.core.errors import DataError, InputMissing
 from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.text import shortened
 
 GOOD = b'{"prompt": "a hill", "seed": 3}'
 DEEP = 15_000

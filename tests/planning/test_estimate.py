@@ -8,8 +8,9 @@ import torch
 from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.cost import Ledger
+from linfusion_cli.strips.feature_map import HostMap, Map
 from linfusion_cli.strips.ops import Strips, StripSize
-from linfusion_cli.strips.storage import PLACES, HostMap, Map, Storage
+from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.estimate import Setting, reckon
 from linfusion_cli.unet.forward import strip_forward
 from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet

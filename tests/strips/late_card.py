@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linfusion_cli.strips.storage import Map, Place, Storage
+from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.strips.storage import Place, Storage
 
 CPU = torch.device("cpu")
 

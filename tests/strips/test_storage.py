@@ -5,8 +5,9 @@ import torch
 
 from linfusion_cli.hardware.device import resident_bytes
 from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.feature_map import HostMap
 from linfusion_cli.strips.ops import Strips, StripSize
-from linfusion_cli.strips.storage import PLACES, HostMap, Storage, mapped
+from linfusion_cli.strips.storage import PLACES, Storage, mapped
 
 CPU, MIB = torch.device("cpu"), 1 << 20
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from linfusion_cli.strips.communicator import Alone
 from linfusion_cli.strips.dilation import inner, rows_supplied
+from linfusion_cli.strips.feature_map import Map
 from linfusion_cli.strips.ops import StripSize
-from linfusion_cli.strips.storage import Map
 from linfusion_cli.strips.windows import Enlarged, Source, Windows, nearest
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from linfusion_cli.core.events import Event
+from linfusion_cli.strips.feature_map import Map
 from linfusion_cli.strips.ops import Strips, as_rows
-from linfusion_cli.strips.storage import Map
 from linfusion_cli.unet.forward import Residuals
 
 T = TypeVar("T")

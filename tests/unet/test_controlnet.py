@@ -14,8 +14,9 @@ from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.models.load.controlnet import linear_attention
 from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.feature_map import HostMap
 from linfusion_cli.strips.ops import Strips, StripSize, as_rows
-from linfusion_cli.strips.storage import PLACES, HostMap, Storage
+from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.check import check_control
 from linfusion_cli.unet.controlnet import Control, StripControl, WholeControl, embedded_picture
 from linfusion_cli.unet.forward import strip_forward

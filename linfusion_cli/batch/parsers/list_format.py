@@ -9,8 +9,9 @@ from pathlib import PurePath
 from typing import Literal
 
 from linfusion_cli.batch.parsers.line_reader import Line
-from linfusion_cli.batch.parsers.schema import FIELDS, quoted
+from linfusion_cli.batch.parsers.schema import FIELDS
 from linfusion_cli.core.errors import DataError
+from linfusion_cli.core.text import quoted
 
 Format = Literal["JSONL", "CSV", "TOML", "text"]
 

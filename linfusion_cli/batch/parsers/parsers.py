@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 
 from linfusion_cli.batch.parsers.line_reader import MOST_BYTES, TOO_LONG, Line, lines_of
 from linfusion_cli.batch.parsers.list_format import SEPARATORS, TABLE, Format, check_suffix, recognise_format
-from linfusion_cli.batch.parsers.schema import FIELDS, quoted, read_fields, shortened
+from linfusion_cli.batch.parsers.schema import FIELDS, read_fields
 from linfusion_cli.core.errors import DataError, InputMissing, LinfusionError, UsageError, first_line
+from linfusion_cli.core.text import quoted, shortened
 from linfusion_cli.core.units import user_path
 
 STDIN = "-"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.text import MOST_QUOTED, quoted, shortened
 from linfusion_cli.core.units import user_path
 from linfusion_cli.settings import PARSERS
 
-MOST_QUOTED = 60  # letters of what somebody wrote: an answer to 100 kB is one sentence
 EMPTY = "It says nothing: give it a prompt at least."
 
 
@@ -57,19 +57,3 @@ def _check_text(name: str, text: Any) -> None:
     if isinstance(text, str) and any(letter == "\0" or 0xD800 <= ord(letter) <= 0xDFFF for letter in text):
         what = "a NUL character" if "\0" in text else "half of a surrogate pair, which is no character"
         raise UsageError(f"{name} has {what}.")
-
-
-def quoted(value: Any) -> str:
-    """What was written, in quotes where it is text, cut to a few words."""
-    return shortened(repr(value[:MOST_QUOTED] + "…" if isinstance(value, str) and len(value) > MOST_QUOTED else value))
-
-
-def shortened(text: str, most: int = MOST_QUOTED + 8) -> str:
-    """`text`, cut to so many letters, in one line that does nothing to a terminal; a word takes two thirds at most."""
-    words = (cut(word, most * 2 // 3) for word in text.split())
-    return cut("".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(words)), most)
-
-
-def cut(text: str, most: int) -> str:
-    """The first letters of it."""
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -152,7 +152,7 @@ def opened_batch(listing: Listing, observer: Observer, shown: Shown, stop_on_err
 def carry_out(batch: Batch, listing: Listing, source: str) -> Tally:
     """Run the jobs of one list; raises InputMissing, or DataError for a file that is not a list or has no jobs."""
     from linfusion_cli.batch.parsers.parsers import STDIN, read_list
-    from linfusion_cli.run.inputs.prompt_checks import OptionsInList
+    from linfusion_cli.batch.prompt_options import OptionsInList
 
     options_found, name = OptionsInList(), Path(source).name
     jobs = listing.jobs(options_found.count(read_list(source)))

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli.checkpoint.store import Entry
+from linfusion_cli.run.inputs.provenance import DTYPES
 
 if TYPE_CHECKING:
     from linfusion_cli.run.checkpoint.state import Reached
 
-DTYPES = "dtypes"
 WIDTHS = ("float16", "bfloat16", "float32")  # each takes numbers at which the one before overflows, or rounds less
 NON_FINITE = "non_finite"  # in a journal's head: the message of the NaN or Inf that ended the run
 

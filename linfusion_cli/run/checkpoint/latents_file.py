@@ -15,7 +15,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import is_file, is_folder, parse_size
 from linfusion_cli.images import PendingFile
 from linfusion_cli.models.files.header import Header, read_header
-from linfusion_cli.run.checkpoint.dtype_history import DTYPES
+from linfusion_cli.run.inputs.provenance import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor

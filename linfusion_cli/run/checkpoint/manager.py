@@ -27,8 +27,8 @@ from linfusion_cli.core.signals import finishing, honoured
 from linfusion_cli.hardware.device import dtype_name, explained, free_memory, versions
 from linfusion_cli.models.files.digest import WeightsFile, digested
 from linfusion_cli.models.files.parts import PARTS
-from linfusion_cli.run.checkpoint.dtype_history import DTYPES, NON_FINITE, used_dtypes, with_dtype
-from linfusion_cli.run.inputs.provenance import named_weights
+from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE, used_dtypes, with_dtype
+from linfusion_cli.run.inputs.provenance import DTYPES, named_weights
 from linfusion_cli.settings.request import PictureRequest, flag
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from linfusion_cli.models.cache import Shelf
 from linfusion_cli.models.files.digest import WeightsFile, digested
 from linfusion_cli.models.files.parts import PARTS, weights_files
 from linfusion_cli.models.locate.model import LINFUSION_WEIGHTS
-from linfusion_cli.run.checkpoint.dtype_history import DTYPES
 from linfusion_cli.run.inputs.resolve import Prepared
 from linfusion_cli.run.progress.recorder import Recorder
 from linfusion_cli.settings.request import PictureRequest
 
+DTYPES = "dtypes"  # of metadata and checkpoints: the dtypes in which steps were computed
 WHOLE = "model"  # the use of a file that holds a whole model
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linfusion_cli import images
-from linfusion_cli.batch.filenames import phase_path
 from linfusion_cli.core.errors import UsageError, WriteFailed
 from linfusion_cli.core.fs import check_distinct
 from linfusion_cli.core.geometry import MOST_BEND, Size, base_size, bend, phase_sizes, upscale_sizes
@@ -23,6 +22,7 @@ from linfusion_cli.models.locate.ip_adapter import Adapter
 from linfusion_cli.models.locate.model import find_linfusion, find_model, find_vae
 from linfusion_cli.run.inputs.controlnets import Controls, find_controls
 from linfusion_cli.run.inputs.ip_adapters import find_adapters
+from linfusion_cli.run.inputs.phase_files import phase_path
 from linfusion_cli.run.inputs.prompt_checks import check_prompts
 from linfusion_cli.sampling.phases import Phase, Rungs, ladder
 from linfusion_cli.settings.request import PictureRequest

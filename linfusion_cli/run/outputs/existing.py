@@ -19,9 +19,8 @@ from linfusion_cli.images.read.source import SourcePicture
 from linfusion_cli.models.cache import Shelf
 from linfusion_cli.models.files.digest import WeightsFile
 from linfusion_cli.run.checkpoint import latents_file
-from linfusion_cli.run.checkpoint.dtype_history import DTYPES
 from linfusion_cli.run.checkpoint.manager import BESIDE, as_json, changes_since, journal_of
-from linfusion_cli.run.inputs.provenance import hashed_weights, made_with, to_json
+from linfusion_cli.run.inputs.provenance import DTYPES, hashed_weights, made_with, to_json
 from linfusion_cli.run.inputs.resolve import prepare
 from linfusion_cli.run.progress.recorder import Recorder
 from linfusion_cli.settings.request import PictureRequest

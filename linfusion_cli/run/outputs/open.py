@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from linfusion_cli import __version__, images
-from linfusion_cli.batch.filenames import phase_path
 from linfusion_cli.core.errors import LinfusionError, WriteFailed
 from linfusion_cli.core.geometry import Size
+from linfusion_cli.run.inputs.phase_files import phase_path
 from linfusion_cli.run.inputs.provenance import main_hash
 from linfusion_cli.run.inputs.resolve import Prepared, saved_sizes
 from linfusion_cli.run.outputs.existing import Making
