@@ -56,7 +56,7 @@ def phases(monkeypatch: pytest.MonkeyPatch) -> list:
     """What each phase that ran began with, and what it ended with: two `Reached`."""
     from linfusion_cli.run.stages import denoise
 
-    seen, denoised = [], denoise.denoised
+    seen, denoised = [], denoise.run_phase
 
     def spy(run, models, reached, phase):
         result = denoised(run, models, reached, phase)

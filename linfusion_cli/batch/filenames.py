@@ -10,9 +10,9 @@ from pathlib import Path
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.core.text import quoted
+from linfusion_cli.core.text import quote
 from linfusion_cli.run.inputs.phase_files import output_of_phase
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.settings.request import ImageRequest
 
 TEMPLATE = "{index:04}-{slug}-{seed}"
 SLUG_LETTERS = 48
@@ -36,31 +36,31 @@ def slug(prompt: str) -> str:
 
 
 @dataclass(frozen=True)
-class Template:
+class FilenameTemplate:
     """A file's name with fields in braces, as str.format has them: plain numbers and words, and nothing within them."""
 
     parts: tuple[tuple[str, str | None, str], ...]  # what stands before a field, its name, and its format
 
     @staticmethod
-    def parse(text: str) -> Template:
+    def parse(text: str) -> FilenameTemplate:
         """Raises UsageError for what is no template."""
         try:
             parsed = list(string.Formatter().parse(text))
         except ValueError as error:
-            raise UsageError(f"--name {quoted(text)} is no template: {error}.", _WAY_OUT) from error
+            raise UsageError(f"--name {quote(text)} is no template: {error}.", _WAY_OUT) from error
         for _, name, spec, conversion in parsed:
             if name is not None and name not in SAMPLE:
-                raise UsageError(f"--name {quoted(text)} has the field {quoted(name)}, which is none.", _WAY_OUT)
+                raise UsageError(f"--name {quote(text)} has the field {quote(name)}, which is none.", _WAY_OUT)
             if conversion or not SPEC.fullmatch(spec or ""):
-                raise UsageError(f"--name {quoted(text)} has a format that is not allowed.", _WAY_OUT)
-        template = Template(tuple((before, name, spec or "") for before, name, spec, _ in parsed))
+                raise UsageError(f"--name {quote(text)} has a format that is not allowed.", _WAY_OUT)
+        template = FilenameTemplate(tuple((before, name, spec or "") for before, name, spec, _ in parsed))
         try:
             template._filled(SAMPLE)
         except ValueError as error:
-            raise UsageError(f"--name {quoted(text)} does not work: {error}.", _WAY_OUT) from error
+            raise UsageError(f"--name {quote(text)} does not work: {error}.", _WAY_OUT) from error
         return template
 
-    def name(self, index: int, request: PictureRequest) -> str:
+    def name(self, index: int, request: ImageRequest) -> str:
         """What the picture of the job at this place in its list is called, with its format's suffix."""
         size: Size = request.size
         values = {"index": index, "slug": slug(request.prompt), "seed": request.seed, "size": str(size)}
@@ -76,7 +76,7 @@ class Template:
 _WAY_OUT = f"Its fields are {', '.join(SAMPLE)}, as in {TEMPLATE}."
 
 
-class Names:
+class FilenameRegistry:
     """Which files in a folder are whose, by the line of the job."""
 
     def __init__(self, folder: Path):
@@ -92,13 +92,13 @@ class Names:
         check_name(name)
         path = self._folder / name
         if (resolved := self._resolved(path)) is None:
-            raise UsageError(f"Its file {quoted(name)} would lie elsewhere, by a link in the folder.", "Name another.")
+            raise UsageError(f"Its file {quote(name)} would lie elsewhere, by a link in the folder.", "Name another.")
         if resolved in self._taken:
-            reason = f"Its file {quoted(name)} is that of line {self._taken[resolved]}."
+            reason = f"Its file {quote(name)} is that of line {self._taken[resolved]}."
             raise UsageError(reason, "Name another, or let --name have {index} and {seed}.")
         if (output := output_of_phase(resolved)) is not None:
             if self._phased.get(output, line) != line:
-                reason = f"Its file {quoted(name)} could be a phase of line {self._phased[output]}, by --save-phases."
+                reason = f"Its file {quote(name)} could be a phase of line {self._phased[output]}, by --save-phases."
                 raise UsageError(reason, "Name another.")
             self._like_phases.setdefault(output, line)
         self._taken[resolved] = line
@@ -135,7 +135,7 @@ def check_name(name: str) -> None:
     else:
         reason = next(filter(None, map(_wrong_with, name.split("/"))), None)
     if reason:
-        raise UsageError(f"Its file {quoted(name)} {reason}.", "Name a file within --output-dir.")
+        raise UsageError(f"Its file {quote(name)} {reason}.", "Name a file within --output-dir.")
 
 
 def _wrong_with(part: str) -> str | None:

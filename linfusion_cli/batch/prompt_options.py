@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from linfusion_cli.batch.parsers.parsers import Entry
-from linfusion_cli.core.text import MOST_QUOTED, cut
+from linfusion_cli.batch.parsers.parsers import JobSpec
+from linfusion_cli.core.text import MAX_QUOTED, truncate
 from linfusion_cli.models.text.prompt_syntax import option_in
 
 OPTIONS = (
@@ -23,7 +23,7 @@ class OptionsInList:
     line: int = 0
     word: str = ""
 
-    def count(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+    def count(self, entries: Iterable[JobSpec]) -> Iterator[JobSpec]:
         """Yield the same entries, counting on the way."""
         for entry in entries:
             texts = (entry.values.get(setting, "") for setting in ("prompt", "negative_prompt"))
@@ -38,4 +38,4 @@ class OptionsInList:
         if not self.jobs:
             return None
         count = "1 prompt has" if self.jobs == 1 else f"{self.jobs} prompts have"
-        return OPTIONS.format(name=name, count=count, word=cut(self.word, MOST_QUOTED), line=self.line)
+        return OPTIONS.format(name=name, count=count, word=truncate(self.word, MAX_QUOTED), line=self.line)

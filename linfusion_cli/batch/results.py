@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from linfusion_cli.core.errors import CannotCreate, TryAgain, WriteFailed
+from linfusion_cli.core.errors import CannotCreateOutput, TemporaryFailure, WriteFailed
 
 EXIT_SOME_FAILED = 3
 BLOCK = 4096
@@ -19,7 +19,7 @@ Status = Literal["done", "skipped", "failed", "held", "planned"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobResult:
     """What came of a job. `held` is one whose file another run was making, `planned` one of a dry run.
 
     `list` is the name of the list that it is from, `line` its line there; `time` when it was over.
@@ -40,7 +40,7 @@ class Outcome:
     time: str
 
 
-class Record:
+class ResultsLog:
     """The file of outcomes, a JSON object a line, to which every run appends. A line is whole or is not there."""
 
     def __init__(self, path: Path):
@@ -50,12 +50,12 @@ class Record:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise CannotCreate(f"{path} cannot be written ({error.strerror}).", "Name another --output-dir.") from error
+            raise CannotCreateOutput(f"{path} cannot be written ({error.strerror}).", "Name another --output-dir.") from error
         self._lock()
         _drop_half_line(self._fd)
         self._unlock()
 
-    def append(self, outcome: Outcome) -> None:
+    def append(self, outcome: JobResult) -> None:
         """Add a line, which is on the disk when this returns; raises WriteFailed, with no part of it left."""
         line = json.dumps(asdict(outcome), ensure_ascii=False) + "\n"
         data = line.encode("utf-8", "backslashreplace")  # of a name that is no text, JSON has the same escapes
@@ -99,7 +99,7 @@ def _drop_half_line(fd: int) -> None:
 
 
 @dataclass
-class Tally:
+class Summary:
     """How many jobs came to what."""
 
     done: int = 0
@@ -108,7 +108,7 @@ class Tally:
     held: int = 0
     planned: int = 0
 
-    def count(self, outcome: Outcome) -> None:
+    def count(self, outcome: JobResult) -> None:
         setattr(self, outcome.status, getattr(self, outcome.status) + 1)
 
     @property
@@ -116,4 +116,4 @@ class Tally:
         """0 if all are complete, 75 if the others are being made by another run, 3 if some failed."""
         if self.failed:
             return EXIT_SOME_FAILED
-        return TryAgain.exit_code if self.held else 0
+        return TemporaryFailure.exit_code if self.held else 0

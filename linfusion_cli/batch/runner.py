@@ -9,53 +9,53 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from linfusion_cli.batch.parsers.parsers import MOST_SAID
+from linfusion_cli.batch.parsers.parsers import MAX_PROBLEM_CHARS
 from linfusion_cli.batch.queue import Job
-from linfusion_cli.batch.results import Outcome, Record, Status, Tally
+from linfusion_cli.batch.results import JobResult, ResultsLog, Status, Summary
 from linfusion_cli.core.errors import (
     EXIT_BUG,
-    CannotCreate,
+    CannotCreateOutput,
     DeviceFailed,
     LinfusionError,
-    RanOutOfMemory,
-    TryAgain,
+    OutOfMemory,
+    TemporaryFailure,
     UsageError,
 )
 from linfusion_cli.core.events import JobStarted, Observer
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.core.text import shortened
+from linfusion_cli.core.text import shorten
 from linfusion_cli.hardware.failures import explained
-from linfusion_cli.models.cache import Shelf
-from linfusion_cli.run.inputs.source_image import opened
-from linfusion_cli.run.outputs.existing import made_before
-from linfusion_cli.run.pipeline import make_picture
-from linfusion_cli.run.progress.recorder import Recorder
-from linfusion_cli.settings.request import PictureRequest, UpscaleRequest
+from linfusion_cli.models.cache import ModelCache
+from linfusion_cli.run.inputs.source_image import open_source
+from linfusion_cli.run.outputs.existing import find_existing
+from linfusion_cli.run.pipeline import run_pipeline
+from linfusion_cli.run.progress.recorder import RunRecorder
+from linfusion_cli.settings.request import ImageRequest, UpscaleRequest
 
-MOST_KEPT = 10_000  # failures that are remembered until the end: the record has all
+MAX_FAILURES = 10_000  # failures that are remembered until the end: the record has all
 
-Make = Callable[[PictureRequest, Mapping[str, str], Observer, Shelf], RunReport | None]
+Make = Callable[[ImageRequest, Mapping[str, str], Observer, ModelCache], RunReport | None]
 
 
-def made(request: PictureRequest, origins: Mapping[str, str], observer: Observer, shelf: Shelf) -> RunReport:
+def run_job(request: ImageRequest, origins: Mapping[str, str], observer: Observer, shelf: ModelCache) -> RunReport:
     """The picture of a job, unless it is there."""
-    request, picture = opened(request) if isinstance(request, UpscaleRequest) else (request, None)
-    return make_picture(request, picture, origins, observer, shelf, keep_complete=True)
+    request, picture = open_source(request) if isinstance(request, UpscaleRequest) else (request, None)
+    return run_pipeline(request, picture, origins, observer, shelf, keep_complete=True)
 
 
-def looked_for(
-    request: PictureRequest, origins: Mapping[str, str], observer: Observer, shelf: Shelf
+def dry_run_job(
+    request: ImageRequest, origins: Mapping[str, str], observer: Observer, shelf: ModelCache
 ) -> RunReport | None:
     """As `made`, but what is not there is only told of, with None; raises CannotCreate where another file is."""
-    request, picture = opened(request) if isinstance(request, UpscaleRequest) else (request, None)
-    found = made_before(request, picture, Recorder(observer), shelf, keep_complete=True).report
+    request, picture = open_source(request) if isinstance(request, UpscaleRequest) else (request, None)
+    found = find_existing(request, picture, RunRecorder(observer), shelf, keep_complete=True).report
     if found is None and os.path.lexists(request.output) and not request.overwrite:
-        raise CannotCreate(f"{request.output} exists, and is another picture.", "Add --overwrite, or name another.")
+        raise CannotCreateOutput(f"{request.output} exists, and is another picture.", "Add --overwrite, or name another.")
     return found
 
 
 @dataclass
-class Batch:
+class BatchRunner:
     """How jobs are carried out, and what has come of them; lists may follow one another, as with --watch.
 
     `make` makes a picture, or does not, for a dry run, which has no `record`. `told` gets every outcome, with the
@@ -63,21 +63,21 @@ class Batch:
     """
 
     make: Make
-    record: Record | None
+    record: ResultsLog | None
     observer: Observer
-    told: Callable[[Outcome, RunReport | None], None]
+    told: Callable[[JobResult, RunReport | None], None]
     explain: Callable[[Exception], str]
     stop_on_error: bool = False
-    tally: Tally = field(default_factory=Tally)
-    failures: list[Outcome] = field(default_factory=list)
-    _shelf: Shelf = field(default_factory=Shelf)
+    tally: Summary = field(default_factory=Summary)
+    failures: list[JobResult] = field(default_factory=list)
+    _shelf: ModelCache = field(default_factory=ModelCache)
 
-    def run(self, jobs: list[Job], source: str) -> Tally:
+    def run(self, jobs: list[Job], source: str) -> Summary:
         """Carry out the `jobs` of the list `source` -> what came of them; raises Stopped, or WriteFailed of the record.
 
         With `stop_on_error`, those after the first that fails are left.
         """
-        tally = Tally()
+        tally = Summary()
         for number, job in enumerate(jobs, 1):
             if job.name:
                 self.observer(JobStarted(number, len(jobs), job.name))
@@ -86,14 +86,14 @@ class Batch:
                 self.record.append(outcome)
             for one in (tally, self.tally):
                 one.count(outcome)
-            if outcome.status == "failed" and len(self.failures) < MOST_KEPT:
+            if outcome.status == "failed" and len(self.failures) < MAX_FAILURES:
                 self.failures.append(outcome)
             self.told(outcome, report)
             if self.stop_on_error and outcome.status == "failed":
                 break
         return tally
 
-    def _carried_out(self, job: Job, source: str) -> tuple[Outcome, RunReport | None]:
+    def _carried_out(self, job: Job, source: str) -> tuple[JobResult, RunReport | None]:
         began, report = time.monotonic(), None
         status: Status = "failed"
         exit_code, error = 0, None
@@ -101,20 +101,20 @@ class Batch:
             report = self._report(job)
             status = "planned" if report is None else "skipped" if report.already_complete else "done"
         except LinfusionError as wrong:
-            if isinstance(wrong, RanOutOfMemory | DeviceFailed):
+            if isinstance(wrong, OutOfMemory | DeviceFailed):
                 self._shelf.drop()  # to make room, or as it cannot be read any more
-            status = "held" if isinstance(wrong, TryAgain) else "failed"
+            status = "held" if isinstance(wrong, TemporaryFailure) else "failed"
             exit_code, error = wrong.exit_code, str(wrong)
         except Exception as wrong:  # noqa: BLE001 - what one job meets, a bug of ours too, does not end the others
             self._shelf.drop()  # in which state it is, nobody knows
             exit_code, error = self._of_a_bug(wrong)
-        outcome = Outcome(
+        outcome = JobResult(
             list=source,
             index=job.index,
             line=job.line,
             status=status,
             exit_code=exit_code,
-            error=None if error is None else shortened(error, MOST_SAID),
+            error=None if error is None else shorten(error, MAX_PROBLEM_CHARS),
             output=None if job.output is None else str(job.output),
             seconds=round(time.monotonic() - began, 3),
             peak_host_bytes=report and report.peak_host_bytes,
@@ -144,4 +144,4 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CannotCreate(f"The folder {folder} cannot be made ({error.strerror}).", "Name another one.") from error
+        raise CannotCreateOutput(f"The folder {folder} cannot be made ({error.strerror}).", "Name another one.") from error

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.core.text import quoted
-from linfusion_cli.settings.request import LARGEST_SEED
+from linfusion_cli.core.text import quote
+from linfusion_cli.settings.request import MAX_SEED
 
-MOST_SEEDS = 10_000
+MAX_SEEDS = 10_000
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -18,10 +18,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?", part, re.ASCII)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last <= LARGEST_SEED:
-            raise UsageError(f"--seeds {quoted(text)} is not possible.", "Write 1-20, or 1,5,9-12.", "seeds")
-        if last - first >= MOST_SEEDS or len(found) + last - first >= MOST_SEEDS:
-            raise UsageError(f"--seeds {quoted(text)} are more than {MOST_SEEDS} seeds.", "Use several runs.", "seeds")
+        if not first <= last <= MAX_SEED:
+            raise UsageError(f"--seeds {quote(text)} is not possible.", "Write 1-20, or 1,5,9-12.", "seeds")
+        if last - first >= MAX_SEEDS or len(found) + last - first >= MAX_SEEDS:
+            raise UsageError(f"--seeds {quote(text)} are more than {MAX_SEEDS} seeds.", "Use several runs.", "seeds")
         found |= dict.fromkeys(range(first, last + 1))
     return tuple(found)
 
@@ -39,7 +39,7 @@ class Shard:
         match = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text, re.ASCII)
         number, count = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= number <= count:
-            raise UsageError(f"--shard {quoted(text)} is not possible.", "Write 1/8 to 8/8.", "shard")
+            raise UsageError(f"--shard {quote(text)} is not possible.", "Write 1/8 to 8/8.", "shard")
         return Shard(number, count)
 
     def has(self, place: int) -> bool:

@@ -14,9 +14,9 @@ from typing import NoReturn
 
 from linfusion_cli.batch.filenames import RESULTS
 from linfusion_cli.batch.parsers.list_format import LIST_NAMES, has_list_suffix
-from linfusion_cli.core.errors import CannotCreate, InputMissing
-from linfusion_cli.core.events import Notice, Observer, nobody
-from linfusion_cli.core.fs import renamed, spare_names
+from linfusion_cli.core.errors import CannotCreateOutput, InputNotFound
+from linfusion_cli.core.events import Notice, Observer, ignore_event
+from linfusion_cli.core.fs import rename_noreplace, unique_names
 from linfusion_cli.core.units import is_folder
 
 POLL_SEC = 1.0
@@ -33,12 +33,12 @@ class Inbox:
     def __init__(self, folder: Path, observer: Observer):
         """Makes the folders for what is done; raises InputMissing or CannotCreate."""
         if not is_folder(folder):
-            raise InputMissing(f"The folder {folder} does not exist.", "Create it first.")
+            raise InputNotFound(f"The folder {folder} does not exist.", "Create it first.")
         try:
             for name in (DONE, FAILED):
                 (folder / name).mkdir(exist_ok=True)
         except OSError as error:
-            raise CannotCreate(f"{folder} refuses a folder ({error.strerror}).", "Name another one.") from error
+            raise CannotCreateOutput(f"{folder} refuses a folder ({error.strerror}).", "Name another one.") from error
         self._folder, self._observer = folder, observer
         self._seen: dict[Path, Stamp] = {}
         self._left: dict[Path, Stamp] = {}  # ignored until they change: other files, and lists that cannot be moved
@@ -67,7 +67,7 @@ class Inbox:
             return
         try:
             free = self._folder / name / path.name
-            next(filter(lambda name: renamed(path, name), chain([free], spare_names(free))))
+            next(filter(lambda name: rename_noreplace(path, name), chain([free], unique_names(free))))
         except OSError:
             self._left[path] = stamp
 
@@ -91,7 +91,7 @@ def watch(
     folder: Path,
     carried_out: Callable[[Path], bool],
     pause: Callable[[float], None] = time.sleep,
-    observer: Observer = nobody,
+    observer: Observer = ignore_event,
 ) -> NoReturn:
     """Hand `carried_out` every list that appears, which says whether all went well; ends by what stops the process.
 

@@ -17,8 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linfusion_cli.core.errors import CannotCreate, WriteFailed
-from linfusion_cli.core.fs import neighbour, open_locked, refused, sync_folder
+from linfusion_cli.core.errors import CannotCreateOutput, WriteFailed
+from linfusion_cli.core.fs import sibling, open_locked, create_error, sync_folder
 from linfusion_cli.core.units import is_file, is_folder
 
 if TYPE_CHECKING:
@@ -30,26 +30,26 @@ OURS = re.compile(rf"\d+{re.escape(TENSORS)}|{re.escape(MANIFEST + UNFINISHED)}"
 TENSOR_KEY = "tensor"  # {"tensor": NAME} stands in the manifest for a tensor of a part's file
 
 
-class Damaged(Exception):
+class DamagedCheckpoint(Exception):
     """What is in a journal cannot be what was saved; the text says what is wrong."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class Checkpoint:
     """What a journal says: JSON values about the run (`head`), and the parts of its state, which may hold tensors."""
 
     head: Mapping[str, Any]
     parts: Mapping[str, Mapping[str, Any]]
 
 
-class Journal:
+class CheckpointStore:
     """The journal of the run that makes `target`, in `folder`, or beside it. To change it one must have it `held`.
 
     Parts are dicts of JSON values, tensors, and lists and dicts of these.
     """
 
     def __init__(self, target: Path, folder: Path | None = None):
-        self.target, self.folder = target, folder or neighbour(target, "{}.linfusion")
+        self.target, self.folder = target, folder or sibling(target, "{}.linfusion")
         self.saved_bytes = 0
         self._files: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}  # name -> the part saved, its record
 
@@ -62,7 +62,7 @@ class Journal:
         return is_file(self.folder / MANIFEST)
 
     @contextmanager
-    def held(self) -> Iterator[Journal]:
+    def held(self) -> Iterator[CheckpointStore]:
         """Have it, and with it the target, for oneself; a folder without a state goes at the end.
 
         Raises TryAgain where another run has it, CannotCreate where there can be none.
@@ -78,15 +78,15 @@ class Journal:
                     self.folder.rmdir()
             os.close(fd)
 
-    def read(self) -> Entry | None:
+    def read(self) -> Checkpoint | None:
         """What was saved last, None if nothing was; raises Damaged."""
         with _damage():
             if not self.exists():
                 return None
             kept = self._manifest()
             if kept["sha256"] != _digest(kept["entry"]):
-                raise Damaged(f"the checksum of {MANIFEST} is wrong")
-            return Entry(kept["entry"]["head"], {name: self._load(it) for name, it in kept["entry"]["parts"].items()})
+                raise DamagedCheckpoint(f"the checksum of {MANIFEST} is wrong")
+            return Checkpoint(kept["entry"]["head"], {name: self._load(it) for name, it in kept["entry"]["parts"].items()})
 
     def save(self, head: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
         """Make this what `read` finds. A part that is the object saved last is not written again. Raises WriteFailed,
@@ -109,7 +109,7 @@ class Journal:
     def set_aside(self) -> Path:
         """Move it out of the way -> where it is now; raises WriteFailed."""
         with self._disk_errors():
-            names = (neighbour(self.folder, f"{{}}.aside-{number}") for number in count(1))
+            names = (sibling(self.folder, f"{{}}.aside-{number}") for number in count(1))
             aside = next(path for path in names if not os.path.lexists(path))
             aside.mkdir()
             for path in [path for path in self.folder.iterdir() if path.name != LOCK]:
@@ -139,7 +139,7 @@ class Journal:
 
         data = (self.folder / record["file"]).read_bytes()
         if hashlib.sha256(data).hexdigest() != record["sha256"]:
-            raise Damaged(f"the checksum of {record['file']} is wrong")
+            raise DamagedCheckpoint(f"the checksum of {record['file']} is wrong")
         # Cloned: torch's results depend on how a tensor lies in memory.
         return _unpacked(record["values"], {name: tensor.clone() for name, tensor in load(data).items()})
 
@@ -161,12 +161,12 @@ class Journal:
                 sync_folder(self.folder.parent)
             except FileExistsError as error:
                 if not is_folder(self.folder):
-                    raise CannotCreate(f"{self.folder} is no folder.", "Move it away.") from error
+                    raise CannotCreateOutput(f"{self.folder} is no folder.", "Move it away.") from error
             except OSError as error:
-                raise refused(self.folder.parent, error) from error
+                raise create_error(self.folder.parent, error) from error
             try:
                 return open_locked(self.folder / LOCK, self.target)
-            except CannotCreate:
+            except CannotCreateOutput:
                 if os.path.lexists(self.folder):
                     raise
 
@@ -195,9 +195,9 @@ def _damage() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Damaged(f"it cannot be read: {error.strerror}") from error
+        raise DamagedCheckpoint(f"it cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise Damaged(f"it is not what was written ({type(error).__name__})") from error
+        raise DamagedCheckpoint(f"it is not what was written ({type(error).__name__})") from error
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

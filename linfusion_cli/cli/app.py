@@ -56,9 +56,9 @@ def main() -> None:
     """Run the command line and exit with the code that errors.py promises."""
     have_streams()
     show_anything()
-    signals.listen()
+    signals.install_handlers()
     exit_code = guarded()
-    signals.over()
+    signals.ignore_further_signals()
     sys.exit(exit_code)
 
 
@@ -85,7 +85,7 @@ def guarded() -> int:
 def carried_out() -> int:
     """The exit code of the app, with every error said."""
     try:
-        with signals.honoured(), quiet_start():
+        with signals.reraise_stop(), quiet_start():
             app()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0

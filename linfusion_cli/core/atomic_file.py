@@ -10,14 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from linfusion_cli.core.errors import CannotCreate, WriteFailed
-from linfusion_cli.core.fs import PART, neighbour, open_locked, renamed, same_file, spare_names, sync_folder
+from linfusion_cli.core.errors import CannotCreateOutput, WriteFailed
+from linfusion_cli.core.fs import PART, sibling, open_locked, rename_noreplace, is_same_file, unique_names, sync_folder
 from linfusion_cli.core.units import format_bytes
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-class PendingFile:
+class AtomicFile:
     """A temporary file `.NAME.part` beside its target, locked, and renamed to the target by `commit`.
 
     Opening checks everything that can be checked before hours of work: raises CannotCreate when the target exists
@@ -27,11 +27,11 @@ class PendingFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], overwrite: bool = False, bytes_needed: int = 0):
-        self.target = resolved(Path(path))
+        self.target = resolve_target(Path(path))
         self.overwrite = overwrite
         self._bytes_needed = bytes_needed
         self._check_target()
-        self.path = neighbour(self.target, PART)
+        self.path = sibling(self.target, PART)
         self._fd = _open_empty(self.path, self.target)
         self._open = True
         self.position = 0
@@ -70,7 +70,7 @@ class PendingFile:
         if not self._open:
             return
         with suppress(OSError):
-            if same_file(self._fd, self.path):
+            if is_same_file(self._fd, self.path):
                 self.path.unlink()
         with suppress(OSError):
             self._close()
@@ -98,13 +98,13 @@ class PendingFile:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise CannotCreate(f"{self.target} cannot be created: {error.strerror}.") from error
+            raise CannotCreateOutput(f"{self.target} cannot be created: {error.strerror}.") from error
         if stat.S_ISDIR(mode):
-            raise CannotCreate(f"{self.target} is a folder.", "Name a file in it.")
+            raise CannotCreateOutput(f"{self.target} is a folder.", "Name a file in it.")
         if not stat.S_ISREG(mode):  # renaming over /dev/null would remove it
-            raise CannotCreate(f"{self.target} is not a regular file.", "Name a file that can be replaced.")
+            raise CannotCreateOutput(f"{self.target} is not a regular file.", "Name a file that can be replaced.")
         if not self.overwrite:
-            raise CannotCreate(f"{self.target} exists.", "Add --overwrite to replace it, or name another file.")
+            raise CannotCreateOutput(f"{self.target} exists.", "Add --overwrite to replace it, or name another file.")
 
     def _publish(self) -> None:
         """Give the file its final name. If somebody else took that meanwhile, the work is kept beside it."""
@@ -112,9 +112,9 @@ class PendingFile:
             if self.overwrite:
                 self._check_target()
                 self.path.replace(self.target)
-            elif not renamed(self.path, self.target):
-                spare = next(name for name in spare_names(self.target) if renamed(self.path, name))
-                raise CannotCreate(f"{self.target} appeared while it was being made.", f"The finished file is {spare}.")
+            elif not rename_noreplace(self.path, self.target):
+                spare = next(name for name in unique_names(self.target) if rename_noreplace(self.path, name))
+                raise CannotCreateOutput(f"{self.target} appeared while it was being made.", f"The finished file is {spare}.")
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -136,12 +136,12 @@ class PendingFile:
         return f"{message}, {more}.", "Free some space."
 
 
-def resolved(path: Path) -> Path:
+def resolve_target(path: Path) -> Path:
     """Where a file called `path` will lie: a link's target; raises CannotCreate for a loop of links."""
     try:
         return path.resolve() if path.is_symlink() else path.absolute()
     except (OSError, RuntimeError) as error:  # a loop of symlinks
-        raise CannotCreate(f"{path} cannot be created: {getattr(error, 'strerror', error)}.") from error
+        raise CannotCreateOutput(f"{path} cannot be created: {getattr(error, 'strerror', error)}.") from error
 
 
 def _open_empty(path: Path, target: Path) -> int:

@@ -64,7 +64,7 @@ class NonFinite(DataError):
     """A network gives NaN or Inf. The last good state is saved: another dtype or repaired weights can resume it."""
 
 
-class InputMissing(LinfusionError):
+class InputNotFound(LinfusionError):
     exit_code = 66
 
 
@@ -76,15 +76,15 @@ class DeviceFailed(Unavailable):
     """The GPU cannot be used, or was lost in a run: what lies in its memory cannot be read any more."""
 
 
-class DoesNotFit(LinfusionError):
+class OutOfMemoryBudget(LinfusionError):
     exit_code = 71
 
 
-class RanOutOfMemory(DoesNotFit):
+class OutOfMemory(OutOfMemoryBudget):
     """Memory ran out in a run, whatever was planned: somebody else may have taken it."""
 
 
-class CannotCreate(LinfusionError):
+class CannotCreateOutput(LinfusionError):
     exit_code = 73
 
 
@@ -92,7 +92,7 @@ class WriteFailed(LinfusionError):
     exit_code = 74
 
 
-class TryAgain(LinfusionError):
+class TemporaryFailure(LinfusionError):
     exit_code = 75
 
 
@@ -117,9 +117,9 @@ class Stopped(BaseException):
         return f"{self.reason}. {self.kept}"
 
 
-class TimeIsUp(Stopped):
+class TimeLimitReached(Stopped):
     """The time that the run was given is over."""
 
     def __init__(self):
         self.reason = "Stopped by --time-limit"
-        self.exit_code = TryAgain.exit_code
+        self.exit_code = TemporaryFailure.exit_code

@@ -67,5 +67,5 @@ class Observer(Protocol):
     def __call__(self, event: Event) -> None: ...
 
 
-def nobody(event: Event) -> None:
+def ignore_event(event: Event) -> None:
     """An observer for runs that no one watches."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
 
-from linfusion_cli.core.errors import CannotCreate, TryAgain, UsageError
+from linfusion_cli.core.errors import CannotCreateOutput, TemporaryFailure, UsageError
 from linfusion_cli.core.units import is_folder
 
 PART = ".{}.part"  # the temporary file of an output, by the output's name
@@ -20,7 +20,7 @@ NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
-def neighbour(path: Path, pattern: str) -> Path:
+def sibling(path: Path, pattern: str) -> Path:
     """What lies beside `path` under its name in `pattern`, ".{}.part" say; too long a name has a hash in its place."""
     name = pattern.format(path.name)
     if len(os.fsencode(name)) > NAME_BYTES:
@@ -33,7 +33,7 @@ def check_distinct(files: Mapping[str, Path | None]) -> None:
     other."""
     seen: dict[Path, str] = {}
     for name, path in files.items():
-        for place in () if path is None else (path, neighbour(path, PART)):
+        for place in () if path is None else (path, sibling(path, PART)):
             if (other := seen.setdefault(_without_links(place), name)) != name:
                 raise UsageError(f"{name} {str(place)!r} is the file of {other}.", "Name another file.")
 
@@ -57,7 +57,7 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def renamed(path: Path, target: Path) -> bool:
+def rename_noreplace(path: Path, target: Path) -> bool:
     """Whether `path` is called `target` now: a link, unlike a rename, never replaces what has that name.
 
     False where that is taken; raises OSError.
@@ -77,7 +77,7 @@ def renamed(path: Path, target: Path) -> bool:
     return True
 
 
-def spare_names(path: Path) -> Iterator[Path]:
+def unique_names(path: Path) -> Iterator[Path]:
     """a-2.tif, a-3.tif … for a.tif."""
     return (path.with_stem(f"{path.stem}-{number}") for number in count(2))
 
@@ -94,13 +94,13 @@ def open_locked(path: Path, target: Path) -> int:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            raise refused(target.parent, error) from error
+            raise create_error(target.parent, error) from error
         try:
             if _is_locked_here(fd):
                 reason = f"{target} would be written twice by this run: two of its files have this name."
                 raise UsageError(reason, "Name another file.")
             _lock(fd, target)
-            if same_file(fd, path):
+            if is_same_file(fd, path):
                 _locked_here[fd] = _inode(fd)
                 return fd
         except BaseException:
@@ -109,14 +109,14 @@ def open_locked(path: Path, target: Path) -> int:
         os.close(fd)
 
 
-def refused(folder: Path, error: OSError) -> CannotCreate:
+def create_error(folder: Path, error: OSError) -> CannotCreateOutput:
     """Why no file can be made in `folder`: /proc says "no such file" too, and is there."""
     if isinstance(error, FileNotFoundError) and not is_folder(folder):
-        return CannotCreate(f"The folder {folder} does not exist.", "Create it first.")
-    return CannotCreate(f"{folder} refuses a new file: {error.strerror}.", "Name another one.")
+        return CannotCreateOutput(f"The folder {folder} does not exist.", "Create it first.")
+    return CannotCreateOutput(f"{folder} refuses a new file: {error.strerror}.", "Name another one.")
 
 
-def same_file(fd: int, path: Path) -> bool:
+def is_same_file(fd: int, path: Path) -> bool:
     """Whether `path` is the name of the open file `fd`."""
     try:
         return os.path.samestat(os.fstat(fd), path.lstat())
@@ -148,7 +148,7 @@ def _lock(fd: int, target: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise TryAgain(f"Another run is writing {target}.", "Wait for it, or name another file.") from error
+        raise TemporaryFailure(f"Another run is writing {target}.", "Wait for it, or name another file.") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise CannotCreate(f"{target} cannot be locked: {error.strerror}.") from error
+            raise CannotCreateOutput(f"{target} cannot be locked: {error.strerror}.") from error

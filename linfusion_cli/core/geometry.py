@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 BASE_MULTIPLE_PX = 64
-SMALLEST_BASE_PX = 64
+MIN_BASE_PX = 64
 NEAR_TARGET = 0.9
-MOST_BEND = 0.1  # of a base or a control picture: those of a small one can come no closer, and more is seen
-BEND = 0.005  # how far the proportions of a picture may be from those asked for: nobody sees it
+MAX_ASPECT_ERROR = 0.1  # of a base or a control picture: those of a small one can come no closer, and more is seen
+ASPECT_TOLERANCE = 0.005  # how far the proportions of a picture may be from those asked for: nobody sees it
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def base_size(target: Size, native_px: int, multiple_px: int) -> Size:
     """
     multiple = base_multiple(native_px, multiple_px)
     stretch = math.sqrt(native_px**2 / target.area)
-    stretch = max(stretch, SMALLEST_BASE_PX / min(target.width, target.height))
+    stretch = max(stretch, MIN_BASE_PX / min(target.width, target.height))
     widths = _around(target.width * stretch, multiple)
     heights = _around(target.height * stretch, multiple)
-    return min((Size(width, height) for width in widths for height in heights), key=lambda size: bend(size, target))
+    return min((Size(width, height) for width in widths for height in heights), key=lambda size: aspect_error(size, target))
 
 
 def base_multiple(native_px: int, multiple_px: int) -> int:
@@ -74,7 +74,7 @@ def _around(value: float, multiple: int) -> list[int]:
     return sorted({below, max(below, math.ceil(value / multiple) * multiple)}, key=lambda found: abs(found - value))
 
 
-def bend(size: Size, target: Size) -> float:
+def aspect_error(size: Size, target: Size) -> float:
     """How far the proportions of `size` are from the target's."""
     return abs(math.log(size.width * target.height / (size.height * target.width)))
 
@@ -108,7 +108,7 @@ def upscale_sizes(target: Size, picture: Size, base: Size, multiple_px: int) -> 
     return larger or [target.rounded_up(multiple_px)]
 
 
-def fitted(box: Size, picture: Size) -> Size | None:
+def fit_size(box: Size, picture: Size) -> Size | None:
     """The size that a `picture` gets where `box` is asked for: a square means its longer side.
 
     None where the box has other proportions, by more than a pixel and half a percent.
@@ -117,10 +117,10 @@ def fitted(box: Size, picture: Size) -> Size | None:
         scale = box.width / max(picture.width, picture.height)
         return Size(max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     height = box.width * picture.height / picture.width
-    return box if abs(height - box.height) <= max(1, BEND * box.height) else None
+    return box if abs(height - box.height) <= max(1, ASPECT_TOLERANCE * box.height) else None
 
 
-def equal_bands(length: int, most: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+def split_evenly(length: int, most: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
     """As few [start, stop) of at most `most` each as can be, equal but for `multiple`, the largest first.
 
     torch's allocator serves equal strips from the memory of those before, and compiled code is made once.
@@ -135,7 +135,7 @@ def equal_bands(length: int, most: int, multiple: int = 1) -> Iterator[tuple[int
         start = stop
 
 
-def bands(length: int, rows: int) -> Iterator[tuple[int, int]]:
+def split_rows(length: int, rows: int) -> Iterator[tuple[int, int]]:
     """Consecutive [start, stop) of `rows` each, the last one shorter."""
     for start in range(0, length, rows):
         yield start, min(start + rows, length)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from linfusion_cli.core.errors import Stopped, TimeIsUp
+from linfusion_cli.core.errors import Stopped, TimeLimitReached
 
 # SIGUSR1 and SIGUSR2 as batch systems send them before the time is over: `sbatch --signal=USR1@120`.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -19,7 +19,7 @@ GRACE_SEC = 2.0  # how long a stretch may go on once a stop was asked for
 ECHO_SEC = 0.5  # `timeout` signals its child and then the group, which is one wish and not two
 
 
-class _Wish:
+class _StopRequest:
     """Whether somebody has asked, what for, and how many stretches within each other may be finished first."""
 
     stop: Stopped | None = None
@@ -27,7 +27,7 @@ class _Wish:
     stretches = 0
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """From now on SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop the run.
 
     What is ignored stays ignored: SIGHUP under nohup, SIGINT in a job that a script has started with &.
@@ -38,7 +38,7 @@ def listen() -> None:
             signal.signal(number, _on_signal)
 
 
-def over() -> None:
+def ignore_further_signals() -> None:
     """The work is done, whatever is asked from now on: an exit code that is settled must not be lost."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in SIGNALS:
@@ -51,20 +51,20 @@ def stop_after(seconds: float) -> None:
 
 
 @contextmanager
-def finishing() -> Iterator[None]:
+def critical_section() -> Iterator[None]:
     """A stretch of work that a stop lets come to its end, if that takes no longer than GRACE_SEC; then it is raised."""
-    _Wish.stretches += 1
+    _StopRequest.stretches += 1
     try:
         yield
     finally:
-        _Wish.stretches -= 1
-    if _Wish.stop is not None and not _Wish.stretches:
+        _StopRequest.stretches -= 1
+    if _StopRequest.stop is not None and not _StopRequest.stretches:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        raise _Wish.stop
+        raise _StopRequest.stop
 
 
 @contextmanager
-def honoured() -> Iterator[None]:
+def reraise_stop() -> Iterator[None]:
     """Where the run was asked to end, whatever fails within fails by that.
 
     Compiled code that calls back into Python makes an error of its own of the Stopped that was raised there.
@@ -72,31 +72,31 @@ def honoured() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _Wish.stop is None:
+        if _StopRequest.stop is None:
             raise
-        raise _Wish.stop from error
+        raise _StopRequest.stop from error
 
 
-def ask(stop: Stopped) -> None:
+def request_stop(stop: Stopped) -> None:
     """Raise `stop`, now or at the end of the stretch; a second wish is not asked to wait."""
-    if _Wish.stop is None:
-        _Wish.stop, _Wish.asked_at = stop, time.monotonic()
-        if not _Wish.stretches:
+    if _StopRequest.stop is None:
+        _StopRequest.stop, _StopRequest.asked_at = stop, time.monotonic()
+        if not _StopRequest.stretches:
             raise stop
         signal.setitimer(signal.ITIMER_REAL, GRACE_SEC)
-    elif time.monotonic() - _Wish.asked_at > ECHO_SEC:
+    elif time.monotonic() - _StopRequest.asked_at > ECHO_SEC:
         for number in SIGNALS:  # what is left to do is to clear up, which takes a moment
             signal.signal(number, signal.SIG_IGN)
-        raise _Wish.stop
+        raise _StopRequest.stop
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    ask(Stopped(number))
+    request_stop(Stopped(number))
 
 
 def _on_alarm(number: int, frame: FrameType | None) -> None:
     """The time limit, or the end of the grace."""
-    if _Wish.stop is None:
-        ask(TimeIsUp())
-    elif _Wish.stretches:
-        raise _Wish.stop
+    if _StopRequest.stop is None:
+        request_stop(TimeLimitReached())
+    elif _StopRequest.stretches:
+        raise _StopRequest.stop

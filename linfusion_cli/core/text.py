@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-MOST_QUOTED = 60  # letters of a quoted value: the message about a value of 100 kB is one sentence
+MAX_QUOTED = 60  # letters of a quoted value: the message about a value of 100 kB is one sentence
 
 
-def quoted(value: Any) -> str:
+def quote(value: Any) -> str:
     """What was written, in quotes where it is text, cut to a few words."""
-    return shortened(repr(value[:MOST_QUOTED] + "…" if isinstance(value, str) and len(value) > MOST_QUOTED else value))
+    return shorten(repr(value[:MAX_QUOTED] + "…" if isinstance(value, str) and len(value) > MAX_QUOTED else value))
 
 
-def shortened(text: str, most: int = MOST_QUOTED + 8) -> str:
+def shorten(text: str, most: int = MAX_QUOTED + 8) -> str:
     """`text`, cut to so many letters, in one line that does nothing to a terminal; a word takes two thirds at most."""
-    words = (cut(word, most * 2 // 3) for word in text.split())
-    return cut("".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(words)), most)
+    words = (truncate(word, most * 2 // 3) for word in text.split())
+    return truncate("".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(words)), most)
 
 
-def cut(text: str, most: int) -> str:
+def truncate(text: str, most: int) -> str:
     """The first letters of it."""
     return text if len(text) <= most else text[: most - 1] + "…"

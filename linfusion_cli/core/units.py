@@ -8,7 +8,7 @@ from pathlib import Path
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
 
-SMALLEST_PX = 64
+MIN_PX = 64
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -20,8 +20,8 @@ def parse_size(text: str, setting: str = "size") -> Size:
         way_out = "Write 16384 for a square, or 16384x8192 (width x height)."
         raise UsageError(f"{flag} {text!r} is not a size.", way_out, setting)
     width, height = int(match[1]), int(match[2] or match[1])
-    if min(width, height) < SMALLEST_PX:
-        way_out = f"Both sides must be {SMALLEST_PX} pixels or more."
+    if min(width, height) < MIN_PX:
+        way_out = f"Both sides must be {MIN_PX} pixels or more."
         raise UsageError(f"{flag} {text!r} is too small.", way_out, setting)
     return Size(width, height)
 

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
-from linfusion_cli.core.errors import DeviceFailed, DoesNotFit, LinfusionError, Unavailable, UsageError, first_line
+from linfusion_cli.core.errors import DeviceFailed, OutOfMemoryBudget, LinfusionError, Unavailable, UsageError, first_line
 from linfusion_cli.hardware import allocator, diagnosis
 from linfusion_cli.hardware.cuda import (
     free_device_bytes,
@@ -121,7 +121,7 @@ def not_started(device: torch.device, error: Exception) -> LinfusionError:
     if (wrong := allocator.complaint(error)) is not None:
         return wrong
     if is_out_of_memory(error):
-        return DoesNotFit(f"{device} has no memory left ({said}).", f"End what uses it (see `nvidia-smi`). {WITHOUT}")
+        return OutOfMemoryBudget(f"{device} has no memory left ({said}).", f"End what uses it (see `nvidia-smi`). {WITHOUT}")
     found = explained(error)
     hint = MENDED if found is None else found.way_out
     return DeviceFailed(f"{device} cannot be used: {said}.", f"{hint} {WITHOUT}")

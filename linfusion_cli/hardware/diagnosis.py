@@ -15,7 +15,7 @@ NVIDIA = (Path("/proc/driver/nvidia/gpus"), Path("/dev/nvidia0"))
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 WHEELS = "https://download.pytorch.org/whl"
 CUDA_13 = (2, 9), 580  # the first torch that is built for it, and the first driver that runs it
-NOBODY_SEEN = re.compile(r"No (?:CUDA|HIP) GPUs are available|no (?:CUDA|ROCm)-capable device|invalid device ordinal")
+NO_DEVICE_ERRORS = re.compile(r"No (?:CUDA|HIP) GPUs are available|no (?:CUDA|ROCm)-capable device|invalid device ordinal")
 ALL_HIDDEN = re.compile(r"\s*(?:-\d+|NoDevFiles|none|void)?\s*(?:,.*)?")
 HIDERS = {"CUDA": ("CUDA_VISIBLE_DEVICES",), "ROCm": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")}
 
@@ -32,7 +32,7 @@ def why_no_device() -> tuple[str, str]:
         reason = f"this build of torch ({torch.__version__}) has no CUDA"
         return (f"{reason}, and an NVIDIA GPU is here", install_hint()) if nvidia_is_here() else (reason, "")
     found = initialisation_error()
-    if NOBODY_SEEN.search(found):
+    if NO_DEVICE_ERRORS.search(found):
         return hidden() or (f"torch is built for {platform} but sees no device", MENDED if nvidia_is_here() else "")
     return found.rstrip("."), hint_for(found) or MENDED
 

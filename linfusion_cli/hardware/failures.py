@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import re
 
-from linfusion_cli.core.errors import DeviceFailed, LinfusionError, RanOutOfMemory, first_line
+from linfusion_cli.core.errors import DeviceFailed, LinfusionError, OutOfMemory, first_line
 from linfusion_cli.hardware.cuda import is_full
 
 CARD = r"(?:CUDA|HIP)(?: driver)? error: "
@@ -93,7 +93,7 @@ def explained(error: BaseException) -> LinfusionError | None:
     """`error` as what a person can do something about, None where it may be a bug."""
     said = first_line(error).rstrip(". ")
     if is_out_of_memory(error):
-        return RanOutOfMemory(f"There is not enough memory for this ({shortened(said)}).", SMALLER)
+        return OutOfMemory(f"There is not enough memory for this ({shortened(said)}).", SMALLER)
     hint = hint_for(text_of(error))
     if hint is None:
         return None

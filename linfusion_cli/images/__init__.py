@@ -1,11 +1,11 @@
 """Pictures of any height, written row by row in bounded memory, and read back without decoding them."""
 
-from linfusion_cli.core.atomic_file import PendingFile
+from linfusion_cli.core.atomic_file import AtomicFile
 from linfusion_cli.images.metadata.metadata import (
-    PictureInfo,
+    ImageInfo,
     a1111_parameters,
     request_json,
-    scrubbed,
+    remove_prompts,
     srgb_profile,
     without_prompt,
 )
@@ -20,8 +20,8 @@ from linfusion_cli.images.write.sink import RowSink
 __all__ = [
     "FORMATS",
     "FileInfo",
-    "PendingFile",
-    "PictureInfo",
+    "AtomicFile",
+    "ImageInfo",
     "PreviewSink",
     "RowSink",
     "a1111_parameters",
@@ -32,7 +32,7 @@ __all__ = [
     "preview_size",
     "read_info",
     "request_json",
-    "scrubbed",
+    "remove_prompts",
     "srgb_profile",
     "verify_image",
     "without_prompt",

@@ -11,7 +11,7 @@ Thing = TypeVar("Thing")
 Key = Callable[[], Hashable]  # called only where something may be kept
 
 
-class Shelf:
+class ModelCache:
     """Keeps one thing under each name, and gives it again for the same key; the old goes before a new one is made.
 
     A shelf that `keeps` nothing makes everything anew: for a run that is alone. `digests` are of files that were

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families.facts import ModelFacts
 from linfusion_cli.planning.machine import Machine
-from linfusion_cli.planning.meta_model import ModelOutline
-from linfusion_cli.strips.cost import Ledger
+from linfusion_cli.planning.meta_model import MetaModel
+from linfusion_cli.strips.cost import MemoryLedger
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
-from linfusion_cli.strips.stream import Stage
+from linfusion_cli.strips.stream import StreamStage
 from linfusion_cli.unet.check import unknown_parts
-from linfusion_cli.unet.estimate import Setting, embedding_cost, reckon, whole_bytes
+from linfusion_cli.unet.estimate import Setting, embedding_cost, estimate_unet, whole_bytes
 from linfusion_cli.vae.estimate import vae_cost
 from linfusion_cli.vae.stages import decoder_stages, encoder_stages
-from linfusion_cli.vae.statistics import Method
+from linfusion_cli.vae.statistics import VaeStrategy
 
 WHOLE = StripSize(1 << 20, 1 << 40)
 LATENT_COPIES = 10  # latents, noise, predictions and what a scheduler's step makes of them, in fp32
@@ -33,7 +33,7 @@ WHOLE_HEAP_BYTES = 128 << 20  # the holes that freed maps of a plain forward lea
 
 
 @dataclass(frozen=True)
-class Mode:
+class DenoiseStrategy:
     """How one phase's UNet runs: whole where it has no strips; `together` runs both halves of guidance at once."""
 
     attention: str
@@ -43,7 +43,7 @@ class Mode:
 
 
 @dataclass(frozen=True)
-class Need:
+class ResourceEstimate:
     """What a stretch of work takes at its peak, of the whole process and of the card; and how long.
 
     `pinned_bytes` are those of the host that are pinned, `copied_bytes` pass between host and device, and `flops` are
@@ -57,21 +57,21 @@ class Need:
     copied_bytes: int = 0
     flops: int = 0
 
-    def times(self, count: float) -> Need:
+    def times(self, count: float) -> ResourceEstimate:
         """The same peaks, for `count` times the work."""
         work = {"copied_bytes": round(self.copied_bytes * count), "flops": round(self.flops * count)}
         return replace(self, seconds=self.seconds * count, **work)
 
 
 @dataclass(frozen=True)
-class Reckoner:
+class CostEstimator:
     """Reckons needs from a model's outline."""
 
     facts: ModelFacts
-    outline: ModelOutline
+    outline: MetaModel
     machine: Machine
 
-    def forward(self, mode: Mode, size: Size, dilation: int = 1, controlled: bool = False) -> Need | None:
+    def forward(self, mode: DenoiseStrategy, size: Size, dilation: int = 1, controlled: bool = False) -> ResourceEstimate | None:
         """One prediction, or both halves of guidance, at `size` px; None for networks of an unknown kind."""
         nets = [control.net for control in self.outline.controls] if controlled else []
         if mode.attention == "original" and any(any(unknown_parts(network)) for network in (self.outline.unet, *nets)):
@@ -80,7 +80,7 @@ class Reckoner:
         shape = (2 if mode.together else 1, size_lat.height, size_lat.width)
         setting = Setting(mode.strips or WHOLE, mode.place, *shape, self.machine.dtype.itemsize, dilation=dilation)
         with self.outline.with_attention(mode.attention):
-            ledger = reckon(self.outline.unet, setting, nets)
+            ledger = estimate_unet(self.outline.unet, setting, nets)
             beside = 0 if mode.strips else whole_bytes(nets, setting)
         computing = self.machine.speed.seconds(ledger.flops, ledger.passes)
         copies = LATENT_COPIES if dilation == 1 else DEMOFUSION_COPIES
@@ -97,7 +97,7 @@ class Reckoner:
         costs = [embedding_cost(control.net, *pair, itemsize) for control in self.outline.controls]
         return self.machine.speed.seconds(sum(cost.flops for cost in costs), sum(cost.passes for cost in costs))
 
-    def vae(self, size: Size, encode: bool, attention: str | None, method: Method) -> Need:
+    def vae(self, size: Size, encode: bool, attention: str | None, method: VaeStrategy) -> ResourceEstimate:
         """Decoding or encoding a picture of `size` px, while the UNet waits with this attention, or not on the card."""
         machine, facts = self.machine, self.facts
         ledger = self.vae_ledger(size, encode, method)
@@ -108,14 +108,14 @@ class Reckoner:
         holes = 1.0 if machine.device.type == "cpu" else PATCH_HOLES if method.patches else MAP_HOLES
         return self._need(ledger, rows + latents, int(holes * device), self._weights(attention), computing)
 
-    def vae_ledger(self, size: Size, encode: bool, method: Method) -> Ledger:
+    def vae_ledger(self, size: Size, encode: bool, method: VaeStrategy) -> MemoryLedger:
         """What the VAE itself takes, beyond its weights."""
         factor, itemsize = self.facts.vae_factor, self.machine.vae_dtype.itemsize
         source = (size, factor, PIXEL_CHANNELS) if encode else (size.divided(factor), 1, self.facts.latent_channels)
         on_cpu = self.machine.device.type == "cpu"
         return vae_cost(self.vae_stages(encode), *source, method, itemsize, on_cpu)
 
-    def vae_stages(self, encode: bool) -> list[Stage]:
+    def vae_stages(self, encode: bool) -> list[StreamStage]:
         """The stages of the VAE's encoder or decoder."""
         return encoder_stages(self.outline.vae) if encode else decoder_stages(self.outline.vae)
 
@@ -127,17 +127,17 @@ class Reckoner:
         numbers += self.outline.control_numbers if controlled or not on_card else 0
         return numbers * self.machine.dtype.itemsize + self.outline.vae_numbers * self.machine.vae_dtype.itemsize
 
-    def _need(self, ledger: Ledger, host: int, device: int, weights: int, computing: float) -> Need:
+    def _need(self, ledger: MemoryLedger, host: int, device: int, weights: int, computing: float) -> ResourceEstimate:
         """On a CPU the device's memory is the host's; with a card, what is not used waits on the host."""
         machine = self.machine
         host += machine.resident_bytes + HEAP_BYTES
         if machine.device.type == "cpu":
-            return Need(host + device + weights, 0, computing, flops=ledger.flops)
+            return ResourceEstimate(host + device + weights, 0, computing, flops=ledger.flops)
         unmounted = self.outline.all_numbers - self.outline.numbers("linear") + self.outline.control_numbers
         pinned, copied = ledger.peak["host"], ledger.copied_bytes
         host += unmounted * machine.dtype.itemsize + pinned
         seconds = max(computing, copied / COPY_BYTES_PER_SEC)
-        return Need(host, weights + self._reserved(device), seconds, pinned, copied, ledger.flops)
+        return ResourceEstimate(host, weights + self._reserved(device), seconds, pinned, copied, ledger.flops)
 
     def _reserved(self, allocated: int) -> int:
         """What torch's allocator reserves for so many bytes that come and go, with the libraries' workspace."""

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from linfusion_cli.core.errors import DoesNotFit, UsageError
+from linfusion_cli.core.errors import OutOfMemoryBudget, UsageError
 from linfusion_cli.core.units import format_bytes, format_seconds
 from linfusion_cli.hardware import device as machine
 from linfusion_cli.hardware.allocator import Segments, segments
 from linfusion_cli.hardware.cuda import is_cuda
 from linfusion_cli.hardware.diagnosis import nvidia_is_here, why_no_device
 from linfusion_cli.planning.speed import Speed, measured
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.settings.request import ImageRequest
 
 SHARE_OF_FREE = 0.9  # what is taken of the memory that is free now, where nothing else is said
 SHORT_SEC = 60.0  # of a run that nobody would want a GPU for
@@ -36,7 +36,7 @@ class Machine:
     no_gpu: tuple[str, str] | None = None  # why `auto` is the CPU, as a clause, and what to do, as a sentence
 
 
-def survey(request: PictureRequest, kept_bytes: int = 0) -> Machine:
+def survey(request: ImageRequest, kept_bytes: int = 0) -> Machine:
     """This machine as `request` wants to use it; raises UsageError, Unavailable, or DoesNotFit for a card that is full.
 
     `kept_bytes` of the host's memory hold models from a job before: they are used again, or go first.
@@ -63,7 +63,7 @@ def speeds(device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> 
         if not (is_cuda(device) and machine.is_out_of_memory(error)):
             raise
         reason = f"{device} is full: {format_bytes(machine.free_device_bytes(device))} of its memory are free."
-        raise DoesNotFit(reason, "End what uses it (see `nvidia-smi`), or use --device cpu.") from error
+        raise OutOfMemoryBudget(reason, "End what uses it (see `nvidia-smi`), or use --device cpu.") from error
 
 
 def cpu_notice(machine: Machine, seconds: float) -> str | None:
@@ -79,7 +79,7 @@ def cpu_notice(machine: Machine, seconds: float) -> str | None:
     return f"{ON_CPU.format(format_seconds(seconds), reason)} {way_out}".strip()
 
 
-def device_budget(request: PictureRequest, device: torch.device) -> int | None:
+def device_budget(request: ImageRequest, device: torch.device) -> int | None:
     """The bytes that may be used of a card."""
     if not is_cuda(device):
         return None

@@ -16,19 +16,19 @@ from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.models.adapters.ip_adapter import load_adapters
 from linfusion_cli.models.files.parts import Model, Part
-from linfusion_cli.models.load.controlnet import LoadedControl
+from linfusion_cli.models.load.controlnet import LoadedControlNet
 from linfusion_cli.models.load.parts import Vae, outline, vae_kind
 from linfusion_cli.models.locate.ip_adapter import Adapter
 
 
 @dataclass(frozen=True)
-class ModelOutline:
+class MetaModel:
     """UNet with its IP-Adapters, linear attention to mount in it, VAE, and ControlNets, all on the meta device."""
 
     unet: UNet2DConditionModel
     linear: dict[str, LinearAttention]
     vae: Vae
-    controls: tuple[LoadedControl, ...] = ()
+    controls: tuple[LoadedControlNet, ...] = ()
 
     @staticmethod
     def read(
@@ -37,14 +37,14 @@ class ModelOutline:
         vae: Part | None = None,
         adapters: Sequence[Adapter] = (),
         controls: Sequence[Path] = (),
-    ) -> ModelOutline:
+    ) -> MetaModel:
         """Raises Unavailable, DataError or InputMissing naming the file."""
         unet = outline(UNet2DConditionModel, model.part("unet"))
         linear = weights.outline(linfusion, unet) if linfusion else {}
         load_adapters(unet, adapters)
         vae = vae or model.part("vae")
-        nets = {folder: LoadedControl.outline(folder, linear) for folder in controls}  # each is loaded once
-        return ModelOutline(unet, linear, outline(vae_kind(vae), vae), tuple(nets[folder] for folder in controls))
+        nets = {folder: LoadedControlNet.outline(folder, linear) for folder in controls}  # each is loaded once
+        return MetaModel(unet, linear, outline(vae_kind(vae), vae), tuple(nets[folder] for folder in controls))
 
     # Counted once each: a plan asks again for every way to run every stage.
     def numbers(self, attention: str) -> int:

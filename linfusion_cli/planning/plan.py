@@ -7,21 +7,21 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from linfusion_cli.core.errors import DoesNotFit
+from linfusion_cli.core.errors import OutOfMemoryBudget
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import bytes_at_least, format_bytes
 from linfusion_cli.images.process.scratch import BYTES_PER_PX
 from linfusion_cli.models.families.facts import ModelFacts
-from linfusion_cli.planning.estimate import Mode, Need, Reckoner
+from linfusion_cli.planning.estimate import DenoiseStrategy, ResourceEstimate, CostEstimator
 from linfusion_cli.planning.machine import Machine
-from linfusion_cli.planning.meta_model import ModelOutline
+from linfusion_cli.planning.meta_model import MetaModel
 from linfusion_cli.planning.vae_strategies import Kind, methods_for
 from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.sampling.upscalers.pass_count import Passes
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.settings.request import ImageRequest
 from linfusion_cli.strips.ops import GOOD_ROWS, StripSize
 from linfusion_cli.strips.storage import PLACES, Place
-from linfusion_cli.vae.statistics import Method
+from linfusion_cli.vae.statistics import VaeStrategy
 
 # From the best down. On a CPU larger strips only fall out of its caches; a GPU wants more at a time.
 STRIP_SIZES = {
@@ -48,8 +48,8 @@ class PlannedStage:
     name: str
     size: Size
     steps: int
-    mode: Mode | Method | None
-    need: Need | None  # None where it cannot be reckoned: a UNet of an unknown kind, with its own attention
+    mode: DenoiseStrategy | VaeStrategy | None
+    need: ResourceEstimate | None  # None where it cannot be reckoned: a UNet of an unknown kind, with its own attention
     dilated: int = 0  # how many of the steps run the dilated pass too
     waiting_bytes: int = 0  # of the picture that this stage decodes or encodes, where it waits in memory
 
@@ -73,13 +73,13 @@ class Plan:
         return any((stage.kind, stage.phase) == (kind, phase) for stage in self.stages)
 
     @property
-    def need(self) -> Need:
+    def need(self) -> ResourceEstimate:
         """The peaks and the time of all stages whose needs are known."""
         needs = [stage.need for stage in self.stages if stage.need]
         peaks = ("host_bytes", "device_bytes", "pinned_bytes")
         sums = ("seconds", "copied_bytes", "flops")
         most = {name: max(getattr(need, name) for need in needs) for name in peaks}
-        return Need(**most, **{name: sum(getattr(need, name) for need in needs) for name in sums})
+        return ResourceEstimate(**most, **{name: sum(getattr(need, name) for need in needs) for name in sums})
 
     def to_json(self) -> dict[str, Any]:
         machine, need = self.machine, self.need
@@ -88,7 +88,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PlanInputs:
     """What is to be planned: phases, how often each runs the UNet, and the size of the picture that grows, if any.
 
     `held_bytes` is what reading that picture holds at once. ControlNets act in the phases `controlled`, by index, and
@@ -96,7 +96,7 @@ class Wanted:
     before, by kind and phase: then the picture is the same bit for bit.
     """
 
-    request: PictureRequest
+    request: ImageRequest
     facts: ModelFacts
     phases: Sequence[Phase]
     passes: Sequence[Passes]
@@ -104,9 +104,9 @@ class Wanted:
     held_bytes: int = 0
     controlled: frozenset[int] = frozenset()
     control_held_bytes: int = 0
-    executed: Mapping[tuple[str, int], Mode | Method] = field(default_factory=dict)
+    executed: Mapping[tuple[str, int], DenoiseStrategy | VaeStrategy] = field(default_factory=dict)
 
-    def first(self, kind: str, phase: Phase, ways: Sequence[Mode | Method]) -> list[Mode | Method]:
+    def first(self, kind: str, phase: Phase, ways: Sequence[DenoiseStrategy | VaeStrategy]) -> list[DenoiseStrategy | VaeStrategy]:
         """`ways` to run a stage, before them the one in which it was run before."""
         before = self.executed.get((kind, phase.index))
         return [*ways] if before is None else [before, *ways]
@@ -125,26 +125,26 @@ class Wanted:
         return needed or phase is self.phases[-1]
 
 
-def executed_ways(stages: Sequence[Mapping[str, Any]], machine: Machine) -> dict[tuple[str, int], Mode | Method]:
+def recorded_strategies(stages: Sequence[Mapping[str, Any]], machine: Machine) -> dict[tuple[str, int], DenoiseStrategy | VaeStrategy]:
     """How stages were run, by kind and phase, from their JSON in a journal: those that ran on such a device."""
     alike = (stage for stage in stages if stage["device"] == machine.device.type)
     return {(stage["kind"], stage["phase"]): way_of(stage["kind"], stage["mode"]) for stage in alike}
 
 
-def way_of(kind: str, values: Mapping[str, Any]) -> Mode | Method:
+def way_of(kind: str, values: Mapping[str, Any]) -> DenoiseStrategy | VaeStrategy:
     """The Mode or Method whose fields have these JSON `values`."""
     if kind != "denoise":
-        return Method(**values)
+        return VaeStrategy(**values)
     strips = values["strips"]
-    return Mode(**{**values, "strips": None if strips is None else StripSize(**strips)})
+    return DenoiseStrategy(**{**values, "strips": None if strips is None else StripSize(**strips)})
 
 
-def make_plan(wanted: Wanted, outline: ModelOutline, machine: Machine) -> Plan:
+def make_plan(wanted: PlanInputs, outline: MetaModel, machine: Machine) -> Plan:
     """The best way to run each phase that fits; raises DoesNotFit with the smallest budget that would do."""
-    options = list(ways(wanted, Reckoner(wanted.facts, outline, machine)))
+    options = list(ways(wanted, CostEstimator(wanted.facts, outline, machine)))
     chosen = [next((stage for stage in of_one if fits(stage.need, machine)), None) for of_one in options]
     if None in chosen:
-        raise refusal(wanted, options, machine)
+        raise out_of_budget(wanted, options, machine)
     return Plan(machine, with_waiting_pictures(chosen, wanted.picture, machine))
 
 
@@ -176,7 +176,7 @@ def beside(stage: PlannedStage, more: int) -> PlannedStage:
     return replace(stage, need=replace(stage.need, host_bytes=stage.need.host_bytes + more))
 
 
-def ways(wanted: Wanted, reckoner: Reckoner) -> Iterator[list[PlannedStage]]:
+def ways(wanted: PlanInputs, reckoner: CostEstimator) -> Iterator[list[PlannedStage]]:
     """For each stage of the run, in order, the ways to run it, the best first."""
     last = wanted.phases[-1]
     for phase, passes in zip(wanted.phases, wanted.passes, strict=True):
@@ -191,7 +191,7 @@ def ways(wanted: Wanted, reckoner: Reckoner) -> Iterator[list[PlannedStage]]:
 
 
 def conversions(
-    wanted: Wanted, reckoner: Reckoner, phase: Phase, kind: Kind, attention: str | None
+    wanted: PlanInputs, reckoner: CostEstimator, phase: Phase, kind: Kind, attention: str | None
 ) -> list[PlannedStage]:
     """The ways to decode a phase's picture, or encode what it begins with, while the UNet has this attention.
 
@@ -204,7 +204,7 @@ def conversions(
     return [beside(stage, wanted.held_bytes) for stage in stages] if reads else stages
 
 
-def denoising(wanted: Wanted, reckoner: Reckoner, phase: Phase, passes: Passes, mode: Mode) -> PlannedStage:
+def denoising(wanted: PlanInputs, reckoner: CostEstimator, phase: Phase, passes: Passes, mode: DenoiseStrategy) -> PlannedStage:
     """All steps of a phase in this mode, under the ControlNets that act in it."""
     controlled = phase.index in wanted.controlled
     need = reckoner.forward(mode, phase.size, phase.dilation if passes.dilated else 1, controlled)
@@ -217,7 +217,7 @@ def denoising(wanted: Wanted, reckoner: Reckoner, phase: Phase, passes: Passes, 
     return PlannedStage(phase.index, "denoise", phase.name, phase.size, passes.steps, mode, need, passes.dilated)
 
 
-def modes_for(attention: str, machine: Machine, both_halves: bool, area_px: int) -> list[Mode]:
+def modes_for(attention: str, machine: Machine, both_halves: bool, area_px: int) -> list[DenoiseStrategy]:
     """The ways to run a phase: on the device with tall strips if that fits, then maps move out, then strips shrink.
 
     Both halves of guidance at once only help a GPU that one alone does not fill: that of a small image.
@@ -225,16 +225,16 @@ def modes_for(attention: str, machine: Machine, both_halves: bool, area_px: int)
     kind = machine.device.type
     batches = (True, False) if kind == "cuda" and both_halves and area_px < BATCHED_BELOW_PX else (False,)
     if attention == "original":
-        return [Mode(attention, together=together) for together in batches]
+        return [DenoiseStrategy(attention, together=together) for together in batches]
     places: tuple[Place, ...] = PLACES if kind == "cuda" else ("device",)
     good = [size for size in STRIP_SIZES[kind] if size.rows >= GOOD_ROWS]
     small = [size for size in STRIP_SIZES[kind] if size.rows < GOOD_ROWS]
-    modes = [Mode(attention, size, place) for sizes in (good, small) for place in places for size in sizes]
-    both = [Mode(attention, size, together=True) for size in good]
+    modes = [DenoiseStrategy(attention, size, place) for sizes in (good, small) for place in places for size in sizes]
+    both = [DenoiseStrategy(attention, size, together=True) for size in good]
     return both + modes if True in batches else modes
 
 
-def fits(need: Need | None, machine: Machine) -> bool:
+def fits(need: ResourceEstimate | None, machine: Machine) -> bool:
     """Whether a stage can run within the budgets, as far as is known."""
     if need is None:
         return True
@@ -242,7 +242,7 @@ def fits(need: Need | None, machine: Machine) -> bool:
     return on_card and need.host_bytes <= machine.host_bytes
 
 
-def refusal(wanted: Wanted, options: list[list[PlannedStage]], machine: Machine) -> DoesNotFit:
+def out_of_budget(wanted: PlanInputs, options: list[list[PlannedStage]], machine: Machine) -> OutOfMemoryBudget:
     """What to say when a stage cannot run, with the smallest budgets that would do for all of them."""
     needs = [[stage.need for stage in of_one if stage.need] for of_one in options]
     flags = find_budgets([of_one for of_one in needs if of_one], machine)
@@ -252,13 +252,13 @@ def refusal(wanted: Wanted, options: list[list[PlannedStage]], machine: Machine)
     said = [f"{needed} of {budgets[flag][0]}" for flag, needed in flags.items()]
     has = [format_bytes(budgets[flag][1]) for flag in flags]
     written = " ".join(f"{flag} {needed}" for flag, needed in flags.items())
-    return DoesNotFit(
+    return OutOfMemoryBudget(
         f"{wanted.request.size} needs {' and '.join(said)}, and {' and '.join(has)} may be used.",
         f"Use {written} where there is as much{hints}, or a smaller --size.",
     )
 
 
-def find_budgets(needs: list[list[Need]], machine: Machine) -> dict[str, str]:
+def find_budgets(needs: list[list[ResourceEstimate]], machine: Machine) -> dict[str, str]:
     """The flags, with their values, that give a budget for all stages: one of them if that is enough, else both."""
     vram, ram = machine.device_bytes, machine.host_bytes
     if vram is None:
@@ -271,13 +271,13 @@ def find_budgets(needs: list[list[Need]], machine: Machine) -> dict[str, str]:
     return {"--vram": bytes_at_least(least), "--ram": find_ram(needs, least)}
 
 
-def find_vram(needs: list[list[Need]], ram: int) -> str:
+def find_vram(needs: list[list[ResourceEstimate]], ram: int) -> str:
     """The least of the card with which all stages fit into so much of the host."""
     least = max(min(need.device_bytes for need in of_one if need.host_bytes <= ram) for of_one in needs)
     return bytes_at_least(least)
 
 
-def find_ram(needs: list[list[Need]], vram: int | None) -> str:
+def find_ram(needs: list[list[ResourceEstimate]], vram: int | None) -> str:
     """The least of the host with which all stages fit into so much of the card."""
     fitting = ([need for need in of_one if vram is None or need.device_bytes <= vram] for of_one in needs)
     return bytes_at_least(max(min(need.host_bytes for need in of_one) for of_one in fitting) + MARGIN_BYTES)

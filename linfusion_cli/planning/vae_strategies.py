@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import Literal
 
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.planning.estimate import Reckoner
+from linfusion_cli.planning.estimate import CostEstimator
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.strips.storage import Place
-from linfusion_cli.vae.statistics import FEWEST_PATCHES, Method, starts
+from linfusion_cli.vae.statistics import MIN_PATCHES, VaeStrategy, starts
 
 Kind = Literal["decode", "encode"]
 
 # Rows computed at a time. On a CPU taller strips take twice the memory for 6 % less time.
 STREAM_ROWS = {"cpu": (8, 4, 2, 1), "cuda": (16, 8, 4, 2, 1)}
 LATENTS_PER_PATCH = 8192  # of the picture: a sample then takes about a tenth of the time that decoding takes
-MOST_PATCHES = {"decode": 256, "encode": 64}  # a megapixel of cores; an encoder's patches are four times as large
+MAX_PATCHES = {"decode": 256, "encode": 64}  # a megapixel of cores; an encoder's patches are four times as large
 EXACT_SHARE = 5  # whole maps may take so much of the memory that may be used: a fifth
 
 
-def methods_for(kind: Kind, statistics: str, reckoner: Reckoner, size: Size) -> list[Method]:
+def methods_for(kind: Kind, statistics: str, reckoner: CostEstimator, size: Size) -> list[VaeStrategy]:
     """Statistics from all of the picture, then of as many levels as there is room for, then from ever smaller samples.
 
     `statistics` is "exact" or "sampled" where only that will do.
@@ -30,21 +30,21 @@ def methods_for(kind: Kind, statistics: str, reckoner: Reckoner, size: Size) -> 
     counts = patch_counts(kind, size.divided(facts.vae_factor).area)
     (last, *others), where = starts(stages), places(reckoner.machine)
     if not last:  # it has no statistics
-        return [Method(0, 0, keys, height) for height in heights]
+        return [VaeStrategy(0, 0, keys, height) for height in heights]
     if statistics == "exact":
-        return [Method(last, 0, keys, height, place) for height in heights for place in where]
-    sampled = [Method(0, count, keys, height) for height in heights for count in counts]
+        return [VaeStrategy(last, 0, keys, height, place) for height in heights for place in where]
+    sampled = [VaeStrategy(0, count, keys, height) for height in heights for count in counts]
     if statistics == "sampled":
         return sampled
     whole = [(last, 0), *((start, counts[0]) for start in others if start)]
-    methods = [Method(*ways, keys, heights[0], place) for ways in whole for place in where]
+    methods = [VaeStrategy(*ways, keys, heights[0], place) for ways in whole for place in where]
     return [method for method in methods if has_room(reckoner, size, kind, method)] + sampled
 
 
 def patch_counts(kind: Kind, area_lat: int) -> list[int]:
     """How many patches a sample of a picture may have, the most first."""
-    most = max(FEWEST_PATCHES, min(MOST_PATCHES[kind], area_lat // LATENTS_PER_PATCH))
-    return sorted({most, max(FEWEST_PATCHES, most // 4), FEWEST_PATCHES}, reverse=True)
+    most = max(MIN_PATCHES, min(MAX_PATCHES[kind], area_lat // LATENTS_PER_PATCH))
+    return sorted({most, max(MIN_PATCHES, most // 4), MIN_PATCHES}, reverse=True)
 
 
 def places(machine: Machine) -> tuple[Place, ...]:
@@ -52,7 +52,7 @@ def places(machine: Machine) -> tuple[Place, ...]:
     return ("device", "host") if machine.device.type == "cuda" else ("device",)
 
 
-def has_room(reckoner: Reckoner, size: Size, kind: Kind, method: Method) -> bool:
+def has_room(reckoner: CostEstimator, size: Size, kind: Kind, method: VaeStrategy) -> bool:
     """Whether whole maps take no more than their share of the memory: the gain is small, and others may want some."""
     machine, peak = reckoner.machine, reckoner.vae_ledger(size, kind == "encode", method).peak
     on_card = machine.device_bytes if machine.device_bytes is not None else machine.host_bytes

@@ -10,24 +10,24 @@ from typing import Any
 
 from linfusion_cli import settings
 from linfusion_cli.core.errors import DataError, UsageError
-from linfusion_cli.core.events import Observer, nobody
+from linfusion_cli.core.events import Observer, ignore_event
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.hardware.device import describe, versions
-from linfusion_cli.models.cache import Shelf
+from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.models.files.digest import WeightsFile
-from linfusion_cli.run.checkpoint.latents_file import KeptLatents
-from linfusion_cli.run.checkpoint.manager import Keeper, journal_of
-from linfusion_cli.run.inputs.provenance import DTYPES, hashed_weights, to_json
-from linfusion_cli.run.inputs.resolve import Prepared, check_disk, prepare
-from linfusion_cli.run.outputs.existing import Making
-from linfusion_cli.run.outputs.open import held_picture, opened_outputs
-from linfusion_cli.run.outputs.report import finished
-from linfusion_cli.run.progress.recorder import Recorder
-from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
+from linfusion_cli.run.checkpoint.latents_file import SavedLatents
+from linfusion_cli.run.checkpoint.manager import CheckpointManager, find_store
+from linfusion_cli.run.inputs.provenance import DTYPES, hash_weights, to_json
+from linfusion_cli.run.inputs.resolve import ResolvedRequest, check_disk, resolve_request
+from linfusion_cli.run.outputs.existing import Provenance
+from linfusion_cli.run.outputs.open import reserve_output, open_outputs
+from linfusion_cli.run.outputs.report import complete_report
+from linfusion_cli.run.progress.recorder import RunRecorder
+from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
 
 VAE_USE = "vae"
 # What a decoding has no part of: where such files lie today is no matter.
-UNUSED: dict[str, Any] = {
+DECODE_DEFAULTS: dict[str, Any] = {
     "linfusion": "none",
     "linfusion_merge": "auto",
     "linfusion_base": "auto",
@@ -47,31 +47,31 @@ UNUSED: dict[str, Any] = {
 
 
 def decode(
-    kept: KeptLatents, request: PictureRequest, origins: Mapping[str, str], observer: Observer = nobody
+    kept: SavedLatents, request: ImageRequest, origins: Mapping[str, str], observer: Observer = ignore_event
 ) -> RunReport:
     """Make the file of `request` from the `kept` latents; raises a LinfusionError with nothing left behind."""
     started = time.perf_counter()
-    recorder = Recorder(observer)
-    with held_picture(request, ()) as file:
+    recorder = RunRecorder(observer)
+    with reserve_output(request, ()) as file:
         with recorder.stage("start", "load", None, 1, "start"):
-            prepared = decoding_alone(prepare(replace(request, **UNUSED)), kept)
+            prepared = keep_last_phase(resolve_request(replace(request, **DECODE_DEFAULTS)), kept)
             check_disk(prepared)
             from linfusion_cli.run.stages import convert, load  # torch and diffusers take seconds to import
 
-            shelf, keeper = Shelf(keeps=False), Keeper(journal_of(request), None, request)
-            run = load.begin(prepared, recorder, keeper, shelf)
+            shelf, keeper = ModelCache(keeps=False), CheckpointManager(find_store(request), None, request)
+            run = load.start_run(prepared, recorder, keeper, shelf)
         machine, plan = describe(run.device), run.plan.to_json()
-        read = [weights for weights in hashed_weights(prepared, recorder, shelf) if weights.use == VAE_USE]
+        read = [weights for weights in hash_weights(prepared, recorder, shelf) if weights.use == VAE_USE]
         report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, to_json(read), recorder.stages)
         report.dtypes = list(kept.made_with[DTYPES])
-        making = Making(request, weights_with(kept, read), proven=False, dtypes=report.dtypes)
-        with opened_outputs(file, making) as sink:
+        making = Provenance(request, replace_vae_weights(kept, read), proven=False, dtypes=report.dtypes)
+        with open_outputs(file, making) as sink:
             vae = load.load_decoder(run)
-            convert.write(run, vae, kept.read(), sink)
-    return finished(report, request, started)
+            convert.write_output(run, vae, kept.read(), sink)
+    return complete_report(report, request, started)
 
 
-def decoding_alone(prepared: Prepared, kept: KeptLatents) -> Prepared:
+def keep_last_phase(prepared: ResolvedRequest, kept: SavedLatents) -> ResolvedRequest:
     """`prepared` with the last phase alone, which has no steps; raises DataError where the latents are not its own."""
     last, facts = prepared.phases[-1], prepared.facts
     size_lat = last.size.divided(facts.vae_factor)
@@ -81,7 +81,7 @@ def decoding_alone(prepared: Prepared, kept: KeptLatents) -> Prepared:
     return replace(prepared, phases=[replace(last, index=0, count=0)])
 
 
-def weights_with(kept: KeptLatents, vae: Sequence[WeightsFile]) -> list[WeightsFile]:
+def replace_vae_weights(kept: SavedLatents, vae: Sequence[WeightsFile]) -> list[WeightsFile]:
     """The weights that the latents were made with, as far as their metadata tell, with the `vae` that decodes them."""
     files = [(*entry["file"].split("/", 1), entry["sha256"]) for entry in kept.made_with["weights"]]
     others = [WeightsFile(use, Path(name), 0, sha256) for use, name, sha256 in files if use != VAE_USE]
@@ -89,14 +89,14 @@ def weights_with(kept: KeptLatents, vae: Sequence[WeightsFile]) -> list[WeightsF
     return [*others[:before], *vae, *others[before:]]
 
 
-def request_of(kept: KeptLatents, given: Mapping[str, Any]) -> tuple[dict[str, str], PictureRequest]:
+def build_decode_request(kept: SavedLatents, given: Mapping[str, Any]) -> tuple[dict[str, str], ImageRequest]:
     """The request that made the latents, with what is `given` instead; before it, where each setting came from.
 
     Raises DataError for latents that tell no request, UsageError for what is given wrongly.
     """
     kind = UpscaleRequest if kept.made_with.get("image") else GenerateRequest
     try:
-        merged = settings.merge([settings.flag_layer(given), settings.Layer(f"latents {kept.path}", told(kept, kind))])
+        merged = settings.merge([settings.flag_layer(given), settings.Layer(f"latents {kept.path}", settings_from_metadata(kept, kind))])
         return merged.origins(kind), settings.build_request(merged, kind)
     except (LookupError, ValueError, TypeError, AttributeError, UsageError) as error:
         if given.get(getattr(error, "setting", None) or "") is not None:
@@ -104,7 +104,7 @@ def request_of(kept: KeptLatents, given: Mapping[str, Any]) -> tuple[dict[str, s
         raise DataError(f"{kept.path} tells no request of ours ({error}).", "Make it again.") from error
 
 
-def told(kept: KeptLatents, kind: type[PictureRequest]) -> dict[str, Any]:
+def settings_from_metadata(kept: SavedLatents, kind: type[ImageRequest]) -> dict[str, Any]:
     """The settings that the latents were made with; those of other files than the picture are not theirs any more."""
     made, parsers = kept.made_with, settings.PARSERS
     values = {name: parsers[name](made[name]) for name in parsers if made.get(name) is not None}

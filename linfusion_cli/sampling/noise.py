@@ -7,7 +7,7 @@ BLOCK_LAT = 64
 LATENTS, STEPS = 1, 2  # beside seed and phase, what else noise is drawn for
 
 
-class InTurn:
+class SequentialNoise:
     """The noise of a base [1, C, H, W], call by call as a diffusers pipeline in `dtype` draws it for this seed.
 
     The first is what it starts with, the others what its scheduler adds.

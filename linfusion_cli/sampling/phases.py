@@ -11,7 +11,7 @@ import numpy as np
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.settings.request import PictureRequest, flag
+from linfusion_cli.settings.request import ImageRequest, flag
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Rungs:
+class PhaseSizes:
     """The sizes of a ladder: of its phases, of the `start` that they are named after, and of the base.
 
     It starts with noise, at the base, or with a picture, and then `base` is the size that the model is `native` in.
@@ -48,7 +48,7 @@ class Rungs:
     from_noise: bool
 
 
-def ladder(request: PictureRequest, rungs: Rungs) -> list[Phase]:
+def build_phases(request: ImageRequest, rungs: PhaseSizes) -> list[Phase]:
     """The phases of a picture; raises UsageError where a setting names more of them than there are."""
     sizes, from_noise = rungs.sizes, rungs.from_noise
     first = 1 if from_noise else 0
@@ -77,12 +77,12 @@ def format_ratio(ratio: float) -> str:
     return np.format_float_positional(ratio, precision=digits, fractional=False, trim="-") + "x"
 
 
-def each_phase(request: PictureRequest, setting: str, phases: int) -> list:
+def each_phase(request: ImageRequest, setting: str, phases: int) -> list:
     """The values of `setting`, one a phase: the last holds for all that follow."""
-    return spread(getattr(request, setting), phases, setting)
+    return broadcast_per_phase(getattr(request, setting), phases, setting)
 
 
-def spread(values: Sequence[T], phases: int, setting: str) -> list[T]:
+def broadcast_per_phase(values: Sequence[T], phases: int, setting: str) -> list[T]:
     """`values`, the last as often as it takes; raises UsageError where there are more than phases, or adapters."""
     if len(values) > phases and len(values) > 1:
         reason = (
@@ -95,7 +95,7 @@ def spread(values: Sequence[T], phases: int, setting: str) -> list[T]:
 def phase_strengths(strength: Sequence[float], phases: int) -> list[float]:
     """The strength of each phase above the base: of one value, `linspace(strength, 0, phases + 1)` without its last."""
     if len(strength) > 1:
-        return spread(strength, phases, "strength")
+        return broadcast_per_phase(strength, phases, "strength")
     return [float(value) for value in np.linspace(strength[0], 0, phases + 1)[:-1]]
 
 
@@ -109,7 +109,7 @@ def dilation(size: Size, base: Size) -> int:
     return max(1, math.floor(math.sqrt(size.area / base.area) + 0.5))
 
 
-def attentions(request: PictureRequest, sizes: Sequence[Size], native: Size) -> list[str]:
+def attentions(request: ImageRequest, sizes: Sequence[Size], native: Size) -> list[str]:
     """The attention of each phase: `auto` is the model's own up to its native size, as trained, then linear."""
     kinds = each_phase(request, "attention", len(sizes))
     if "linear" in kinds and request.linfusion == "none":

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
+from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
 from linfusion_cli.core.units import is_file
 from linfusion_cli.settings.fields import PARSERS
 from linfusion_cli.settings.presets import (
@@ -19,9 +19,9 @@ from linfusion_cli.settings.presets import (
     preset_path,
     read_toml,
 )
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.settings.request import ImageRequest
 
-R = TypeVar("R", bound=PictureRequest)
+R = TypeVar("R", bound=ImageRequest)
 
 PREFIX = "LINFUSION_"
 JOB = "job"  # the origin of what a job of a batch says itself
@@ -50,7 +50,7 @@ class Settings:
     values: Mapping[str, Any]
     layers: Mapping[str, Layer]
 
-    def origins(self, kind: type[PictureRequest]) -> dict[str, str]:
+    def origins(self, kind: type[ImageRequest]) -> dict[str, str]:
         """Setting -> where its value came from, for all fields of a request."""
         names = [field.name for field in fields(kind)]
         return {name: self.layers[name].origin_of(name) if name in self.layers else "default" for name in names}
@@ -80,7 +80,7 @@ def config_layer(environ: Mapping[str, str]) -> tuple[Layer, str | None]:
     path = config_path(environ)
     if not is_file(path):
         if environ.get(CONFIG_VARIABLE):
-            raise InputMissing(f"The config file {path} is missing.", f"Correct or unset {CONFIG_VARIABLE}.")
+            raise InputNotFound(f"The config file {path} is missing.", f"Correct or unset {CONFIG_VARIABLE}.")
         return Layer("config file", {}, path), None
     table = read_toml(path)
     preset = table.pop("preset", None)
@@ -126,6 +126,6 @@ def build_request(settings: Settings, kind: type[R]) -> R:
         raise ConfigError(f"{place(layer.path, error.setting)}: {error.message}", error.way_out) from error
 
 
-def required(kind: type[PictureRequest]) -> list[str]:
+def required(kind: type[ImageRequest]) -> list[str]:
     """The fields of a request that have no default."""
     return [field.name for field in fields(kind) if field.default is MISSING]

@@ -10,7 +10,7 @@ from typing import Any
 
 import platformdirs
 
-from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
+from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
 from linfusion_cli.core.units import is_file, user_path
 from linfusion_cli.settings.fields import PARSERS
 
@@ -36,7 +36,7 @@ def preset_path(name: str) -> Path:
         )
     path = user_path(name)
     if not is_file(path):
-        raise InputMissing(f"The preset file {path} is missing.", "Check the path.")
+        raise InputNotFound(f"The preset file {path} is missing.", "Check the path.")
     return path
 
 

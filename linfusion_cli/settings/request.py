@@ -33,13 +33,13 @@ VAE_STATISTICS = ("auto", "exact", "sampled")
 VAE_LATENTS = ("mean", "sample")
 BITS = (8, 16)
 COMPRESSIONS = ("deflate", "zstd", "lzw", "jpeg", "none")
-LARGEST_SEED = 2**63 - 1
-MOST_PX = 1_000_000
+MAX_SEED = 2**63 - 1
+MAX_PX = 1_000_000
 CONTROL_PHASES = ("base", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureRequest:
+class ImageRequest:
     """Everything that decides how a picture is made; the same request gives the same picture.
 
     Sizes are pixels. `steps`, `guidance_scale` and `attention` have a value for each phase, the last for all that
@@ -140,7 +140,7 @@ class PictureRequest:
                 _check(bool(name.strip()), setting, name, "Name a file, a folder, or a hub id.")
 
     def _check_numbers(self) -> None:
-        _in_range("seed", self.seed, 0, LARGEST_SEED)
+        _in_range("seed", self.seed, 0, MAX_SEED)
         _in_range("clip_skip", 1 if self.clip_skip is None else self.clip_skip, 1, 100)
         _in_range("guidance_rescale", self.guidance_rescale, 0, 1)
         _in_range("dpi", self.dpi, 1, 100_000)
@@ -163,7 +163,7 @@ class PictureRequest:
         _check(rising, "guidance_interval", interval, "Give two noise levels, such as 0.28,5.42 or 0.28,inf.")
         corner = self.crop_top_left
         _check(
-            len(corner) == 2 and all(0 <= side <= MOST_PX for side in corner), "crop_top_left", corner, "Use TOP,LEFT."
+            len(corner) == 2 and all(0 <= side <= MAX_PX for side in corner), "crop_top_left", corner, "Use TOP,LEFT."
         )
 
     def _check_adapters(self) -> None:
@@ -211,12 +211,12 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateRequest(PictureRequest):
+class GenerateRequest(ImageRequest):
     """A picture from a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpscaleRequest(PictureRequest):
+class UpscaleRequest(ImageRequest):
     """A larger picture from one that there is: `image`, whose transparent parts show the colour `background`."""
 
     image: Path

@@ -18,7 +18,7 @@ class Rows(Protocol):
         """Rows [B, bottom - top, W, C] on the device."""
 
 
-class Exchange(Protocol):
+class Communicator(Protocol):
     """What a device asks of the others; no other code asks how many there are."""
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class Exchange(Protocol):
         """
 
 
-class Alone:
+class SingleDevice:
     """One device, which has the whole picture."""
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from linfusion_cli.core.geometry import equal_bands
+from linfusion_cli.core.geometry import split_evenly
 from linfusion_cli.strips.copies import DOWNLOADS, STAGED
 from linfusion_cli.strips.dilation import halo_rows, inner
-from linfusion_cli.strips.feature_map import Shaped
+from linfusion_cli.strips.feature_map import MapShape
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.pinned import AddressSpace
 
@@ -41,7 +41,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Beside:
+class ExtraBytes:
     """Bytes on the device beside an operation's own: of strips that it reads, that it has written, and that it adds."""
 
     reading: int = 0
@@ -49,11 +49,11 @@ class Beside:
     adding: int = 0
 
 
-NOTHING = Beside()
+NO_EXTRA_BYTES = ExtraBytes()
 
 
 @dataclass
-class Ledger:
+class MemoryLedger:
     """The bytes of maps that are alive, the most there ever were, and the most together with an operation's scratch.
 
     On the host the peak is that of pinned memory, with the holes between maps.
@@ -101,10 +101,10 @@ class Ledger:
         self.peak["device"] = max(self.peak["device"], self.live["device"] + cost.scratch_bytes)
 
 
-class Outline(Shaped):
+class MetaMap(MapShape):
     """A map that is only reckoned with: its shape, and its bytes in a ledger for as long as it lives."""
 
-    def __init__(self, ledger: Ledger, shape: tuple[int, int, int, int], itemsize: int, where: str):
+    def __init__(self, ledger: MemoryLedger, shape: tuple[int, int, int, int], itemsize: int, where: str):
         """`where` is "device" or "host", or "nowhere" for a map whose rows are computed when they are read."""
         self.shape, self.kept = shape, where == "nowhere"
         self._ledger, self._where, self._itemsize = ledger, where, itemsize
@@ -153,7 +153,7 @@ def convolution_cost(
     itemsize: int,
     dilation: int = 1,
     widest: int | None = None,
-    beside: Beside = NOTHING,
+    beside: ExtraBytes = NO_EXTRA_BYTES,
 ) -> Cost:
     """`ops.convolved` over a source of (B, H, W), changed on the way in and added to on the way out.
 
@@ -162,7 +162,7 @@ def convolution_cost(
     layer = inner(convolution)
     widest = layer.in_channels if widest is None else widest
     batch, height, width = source[0], *(-(-side // layer.stride[0]) for side in source[1:])
-    rows = tallest(size, height, width)
+    rows = max_strip_rows(size, height, width)
     pixels = batch * rows * layer.stride[0] * source[2]
     window = itemsize * (pixels + 2 * halo_rows(layer, dilation) * batch * source[2]) * layer.in_channels
     result = batch * rows * width * layer.out_channels
@@ -175,6 +175,6 @@ def convolution_cost(
     return Cost(flops, passes, scratch)
 
 
-def tallest(size: StripSize, height: int, width: int) -> int:
+def max_strip_rows(size: StripSize, height: int, width: int) -> int:
     """The rows of the tallest strip of a map."""
-    return max(bottom - top for top, bottom in equal_bands(height, size.rows_of(width)))
+    return max(bottom - top for top, bottom in split_evenly(height, size.rows_of(width)))

@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def rows_supplied(network: nn.Module, dilation: int = 1) -> Iterator[None]:
+def skip_row_padding(network: nn.Module, dilation: int = 1) -> Iterator[None]:
     """Within the context every convolution has this dilation and pads columns only: its caller supplies the rows.
 
     Convolutions inside LoRA layers are convolutions of the network too. On leaving, all are as they were.
@@ -19,7 +19,7 @@ def rows_supplied(network: nn.Module, dilation: int = 1) -> Iterator[None]:
 
 
 @contextmanager
-def dilated(network: nn.Module, dilation: int) -> Iterator[None]:
+def dilate(network: nn.Module, dilation: int) -> Iterator[None]:
     """Within the context every convolution has its dilation and padding times `dilation`; then all are as they were."""
     with _changed(network, dilation, pads_rows=True):
         yield

@@ -12,7 +12,7 @@ from linfusion_cli.strips.copies import Copies, Upload
 from linfusion_cli.strips.stats import Moments
 
 
-class Shaped:
+class MapShape:
     """What has the shape (B, H, W, C) of a map."""
 
     shape: tuple[int, int, int, int]
@@ -30,7 +30,7 @@ class Shaped:
         return self.shape[3]
 
 
-class Map(Shaped):
+class FeatureMap(MapShape):
     """A map [B, H, W, C] on the device. Rows are read and written in place; a read is a view, not a copy.
 
     `moments` are set by whoever has written the whole map. No operation may write over a map that is `kept`: a skip
@@ -50,9 +50,9 @@ class Map(Shaped):
         """The skip connection is about to be read for the last time."""
         self.kept = False
 
-    def flattened(self) -> Map:
+    def flattened(self) -> FeatureMap:
         """The same memory as a map of one pixel a row, [B, H · W, 1, C]."""
-        return Map(self.tensor.flatten(1, 2).unsqueeze(2))
+        return FeatureMap(self.tensor.flatten(1, 2).unsqueeze(2))
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Rows [B, bottom - top, W, C] on the device."""
@@ -74,25 +74,25 @@ class Map(Shaped):
 
 
 @dataclass
-class Written:
+class LastDownload:
     """The last download into a map; all views of its memory share it."""
 
     event: torch.cuda.Event | None = None
 
 
-class HostMap(Map):
+class HostFeatureMap(FeatureMap):
     """A map in host memory, pinned if the device is a CUDA card.
 
     Rows are read from top to bottom nearly always, so each read starts the upload of the rows that follow.
     """
 
-    def __init__(self, tensor: Tensor, copies: Copies, written: Written | None = None):
+    def __init__(self, tensor: Tensor, copies: Copies, written: LastDownload | None = None):
         super().__init__(tensor)
-        self._copies, self._written = copies, written or Written()
+        self._copies, self._written = copies, written or LastDownload()
         self._ahead: Upload | None = None
 
-    def flattened(self) -> Map:
-        return HostMap(self.tensor.flatten(1, 2).unsqueeze(2), self._copies, self._written)
+    def flattened(self) -> FeatureMap:
+        return HostFeatureMap(self.tensor.flatten(1, 2).unsqueeze(2), self._copies, self._written)
 
     def release(self) -> None:
         """As for any map; what it was copied from on the device, long ago, no longer waits for that."""

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from linfusion_cli.core.geometry import equal_bands
-from linfusion_cli.strips.communicator import Exchange
+from linfusion_cli.core.geometry import split_evenly
+from linfusion_cli.strips.communicator import Communicator
 from linfusion_cli.strips.dilation import halo_rows, inner
-from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.windows import Source, Windows
 
 GOOD_ROWS = 16  # below, convolutions take longer: maps go to the host first
 PIECE_MULTIPLE = 64  # tokens: matrix products of other numbers of rows are slower
-SMALLEST_TOKENS = 64  # fewer save nothing: a row of a picture of 512 px has as many
+MIN_TOKENS = 64  # fewer save nothing: a row of a picture of 512 px has as many
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class StripSize:
 
     @property
     def is_smallest(self) -> bool:
-        return self.rows == 1 and self.tokens <= SMALLEST_TOKENS
+        return self.rows == 1 and self.tokens <= MIN_TOKENS
 
     def halved(self) -> StripSize:
         """Half the rows and half the tokens, down to the smallest."""
-        return StripSize(max(1, self.rows // 2), max(SMALLEST_TOKENS, self.tokens // 2))
+        return StripSize(max(1, self.rows // 2), max(MIN_TOKENS, self.tokens // 2))
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Strips:
 
     size: StripSize
     storage: Storage
-    exchange: Exchange
+    exchange: Communicator
     dilation: int = 1
     compiled: bool = False
 
@@ -66,17 +66,17 @@ class Strips:
 
     def bands(self, height: int, width: int) -> list[tuple[int, int]]:
         """The strips [top, bottom) of a map."""
-        return list(equal_bands(height, self.size.rows_of(width)))
+        return list(split_evenly(height, self.size.rows_of(width)))
 
-    def pieces(self, tokens: Map) -> Iterator[tuple[int, int]]:
+    def pieces(self, tokens: FeatureMap) -> Iterator[tuple[int, int]]:
         """The pieces [start, stop) of a map of one pixel a row."""
-        return equal_bands(tokens.height, self.size.tokens, PIECE_MULTIPLE)
+        return split_evenly(tokens.height, self.size.tokens, PIECE_MULTIPLE)
 
     def halo(self, convolution: nn.Module) -> int:
         """How many rows beyond its own an output row of `convolution` looks at."""
         return halo_rows(inner(convolution), self.dilation)
 
-    def like(self, source: Map, channels: int) -> Map:
+    def like(self, source: FeatureMap, channels: int) -> FeatureMap:
         """A new map of the size of `source`."""
         return self.storage.new(*source.shape[:3], channels)
 
@@ -109,7 +109,7 @@ def as_rows(picture: Tensor) -> Tensor:
 class Writer:
     """Writes a map from top to bottom and gathers its moments on the way."""
 
-    def __init__(self, target: Map):
+    def __init__(self, target: FeatureMap):
         self._target = target
         self._moments: Moments | None = None
 
@@ -118,7 +118,7 @@ class Writer:
         seen = Moments.of(rows)
         self._moments = seen if self._moments is None else self._moments + seen
 
-    def close(self, exchange: Exchange) -> Map:
+    def close(self, exchange: Communicator) -> FeatureMap:
         """The map, which has been written whole, with its moments over all devices."""
         self._target.moments = self._moments.of_all(exchange)
         return self._target

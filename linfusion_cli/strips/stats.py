@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linfusion_cli.strips.communicator import Exchange
+from linfusion_cli.strips.communicator import Communicator
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Moments:
         mean = self.mean + delta * (other.count / count)
         return Moments(count, mean, self.m2 + other.m2 + delta.square() * (self.count * other.count / count))
 
-    def of_all(self, exchange: Exchange) -> Moments:
+    def of_all(self, exchange: Communicator) -> Moments:
         """The moments of the whole map, of which this device has seen its part."""
         count = int(exchange.sum(torch.tensor(self.count)))
         mean = exchange.sum(self.mean * (self.count / count))

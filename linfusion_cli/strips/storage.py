@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linfusion_cli.hardware.allocator import segments
 from linfusion_cli.strips.copies import Copies
-from linfusion_cli.strips.feature_map import HostMap, Map
+from linfusion_cli.strips.feature_map import HostFeatureMap, FeatureMap
 from linfusion_cli.strips.pinned import PinnedMemory, map_memory
 
 Place = Literal["device", "skips", "host"]
@@ -44,17 +44,17 @@ class Storage:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def new(self, batch: int, height: int, width: int, channels: int) -> Map:
+    def new(self, batch: int, height: int, width: int, channels: int) -> FeatureMap:
         """A map to be written by the next operation."""
         shape = (batch, height, width, channels)
         return self._on_host(shape) if self.place == "host" else self._on_device(shape)
 
-    def new_waiting(self, batch: int, height: int, width: int, channels: int) -> Map:
+    def new_waiting(self, batch: int, height: int, width: int, channels: int) -> FeatureMap:
         """A map to be written, and to wait where skip connections do."""
         shape = (batch, height, width, channels)
         return self._on_device(shape) if self.place == "device" else self._on_host(shape)
 
-    def keep(self, source: Map) -> Map:
+    def keep(self, source: FeatureMap) -> FeatureMap:
         """`source` as a skip connection: itself, or its copy on the host."""
         if source.kept:
             return source
@@ -67,17 +67,17 @@ class Storage:
         source.kept = True
         return source
 
-    def _on_device(self, shape: tuple[int, ...]) -> Map:
+    def _on_device(self, shape: tuple[int, ...]) -> FeatureMap:
         if self.device.type == "cpu":
-            return Map(mapped(shape, self.dtype))
+            return FeatureMap(mapped(shape, self.dtype))
         if math.prod(shape) * self.dtype.itemsize >= TRIM_BYTES and segments() == "native":
             self.trim()
-        return Map(torch.empty(shape, dtype=self.dtype, device=self.device))
+        return FeatureMap(torch.empty(shape, dtype=self.dtype, device=self.device))
 
-    def _on_host(self, shape: tuple[int, ...]) -> HostMap:
+    def _on_host(self, shape: tuple[int, ...]) -> HostFeatureMap:
         if self.device.type == "cpu":
-            return HostMap(mapped(shape, self.dtype), self.copies)
-        return HostMap(self.copies.pinned.empty(shape, self.dtype), self.copies)
+            return HostFeatureMap(mapped(shape, self.dtype), self.copies)
+        return HostFeatureMap(self.copies.pinned.empty(shape, self.dtype), self.copies)
 
 
 def mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

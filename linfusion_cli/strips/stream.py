@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linfusion_cli.core.geometry import bands
-from linfusion_cli.strips.dilation import inner, rows_supplied
-from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.core.geometry import split_rows
+from linfusion_cli.strips.dilation import inner, skip_row_padding
+from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.ops import as_picture, as_rows
 from linfusion_cli.strips.stats import Moments, group_affine
 
 ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]
 
 
-class Stage:
+class StreamStage:
     """One operation of a stream. `height` rows at most are pushed at a time, divided by `enlarges`.
 
     `before` is the normalisation of its input, if it has one; `keeps` is what a shortcut will need of its input. A
@@ -35,7 +35,7 @@ class Stage:
     shrinks = 1
     pointwise = True
     before: FrozenNorm | None = None
-    keeps: Kept | None = None
+    keeps: ResidualBuffer | None = None
 
     def begin(self, workspace: Workspace) -> None:
         """The next rows are a map's first: forget what was carried."""
@@ -49,8 +49,8 @@ class Stage:
         raise NotImplementedError
 
 
-def streamed(
-    stages: Sequence[Stage],
+def stream(
+    stages: Sequence[StreamStage],
     read: ReadRows,
     length: int,
     height: int,
@@ -61,11 +61,11 @@ def streamed(
     workspace = workspace or Workspace()
     for stage in stages:
         stage.begin(workspace)
-    for top, bottom in bands(length, step or height):
+    for top, bottom in split_rows(length, step or height):
         yield from _through(stages, read(top, bottom), bottom == length, height)
 
 
-def _through(stages: Sequence[Stage], rows: Tensor, last: bool, height: int) -> Iterator[Tensor]:
+def _through(stages: Sequence[StreamStage], rows: Tensor, last: bool, height: int) -> Iterator[Tensor]:
     """`rows` through all `stages`; what has become more than `height` rows, in parts."""
     for i, stage in enumerate(stages):
         parts = rows.split(max(1, height // stage.enlarges), dim=1)
@@ -109,12 +109,12 @@ class FrozenNorm:
         """Write rows [B, n, W, C] into `target`, normalised and activated; computed in the statistics' dtype."""
         scale, shift = self._affine
         if target.dtype == scale.dtype:
-            activated_(self._activation, torch.addcmul(shift, rows, scale, out=target))
+            activate_(self._activation, torch.addcmul(shift, rows, scale, out=target))
         else:
-            target.copy_(activated_(self._activation, torch.addcmul(shift, rows, scale)))
+            target.copy_(activate_(self._activation, torch.addcmul(shift, rows, scale)))
 
 
-def activated_(activation: nn.Module | None, x: Tensor) -> Tensor:
+def activate_(activation: nn.Module | None, x: Tensor) -> Tensor:
     """`x` after `activation`, in its own memory where that is known to be possible."""
     if isinstance(activation, nn.SiLU):
         return F.silu(x, inplace=True)
@@ -130,7 +130,7 @@ class Edges:
     right: int = 0
 
 
-class Convolution(Stage):
+class Convolution(StreamStage):
     """`layer` over rows that were normalised, or doubled in both directions, before; carries rows for the next."""
 
     pointwise = False
@@ -139,7 +139,7 @@ class Convolution(Stage):
         self,
         layer: nn.Module,
         before: FrozenNorm | None = None,
-        keeps: Kept | None = None,
+        keeps: ResidualBuffer | None = None,
         doubled: bool = False,
         edges: Edges | None = None,
     ):
@@ -165,7 +165,7 @@ class Convolution(Stage):
         self._carry(window[:, count * self.shrinks :])
         if not count:
             return window[:, :0]
-        with rows_supplied(self.layer):
+        with skip_row_padding(self.layer):
             return as_rows(self.layer(as_picture(window)))
 
     def _carry(self, rows: Tensor) -> None:
@@ -197,14 +197,14 @@ class Convolution(Stage):
             squares.copy_(rows[:, :, None, :, None])
 
 
-class Kept:
+class ResidualBuffer:
     """Rows that a shortcut leads past some stages: put in where it leaves the stream, taken where it comes back.
 
     Where the map is there as a whole, it is read instead (`source`).
     """
 
     def __init__(self) -> None:
-        self.source: Map | None = None
+        self.source: FeatureMap | None = None
 
     def begin(self) -> None:
         self._parts: deque[Tensor] = deque()
@@ -236,10 +236,10 @@ class Kept:
         return self._left.copy_(rows)
 
 
-class Add(Stage):
+class Add(StreamStage):
     """Adds what was kept, through `layer` (of one pixel) if there is one, and divides by `divisor`."""
 
-    def __init__(self, kept: Kept, layer: nn.Module | None = None, divisor: float = 1.0):
+    def __init__(self, kept: ResidualBuffer, layer: nn.Module | None = None, divisor: float = 1.0):
         self.kept, self.layer, self._divisor = kept, layer, divisor
 
     def begin(self, workspace: Workspace) -> None:
@@ -254,7 +254,7 @@ class Add(Stage):
         return rows if self._divisor == 1 else rows.div_(self._divisor)
 
 
-class Pointwise(Stage):
+class Pointwise(StreamStage):
     """Any function of single pixels."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
@@ -264,7 +264,7 @@ class Pointwise(Stage):
         return self._function(rows)
 
 
-def reach(stages: Sequence[Stage]) -> int:
+def reach(stages: Sequence[StreamStage]) -> int:
     """How many rows beyond its own a row that goes into `stages` touches of what comes out, counted in its own map."""
     rows = 0
     for stage in reversed(stages):

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from linfusion_cli.strips.communicator import Exchange
-from linfusion_cli.strips.feature_map import HostMap, Map
+from linfusion_cli.strips.communicator import Communicator
+from linfusion_cli.strips.feature_map import HostFeatureMap, FeatureMap
 from linfusion_cli.strips.stats import Moments, group_affine
 
 OnRead = Callable[[int, list[Tensor]], None]  # (top, rows of each part) once they have been read and are still whole
@@ -21,7 +21,7 @@ class Source:
     `halo` is how many rows of a neighbour's part a window may reach into.
     """
 
-    def __init__(self, parts: Sequence[Map], exchange: Exchange, halo: int):
+    def __init__(self, parts: Sequence[FeatureMap], exchange: Communicator, halo: int):
         self.parts = parts
         self.height, self.width = parts[0].height, parts[0].width
         self.channels = sum(part.channels for part in parts)
@@ -63,8 +63,8 @@ class Normed(Source):
 
     def __init__(
         self,
-        parts: Sequence[Map],
-        exchange: Exchange,
+        parts: Sequence[FeatureMap],
+        exchange: Communicator,
         halo: int,
         norm: nn.GroupNorm,
         activation: nn.Module | None,
@@ -95,7 +95,7 @@ class Enlarged(Source):
     The enlarged map is never whole: a window of it is made from the few rows it repeats.
     """
 
-    def __init__(self, small: Map, exchange: Exchange, halo: int, height: int, width: int, device: torch.device):
+    def __init__(self, small: FeatureMap, exchange: Communicator, halo: int, height: int, width: int, device: torch.device):
         super().__init__([small], exchange, halo)
         self._small = small.height
         self.height, self.width = height, width
@@ -114,7 +114,7 @@ class Enlarged(Source):
 
     def _small_rows(self, first: int, end: int) -> Tensor:
         """Rows [first, end) of the small map; on the host each is read once, as it travels."""
-        if not isinstance(self.parts[0], HostMap):
+        if not isinstance(self.parts[0], HostFeatureMap):
             return self.parts[0].read(first, end)
         held = self._last[1] if self._last and self._last[0] == first else None
         start = first if held is None else first + 1

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor, nn
 
-from linfusion_cli.strips.communicator import Alone
-from linfusion_cli.strips.dilation import dilated, inner
-from linfusion_cli.strips.feature_map import HostMap, Map
+from linfusion_cli.strips.communicator import SingleDevice
+from linfusion_cli.strips.dilation import dilate, inner
+from linfusion_cli.strips.feature_map import HostFeatureMap, FeatureMap
 from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.strips.stream import Convolution, Pointwise, Stage, streamed
-from linfusion_cli.unet.forward import Condition, Encoder, Heard, Residuals, embedded
+from linfusion_cli.strips.stream import Convolution, Pointwise, StreamStage, stream
+from linfusion_cli.unet.forward import UNetInputs, EncoderOperations, LayerConditioning, Residuals, compute_embedding
 from linfusion_cli.unet.resample import Computed, computed_conv_in, fill
 from linfusion_cli.unet.walk import encoded
 
@@ -43,13 +43,13 @@ class Control:
 
 
 @dataclass(frozen=True)
-class WholeControl(Control):
+class WholeControlNet(Control):
     """As `Control`, run in one piece with its own attention, after `picture` [1, 3, H, W]."""
 
     picture: Tensor
 
     def residuals(
-        self, latents: Tensor, timestep: Tensor, condition: Condition, dilation: int
+        self, latents: Tensor, timestep: Tensor, condition: UNetInputs, dilation: int
     ) -> tuple[list[Tensor], Tensor]:
         """What it adds to the skip connections, and to the middle."""
         picture, batch = self.picture.expand(len(latents), -1, -1, -1), len(latents)
@@ -58,20 +58,20 @@ class WholeControl(Control):
             more = {"controlnet_cond": [picture], "control_type_idx": [self.kind]}
             more |= {"control_type": self.types(batch, latents)}
         more |= {"conditioning_scale": self.scale, "added_cond_kwargs": condition.added, "return_dict": False}
-        with dilated(encoder_of(self.net), dilation):
+        with dilate(encoder_of(self.net), dilation):
             return self.net(latents, timestep, condition.text, **more)
 
 
 class EmbeddedPicture:
     """The embedding [1, h, w, C] of a control picture, over which nobody writes; all forwards of a phase share it."""
 
-    def __init__(self, embedding: Map):
+    def __init__(self, embedding: FeatureMap):
         self._map = embedding
         embedding.kept = True
 
-    def wherever(self, storage: Storage) -> Map:
+    def wherever(self, storage: Storage) -> FeatureMap:
         """The map. Where it was on the device, and maps now wait on the host since memory ran out, it moves there."""
-        if storage.place != "device" and not isinstance(self._map, HostMap):
+        if storage.place != "device" and not isinstance(self._map, HostFeatureMap):
             moved, old = storage.new_waiting(*self._map.shape), self._map
             moved.write(0, old.read(0, old.height))
             moved.moments, moved.kept = old.moments, True
@@ -80,7 +80,7 @@ class EmbeddedPicture:
 
 
 @dataclass(frozen=True)
-class StripControl(Control):
+class StripControlNet(Control):
     """As `Control`, its attention linear, run in strips after its picture."""
 
     picture: EmbeddedPicture
@@ -90,13 +90,13 @@ class StripControl(Control):
         return encoder_of(self.net)
 
     def residuals(
-        self, run: Strips, latents: Tensor, timestep: Tensor, condition: Condition, before: Residuals | None
+        self, run: Strips, latents: Tensor, timestep: Tensor, condition: UNetInputs, before: Residuals | None
     ) -> Residuals:
         """See `forward.Control`."""
-        embedding = embedded(self.net, latents, timestep, condition)
+        embedding = compute_embedding(self.net, latents, timestep, condition)
         if self.kind is not None:
             embedding = embedding + self._told(len(latents), latents)
-        operations = ControlEncoder(self, run, latents, Heard(embedding, condition.text), before)
+        operations = ControlEncoder(self, run, latents, LayerConditioning(embedding, condition.text), before)
         kept, middle = encoded(self.net, operations)
         return Residuals([*kept, middle])
 
@@ -106,15 +106,15 @@ class StripControl(Control):
         return self.net.control_add_embedding(told.flatten(1).to(like.dtype))
 
 
-class ControlEncoder(Encoder):
+class ControlEncoder(EncoderOperations):
     """The Encoding of one forward of a ControlNet: what it keeps is what it adds to the UNet's maps."""
 
-    def __init__(self, control: StripControl, run: Strips, latents: Tensor, heard: Heard, before: Residuals | None):
+    def __init__(self, control: StripControlNet, run: Strips, latents: Tensor, heard: LayerConditioning, before: Residuals | None):
         super().__init__(control.net, run, latents, heard)
         self._control, self._before = control, before
         self._projections = iter(control.net.controlnet_down_blocks)
 
-    def conv_in(self) -> Map:
+    def conv_in(self) -> FeatureMap:
         """The latents' first map and the picture's embedding, never stored."""
         net, hint = self._network, self._control.picture.wherever(self._run.storage)
         first = computed_conv_in(self._run, net.conv_in, self._latents)
@@ -125,13 +125,13 @@ class ControlEncoder(Encoder):
 
         return Computed(first.shape, rows).measured(self._run)
 
-    def keep(self, x: Map) -> Map:
+    def keep(self, x: FeatureMap) -> FeatureMap:
         return self._residual(next(self._projections), x)
 
-    def keep_middle(self, x: Map) -> Map:
+    def keep_middle(self, x: FeatureMap) -> FeatureMap:
         return self._residual(self._network.controlnet_mid_block, x)
 
-    def _residual(self, projection: nn.Module, x: Map) -> Map:
+    def _residual(self, projection: nn.Module, x: FeatureMap) -> FeatureMap:
         before = self._before.popleft() if self._before else None
 
         def rows(top: int, bottom: int) -> Tensor:
@@ -145,7 +145,7 @@ class ControlEncoder(Encoder):
         return target
 
 
-def union_shift(control: Control, hint: Map, first: Map) -> Tensor:
+def union_shift(control: Control, hint: FeatureMap, first: FeatureMap) -> Tensor:
     """What a union model adds to every pixel [B, 1, 1, C], after the means of its picture's map and of the `first`."""
     net = control.net
     picture, latents = (of.moments.mean.to(net.task_embedding.dtype) for of in (hint, first))
@@ -162,7 +162,7 @@ def encoder_of(net: ControlNet) -> nn.ModuleList:
 
 
 @torch.inference_mode()
-def embedded_picture(net: ControlNet, read: ReadRows, height: int, width: int, storage: Storage) -> EmbeddedPicture:
+def embed_control_image(net: ControlNet, read: ReadRows, height: int, width: int, storage: Storage) -> EmbeddedPicture:
     """The picture of `height` x `width` that `read` reads as a ControlNet sees it, in `storage`.
 
     It is streamed: the convolutions see few rows of the picture at a time. Neither a dilation nor strips change it.
@@ -172,13 +172,13 @@ def embedded_picture(net: ControlNet, read: ReadRows, height: int, width: int, s
     channels = inner(net.controlnet_cond_embedding.conv_out).out_channels
     embedding = storage.new_waiting(1, height // shrinks, width // shrinks, channels)
     result = Writer(embedding)
-    for rows in streamed(stages, ordered(net, read), height, PICTURE_ROWS):
+    for rows in stream(stages, ordered(net, read), height, PICTURE_ROWS):
         result.write(top, rows)
         top += rows.shape[1]
-    return EmbeddedPicture(result.close(Alone()))
+    return EmbeddedPicture(result.close(SingleDevice()))
 
 
-def embedding_stages(net: ControlNet) -> list[Stage]:
+def embedding_stages(net: ControlNet) -> list[StreamStage]:
     """What a picture goes through on its way to the size of the latents."""
     layers = net.controlnet_cond_embedding
     activated = ([Convolution(layer), Pointwise(F.silu)] for layer in (layers.conv_in, *layers.blocks))

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from linfusion_cli.strips.copies import STAGED
-from linfusion_cli.strips.cost import WIDE_BYTES, Beside, Cost, Ledger, Outline, convolution_cost, tallest
+from linfusion_cli.strips.cost import WIDE_BYTES, ExtraBytes, Cost, MemoryLedger, MetaMap, convolution_cost, max_strip_rows
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
@@ -43,12 +43,12 @@ class Setting:
     dilation: int = 1
 
 
-def reckon(unet: UNet2DConditionModel, setting: Setting, controls: Sequence[ControlNet] = ()) -> Ledger:
+def estimate_unet(unet: UNet2DConditionModel, setting: Setting, controls: Sequence[ControlNet] = ()) -> MemoryLedger:
     """The cost of one forward of `unet` under `controls`, beyond their weights: parameters may be on the meta device.
 
     With the embeddings of the control pictures, and the memory to make them, but not the work: see `embedding_cost`.
     """
-    ledger, residuals = Ledger(), None
+    ledger, residuals = MemoryLedger(), None
     reckonings = [ControlReckoning(net, setting, ledger) for net in controls]
     for reckoning in reckonings:
         reckoning.before = residuals
@@ -63,16 +63,16 @@ def reckon(unet: UNet2DConditionModel, setting: Setting, controls: Sequence[Cont
 class EncoderReckoning:
     """The Encoding of a forward, on outlines of maps; what is kept is for those to say who know what for."""
 
-    def __init__(self, network: nn.Module, setting: Setting, ledger: Ledger):
+    def __init__(self, network: nn.Module, setting: Setting, ledger: MemoryLedger):
         self.network, self.ledger, self._setting = network, ledger, setting
 
-    def conv_in(self) -> Outline:
+    def conv_in(self) -> MetaMap:
         setting = self._setting
         shape = (setting.batch, setting.height, setting.width)
         self._convolve(self.network.conv_in, shape, times=4)
         return self._computed((*shape, inner(self.network.conv_in).out_channels))
 
-    def resnet(self, block, parts: Sequence[Outline]) -> Outline:
+    def resnet(self, block, parts: Sequence[MetaMap]) -> MetaMap:
         shape, setting = parts[0].shape[:3], self._setting
         over = reusable(parts, block.out_channels)
         target = over[0] if over else self._new(*shape, block.out_channels)
@@ -85,7 +85,7 @@ class EncoderReckoning:
             over[1].travel(2)
         return target
 
-    def transformer(self, transformer, x: Outline) -> Outline:
+    def transformer(self, transformer, x: MetaMap) -> MetaMap:
         setting = self._setting
         tokens = self._new(*x.shape[:3], transformer.inner_dim)
         cost = transformer_cost(setting.size, transformer, x, tokens, setting.text_tokens, setting.itemsize)
@@ -94,28 +94,28 @@ class EncoderReckoning:
         x.travel(3)
         return x
 
-    def downsample(self, downsampler, x: Outline) -> Outline:
+    def downsample(self, downsampler, x: MetaMap) -> MetaMap:
         batch, height, width, channels = x.shape
         smaller = self._new(batch, -(-height // 2), -(-width // 2), channels)
-        rows = tallest(self._setting.size, smaller.height, smaller.width)
-        beside = Beside(x.reading(2 * rows), smaller.writing(rows))
+        rows = max_strip_rows(self._setting.size, smaller.height, smaller.width)
+        beside = ExtraBytes(x.reading(2 * rows), smaller.writing(rows))
         self._convolve(downsampler.conv, x.shape[:3], widest=0, beside=beside)
         x.travel()
         smaller.travel()
         return smaller
 
-    def _new(self, *shape: int) -> Outline:
+    def _new(self, *shape: int) -> MetaMap:
         return self._outline(shape, "host" if self._setting.place == "host" else "device")
 
-    def _waiting(self, *shape: int) -> Outline:
+    def _waiting(self, *shape: int) -> MetaMap:
         """A map that waits where skip connections do."""
         return self._outline(shape, "device" if self._setting.place == "device" else "host")
 
-    def _computed(self, shape: tuple[int, ...]) -> Outline:
+    def _computed(self, shape: tuple[int, ...]) -> MetaMap:
         return self._outline(shape, "nowhere")
 
-    def _outline(self, shape: tuple[int, ...], where: str) -> Outline:
-        return Outline(self.ledger, shape, self._setting.itemsize, where)
+    def _outline(self, shape: tuple[int, ...], where: str) -> MetaMap:
+        return MetaMap(self.ledger, shape, self._setting.itemsize, where)
 
     def _convolve(self, convolution, shape: tuple[int, int, int], times: int = 1, **how: Any) -> None:
         setting = self._setting
@@ -127,9 +127,9 @@ class EncoderReckoning:
 class ControlReckoning(EncoderReckoning):
     """The Encoding of a ControlNet's forward; `before` is what others add to the UNet's maps already."""
 
-    before: deque[Outline] | None = None
+    before: deque[MetaMap] | None = None
 
-    def __init__(self, net: ControlNet, setting: Setting, ledger: Ledger):
+    def __init__(self, net: ControlNet, setting: Setting, ledger: MemoryLedger):
         super().__init__(net, setting, ledger)
         self._projections = iter(net.controlnet_down_blocks)
         self.embedding = self._waiting(1, setting.height, setting.width, inner(net.conv_in).out_channels)
@@ -139,17 +139,17 @@ class ControlReckoning(EncoderReckoning):
             ledger.stage(PICTURE_ROWS * setting.width * scale * COLOURS * setting.itemsize)
         ledger.spend(replace(making, flops=0, passes=0))
 
-    def conv_in(self) -> Outline:
+    def conv_in(self) -> MetaMap:
         self.embedding.travel(SUMMED)
         return super().conv_in()
 
-    def keep(self, x: Outline) -> Outline:
+    def keep(self, x: MetaMap) -> MetaMap:
         return self._residual(next(self._projections), x)
 
-    def keep_middle(self, x: Outline) -> Outline:
+    def keep_middle(self, x: MetaMap) -> MetaMap:
         return self._residual(self.network.controlnet_mid_block, x)
 
-    def _residual(self, projection: nn.Module, x: Outline) -> Outline:
+    def _residual(self, projection: nn.Module, x: MetaMap) -> MetaMap:
         before = self.before.popleft() if self.before else None
         if x.is_computed:  # whenever the UNet's first skip connection is read
             self.embedding.travel(SUMMED)
@@ -166,12 +166,12 @@ class ControlReckoning(EncoderReckoning):
 class Reckoning(EncoderReckoning):
     """The Operations of a UNet's forward, to whose maps `residuals` are added."""
 
-    def __init__(self, unet: UNet2DConditionModel, setting: Setting, ledger: Ledger, residuals: deque[Outline] | None):
+    def __init__(self, unet: UNet2DConditionModel, setting: Setting, ledger: MemoryLedger, residuals: deque[MetaMap] | None):
         super().__init__(unet, setting, ledger)
         self._residuals = residuals
-        self._copied: Outline | None = None
+        self._copied: MetaMap | None = None
 
-    def keep(self, x: Outline) -> Outline:
+    def keep(self, x: MetaMap) -> MetaMap:
         if self._residuals is not None:
             return self._added(x, self._residuals.popleft())
         if not x.kept and self._setting.place == "skips":
@@ -183,31 +183,31 @@ class Reckoning(EncoderReckoning):
         x.kept = True
         return x
 
-    def keep_middle(self, x: Outline) -> Outline:
+    def keep_middle(self, x: MetaMap) -> MetaMap:
         return x if self._residuals is None else self._added(x, self._residuals.popleft())
 
-    def upsample(self, upsampler, x: Outline, like: Outline, parts: int) -> list[Outline]:
+    def upsample(self, upsampler, x: MetaMap, like: MetaMap, parts: int) -> list[MetaMap]:
         shape = (x.shape[0], like.height, like.width)
         larger = [self._new(*shape, upsampler.out_channels // parts) for _ in range(parts)]
-        rows = tallest(self._setting.size, like.height, like.width)
+        rows = max_strip_rows(self._setting.size, like.height, like.width)
         repeated = math.prod(shape[::2]) * rows * x.channels * self._setting.itemsize * 3 // 2
-        beside = Beside(x.reading(rows // 2 + 1) + repeated, sum(each.writing(rows) for each in larger))
+        beside = ExtraBytes(x.reading(rows // 2 + 1) + repeated, sum(each.writing(rows) for each in larger))
         self._convolve(upsampler.conv, shape, widest=0, beside=beside)
         for outline in (x, *larger):
             outline.travel()
         return larger
 
-    def take(self, skip: Outline) -> Outline:
+    def take(self, skip: MetaMap) -> MetaMap:
         self._copied = None
         skip.release()
         return skip
 
-    def conv_out(self, x: Outline) -> None:
-        rows = tallest(self._setting.size, x.height, x.width)
-        self._convolve(self.network.conv_out, x.shape[:3], beside=Beside(x.reading(rows)))
+    def conv_out(self, x: MetaMap) -> None:
+        rows = max_strip_rows(self._setting.size, x.height, x.width)
+        self._convolve(self.network.conv_out, x.shape[:3], beside=ExtraBytes(x.reading(rows)))
         x.travel()
 
-    def _added(self, x: Outline, residual: Outline) -> Outline:
+    def _added(self, x: MetaMap, residual: MetaMap) -> MetaMap:
         numbers = math.prod(x.shape)
         strip = numbers * min(x.height, self._setting.size.rows_of(x.width)) // x.height
         if x.is_computed:
@@ -247,7 +247,7 @@ def whole_bytes(nets: Sequence[ControlNet], setting: Setting) -> int:
     """
     largest = 0
     for net in nets:
-        kept, middle = encoded(net, ControlReckoning(net, setting, Ledger()))
+        kept, middle = encoded(net, ControlReckoning(net, setting, MemoryLedger()))
         found = sum(math.prod(outline.shape) for outline in (*kept, middle))
         area = setting.batch * setting.height * setting.width * picture_scale(net) ** 2
         largest = max(largest, 2 * found, 2 * inner(net.controlnet_cond_embedding.conv_in).out_channels * area)

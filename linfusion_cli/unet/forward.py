@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from linfusion_cli.strips.dilation import rows_supplied
-from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.strips.dilation import skip_row_padding
+from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.unet import resample
 from linfusion_cli.unet.resnet import run_resnet
@@ -20,16 +20,16 @@ from linfusion_cli.unet.transformer import run_transformer
 from linfusion_cli.unet.walk import walk
 
 Added = Mapping[str, Tensor | list[Tensor]]
-Residuals = deque[Map]  # of the skip connections, in the order they are made, then of the middle
+Residuals = deque[FeatureMap]  # of the skip connections, in the order they are made, then of the middle
 
 
-class Control(Protocol):
+class ControlNetBranch(Protocol):
     """What a ControlNet is to a forward; its `encoder` has the layers that see the latents."""
 
     encoder: nn.Module
 
     def residuals(
-        self, run: Strips, latents: Tensor, timestep: Tensor, condition: Condition, before: Residuals | None
+        self, run: Strips, latents: Tensor, timestep: Tensor, condition: UNetInputs, before: Residuals | None
     ) -> Residuals:
         """What it adds to each skip connection, in the order they are made, and to the middle.
 
@@ -38,7 +38,7 @@ class Control(Protocol):
 
 
 @dataclass(frozen=True)
-class Condition:
+class UNetInputs:
     """What a UNet hears beside latents and timestep: `text` [B, T, C], `added`, and what few models have.
 
     `added` are SDXL's text_embeds and time_ids, and a list of IP-Adapters' image_embeds, [B, 1, D] or [B, 1, L, D].
@@ -48,15 +48,15 @@ class Condition:
     text: Tensor
     added: Added | None = None
     timestep_cond: Tensor | None = None
-    controls: Sequence[Control] = ()
+    controls: Sequence[ControlNetBranch] = ()
 
-    def split(self, batch: int) -> Iterator[Condition]:
+    def split(self, batch: int) -> Iterator[UNetInputs]:
         """The condition of each of `batch` latents alone."""
         for i in range(batch):
             one = slice(i, i + 1)
             added = None if self.added is None else {name: rows_of(value, one) for name, value in self.added.items()}
             times = None if self.timestep_cond is None else self.timestep_cond[one]
-            yield Condition(self.text[one], added, times, self.controls)
+            yield UNetInputs(self.text[one], added, times, self.controls)
 
 
 def rows_of(value: Tensor | list[Tensor], rows: slice) -> Tensor | list[Tensor]:
@@ -66,23 +66,23 @@ def rows_of(value: Tensor | list[Tensor], rows: slice) -> Tensor | list[Tensor]:
 
 @torch.inference_mode()
 def strip_forward(
-    unet: UNet2DConditionModel, run: Strips, latents: Tensor, timestep: Tensor, condition: Condition
+    unet: UNet2DConditionModel, run: Strips, latents: Tensor, timestep: Tensor, condition: UNetInputs
 ) -> Tensor:
     """Latents [B, C, h, w] -> the UNet's prediction [B, C, h, w]; `unet` must pass `check_supported`."""
     networks = nn.ModuleList([unet, *(control.encoder for control in condition.controls)])  # each once
     residuals = None
-    with rows_supplied(networks, run.dilation):
+    with skip_row_padding(networks, run.dilation):
         for control in condition.controls:
             residuals = control.residuals(run, latents, timestep, condition, residuals)
-        embedding = embedded(unet, latents, timestep, condition, condition.timestep_cond)
-        heard = Heard(embedding, condition.text, picture_tokens(unet, condition))
-        operations = Forward(unet, run, latents, heard, residuals)
+        embedding = compute_embedding(unet, latents, timestep, condition, condition.timestep_cond)
+        heard = LayerConditioning(embedding, condition.text, project_image_embeds(unet, condition))
+        operations = UNetOperations(unet, run, latents, heard, residuals)
         walk(unet, operations)
     return operations.prediction
 
 
-def embedded(
-    network: nn.Module, latents: Tensor, timestep: Tensor, condition: Condition, timestep_cond: Tensor | None = None
+def compute_embedding(
+    network: nn.Module, latents: Tensor, timestep: Tensor, condition: UNetInputs, timestep_cond: Tensor | None = None
 ) -> Tensor:
     """The embedding [B, E] that every ResNet block hears: of the timestep and, for SDXL, of pooled text and sizes.
 
@@ -97,7 +97,7 @@ def embedded(
     return embedding if activation is None else activation(embedding)
 
 
-def picture_tokens(unet: UNet2DConditionModel, condition: Condition) -> list[Tensor]:
+def project_image_embeds(unet: UNet2DConditionModel, condition: UNetInputs) -> list[Tensor]:
     """What the UNet's IP-Adapters make of their pictures: [B, T, C] for each."""
     if unet.encoder_hid_proj is None:
         return []
@@ -105,7 +105,7 @@ def picture_tokens(unet: UNet2DConditionModel, condition: Condition) -> list[Ten
 
 
 @dataclass(frozen=True)
-class Heard:
+class LayerConditioning:
     """What the layers of one forward hear: the `embedding` [B, E], the `text` [B, T, C], and `pictures`, [B, T, C]."""
 
     embedding: Tensor
@@ -113,50 +113,50 @@ class Heard:
     pictures: Sequence[Tensor] = ()
 
 
-class Encoder:
+class EncoderOperations:
     """The Encoding of one forward; what it keeps is for those to say who know what for."""
 
-    def __init__(self, network: nn.Module, run: Strips, latents: Tensor, heard: Heard):
+    def __init__(self, network: nn.Module, run: Strips, latents: Tensor, heard: LayerConditioning):
         self._network, self._run, self._latents, self._heard = network, run, latents, heard
 
-    def conv_in(self) -> Map:
+    def conv_in(self) -> FeatureMap:
         return resample.run_conv_in(self._run, self._network.conv_in, self._latents)
 
-    def resnet(self, block, parts: Sequence[Map]) -> Map:
+    def resnet(self, block, parts: Sequence[FeatureMap]) -> FeatureMap:
         return run_resnet(self._run, block, parts, self._heard.embedding)
 
-    def transformer(self, transformer, x: Map) -> Map:
+    def transformer(self, transformer, x: FeatureMap) -> FeatureMap:
         return run_transformer(self._run, transformer, x, self._heard.text, self._heard.pictures)
 
-    def downsample(self, downsampler, x: Map) -> Map:
+    def downsample(self, downsampler, x: FeatureMap) -> FeatureMap:
         return resample.run_downsample(self._run, downsampler, x)
 
 
-class Forward(Encoder):
+class UNetOperations(EncoderOperations):
     """The Operations of one forward of a UNet, to whose maps `residuals` are added."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, run: Strips, latents: Tensor, heard: Heard, residuals: Residuals | None
+        self, unet: UNet2DConditionModel, run: Strips, latents: Tensor, heard: LayerConditioning, residuals: Residuals | None
     ):
         super().__init__(unet, run, latents, heard)
         self._residuals = residuals
         self.prediction: Tensor | None = None
 
-    def keep(self, x: Map) -> Map:
+    def keep(self, x: FeatureMap) -> FeatureMap:
         if self._residuals is None:
             return self._run.storage.keep(x)
         return resample.add_residual(self._run, x, self._residuals.popleft())
 
-    def keep_middle(self, x: Map) -> Map:
+    def keep_middle(self, x: FeatureMap) -> FeatureMap:
         return x if self._residuals is None else resample.add_residual(self._run, x, self._residuals.popleft())
 
-    def upsample(self, upsampler, x: Map, like: Map, parts: int) -> list[Map]:
+    def upsample(self, upsampler, x: FeatureMap, like: FeatureMap, parts: int) -> list[FeatureMap]:
         return resample.run_upsample(self._run, upsampler, x, like.height, like.width, parts)
 
-    def take(self, skip: Map) -> Map:
+    def take(self, skip: FeatureMap) -> FeatureMap:
         skip.release()
         return skip
 
-    def conv_out(self, x: Map) -> None:
+    def conv_out(self, x: FeatureMap) -> None:
         unet = self._network
         self.prediction = resample.run_conv_out(self._run, unet.conv_norm_out, unet.conv_act, unet.conv_out, x)

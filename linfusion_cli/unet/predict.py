@@ -11,27 +11,27 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from linfusion_cli.hardware.device import free_memory, is_out_of_memory
-from linfusion_cli.strips.dilation import dilated
+from linfusion_cli.strips.dilation import dilate
 from linfusion_cli.strips.ops import Strips
 from linfusion_cli.unet.check import check_control, check_supported
-from linfusion_cli.unet.controlnet import StripControl, WholeControl
-from linfusion_cli.unet.forward import Added, Condition, strip_forward
+from linfusion_cli.unet.controlnet import StripControlNet, WholeControlNet
+from linfusion_cli.unet.forward import Added, UNetInputs, strip_forward
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timestep []) -> prediction [B, C, h, w]
 
 
-class Whole:
+class WholeUNet:
     """Runs a UNet in one piece under `controls`, all convolutions that see the latents dilated by `dilation`."""
 
-    def __init__(self, unet: UNet2DConditionModel, dilation: int = 1, controls: Sequence[WholeControl] = ()):
+    def __init__(self, unet: UNet2DConditionModel, dilation: int = 1, controls: Sequence[WholeControlNet] = ()):
         self._unet, self._dilation, self._controls = unet, dilation, controls
 
     def predictor(self, text: Tensor, added: Added | None) -> Predict:
         """The UNet under `text` [B, T, C] and `added`: SDXL's `text_embeds` [B, C] and `time_ids` [B, 6], and
         IP-Adapters' `image_embeds`, a list of [B, 1, D] or [B, 1, L, D]."""
-        return _predictor(self._unet, Condition(text, added), self._forward)
+        return _predictor(self._unet, UNetInputs(text, added), self._forward)
 
-    def _forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def _forward(self, latents: Tensor, timestep: Tensor, condition: UNetInputs) -> Tensor:
         more = {"added_cond_kwargs": condition.added, "return_dict": False}
         skips: list[Tensor] = []
         for control in self._controls:
@@ -39,11 +39,11 @@ class Whole:
             skips = [sum(both) for both in zip(skips, found, strict=True)] if skips else found
             more["down_block_additional_residuals"] = skips
             more["mid_block_additional_residual"] = more.get("mid_block_additional_residual", 0) + middle
-        with dilated(self._unet, self._dilation):
+        with dilate(self._unet, self._dilation):
             return self._unet(latents, timestep, condition.text, **more)[0]
 
 
-class InStrips:
+class StripUNet:
     """Runs a UNet with linear attention under `controls` in strips.
 
     Where memory runs out, both halves of guidance run one after the other from then on, not in one batch, and then
@@ -56,7 +56,7 @@ class InStrips:
         unet: UNet2DConditionModel,
         run: Strips,
         on_smaller: Callable[[Strips, bool], None],
-        controls: Sequence[StripControl] = (),
+        controls: Sequence[StripControlNet] = (),
     ):
         check_supported(unet)
         for control in controls:
@@ -66,9 +66,9 @@ class InStrips:
 
     def predictor(self, text: Tensor, added: Added | None) -> Predict:
         """As `Whole.predictor`."""
-        return _predictor(self._unet, Condition(text, added, controls=self._controls), self._forward)
+        return _predictor(self._unet, UNetInputs(text, added, controls=self._controls), self._forward)
 
-    def _forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def _forward(self, latents: Tensor, timestep: Tensor, condition: UNetInputs) -> Tensor:
         """A forward is repeated when it runs out of memory: it changes nothing but what it returns."""
         while self._together or len(latents) == 1:
             try:
@@ -90,7 +90,7 @@ class InStrips:
 
 
 def _predictor(
-    unet: UNet2DConditionModel, condition: Condition, forward: Callable[[Tensor, Tensor, Condition], Tensor]
+    unet: UNet2DConditionModel, condition: UNetInputs, forward: Callable[[Tensor, Tensor, UNetInputs], Tensor]
 ) -> Predict:
     """`forward` under `condition`, which moves to the UNet once; latents come and go in their own dtype."""
     where = {"device": unet.device, "dtype": unet.dtype}

@@ -12,7 +12,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from linfusion_cli.strips.dilation import inner
-from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows, convolved
 from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.windows import Enlarged, Normed, Source
@@ -20,7 +20,7 @@ from linfusion_cli.strips.windows import Enlarged, Normed, Source
 ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]
 
 
-class Computed(Map):
+class Computed(FeatureMap):
     """A map whose `rows` are computed whenever they are read, and never stored.
 
     For SDXL's first convolution, 4 channels to 320, that is a ten-thousandth of a forward's work, four times, and the
@@ -57,7 +57,7 @@ def run_conv_in(run: Strips, convolution: nn.Module, latents: Tensor) -> Compute
 def computed_conv_in(run: Strips, convolution: nn.Module, latents: Tensor) -> Computed:
     """As `run_conv_in`, without moments."""
     halo, source = run.halo(convolution), as_rows(latents)
-    rows = Source([Map(source)], run.exchange, halo)
+    rows = Source([FeatureMap(source)], run.exchange, halo)
 
     def convolved_rows(top: int, bottom: int) -> Tensor:
         window = source.new_empty(source.shape[0], bottom - top + 2 * halo, *source.shape[2:])
@@ -67,7 +67,7 @@ def computed_conv_in(run: Strips, convolution: nn.Module, latents: Tensor) -> Co
     return Computed((*source.shape[:3], inner(convolution).out_channels), convolved_rows)
 
 
-def add_residual(run: Strips, x: Map, residual: Map) -> Map:
+def add_residual(run: Strips, x: FeatureMap, residual: FeatureMap) -> FeatureMap:
     """`x`, which stays as it is, with a ControlNet's `residual` added to it: written over that, or computed as `x`."""
 
     def rows(top: int, bottom: int) -> Tensor:
@@ -80,18 +80,18 @@ def add_residual(run: Strips, x: Map, residual: Map) -> Map:
     return result.close(run.exchange)
 
 
-def fill(run: Strips, target: Map | Writer, rows: ReadRows, like: Map) -> None:
+def fill(run: Strips, target: FeatureMap | Writer, rows: ReadRows, like: FeatureMap) -> None:
     """Write `rows` into all of `target`, a map of the size of `like`."""
     for top, bottom in run.bands(like.height, like.width):
         target.write(top, rows(top, bottom))
 
 
-def run_downsample(run: Strips, downsampler: Downsample2D, x: Map) -> Map:
+def run_downsample(run: Strips, downsampler: Downsample2D, x: FeatureMap) -> FeatureMap:
     """`x` at half its size, rounded up."""
     return written(run, downsampler.conv, Source([x], run.exchange, run.halo(downsampler.conv)))
 
 
-def written(run: Strips, convolution: nn.Module, source: Source) -> Map:
+def written(run: Strips, convolution: nn.Module, source: Source) -> FeatureMap:
     """The whole result of a convolution as a new map."""
     stride, channels = inner(convolution).stride[0], inner(convolution).out_channels
     batch, height, width, _ = source.parts[0].shape
@@ -101,7 +101,7 @@ def written(run: Strips, convolution: nn.Module, source: Source) -> Map:
     return result.close(run.exchange)
 
 
-def run_upsample(run: Strips, upsampler: Upsample2D, x: Map, height: int, width: int, parts: int) -> list[Map]:
+def run_upsample(run: Strips, upsampler: Upsample2D, x: FeatureMap, height: int, width: int, parts: int) -> list[FeatureMap]:
     """`x` enlarged to `height` x `width` and convolved, its channels in so many maps side by side."""
     halo = run.halo(upsampler.conv)
     source = Enlarged(x, run.exchange, (halo + 1) // 2, height, width, run.storage.device)
@@ -113,13 +113,13 @@ def run_upsample(run: Strips, upsampler: Upsample2D, x: Map, height: int, width:
     return [writer.close(run.exchange) for writer in writers]
 
 
-def run_conv_out(run: Strips, norm: nn.GroupNorm, activation: nn.Module, convolution: nn.Module, x: Map) -> Tensor:
+def run_conv_out(run: Strips, norm: nn.GroupNorm, activation: nn.Module, convolution: nn.Module, x: FeatureMap) -> Tensor:
     """The last map -> what the UNet predicts [B, 4, h, w]."""
     source = Normed([x], run.exchange, run.halo(convolution), norm, activation)
     batch, height, width, _ = x.shape
     channels = inner(convolution).out_channels
     prediction = torch.empty(batch, channels, height, width, dtype=run.storage.dtype, device=run.storage.device)
-    target = Map(as_rows(prediction))
+    target = FeatureMap(as_rows(prediction))
     for top, rows in convolved(run, convolution, source):
         target.write(top, rows)
     return prediction

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-from linfusion_cli.strips.cost import CHANGES, WRITES, Beside, Cost, Outline, convolution_cost, tallest
+from linfusion_cli.strips.cost import CHANGES, WRITES, ExtraBytes, Cost, MetaMap, convolution_cost, max_strip_rows
 from linfusion_cli.strips.dilation import inner
-from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.ops import Strips, StripSize, Writer, as_picture, as_rows, convolved
 from linfusion_cli.strips.windows import Normed
 
@@ -18,7 +18,7 @@ ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - to
 Costed = tuple[int, int]  # itemsize and dilation of a forward whose cost is reckoned
 
 
-def run_resnet(run: Strips, block: ResnetBlock2D, parts: Sequence[Map], embedding: Tensor) -> Map:
+def run_resnet(run: Strips, block: ResnetBlock2D, parts: Sequence[FeatureMap], embedding: Tensor) -> FeatureMap:
     """`block` over the channels of `parts` side by side, with the timestep's `embedding` [B, E].
 
     The first pass writes conv1's rows, the second conv2's over them. Where two of the parts are as wide as the result
@@ -46,7 +46,7 @@ def run_resnet(run: Strips, block: ResnetBlock2D, parts: Sequence[Map], embeddin
     return result.close(run.exchange)
 
 
-def reusable(parts: Sequence[Map], channels: int) -> tuple[Map, Map] | None:
+def reusable(parts: Sequence[FeatureMap], channels: int) -> tuple[FeatureMap, FeatureMap] | None:
     """Two of `parts` that may be written over and have this many channels, if there are two.
 
     Without a middle block the last map is its own skip connection: it stands in `parts` twice, and is one.
@@ -62,24 +62,24 @@ def shortcut_of(block: ResnetBlock2D, rows: list[Tensor]) -> Tensor:
     return joined if block.conv_shortcut is None else as_rows(block.conv_shortcut(as_picture(joined)))
 
 
-def late_shortcut(block: ResnetBlock2D, parts: Sequence[Map]) -> ReadRows:
+def late_shortcut(block: ResnetBlock2D, parts: Sequence[FeatureMap]) -> ReadRows:
     """The shortcut, computed when it is needed, from parts that are still whole then."""
     return lambda top, bottom: shortcut_of(block, [part.read(top, bottom) for part in parts])
 
 
 def resnet_cost(
-    size: StripSize, block: ResnetBlock2D, parts: Sequence[Outline], target: Outline, over: bool, setting: Costed
+    size: StripSize, block: ResnetBlock2D, parts: Sequence[MetaMap], target: MetaMap, over: bool, setting: Costed
 ) -> Cost:
     """`run_resnet` on `parts`, written into `target`; `over` says that the shortcut is written over one of them."""
     itemsize, dilation = setting
     batch, height, width, _ = parts[0].shape
-    shape, rows = (batch, height, width), tallest(size, height, width)
+    shape, rows = (batch, height, width), max_strip_rows(size, height, width)
     strip = batch * rows * width * itemsize
     channels = sum(part.channels for part in parts)
     shortcut = strip * (channels * (len(parts) > 1) + block.out_channels * (block.conv_shortcut is not None))
     reading, writing = sum(part.reading(rows) for part in parts), target.writing(rows)
-    first = Beside(reading + (shortcut if over else 0), writing * (2 if over else 1))
-    second = Beside(target.reading(rows), writing, target.reading(rows) if over else shortcut + reading)
+    first = ExtraBytes(reading + (shortcut if over else 0), writing * (2 if over else 1))
+    second = ExtraBytes(target.reading(rows), writing, target.reading(rows) if over else shortcut + reading)
     cost = convolution_cost(size, block.conv1, shape, itemsize, dilation, max(part.channels for part in parts), first)
     cost += convolution_cost(size, block.conv2, shape, itemsize, dilation, beside=second)
     cost += Cost(2 * batch * inner(block.time_emb_proj).weight.numel(), 0, 0)

@@ -14,12 +14,12 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from linfusion_cli.core.geometry import equal_bands
+from linfusion_cli.core.geometry import split_evenly
 from linfusion_cli.mixers.linear.linear import KeyValueSums, LinearAttention, attend
-from linfusion_cli.strips.communicator import Exchange
-from linfusion_cli.strips.cost import Cost, Outline
+from linfusion_cli.strips.communicator import Communicator
+from linfusion_cli.strips.cost import Cost, MetaMap
 from linfusion_cli.strips.dilation import inner
-from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.ops import PIECE_MULTIPLE, Strips, StripSize, Writer, as_picture, as_rows
 from linfusion_cli.strips.windows import Normed
 
@@ -55,8 +55,8 @@ def heard_pictures(attention: Attention, pictures: Sequence[Tensor]) -> Iterator
 
 
 def run_transformer(
-    run: Strips, transformer: Transformer2DModel, x: Map, hidden: Tensor, pictures: Sequence[Tensor] = ()
-) -> Map:
+    run: Strips, transformer: Transformer2DModel, x: FeatureMap, hidden: Tensor, pictures: Sequence[Tensor] = ()
+) -> FeatureMap:
     """`transformer`, whose self-attention is linear, over `x`; written over `x`.
 
     It hears the text's `hidden` and the tokens of `pictures`, all [B, T, C]. The last block's visit ends with the
@@ -72,7 +72,7 @@ def run_transformer(
     return x
 
 
-def begin(run: Strips, transformer: Transformer2DModel, x: Map, tokens: Map) -> KeyValueSums:
+def begin(run: Strips, transformer: Transformer2DModel, x: FeatureMap, tokens: FeatureMap) -> KeyValueSums:
     """Normalise `x` and project it into `tokens`; the sums of the first block's attention."""
     source, pixels = Normed([x], run.exchange, 0, transformer.norm, None), x.flattened()
     sums = Sums(transformer.transformer_blocks[0])
@@ -86,7 +86,7 @@ def visit(
     run: Strips,
     block: BasicTransformerBlock,
     following: BasicTransformerBlock,
-    tokens: Map,
+    tokens: FeatureMap,
     sums: KeyValueSums,
     text: Text,
 ) -> KeyValueSums:
@@ -97,7 +97,7 @@ def visit(
     return gathered.over_all(run.exchange)
 
 
-def end(run: Strips, transformer: Transformer2DModel, x: Map, tokens: Map, sums: KeyValueSums, text: Text) -> Map:
+def end(run: Strips, transformer: Transformer2DModel, x: FeatureMap, tokens: FeatureMap, sums: KeyValueSums, text: Text) -> FeatureMap:
     """Finish the last block, project out of the tokens and add the result to `x`."""
     result, finish = Writer(x), compiled(finished) if run.compiled else finished
     for start, stop in run.pieces(tokens):
@@ -155,14 +155,14 @@ class Sums:
         self._sums = seen if self._sums is None else self._sums + seen
         return piece
 
-    def over_all(self, exchange: Exchange) -> KeyValueSums:
+    def over_all(self, exchange: Communicator) -> KeyValueSums:
         """The sums over the tokens of all devices."""
         tokens = exchange.sum(torch.tensor(self._sums.tokens))
         return KeyValueSums(exchange.sum(self._sums.kv), exchange.sum(self._sums.k), int(tokens))
 
 
 def transformer_cost(
-    size: StripSize, transformer: Transformer2DModel, x: Outline, tokens_map: Outline, text_tokens: int, itemsize: int
+    size: StripSize, transformer: Transformer2DModel, x: MetaMap, tokens_map: MetaMap, text_tokens: int, itemsize: int
 ) -> Cost:
     """`run_transformer` on the map `x`: each linear layer once per token, but those of the text per token of that.
 
@@ -182,7 +182,7 @@ def transformer_cost(
     seen = channels // heads if is_linear else tokens // shape[0]  # what a query is multiplied with
     attention = len(blocks) * 4 * channels * (seen + text_tokens)
     passes = len(blocks) * PASSES_PER_BLOCK * tokens * channels
-    largest = max(stop - start for start, stop in equal_bands(shape[1] * shape[2], size.tokens, PIECE_MULTIPLE))
+    largest = max(stop - start for start, stop in split_evenly(shape[1] * shape[2], size.tokens, PIECE_MULTIPLE))
     piece = shape[0] * largest * channels * itemsize
     rows = -(-largest // shape[2])
     beside = sum(each.reading(rows) + each.writing(rows) for each in (x, tokens_map))

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from linfusion_cli.strips.stream import FrozenNorm, Stage
+from linfusion_cli.strips.stream import FrozenNorm, StreamStage
 
 SCORES = 1 << 24  # products of a query with a key that are alive at once, where a kernel keeps them
 
 
-class FixedAttention(Stage):
+class FixedAttention(StreamStage):
     """Softmax attention with its residual; keys and values are those of the pixels it was told to `look_at`."""
 
     pointwise = False

@@ -10,12 +10,12 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.vae.patches import Source
 from linfusion_cli.vae.stages import Vae, decoder_stages
-from linfusion_cli.vae.statistics import Method
+from linfusion_cli.vae.statistics import VaeStrategy
 from linfusion_cli.vae.streaming import Conversion, Notify, nobody
 
 
 def decode_rows(
-    vae: Vae, latents: Tensor, method: Method, notify: Notify = nobody, pinned: int = 0
+    vae: Vae, latents: Tensor, method: VaeStrategy, notify: Notify = nobody, pinned: int = 0
 ) -> Iterator[Tensor]:
     """Latents [1, C, h, w] -> rows [rows, W, 3] in fp32 on the CPU, 0 to 1, top to bottom, each once.
 

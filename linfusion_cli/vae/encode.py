@@ -11,7 +11,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.vae.patches import READ_ROWS, Source
 from linfusion_cli.vae.stages import Vae, encoder_stages
-from linfusion_cli.vae.statistics import Method
+from linfusion_cli.vae.statistics import VaeStrategy
 from linfusion_cli.vae.streaming import Conversion, Notify, nobody
 
 COLOURS = 3
@@ -25,7 +25,7 @@ def encode_rows(
     vae: Vae,
     read: ReadRegion,
     size: Size,
-    method: Method,
+    method: VaeStrategy,
     noise: DrawNoise | None = None,
     notify: Notify = nobody,
     pinned: int = 0,

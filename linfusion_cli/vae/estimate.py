@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.copies import STAGED
-from linfusion_cli.strips.cost import UPLOADS, Cost, Ledger, Outline
+from linfusion_cli.strips.cost import UPLOADS, Cost, MemoryLedger, MetaMap
 from linfusion_cli.strips.dilation import inner
-from linfusion_cli.strips.stream import Add, Convolution, Stage, reach
+from linfusion_cli.strips.stream import Add, Convolution, StreamStage, reach
 from linfusion_cli.vae.attention import FixedAttention
 from linfusion_cli.vae.patches import READ_ROWS
 from linfusion_cli.vae.sample import Sample, grid
-from linfusion_cli.vae.statistics import CORE_LAT, Method, grown, last_normed, most_rows
+from linfusion_cli.vae.statistics import CORE_LAT, VaeStrategy, output_length, last_normed, max_output_rows
 
 WIDE_BYTES = 4  # statistics and what is normalised by them, in fp32
 FINISHED_BYTES = 13  # of a number of the image that leaves the device: in fp32, on its way, and while it is checked
@@ -44,9 +44,9 @@ class Shape:
         """The numbers in so many rows."""
         return self.batch * min(rows, self.height) * self.width * self.channels
 
-    def after(self, stage: Stage) -> Shape:
+    def after(self, stage: StreamStage) -> Shape:
         """What `stage` makes of it."""
-        height, width, scale = (grown([stage], side) for side in (self.height, self.width, self.scale))
+        height, width, scale = (output_length([stage], side) for side in (self.height, self.width, self.scale))
         channels = inner(stage.layer).out_channels if isinstance(stage, Convolution) else self.channels
         return Shape(self.batch, height, width, channels, scale)
 
@@ -64,7 +64,7 @@ class StageCost:
         return Cost(self.flops, self.passes + more_passes, scratch)
 
 
-def stage_cost(stage: Stage, shape: Shape, rows: int, itemsize: int, keys: int) -> StageCost:
+def stage_cost(stage: StreamStage, shape: Shape, rows: int, itemsize: int, keys: int) -> StageCost:
     """`stage` over a map, `rows` of it at a time, which are there when it begins."""
     result = shape.after(stage)
     out = result.strip(rows * stage.enlarges // stage.shrinks) * itemsize
@@ -84,14 +84,14 @@ def stage_cost(stage: Stage, shape: Shape, rows: int, itemsize: int, keys: int) 
 
 
 def vae_cost(
-    stages: Sequence[Stage],
+    stages: Sequence[StreamStage],
     size: Size,
     scale: int,
     channels: int,
-    method: Method,
+    method: VaeStrategy,
     itemsize: int,
     on_cpu: bool = False,
-) -> Ledger:
+) -> MemoryLedger:
     """Statistics and streaming of a map of `size` px through `stages`, of a VAE on the meta device.
 
     The map comes from the CPU: on a card it passes through pinned memory if it is an image.
@@ -105,15 +105,15 @@ def vae_cost(
 class Reckoning:
     """Walks as `settle` and `streamed` do, on outlines of maps."""
 
-    stages: Sequence[Stage]
-    method: Method
+    stages: Sequence[StreamStage]
+    method: VaeStrategy
     itemsize: int
     holes: int
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: MemoryLedger = field(default_factory=MemoryLedger)
     kept_bytes: int = 0  # of keys and values, from when attention has looked on
     keys: int = 0  # at which attention looks: fewer than the method's where a sample has no more
 
-    def all(self, shape: Shape) -> Ledger:
+    def all(self, shape: Shape) -> MemoryLedger:
         last, whole = last_normed(self.stages), None
         if shape.scale == 1:
             self.ledger.copied_bytes += LATENT_BYTES * shape.pixels * shape.channels
@@ -131,8 +131,8 @@ class Reckoning:
         return self.ledger
 
     def _taken(
-        self, stages: Sequence[Stage], shape: Shape, sample: Sample, where: str, whole: Outline | None = None
-    ) -> tuple[Shape, Outline]:
+        self, stages: Sequence[StreamStage], shape: Shape, sample: Sample, where: str, whole: MetaMap | None = None
+    ) -> tuple[Shape, MetaMap]:
         """`stages` one after the other over patches, or over the whole -> the last map."""
         patches = patch_shape(stages, shape, sample)
         current, kept = self._outline(patches, where), None  # `kept` is what a shortcut will read, and lives as long
@@ -172,7 +172,7 @@ class Reckoning:
     def _spend(self, cost: Cost) -> None:
         self.ledger.spend(replace(cost, scratch_bytes=cost.scratch_bytes + self.kept_bytes))
 
-    def _look(self, current: Outline, where: str, beside: int) -> None:
+    def _look(self, current: MetaMap, where: str, beside: int) -> None:
         """Keys and values of the attention, which stay; pixels of a map on the host come through pinned memory.
 
         So many bytes are there `beside`.
@@ -187,7 +187,7 @@ class Reckoning:
             self.ledger.copied_bytes += numbers * self.itemsize
             self.ledger.stage(numbers * self.itemsize)
 
-    def _read(self, shape: Shape, part: Shape, parts: int, whole: Outline | None = None) -> None:
+    def _read(self, shape: Shape, part: Shape, parts: int, whole: MetaMap | None = None) -> None:
         """Parts of the source on their way into a map: of an image, of latents, or of the `whole` map that is there."""
         rows = 0 if whole is None else whole.reading(min(READ_ROWS, part.height)) // UPLOADS
         if shape.scale > 1 and whole is None:  # an image; latents are on the device
@@ -197,10 +197,10 @@ class Reckoning:
         strip = part.strip(READ_ROWS) * self.itemsize
         self._spend(Cost(0, 0, rows + strip * (2 * parts if parts > 1 else STAGED + 1)))
 
-    def _outline(self, shape: Shape, where: str) -> Outline:
-        return Outline(self.ledger, (shape.batch, shape.height, shape.width, shape.channels), self.itemsize, where)
+    def _outline(self, shape: Shape, where: str) -> MetaMap:
+        return MetaMap(self.ledger, (shape.batch, shape.height, shape.width, shape.channels), self.itemsize, where)
 
-    def _streamed(self, stages: Sequence[Stage], shape: Shape, whole: Outline | None) -> None:
+    def _streamed(self, stages: Sequence[StreamStage], shape: Shape, whole: MetaMap | None) -> None:
         """Beside one operation's memory, what all convolutions carry, and what waits where rows are doubled."""
         height, waiting, kept, costs, workspace = self.method.height, 0, 0, [], 0
         if whole is not None:
@@ -228,9 +228,9 @@ class Reckoning:
             self._spend(cost)
         self._finish(stages, shape)
 
-    def _finish(self, stages: Sequence[Stage], result: Shape) -> None:
+    def _finish(self, stages: Sequence[StreamStage], result: Shape) -> None:
         """The rows that leave the device, two strips of them at a time."""
-        rows = most_rows(stages, self.method.height)
+        rows = max_output_rows(stages, self.method.height)
         numbers = result.strip(rows)
         self._spend(Cost(0, 0, FINISHED_BYTES * numbers))
         self.ledger.buffer(numbers * WIDE_BYTES + 1, 2)
@@ -249,7 +249,7 @@ def share_read(sample: Sample, halo: int) -> float:
     return len(sample.corners) * window.height / sample.size.height
 
 
-def patch_shape(stages: Sequence[Stage], shape: Shape, sample: Sample) -> Shape:
+def patch_shape(stages: Sequence[StreamStage], shape: Shape, sample: Sample) -> Shape:
     """The patches of a map that go into `stages`, with what their cores still need around them."""
     window = sample.window(-(-reach(stages) // shape.scale)).times(shape.scale)
     return Shape(len(sample.corners), window.height, window.width, shape.channels, shape.scale)

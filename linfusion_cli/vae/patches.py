@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from linfusion_cli.core.geometry import Size, bands
-from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.core.geometry import Size, split_rows
+from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.vae.sample import Sample
@@ -44,7 +44,7 @@ class Patches:
     `map` [B, h, w, C] has `scale` pixels for a latent; `moments` [1, C] are those of all cores together.
     """
 
-    map: Map
+    map: FeatureMap
     scale: int
     sample: Sample
     halo: int
@@ -55,7 +55,7 @@ class Patches:
         """The patches of `source`; `moments` are those of the whole, where they are known."""
         window = sample.window(halo).times(source.scale)
         found = storage.new(len(sample.corners), window.height, window.width, source.channels)
-        for top, bottom in bands(window.height, READ_ROWS):
+        for top, bottom in split_rows(window.height, READ_ROWS):
             rows = [
                 source.read(first + top, first + bottom, left, left + window.width)
                 for first, left in ((row * source.scale, column * source.scale) for row, column in sample.windows(halo))

@@ -12,10 +12,10 @@ from linfusion_cli.hardware.device import dtype_name, free_memory, is_out_of_mem
 from linfusion_cli.strips.copies import Download
 from linfusion_cli.strips.pinned import PinnedMemory
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.strips.stream import Stage, reach, streamed
+from linfusion_cli.strips.stream import StreamStage, reach, stream
 from linfusion_cli.vae.patches import Source
 from linfusion_cli.vae.stages import Vae
-from linfusion_cli.vae.statistics import Method, grown, most_rows, settle
+from linfusion_cli.vae.statistics import VaeStrategy, output_length, max_output_rows, freeze_statistics
 
 Notify = Callable[[str], None]
 IN_FP32 = "The VAE gave NaN in {}: from row {} on, it runs in float32."
@@ -48,9 +48,9 @@ class Conversion:
     def __init__(
         self,
         vae: Vae,
-        stages: Sequence[Stage],
+        stages: Sequence[StreamStage],
         source_of: Callable[[Storage], Source],
-        method: Method,
+        method: VaeStrategy,
         notify: Notify = nobody,
         step: int | None = None,
         finish: Callable[[Tensor], Tensor] = lambda rows: rows,
@@ -82,14 +82,14 @@ class Conversion:
         storage = Storage(self._method.place, device, self._vae.dtype, PinnedMemory(device, self._pinned))
         stages, source = self._stages, self._source_of(storage)
         if not self._settled:
-            stages, source = settle(stages, source, self._method, storage)
+            stages, source = freeze_statistics(stages, source, self._method, storage)
             self._settled = True
         first, above = self._begin(stages, source)
 
         def read(top: int, bottom: int) -> Tensor:
             return source.rows(first + top, first + bottom)
 
-        parts = streamed(stages, read, source.size.height - first, self._method.height, self._step)
+        parts = stream(stages, read, source.size.height - first, self._method.height, self._step)
         downloads = self._downloads(parts, above, storage)
         for download in one_behind(downloads) if device.type == "cuda" else downloads:
             rows = download.wait()
@@ -103,16 +103,16 @@ class Conversion:
 
     def _downloads(self, parts: Iterator[Tensor], above: int, storage: Storage) -> Iterator[Download]:
         """The rows on their way to the CPU, without the first `above`; checked and finished on the device."""
-        capacity = most_rows(self._stages, self._method.height)
+        capacity = max_output_rows(self._stages, self._method.height)
         for part in parts:
             rows, above = part[0, above:].float(), max(0, above - part.shape[1])
             if len(rows):
                 finite = rows.isfinite().all()  # before infinity becomes white
                 yield Download.of(self._finish(rows), finite, storage.copies, capacity)
 
-    def _begin(self, stages: Sequence[Stage], source: Source) -> tuple[int, int]:
+    def _begin(self, stages: Sequence[StreamStage], source: Source) -> tuple[int, int]:
         """The row of `source` to stream from, and how many of the rows that come out then have been before."""
-        out_scale = grown(stages, source.scale)
+        out_scale = output_length(stages, source.scale)
         first_lat = max(0, self._top // out_scale - -(-reach(stages) // source.scale))
         return first_lat * source.scale, self._top - first_lat * out_scale
 

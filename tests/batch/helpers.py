@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from linfusion_cli.batch.filenames import TEMPLATE, Template
-from linfusion_cli.batch.parsers.parsers import Entry
-from linfusion_cli.batch.queue import Build, Listing
-from linfusion_cli.batch.results import Record
-from linfusion_cli.batch.runner import Batch, Make
-from linfusion_cli.core.events import Observer, nobody
+from linfusion_cli.batch.filenames import TEMPLATE, FilenameTemplate
+from linfusion_cli.batch.parsers.parsers import JobSpec
+from linfusion_cli.batch.queue import Build, JobQueue
+from linfusion_cli.batch.results import ResultsLog
+from linfusion_cli.batch.runner import BatchRunner, Make
+from linfusion_cli.core.events import Observer, ignore_event
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.settings.request import GenerateRequest
@@ -39,25 +39,25 @@ def builder(**defaults: object) -> Build:
     return build
 
 
-def entries(count: int, **values: object) -> list[Entry]:
+def entries(count: int, **values: object) -> list[JobSpec]:
     """Jobs that say this, each with a prompt of its own."""
-    return [Entry(line, {"prompt": f"hill {line}"} | values) for line in range(1, count + 1)]
+    return [JobSpec(line, {"prompt": f"hill {line}"} | values) for line in range(1, count + 1)]
 
 
 def carried_out(
     folder: Path,
-    jobs: list[Entry],
+    jobs: list[JobSpec],
     make: Make,
-    observer: Observer = nobody,
+    observer: Observer = ignore_event,
     build: Build | None = None,
     stop_on_error: bool = False,
     **listed: object,
-) -> tuple[Told, Batch]:
+) -> tuple[Told, BatchRunner]:
     """What was told of these jobs, carried out in `folder`, and the batch."""
-    listing = Listing(build or builder(), folder, Template.parse(TEMPLATE), **listed)
+    listing = JobQueue(build or builder(), folder, FilenameTemplate.parse(TEMPLATE), **listed)
     told = Told()
-    record = Record(folder / listing.shard.record)
-    batch = Batch(make, record, observer, told, lambda error: f"bug {error}", stop_on_error)
+    record = ResultsLog(folder / listing.shard.record)
+    batch = BatchRunner(make, record, observer, told, lambda error: f"bug {error}", stop_on_error)
     batch.run(listing.jobs(jobs), "jobs.jsonl")
     return told, batch
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from linfusion_cli.batch.filenames import Names
+from linfusion_cli.batch.filenames import FilenameRegistry
 from linfusion_cli.core import fs
-from linfusion_cli.core.errors import TryAgain, UsageError
-from linfusion_cli.images import PendingFile
+from linfusion_cli.core.errors import TemporaryFailure, UsageError
+from linfusion_cli.images import AtomicFile
 from tests.support.other_process import locked_elsewhere
 
 SMALL = ("a hill", "--size", "128", "--steps", "2", "--strength", "0.5", "--save-phases", "-o", "v.png")
@@ -57,13 +57,13 @@ def test_plan_says_so_too(cli, xl_model):
 
 
 def test_a_lock_that_this_process_has_is_not_waited_for(tmp_path):
-    with PendingFile(tmp_path / "a.png"):
+    with AtomicFile(tmp_path / "a.png"):
         with pytest.raises(UsageError, match="written twice by this run"):
-            PendingFile(tmp_path / "a.png")
+            AtomicFile(tmp_path / "a.png")
         (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
         with pytest.raises(UsageError, match="written twice by this run"):
-            PendingFile(tmp_path / "b.png")
-    with PendingFile(tmp_path / "a.png") as file:  # what was held before is free again
+            AtomicFile(tmp_path / "b.png")
+    with AtomicFile(tmp_path / "a.png") as file:  # what was held before is free again
         file.write(b"x")
         file.commit()
 
@@ -71,16 +71,16 @@ def test_a_lock_that_this_process_has_is_not_waited_for(tmp_path):
 def test_what_is_remembered_of_locks_does_not_grow_with_the_files(tmp_path):
     """A batch of a hundred thousand pictures locks three files for each."""
     for number in range(200):
-        with PendingFile(tmp_path / f"{number}.png") as file:
+        with AtomicFile(tmp_path / f"{number}.png") as file:
             file.write(b"x")
             file.commit()
     assert len(fs._locked_here) < 100
 
 
 def test_the_lock_of_another_process_still_is(tmp_path):
-    with locked_elsewhere(tmp_path / ".a.png.part"), pytest.raises(TryAgain):
-        PendingFile(tmp_path / "a.png")
-    with PendingFile(tmp_path / "a.png"):
+    with locked_elsewhere(tmp_path / ".a.png.part"), pytest.raises(TemporaryFailure):
+        AtomicFile(tmp_path / "a.png")
+    with AtomicFile(tmp_path / "a.png"):
         pass
 
 
@@ -89,12 +89,12 @@ def test_the_lock_of_another_process_still_is(tmp_path):
     [("a.png", "a-64x64.png"), ("sub/a.png", "sub/a-640x320.png"), ("a-1x1.png", "a-1x1-2x2.png")],
 )
 def test_no_file_of_a_batch_can_be_a_phase_of_another(tmp_path, phased, other):
-    names = Names(tmp_path)
+    names = FilenameRegistry(tmp_path)
     names.take(phased, 1)
     names.take_phases(phased, 1)
     with pytest.raises(UsageError, match="could be a phase of line 1"):
         names.take(other, 2)
-    names = Names(tmp_path)
+    names = FilenameRegistry(tmp_path)
     names.take(other, 1)
     names.take(phased, 2)
     with pytest.raises(UsageError, match="could be the file of line 1"):
@@ -105,7 +105,7 @@ def test_no_file_of_a_batch_can_be_a_phase_of_another(tmp_path, phased, other):
 
 def test_one_file_by_two_names_is_one(tmp_path):
     (tmp_path / "sub").symlink_to(".")
-    names = Names(tmp_path)
+    names = FilenameRegistry(tmp_path)
     names.take("a.png", 1)
     with pytest.raises(UsageError, match="is that of line 1"):
         names.take("sub/a.png", 2)

@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from linfusion_cli.batch.filenames import TEMPLATE, Names, Template, slug
+from linfusion_cli.batch.filenames import TEMPLATE, FilenameRegistry, FilenameTemplate, slug
 from linfusion_cli.batch.shard import Shard, parse_seeds
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
@@ -57,10 +57,10 @@ def test_slug(prompt, words):
 
 
 def test_a_template_is_filled():
-    assert Template.parse(TEMPLATE).name(7, request(seed=3)) == "0007-a-hill-3.tif"
-    template = Template.parse("{size}/{width:5}{height:<4d}{slug:>8s}{{}}{index}")
+    assert FilenameTemplate.parse(TEMPLATE).name(7, request(seed=3)) == "0007-a-hill-3.tif"
+    template = FilenameTemplate.parse("{size}/{width:5}{height:<4d}{slug:>8s}{{}}{index}")
     assert template.name(7, request(format="jpeg")) == "128x64/  12864    a-hill{}7.jpg"
-    assert Template.parse("{slug}.png").name(1, request()) == "a-hill.png"
+    assert FilenameTemplate.parse("{slug}.png").name(1, request()) == "a-hill.png"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_template_is_filled():
 )
 def test_a_template_runs_and_reads_nothing(text):
     with pytest.raises(UsageError, match="Its fields are index, slug, seed, size, width, height"):
-        Template.parse(text)
+        FilenameTemplate.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def test_a_template_runs_and_reads_nothing(text):
 )
 def test_names_that_cannot_be(tmp_path, name):
     with pytest.raises(UsageError):
-        Names(tmp_path).take(name, 1)
+        FilenameRegistry(tmp_path).take(name, 1)
 
 
 def test_no_two_jobs_have_one_file(tmp_path):
-    names = Names(tmp_path)
+    names = FilenameRegistry(tmp_path)
     assert names.take("a/x.png", 3) == tmp_path / "a/x.png"
     for line in (3, 4):
         with pytest.raises(UsageError, match="'a/x.png' is that of line 3"):
@@ -145,8 +145,8 @@ def test_no_link_leads_out_of_the_folder(tmp_path):
     (folder / "b.png").symlink_to("a.png")
     for name in ("away/x.png", "x.png", "loop/x.png", "loop"):
         with pytest.raises(UsageError, match="by a link"):
-            Names(folder).take(name, 1)
-    assert Names(folder).take("b.png", 1) == folder / "b.png"
+            FilenameRegistry(folder).take(name, 1)
+    assert FilenameRegistry(folder).take("b.png", 1) == folder / "b.png"
 
 
 def test_random_prompts_templates_and_outputs_never_leave_the_folder(tmp_path):
@@ -158,8 +158,8 @@ def test_random_prompts_templates_and_outputs_never_leave_the_folder(tmp_path):
         prompt, text = ("".join(rng.choices(pieces, k=rng.randint(1, 9))) for _ in range(2))
         try:
             wanted = request(prompt.replace("\udcff", "?"), seed=rng.randint(0, 2**62))
-            name = text if index % 2 else Template.parse(text).name(index, wanted)
-            path = Names(folder).take(name, index)
+            name = text if index % 2 else FilenameTemplate.parse(text).name(index, wanted)
+            path = FilenameRegistry(folder).take(name, index)
         except UsageError:
             continue
         accepted += 1

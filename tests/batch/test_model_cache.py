@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.batch.parsers.parsers import Entry
-from linfusion_cli.batch.runner import looked_for, made
-from linfusion_cli.core.events import nobody
+from linfusion_cli.batch.parsers.parsers import JobSpec
+from linfusion_cli.batch.runner import dry_run_job, run_job
+from linfusion_cli.core.events import ignore_event
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware.device import free_memory, resident_bytes
 from linfusion_cli.models.text.tokens import load_tokenizer
@@ -111,11 +111,11 @@ def test_a_job_gives_the_picture_it_gives_alone_whatever_ran_before(
     alone = []
     for number, values in enumerate(jobs):
         _, request = builder(strength=(0.5,), output=tmp_path / f"{number}.png")(values)
-        generate(request, {}, nobody)
+        generate(request, {}, ignore_event)
         alone.append(pixels(tmp_path / f"{number}.png"))
     order = [3, 7, 0, 9, 1, 5, 2, 6, 8, 4, 0, 3]  # some again, in other company
     told, _ = batch(
-        [Entry(line, jobs[number]) for line, number in enumerate(order, 1)], made, build=builder(strength=(0.5,))
+        [JobSpec(line, jobs[number]) for line, number in enumerate(order, 1)], run_job, build=builder(strength=(0.5,))
     )
     assert set(told.status().values()) == {"done"}, [outcome.error for outcome in told.outcomes]
     for outcome in told.outcomes:
@@ -124,14 +124,14 @@ def test_a_job_gives_the_picture_it_gives_alone_whatever_ran_before(
 
 def test_models_are_loaded_once_for_all_jobs_that_share_them(batch, counted, xl_model, sd_model):
     models = [str(xl_model), str(sd_model), str(xl_model), str(sd_model), str(xl_model)]
-    jobs = [Entry(line, {"model": model, "prompt": f"hill {line}"}) for line, model in enumerate(models, 1)]
-    told, _ = batch(jobs, made, build=builder(linfusion="none"))
+    jobs = [JobSpec(line, {"model": model, "prompt": f"hill {line}"}) for line, model in enumerate(models, 1)]
+    told, _ = batch(jobs, run_job, build=builder(linfusion="none"))
     assert set(told.status().values()) == {"done"} and counted == {"unet": 2, "vae": 2, "text": 3}
 
 
 def test_a_vae_that_went_on_in_another_dtype_is_loaded_again(batch, counted, xl_model):
     def make(request, origins, observer, shelf):
-        report = made(request, origins, observer, shelf)
+        report = run_job(request, origins, observer, shelf)
         shelf._things[VAE][1].to(torch.float64)
         return report
 
@@ -141,40 +141,40 @@ def test_a_vae_that_went_on_in_another_dtype_is_loaded_again(batch, counted, xl_
 
 def test_what_is_complete_is_skipped_by_content_and_nothing_is_loaded(batch, tmp_path, counted, xl_model):
     jobs = entries(3, model=str(xl_model))
-    batch(jobs, made)
+    batch(jobs, run_job)
     before = counted.copy()
     (tmp_path / "out/0002-hill-2-0.png").unlink()
     whole = (tmp_path / "out/0003-hill-3-0.png").read_bytes()
     (tmp_path / "out/0003-hill-3-0.png").write_bytes(whole[:-30])
-    told, _ = batch(jobs, looked_for)
+    told, _ = batch(jobs, dry_run_job)
     assert told.status() == {1: "skipped", 2: "planned", 3: "failed"} and counted == before
-    told, _ = batch(jobs, made, build=builder(overwrite=True, ram=8 << 30))
+    told, _ = batch(jobs, run_job, build=builder(overwrite=True, ram=8 << 30))
     assert told.status() == {1: "skipped", 2: "done", 3: "done"}
     assert len((tmp_path / "out/0003-hill-3-0.png").read_bytes()) > len(whole) - 30
 
 
 def test_another_request_under_the_same_name_is_refused(batch, tmp_path, xl_model):
-    jobs = [Entry(1, {"model": str(xl_model), "output": "a.png"})]
-    batch(jobs, made)
+    jobs = [JobSpec(1, {"model": str(xl_model), "output": "a.png"})]
+    batch(jobs, run_job)
     before = (tmp_path / "out/a.png").read_bytes()
     for changed in ({"seed": 1}, {"prompt": "a sea"}, {"steps": (2,)}, {"linfusion": "none"}, {"dpi": 72.0}):
-        told, _ = batch(jobs, made, build=builder(**changed))
+        told, _ = batch(jobs, run_job, build=builder(**changed))
         assert told.outcomes[0].exit_code == 73 and "a.png exists" in told.outcomes[0].error
     assert (tmp_path / "out/a.png").read_bytes() == before
-    told, _ = batch(jobs, made, build=builder(seed=1, overwrite=True))
+    told, _ = batch(jobs, run_job, build=builder(seed=1, overwrite=True))
     assert told.status() == {1: "done"} and (tmp_path / "out/a.png").read_bytes() != before
 
 
 def test_other_weights_or_another_picture_under_the_same_name_are_another_request(batch, tmp_path, xl_model):
     model = shutil.copytree(xl_model, tmp_path / "model")
     jobs = entries(1, model=str(model))
-    batch(jobs, made)
-    assert batch(jobs, made)[0].status() == {1: "skipped"}
+    batch(jobs, run_job)
+    assert batch(jobs, run_job)[0].status() == {1: "skipped"}
     weights = model / "vae/diffusion_pytorch_model.safetensors"
     state = load_file(weights)
     state["decoder.conv_out.bias"] += 0.5
     save_file(state, weights, {"format": "pt"})
-    assert batch(jobs, made)[0].outcomes[0].exit_code == 73
+    assert batch(jobs, run_job)[0].outcomes[0].exit_code == 73
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_memory_after_fifty_jobs_is_that_after_two(batch, sd_model):
     measured = []
 
     def make(request, origins, observer, shelf):
-        report = made(request, origins, observer, shelf)
+        report = run_job(request, origins, observer, shelf)
         free_memory(None)
         measured.append(resident_bytes())
         return report
@@ -195,10 +195,10 @@ def test_memory_after_fifty_jobs_is_that_after_two(batch, sd_model):
 
 def test_text_encoders_stay_only_where_there_is_room_for_them(batch, counted, monkeypatch, sd_model):
     jobs = entries(3, model=str(sd_model))
-    batch(jobs[:2], made, build=builder(ram=8 << 30))
+    batch(jobs[:2], run_job, build=builder(ram=8 << 30))
     assert counted["text"] == 1
     monkeypatch.setattr("linfusion_cli.run.stages.cache_keys.weights_bytes", lambda networks: 8 << 30)
-    told, _ = batch(jobs, made, build=builder(ram=8 << 30, seed=1))
+    told, _ = batch(jobs, run_job, build=builder(ram=8 << 30, seed=1))
     assert set(told.status().values()) == {"done"} and counted["text"] == 4
 
 
@@ -206,13 +206,13 @@ def test_what_another_run_is_making_is_held(batch, tmp_path, sd_model):
     jobs = entries(2, model=str(sd_model))
     (tmp_path / "out").mkdir()
     with locked_elsewhere(tmp_path / "out/.0001-hill-1-0.png.part"):
-        told, carried = batch(jobs, made)
+        told, carried = batch(jobs, run_job)
     assert told.status() == {1: "held", 2: "done"} and carried.tally.exit_code == 75
-    assert batch(jobs, made)[1].tally.exit_code == 0
+    assert batch(jobs, run_job)[1].tally.exit_code == 0
 
 
 def test_after_a_bug_models_are_loaded_anew(batch, counted, monkeypatch, sd_model):
-    real, calls = denoise.settled, []
+    real, calls = denoise.probe_prediction_type, []
 
     def fail(*arguments):
         calls.append(1)
@@ -221,5 +221,5 @@ def test_after_a_bug_models_are_loaded_anew(batch, counted, monkeypatch, sd_mode
         return real(*arguments)
 
     monkeypatch.setattr(denoise, "settled", fail)
-    told, _ = batch(entries(3, model=str(sd_model)), made)
+    told, _ = batch(entries(3, model=str(sd_model)), run_job)
     assert told.status() == {1: "done", 2: "failed", 3: "done"} and counted == {"unet": 2, "vae": 2, "text": 2}

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from linfusion_cli.batch.parsers import parsers
-from linfusion_cli.batch.parsers.parsers import MOST_SAID, Entry, read_list
+from linfusion_cli.batch.parsers.parsers import MAX_PROBLEM_CHARS, JobSpec, read_list
 from linfusion_cli.batch.parsers.schema import FIELDS
-from linfusion_cli.core.errors import DataError, InputMissing
+from linfusion_cli.core.errors import DataError, InputNotFound
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.core.text import shortened
+from linfusion_cli.core.text import shorten
 
 GOOD = b'{"prompt": "a hill", "seed": 3}'
 DEEP = 15_000
@@ -78,7 +78,7 @@ def hostile_json() -> list[tuple[bytes, str]]:
 def read(tmp_path):
     """The entries of a list with these bytes."""
 
-    def entries(data: bytes | str, name: str = "jobs.jsonl") -> list[Entry]:
+    def entries(data: bytes | str, name: str = "jobs.jsonl") -> list[JobSpec]:
         path = tmp_path / name
         path.write_bytes(data if isinstance(data, bytes) else data.encode())
         return list(read_list(str(path)))
@@ -86,7 +86,7 @@ def read(tmp_path):
     return entries
 
 
-def told(entries: list[Entry]) -> list[tuple[int, object]]:
+def told(entries: list[JobSpec]) -> list[tuple[int, object]]:
     """Line and values of each, or what is wrong."""
     return [(entry.line, entry.problem or entry.values) for entry in entries]
 
@@ -101,9 +101,9 @@ def test_two_hundred_hostile_lines_are_told_by_number_and_harm_no_other(read):
     assert len(entries) == 2 * len(lines)
     for number, (entry, (line, reason)) in enumerate(zip(entries[::2], lines, strict=True)):
         assert entry.line == 2 * number + 1 and reason in entry.problem, (line[:80], entry.problem)
-        assert len(entry.problem) <= MOST_SAID and "\n" not in entry.problem and not entry.values
+        assert len(entry.problem) <= MAX_PROBLEM_CHARS and "\n" not in entry.problem and not entry.values
     for number, entry in enumerate(entries[1::2]):
-        assert entry == Entry(2 * number + 2, {"prompt": "a hill", "seed": 3})
+        assert entry == JobSpec(2 * number + 2, {"prompt": "a hill", "seed": 3})
 
 
 def test_jsonl(read):
@@ -203,9 +203,9 @@ def test_standard_input_is_json_if_it_begins_so(monkeypatch, data, values):
 
 
 def test_what_is_no_list(read, tmp_path):
-    with pytest.raises(InputMissing, match="cannot be read"):
+    with pytest.raises(InputNotFound, match="cannot be read"):
         list(read_list(str(tmp_path / "nowhere.jsonl")))
-    with pytest.raises(InputMissing):
+    with pytest.raises(InputNotFound):
         list(read_list("a\0b"))
     with pytest.raises(DataError, match="is a folder"):
         list(read_list(str(tmp_path)))
@@ -223,13 +223,13 @@ def test_long_lists_are_read_in_bounded_memory(tmp_path):
 
 
 def test_what_is_told_is_short_keeps_its_reason_and_does_nothing_to_a_terminal():
-    assert shortened("a\n\x1b[31m b", 20) == "a \ufffd[31m b"
-    told = shortened(f"--model {'x' * 50_000}: there is no such folder.", MOST_SAID)
-    assert len(told) < MOST_SAID and told.startswith("--model xxx") and told.endswith("there is no such folder.")
-    assert shortened("word " * 1000, 30) == "word word word word word word…"[:29] + "…"
+    assert shorten("a\n\x1b[31m b", 20) == "a \ufffd[31m b"
+    told = shorten(f"--model {'x' * 50_000}: there is no such folder.", MAX_PROBLEM_CHARS)
+    assert len(told) < MAX_PROBLEM_CHARS and told.startswith("--model xxx") and told.endswith("there is no such folder.")
+    assert shorten("word " * 1000, 30) == "word word word word word word…"[:29] + "…"
 
 
 def test_the_limits_are_those_of_the_lines(read):
-    prompt = "a" * (parsers.MOST_BYTES - len('{"prompt": ""}'))
+    prompt = "a" * (parsers.MAX_JOB_BYTES - len('{"prompt": ""}'))
     assert read(f'{{"prompt": "{prompt}"}}\n')[0].values == {"prompt": prompt}
     assert "longer than" in read(f'{{"prompt": "{prompt}a"}}\n')[0].problem

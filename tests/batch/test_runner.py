@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from linfusion_cli.batch.parsers.parsers import Entry
-from linfusion_cli.batch.results import Record
+from linfusion_cli.batch.parsers.parsers import JobSpec
+from linfusion_cli.batch.results import ResultsLog
 from linfusion_cli.batch.shard import Shard
-from linfusion_cli.core.errors import CannotCreate, DataError, Stopped, TryAgain, WriteFailed
+from linfusion_cli.core.errors import CannotCreateOutput, DataError, Stopped, TemporaryFailure, WriteFailed
 from linfusion_cli.core.events import JobStarted
 from tests.batch.helpers import builder, carried_out, entries, failing
 from tests.support.fakes import Listener
@@ -35,10 +35,10 @@ def test_what_a_job_meets_is_recorded_and_the_next_one_runs(batch, tmp_path):
         "hill 2": DataError("The weights are broken.", "Get others."),
         "hill 3": ZeroDivisionError("oops"),
         "hill 4": MemoryError(),
-        "hill 5": TryAgain("Another run is writing this."),
+        "hill 5": TemporaryFailure("Another run is writing this."),
     }
     listener = Listener()
-    told, carried = batch([*entries(6), Entry(9, problem="It is wrong.")], failing(errors), listener)
+    told, carried = batch([*entries(6), JobSpec(9, problem="It is wrong.")], failing(errors), listener)
     record = record_in(tmp_path)
     assert [(line["line"], line["status"], line["exit_code"]) for line in record] == [
         (9, "failed", 2),
@@ -63,8 +63,8 @@ def test_what_a_job_meets_is_recorded_and_the_next_one_runs(batch, tmp_path):
     ("errors", "code"),
     [
         ({}, 0),
-        ({"hill 1": TryAgain("Held.")}, 75),
-        ({"hill 1": TryAgain("Held."), "hill 2": DataError("Broken.")}, 3),
+        ({"hill 1": TemporaryFailure("Held.")}, 75),
+        ({"hill 1": TemporaryFailure("Held."), "hill 2": DataError("Broken.")}, 3),
     ],
 )
 def test_the_exit_code_tells_the_truth(batch, errors, code):
@@ -85,14 +85,14 @@ def test_a_stop_passes_with_all_that_was_done_on_record(batch, tmp_path):
 def test_jobs_that_share_a_model_run_together_in_the_order_of_the_list(batch):
     ran = []
     models = ["a", "b", "a", "c", "b", "a"]
-    batch([Entry(line, {"model": model}) for line, model in enumerate(models, 1)], failing({}, ran))
+    batch([JobSpec(line, {"model": model}) for line, model in enumerate(models, 1)], failing({}, ran))
     assert [(request.model, int(request.output.name[:4])) for request in ran] == [
         ("a", 1), ("a", 3), ("a", 6), ("b", 2), ("b", 5), ("c", 4),
     ]  # fmt: skip
 
 
 def test_seeds_multiply_jobs_that_have_none_and_shards_divide_them(batch, tmp_path):
-    jobs = [*entries(3), Entry(4, {"prompt": "own", "seed": 99}), Entry(5, problem="It is wrong.")]
+    jobs = [*entries(3), JobSpec(4, {"prompt": "own", "seed": 99}), JobSpec(5, problem="It is wrong.")]
     seen = []
     for number in (1, 2, 3):
         batch(jobs, failing({}, seen), seeds=(1, 2, 3, 4), shard=Shard(number, 3))
@@ -107,7 +107,7 @@ def test_seeds_multiply_jobs_that_have_none_and_shards_divide_them(batch, tmp_pa
 def test_two_jobs_never_have_one_file(batch, tmp_path):
     ran = []
     names = ["a.png", "sub/a.png", "a.png", "../a.png", "a.gif"]
-    jobs = [Entry(line, {"output": name}) for line, name in enumerate(names, 1)]
+    jobs = [JobSpec(line, {"output": name}) for line, name in enumerate(names, 1)]
     told, _ = batch(jobs, failing({}, ran), build=builder(format=None))
     assert [request.output for request in ran] == [tmp_path / "out/a.png", tmp_path / "out/sub/a.png"]
     said = {outcome.line: outcome.error for outcome in told.outcomes if outcome.error}
@@ -116,7 +116,7 @@ def test_two_jobs_never_have_one_file(batch, tmp_path):
 
 def test_a_preview_lies_in_the_folder_too_and_is_nobody_elses(batch, tmp_path):
     ran = []
-    jobs = [Entry(1, {"preview": "p.jpg"}), Entry(2, {"preview": "p.jpg"}), Entry(3, {"output": "p.jpg"})]
+    jobs = [JobSpec(1, {"preview": "p.jpg"}), JobSpec(2, {"preview": "p.jpg"}), JobSpec(3, {"output": "p.jpg"})]
     told, _ = batch(jobs, failing({}, ran))
     assert [request.preview for request in ran] == [tmp_path / "out/p.jpg"]
     assert told.status() == {1: "done", 2: "failed", 3: "failed"}
@@ -140,8 +140,8 @@ def test_where_no_line_can_be_written_the_batch_ends(batch, tmp_path, monkeypatc
     with pytest.raises(WriteFailed, match="no room for a line"):
         batch(entries(2), failing({}))
     assert (tmp_path / "out/results.jsonl").read_bytes() == b""
-    with pytest.raises(CannotCreate):
-        Record(tmp_path / "out/results.jsonl/x")
+    with pytest.raises(CannotCreateOutput):
+        ResultsLog(tmp_path / "out/results.jsonl/x")
 
 
 KILLED = """

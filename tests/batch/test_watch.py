@@ -8,7 +8,7 @@ import pytest
 
 from linfusion_cli.batch.watch import watch
 from linfusion_cli.core.errors import Stopped
-from linfusion_cli.core.events import Notice, Observer, nobody
+from linfusion_cli.core.events import Notice, Observer, ignore_event
 from tests.support.fakes import Listener
 
 
@@ -19,7 +19,7 @@ def lists(tmp_path):
     return tmp_path / "in"
 
 
-def watched(folder: Path, polls: list, carried_out, observer: Observer = nobody) -> None:
+def watched(folder: Path, polls: list, carried_out, observer: Observer = ignore_event) -> None:
     """Watch `folder`; between polls, what `polls` have happens; after the last the process is stopped."""
     waiting = iter(polls)
 

@@ -11,15 +11,15 @@ import time
 import pytest
 import torch
 
-from linfusion_cli.checkpoint.store import Damaged, Journal
-from linfusion_cli.core.errors import CannotCreate, TryAgain, WriteFailed
+from linfusion_cli.checkpoint.store import DamagedCheckpoint, CheckpointStore
+from linfusion_cli.core.errors import CannotCreateOutput, TemporaryFailure, WriteFailed
 
 STATE = {"latents": torch.arange(12.0).reshape(1, 3, 2, 2), "steps": 3, "more": {"outputs": [None, torch.ones(2)]}}
 
 
 @pytest.fixture
 def journal(tmp_path):
-    found = Journal(tmp_path / "a.png")
+    found = CheckpointStore(tmp_path / "a.png")
     with found.held():
         yield found
 
@@ -37,7 +37,7 @@ def equal(one, other) -> bool:
 def test_what_is_saved_is_read(journal):
     assert journal.read() is None
     journal.save({"seed": 7}, {"begun": {"phase": 1}, "reached": STATE})
-    entry = Journal(journal.target).read()
+    entry = CheckpointStore(journal.target).read()
     assert entry.head == {"seed": 7} and equal(entry.parts["reached"], STATE) and entry.parts["begun"] == {"phase": 1}
 
 
@@ -61,14 +61,14 @@ def test_it_disappears(journal, tmp_path):
     journal.save({}, {"state": STATE})
     journal.remove()
     assert journal.read() is None
-    with Journal(tmp_path / "b.png").held() as other:
+    with CheckpointStore(tmp_path / "b.png").held() as other:
         other.save({}, {"state": STATE})
         other.remove()
     assert not other.folder.exists()
 
 
 def test_what_others_put_there_stays(tmp_path):
-    with Journal(tmp_path / "a.png").held() as journal:
+    with CheckpointStore(tmp_path / "a.png").held() as journal:
         (journal.folder / "notes.txt").write_text("mine")
         journal.save({}, {"state": STATE})
         journal.remove()
@@ -78,7 +78,7 @@ def test_what_others_put_there_stays(tmp_path):
 @pytest.mark.parametrize("failing", ["write", "fsync", "rename"])
 def test_a_save_that_fails_leaves_the_state_before(journal, monkeypatch, failing):
     journal.save({}, {"state": {"x": torch.zeros(3)}})
-    again = Journal(journal.target)  # as the next run, which has saved nothing itself yet
+    again = CheckpointStore(journal.target)  # as the next run, which has saved nothing itself yet
 
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
@@ -128,9 +128,9 @@ def test_no_flipped_bit_and_no_cut_passes(journal):
                 damaged[at // 8] ^= 1 << at % 8
             path.write_bytes(damaged)
             try:
-                entry = Journal(journal.target).read()
+                entry = CheckpointStore(journal.target).read()
                 assert entry.head == {"seed": 7, "prompt": "ein Hügel"} and equal(entry.parts["state"], STATE)
-            except Damaged:
+            except DamagedCheckpoint:
                 noticed += 1
         path.write_bytes(whole)
     assert noticed > 500 and equal(journal.read().parts["state"], STATE)
@@ -139,7 +139,7 @@ def test_no_flipped_bit_and_no_cut_passes(journal):
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"sha256": 1}', "[" * 100_000, "\udcff", '{"entry": {}}'])
 def test_json_that_is_no_journal(journal, text):
     (journal.folder / "journal.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedCheckpoint):
         journal.read()
 
 
@@ -153,14 +153,14 @@ def test_set_aside_keeps_all_and_counts(journal):
 
 def test_a_file_in_its_place_is_refused(tmp_path):
     (tmp_path / "a.png.linfusion").write_text("precious")
-    with pytest.raises(CannotCreate, match="is no folder"), Journal(tmp_path / "a.png").held():
+    with pytest.raises(CannotCreateOutput, match="is no folder"), CheckpointStore(tmp_path / "a.png").held():
         pass
-    with pytest.raises(CannotCreate, match="does not exist"), Journal(tmp_path / "no" / "a.png").held():
+    with pytest.raises(CannotCreateOutput, match="does not exist"), CheckpointStore(tmp_path / "no" / "a.png").held():
         pass
 
 
 def test_long_names(tmp_path):
-    with Journal(tmp_path / ("ü" * 120 + ".png")).held() as journal:
+    with CheckpointStore(tmp_path / ("ü" * 120 + ".png")).held() as journal:
         journal.save({}, {"state": STATE})
         assert equal(journal.read().parts["state"], STATE)
 
@@ -179,11 +179,11 @@ def test_one_run_at_a_time_and_none_after_a_kill(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "a.png")]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(TryAgain), Journal(tmp_path / "a.png").held():
+    with pytest.raises(TemporaryFailure), CheckpointStore(tmp_path / "a.png").held():
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with Journal(tmp_path / "a.png").held():
+    with CheckpointStore(tmp_path / "a.png").held():
         pass
     assert not list(tmp_path.iterdir())
 
@@ -201,7 +201,7 @@ def test_a_folder_that_vanishes_between_making_and_locking(tmp_path, monkeypatch
         return lock(path, target)
 
     monkeypatch.setattr(module, "open_locked", slow)
-    with Journal(tmp_path / "a.png").held():
+    with CheckpointStore(tmp_path / "a.png").held():
         assert len(calls) == 2 and (tmp_path / "a.png.linfusion" / "lock").exists()
 
 
@@ -227,7 +227,7 @@ def test_killed_in_the_middle_of_saving_the_last_good_state_is_there(tmp_path):
         time.sleep(numbers.uniform(0.05, 0.4))
         run.send_signal(signal.SIGKILL)
         run.wait()
-        entry = Journal(tmp_path / "a.png").read()
+        entry = CheckpointStore(tmp_path / "a.png").read()
         if entry is not None:
             assert torch.equal(entry.parts["state"]["x"], torch.full((2000,), float(entry.head["n"])))
             seen.append(entry.head["n"])

@@ -155,7 +155,7 @@ def test_what_a_person_gets_wrong_is_one_sentence(cli, quick, tmp_path, options,
 def test_a_bug_is_logged_and_the_next_job_runs(cli, quick, tmp_path, monkeypatch):
     from linfusion_cli.run import pipeline
 
-    real = pipeline.prepare
+    real = pipeline.resolve_request
 
     def fail(request, picture):
         if request.seed == 1:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linfusion_cli.images import PictureInfo, open_sink
+from linfusion_cli.images import ImageInfo, open_sink
 
-INFO = PictureInfo("linfusion 0.1", 300.0, {"seed": 3}, "", "", "")
+INFO = ImageInfo("linfusion 0.1", 300.0, {"seed": 3}, "", "", "")
 
 
 def write(path, format, size=(600, 700)):

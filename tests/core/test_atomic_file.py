@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from linfusion_cli.core import fs
-from linfusion_cli.core.errors import CannotCreate, TryAgain, WriteFailed
-from linfusion_cli.images import PendingFile, open_sink, read_info
+from linfusion_cli.core.errors import CannotCreateOutput, TemporaryFailure, WriteFailed
+from linfusion_cli.images import AtomicFile, open_sink, read_info
 from tests.images.conftest import left_in, picture
 
 HOLDER = """
@@ -25,7 +25,7 @@ time.sleep(60)
 
 
 def create(path, content=b"new", **options):
-    with PendingFile(path, **options) as file:
+    with AtomicFile(path, **options) as file:
         file.write(content)
         file.commit()
 
@@ -47,7 +47,7 @@ def holder(path):
 def test_the_name_appears_only_when_complete(tmp_path, monkeypatch, overwrite, links):
     if not links:
         monkeypatch.setattr(type(tmp_path), "hardlink_to", failing(errno.EPERM))
-    with PendingFile(tmp_path / "a.tif", overwrite) as file:
+    with AtomicFile(tmp_path / "a.tif", overwrite) as file:
         file.write(b"0123")
         file.write_at(1, b"xy")
         assert left_in(tmp_path) == [".a.tif.part"]
@@ -57,7 +57,7 @@ def test_the_name_appears_only_when_complete(tmp_path, monkeypatch, overwrite, l
 
 
 def test_leaving_without_commit_removes_it(tmp_path):
-    with PendingFile(tmp_path / "a.tif") as file:
+    with AtomicFile(tmp_path / "a.tif") as file:
         file.write(b"0123")
     assert left_in(tmp_path) == []
 
@@ -74,15 +74,15 @@ def test_mode_follows_the_umask(tmp_path, mask):
 
 def test_an_existing_file_is_refused_before_any_work(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(CannotCreate, match="exists.*--overwrite") as caught:
-        PendingFile(tmp_path / "a")
+    with pytest.raises(CannotCreateOutput, match="exists.*--overwrite") as caught:
+        AtomicFile(tmp_path / "a")
     assert caught.value.exit_code == 73
     assert left_in(tmp_path) == ["a"]
 
 
 def test_overwrite_replaces_only_at_the_end(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
-    with PendingFile(tmp_path / "a", overwrite=True) as file:
+    with AtomicFile(tmp_path / "a", overwrite=True) as file:
         file.write(b"new")
         assert (tmp_path / "a").read_bytes() == b"old"
         file.commit()
@@ -94,7 +94,7 @@ def test_a_target_that_appears_meanwhile_is_kept_and_so_is_the_work(tmp_path, mo
     if not links:
         monkeypatch.setattr(type(tmp_path), "hardlink_to", failing(errno.EOPNOTSUPP))
     (tmp_path / "a-2.tif").write_bytes(b"older")
-    with pytest.raises(CannotCreate, match=r"a-3\.tif"), PendingFile(tmp_path / "a.tif") as file:
+    with pytest.raises(CannotCreateOutput, match=r"a-3\.tif"), AtomicFile(tmp_path / "a.tif") as file:
         file.write(b"ours")
         (tmp_path / "a.tif").write_bytes(b"theirs")
         file.commit()
@@ -114,16 +114,16 @@ def test_folders_and_devices_are_refused(tmp_path):
         (tmp_path / ("a" * 256), "cannot be created"),
         ("/proc/a", "/proc refuses a new file"),
     ]:
-        with pytest.raises(CannotCreate, match=reason):
-            PendingFile(path, overwrite=True)
+        with pytest.raises(CannotCreateOutput, match=reason):
+            AtomicFile(path, overwrite=True)
     assert left_in(tmp_path) == ["fifo", "file"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_refuses(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(CannotCreate, match="refuses"):
-        PendingFile(tmp_path / "a")
+    with pytest.raises(CannotCreateOutput, match="refuses"):
+        AtomicFile(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["a" * 249, "a" * 250, "é" * 127, "a" * 251 + ".tif"])
@@ -136,8 +136,8 @@ def test_a_symlink_stays_and_its_file_is_replaced(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a").write_bytes(b"old")
     (tmp_path / "link").symlink_to("real/a")
-    with pytest.raises(CannotCreate, match="exists"):
-        PendingFile(tmp_path / "link")
+    with pytest.raises(CannotCreateOutput, match="exists"):
+        AtomicFile(tmp_path / "link")
     create(tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "a").read_bytes() == b"new"
@@ -149,14 +149,14 @@ def test_a_symlink_to_nothing_and_a_loop(tmp_path):
     create(tmp_path / "link")
     assert (tmp_path / "later").read_bytes() == b"new"
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(CannotCreate):
-        PendingFile(tmp_path / "loop", overwrite=True)
+    with pytest.raises(CannotCreateOutput):
+        AtomicFile(tmp_path / "loop", overwrite=True)
 
 
 def test_the_second_run_is_told_to_try_again(tmp_path):
     with holder(tmp_path / "a"):
-        with pytest.raises(TryAgain) as caught:
-            PendingFile(tmp_path / "a", overwrite=True)
+        with pytest.raises(TemporaryFailure) as caught:
+            AtomicFile(tmp_path / "a", overwrite=True)
         assert caught.value.exit_code == 75
         assert left_in(tmp_path) == [".a.part"]  # that of the other run
 
@@ -175,7 +175,7 @@ def test_killed_between_link_and_unlink(tmp_path):
     """Then the temporary name is a finished picture, which the next run must not truncate."""
     (tmp_path / "a").write_bytes(b"finished")
     (tmp_path / ".a.part").hardlink_to(tmp_path / "a")
-    with PendingFile(tmp_path / "a", overwrite=True) as file:
+    with AtomicFile(tmp_path / "a", overwrite=True) as file:
         file.write(b"x")
         assert (tmp_path / "a").read_bytes() == b"finished"
     assert left_in(tmp_path) == ["a"]

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from linfusion_cli.core.geometry import Size, bands, base_size, equal_bands, phase_sizes
+from linfusion_cli.core.geometry import Size, split_rows, base_size, split_evenly, phase_sizes
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_any_size_has_a_ladder_that_reaches_it(width, height, native_px):
 
 
 def test_bands_cover_everything_once():
-    assert list(bands(10, 4)) == [(0, 4), (4, 8), (8, 10)]
+    assert list(split_rows(10, 4)) == [(0, 4), (4, 8), (8, 10)]
 
 
 def test_latents_are_an_exact_division():
@@ -63,7 +63,7 @@ def test_latents_are_an_exact_division():
 
 @pytest.mark.parametrize(("length", "most", "multiple"), [(100, 100, 1), (101, 100, 1), (2048, 64, 1), (523, 64, 1)])
 def test_equal_bands_are_as_few_as_can_be_and_differ_by_a_row_at_most(length, most, multiple):
-    found = list(equal_bands(length, most, multiple))
+    found = list(split_evenly(length, most, multiple))
     sizes = [stop - start for start, stop in found]
     assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
     assert found[-1][1] == length
@@ -77,7 +77,7 @@ def test_equal_bands_are_as_few_as_can_be_and_differ_by_a_row_at_most(length, mo
     ("length", "most"), [(262144, 32768), (273529, 32768), (70, 64), (64, 64), (1000, 256), (65, 64)]
 )
 def test_equal_bands_in_multiples_end_with_what_is_left(length, most):
-    found = list(equal_bands(length, most, 64))
+    found = list(split_evenly(length, most, 64))
     sizes = [stop - start for start, stop in found]
     assert sum(sizes) == length
     assert max(sizes) <= most

@@ -33,9 +33,9 @@ from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished, Stag
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families.facts import ModelFacts
 from linfusion_cli.planning import machine, plan
-from linfusion_cli.planning.estimate import Reckoner
+from linfusion_cli.planning.estimate import CostEstimator
 from linfusion_cli.planning.machine import Machine
-from linfusion_cli.planning.meta_model import ModelOutline
+from linfusion_cli.planning.meta_model import MetaModel
 from linfusion_cli.planning.speed import Speed
 from linfusion_cli.planning.vae_strategies import patch_counts
 from linfusion_cli.run import pipeline
@@ -45,7 +45,7 @@ from linfusion_cli.strips import storage
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.stages import decoder_stages, encoder_stages
-from linfusion_cli.vae.statistics import Method, starts
+from linfusion_cli.vae.statistics import VaeStrategy, starts
 from tests.fake_card.device.card import FakeCard
 from tests.fake_card.device.stubs import Checkpoints, CountingSink, as_fake, stubbed
 from tests.fake_card.device.tensor import CUDA
@@ -108,7 +108,7 @@ def make(case: Case, folder: Path, checkpoints: Checkpoints, stops_at: str | Non
         card.fails = list(case.fails)
         sink, watch = CountingSink(), Watch(card, stops_at)
         with stubbed(checkpoints, sink), chosen(case):
-            report = pipeline.make_picture(request_of(case, folder), None, {}, watch)
+            report = pipeline.run_pipeline(request_of(case, folder), None, {}, watch)
         result = {"rows": sink.rows, "complete": sink.is_complete, "notices": watch.notices, "fails": card.fails}
         result |= {"resumed": report.resumed_from, "left_pinned": card.pinned_bytes}
         return result | {"stages": [stage | needed(stage, report.plan) for stage in watch.stages]}
@@ -182,7 +182,7 @@ def run_vae(case: VaeCase) -> dict[str, Any]:
     stages = encoder_stages(vae) if encode else decoder_stages(vae)
     start = starts(stages)[case.start] if case.start >= 0 else 0
     count = 0 if case.start == 0 else patch_counts(case.kind, (case.size // 8) ** 2)[0]
-    method = Method(start, count, SDXL_KEYS, case.height, case.place)
+    method = VaeStrategy(start, count, SDXL_KEYS, case.height, case.place)
     with (
         FakeCard(SCALARS) as card,
         patch.object(storage, "segments", lambda: case.segments),
@@ -191,7 +191,7 @@ def run_vae(case: VaeCase) -> dict[str, Any]:
         facts = ModelFacts("sdxl", True, 1024, 8, 8, 4, 1024, True, {})
         planned_for = Machine(CUDA, torch.float16, torch.bfloat16, 512 << 30, 141 << 30, 0, H200, H200, case.segments)
         size = Size(case.size, case.size)
-        need = Reckoner(facts, ModelOutline(nothing(), {}, vae), planned_for).vae(size, encode, "linear", method)
+        need = CostEstimator(facts, MetaModel(nothing(), {}, vae), planned_for).vae(size, encode, "linear", method)
         card.reset()
         rows = 0
         for part in converted(case, vae, method, need.pinned_bytes):
@@ -202,7 +202,7 @@ def run_vae(case: VaeCase) -> dict[str, Any]:
         return {"rows": rows, "stages": [stage], "left_pinned": card.pinned_bytes}
 
 
-def converted(case: VaeCase, vae: AutoencoderKL, method: Method, pinned: int) -> Iterator[torch.Tensor]:
+def converted(case: VaeCase, vae: AutoencoderKL, method: VaeStrategy, pinned: int) -> Iterator[torch.Tensor]:
     if case.kind == "decode":
         yield from decode_rows(vae, torch.zeros(1, 4, case.size // 8, case.size // 8), method, pinned=pinned)
         return

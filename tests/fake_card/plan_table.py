@@ -16,8 +16,8 @@ from pathlib import Path
 from tests.fake_card.pipeline import chosen, make, request_of  # first, as it replaces functions of torch
 
 # isort: split
-from linfusion_cli.core.errors import DoesNotFit
-from linfusion_cli.run.inputs.resolve import prepare
+from linfusion_cli.core.errors import OutOfMemoryBudget
+from linfusion_cli.run.inputs.resolve import resolve_request
 from linfusion_cli.run.stages.plan import plan_run
 from tests.fake_card.cases import GIB, Case
 from tests.fake_card.device import guard
@@ -34,7 +34,7 @@ def row(card: int, size: int, folder: Path, runs: bool) -> str:
     case = Case(f"{card}-{size}", size, vram=budget, ram=64 * GIB, steps=(1,), decodes=True)
     try:
         stages = make(case, folder, Checkpoints())["stages"] if runs else planned(case, folder)
-    except DoesNotFit as error:
+    except OutOfMemoryBudget as error:
         return f"| {card} GB | {size} | {error} |\n"
     unet, vae = (next(stage for stage in stages if stage["name"] == name) for name in ("base", "decode"))
     mode, method = unet["plan"]["mode"], vae["plan"]["mode"]
@@ -48,7 +48,7 @@ def row(card: int, size: int, folder: Path, runs: bool) -> str:
 def planned(case: Case, folder: Path) -> list[dict]:
     """The stages of the plan alone."""
     with FakeCard({}), stubbed(Checkpoints(), CountingSink()), chosen(case):
-        stages = plan_run(prepare(request_of(case, folder))).to_json()["stages"]
+        stages = plan_run(resolve_request(request_of(case, folder))).to_json()["stages"]
     return [{"name": stage["name"], "plan": stage["need"] | {"mode": stage["mode"]}} for stage in stages]
 
 

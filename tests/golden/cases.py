@@ -15,8 +15,8 @@ from torch import Tensor
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.sampling.noise import InTurn, latent_noise, phase_noise, step_noise
-from linfusion_cli.settings.request import LARGEST_SEED, GenerateRequest
+from linfusion_cli.sampling.noise import SequentialNoise, latent_noise, phase_noise, step_noise
+from linfusion_cli.settings.request import MAX_SEED, GenerateRequest
 
 NOISE_FILE, LATENTS_FILE = (Path(__file__).parent / f"{name}.safetensors" for name in ("noise", "latents"))
 EVERY = 3  # of a noise's rows and columns are kept: whole, it would be ten times the size, and show no more
@@ -50,15 +50,15 @@ def noises() -> dict[str, Tensor]:
     size = (4, 70, 70)
     drawn = {
         "phase": phase_noise(7, 1, *size),
-        "phase, largest seed": phase_noise(LARGEST_SEED, 4, *size),
+        "phase, largest seed": phase_noise(MAX_SEED, 4, *size),
         "latents": latent_noise(7, 1, *size),
         "step": step_noise(7, 1, *size, 3),
-        "base": second_of(InTurn(7, 4, 24, 40, torch.float32)),
+        "base": second_of(SequentialNoise(7, 4, 24, 40, torch.float32)),
     }
     return {name: noise[..., ::EVERY, ::EVERY].contiguous() for name, noise in drawn.items()}
 
 
-def second_of(draw: InTurn) -> Tensor:
+def second_of(draw: SequentialNoise) -> Tensor:
     """The second noise of a base, which also tells whether the first took as many numbers as it should."""
     draw()
     return draw()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from linfusion_cli.images.process.quantise import quantised
+from linfusion_cli.images.process.quantise import quantise
 from linfusion_cli.sampling.noise import latent_noise, phase_noise, step_noise
 from tests.golden.cases import NOISE_FILE, NOISE_TOLERANCE, largest_difference, noises
 
@@ -56,5 +56,5 @@ def test_the_noise_of_runs_is_that_recorded():
 @pytest.mark.parametrize("bits", DITHERED_SHA256)
 def test_dithered_numbers_are_those_recorded(bits):
     rows = (np.arange(40 * 33 * 3, dtype=np.float32) / np.float32(40 * 33 * 3 - 1)).reshape(40, 33, 3)
-    found = quantised(rows, 1000, bits, seed=7).astype(f"<u{bits // 8}")
+    found = quantise(rows, 1000, bits, seed=7).astype(f"<u{bits // 8}")
     assert hashlib.sha256(found.tobytes()).hexdigest() == DITHERED_SHA256[bits]

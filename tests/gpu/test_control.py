@@ -8,12 +8,12 @@ import torch
 
 from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.models.load.controlnet import linear_attention
-from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import Strips, StripSize, as_rows
 from linfusion_cli.strips.storage import PLACES, Storage
-from linfusion_cli.unet.controlnet import StripControl, WholeControl, embedded_picture
+from linfusion_cli.unet.controlnet import StripControlNet, WholeControlNet, embed_control_image
 from linfusion_cli.unet.forward import strip_forward
-from linfusion_cli.unet.predict import Whole
+from linfusion_cli.unet.predict import WholeUNet
 from tests.support.small_controlnets import small_control
 from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 
@@ -35,9 +35,9 @@ def networks():
 
 def in_strips(unet, net, picture, storage: Storage, latents, condition, dilation: int = 1) -> torch.Tensor:
     rows = as_rows(picture)
-    hint = embedded_picture(net, lambda *span: rows[:, slice(*span)], *rows.shape[1:3], storage)
-    controlled = replace(condition, controls=[StripControl(net, 0.8, None, hint)])
-    return strip_forward(unet, Strips(SIZE, storage, Alone(), dilation), latents, torch.tensor(500), controlled)
+    hint = embed_control_image(net, lambda *span: rows[:, slice(*span)], *rows.shape[1:3], storage)
+    controlled = replace(condition, controls=[StripControlNet(net, 0.8, None, hint)])
+    return strip_forward(unet, Strips(SIZE, storage, SingleDevice(), dilation), latents, torch.tensor(500), controlled)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -47,7 +47,7 @@ def test_strips_equal_the_plain_forwards(networks, place, dilation):
     unet, net = (network.double() for network in networks)
     latents, condition = torch.randn(1, 4, 53, 77, dtype=torch.float64, device=CUDA), random_condition(unet)
     picture = torch.rand(1, 3, 8 * 53, 8 * 77, dtype=torch.float64, device=CUDA)
-    whole = Whole(unet, dilation, [WholeControl(net, 0.8, None, picture)])
+    whole = WholeUNet(unet, dilation, [WholeControlNet(net, 0.8, None, picture)])
     expected = whole.predictor(condition.text, condition.added)(latents, torch.tensor(500))
     for _ in range(3):
         found = in_strips(unet, net, picture, Storage(place, CUDA, torch.float64), latents, condition, dilation)

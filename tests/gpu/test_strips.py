@@ -5,10 +5,10 @@ import torch
 
 from linfusion_cli.hardware.device import limit_device_memory
 from linfusion_cli.mixers.linear.mount import mounted
-from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
-from linfusion_cli.unet.forward import Condition, strip_forward
+from linfusion_cli.unet.forward import UNetInputs, strip_forward
 from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -24,7 +24,7 @@ def unet():
 
 
 def forward(unet, latents, condition, place: str) -> torch.Tensor:
-    run = Strips(StripSize(8, 1024), Storage(place, torch.device("cuda"), unet.dtype), Alone())
+    run = Strips(StripSize(8, 1024), Storage(place, torch.device("cuda"), unet.dtype), SingleDevice())
     return strip_forward(unet, run, latents, torch.tensor(500), condition)
 
 
@@ -49,7 +49,7 @@ def test_half_precision_is_as_good_as_the_plain_forward_s(unet, dtype):
     latents, condition = torch.randn(1, 4, 128, 128, device="cuda"), random_condition(unet)
     exact = plain(unet, latents, condition)
     unet.to(dtype)
-    half = Condition(condition.text.to(dtype), {name: value.to(dtype) for name, value in condition.added.items()})
+    half = UNetInputs(condition.text.to(dtype), {name: value.to(dtype) for name, value in condition.added.items()})
     errors = [
         ((found.float() - exact).norm() / exact.norm()).item()
         for found in (forward(unet, latents.to(dtype), half, "device"), plain(unet, latents.to(dtype), half))

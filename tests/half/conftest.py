@@ -13,8 +13,8 @@ from torch import Tensor
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.hardware.device import dtype_name
-from linfusion_cli.run.checkpoint.latents_file import kept_latents
-from linfusion_cli.run.pipeline import make_picture
+from linfusion_cli.run.checkpoint.latents_file import open_latents
+from linfusion_cli.run.pipeline import run_pipeline
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
 from tests.support.fakes import Listener
@@ -44,8 +44,8 @@ def make(xl_model, tmp_path, monkeypatch):
         values |= {"strength": (0.7,), "upscaler": "sdedit", "guidance_scale": (1.0,), "device": "cpu"}
         values |= {"output": Path("a.png"), "keep_latents": Path("a.safetensors"), "checkpoint_every": 3600.0}
         request, listener = GenerateRequest(**values | {"dtype": "float16"} | changed), Listener()
-        report = make_picture(request, None, {}, observer or listener, shelf)
-        return Made(report, listener, kept_latents(request.keep_latents).read())
+        report = run_pipeline(request, None, {}, observer or listener, shelf)
+        return Made(report, listener, open_latents(request.keep_latents).read())
 
     return run
 
@@ -92,6 +92,6 @@ def forwards(monkeypatch) -> Forwards:
     def watched(forward):
         return lambda self, *inputs: found.seen(*inputs[:2], forward(self, *inputs))
 
-    for kind in (predict.Whole, predict.InStrips):
+    for kind in (predict.WholeUNet, predict.StripUNet):
         monkeypatch.setattr(kind, "_forward", watched(kind._forward))
     return found

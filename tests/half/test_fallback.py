@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from linfusion_cli.checkpoint.store import Journal
+from linfusion_cli.checkpoint.store import CheckpointStore
 from linfusion_cli.core.errors import NonFinite, Stopped
 from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished
 from linfusion_cli.hardware import device
 from linfusion_cli.images import read_info
-from linfusion_cli.models.cache import Shelf
+from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.models.text import encode as text_encode
-from linfusion_cli.run.checkpoint.latents_file import kept_latents
+from linfusion_cli.run.checkpoint.latents_file import open_latents
 from linfusion_cli.run.stages import load as stages_load
 from linfusion_cli.run.stages import plan, precision
 from tests.half.runs import BASE, DOUBLE, HALF, files, history, notices
@@ -46,7 +46,7 @@ def stop_before(bad: tuple[int, int]):
 
 def accept_another_dtype() -> None:
     """Mark what a run has saved as after NaN: the reference goes on in another dtype without any fallback."""
-    with Journal(Path("a.png")).held() as journal:
+    with CheckpointStore(Path("a.png")).held() as journal:
         found = journal.read()
         journal.save({**found.head, "non_finite": "by hand"}, found.parts)
 
@@ -74,7 +74,7 @@ def test_files_report_and_notice_tell_it(make, forwards):
     expected = history((0, 0, "float16"), (0, 2, "bfloat16"))
     assert made.report.dtypes == expected
     told = [read_info(Path(name)).request["dtypes"] for name in ("a.png", "a-64x64.png", "small.jpg")]
-    assert told == [expected] * 3 and kept_latents(Path("a.safetensors")).made_with["dtypes"] == expected
+    assert told == [expected] * 3 and open_latents(Path("a.safetensors")).made_with["dtypes"] == expected
     fails = "The model predicts NaN or Inf at step 3 of 4 in phase base (float16)."
     assert notices(made) == [f"{fails} This is repeated, and the run goes on, in bfloat16."]
     phases = [(stage.name, stage.steps) for stage in made.report.stages if stage.kind == "denoise"]
@@ -206,7 +206,7 @@ def test_prompts_are_encoded_anew_and_what_was_said_of_them_is_not_said_twice(ma
 def test_the_next_job_of_a_batch_begins_in_its_own_dtype(make, clear, forwards):
     alone = make(seed=2).latents
     clear()
-    shelf = Shelf()
+    shelf = ModelCache()
     forwards.bad = {(BASE, 1): HALF}
     assert make(shelf=shelf).report.dtypes == history((0, 0, "float16"), (0, 1, "float32"))
     clear()
@@ -230,7 +230,7 @@ def test_the_narrow_models_are_gone_before_the_wide_ones_are_read(make, forwards
 
     monkeypatch.setattr(stages_load, "load_unet", watched)
     forwards.bad = {(BASE, 1): HALF}
-    make(shelf=Shelf(keeps))
+    make(shelf=ModelCache(keeps))
     assert alive == [0, 0, 0]
 
 
@@ -241,7 +241,7 @@ def test_the_checkpoint_knows_of_it_before_the_step_is_repeated(make, forwards):
 
     def observer(event):
         if isinstance(event, Notice):
-            found.append(Journal(Path("a.png")).read())
+            found.append(CheckpointStore(Path("a.png")).read())
 
     forwards.bad = {(DOUBLE, 1): {"float16"}}
     make(observer)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from linfusion_cli.batch.results import Outcome
-from linfusion_cli.core.errors import DataError, DeviceFailed, RanOutOfMemory, WriteFailed
+from linfusion_cli.batch.results import JobResult
+from linfusion_cli.core.errors import DataError, DeviceFailed, OutOfMemory, WriteFailed
 from linfusion_cli.hardware import device, failures
 from tests.batch.helpers import builder, carried_out, entries, failing
 from tests.hardware.stub_driver import GIB, StubDriver
@@ -115,7 +115,7 @@ UNUSABLE = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:60] or type(error).__name__)
 def test_every_way_to_run_out_of_memory_is_known(error):
     known = failures.explained(error)
-    assert device.is_out_of_memory(error) and isinstance(known, RanOutOfMemory) and known.exit_code == 71
+    assert device.is_out_of_memory(error) and isinstance(known, OutOfMemory) and known.exit_code == 71
     assert str(known).startswith("There is not enough memory for this (") and len(str(known).splitlines()) == 1
 
 
@@ -202,7 +202,7 @@ def test_a_device_that_is_lost_in_a_batch_leaves_nothing_on_the_shelf(tmp_path):
     errors = {
         "hill 1": RuntimeError(LOST[0]),
         "hill 2": DeviceFailed("The GPU was lost."),
-        "hill 3": RanOutOfMemory("There is not enough memory for this."),
+        "hill 3": OutOfMemory("There is not enough memory for this."),
         "hill 4": DataError("The weights are broken."),
         "hill 5": RuntimeError(f"CUDA error: device-side assert triggered{MORE}"),
     }
@@ -213,5 +213,5 @@ def test_a_device_that_is_lost_in_a_batch_leaves_nothing_on_the_shelf(tmp_path):
         return made(request, origins, observer, shelf)
 
     told, _ = carried_out(tmp_path / "out", entries(6), make, build=builder())
-    codes = [outcome.exit_code for outcome in told.outcomes if isinstance(outcome, Outcome)]
+    codes = [outcome.exit_code for outcome in told.outcomes if isinstance(outcome, JobResult)]
     assert codes == [69, 69, 71, 65, 70, 0] and next(dropped) == 4

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from linfusion_cli.core.errors import DeviceFailed, DoesNotFit, Unavailable, UsageError
+from linfusion_cli.core.errors import DeviceFailed, OutOfMemoryBudget, Unavailable, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware import allocator, cuda, device, diagnosis
 from linfusion_cli.planning import machine
@@ -171,7 +171,7 @@ def test_errors_of_all_types_are_told(driver, error):
 )
 def test_a_card_without_any_memory_left_is_full(driver, monkeypatch, error):
     driver.fail(kernel=error)
-    with pytest.raises(DoesNotFit, match="cuda:0 has no memory left"):
+    with pytest.raises(OutOfMemoryBudget, match="cuda:0 has no memory left"):
         device.pick_device("cuda")
     del driver.failures["kernel"]
 
@@ -180,7 +180,7 @@ def test_a_card_without_any_memory_left_is_full(driver, monkeypatch, error):
 
     driver.free = 12 << 20
     monkeypatch.setattr(machine, "measured", fails)
-    with pytest.raises(DoesNotFit, match=r"cuda:0 is full: 12\.0 MiB of its memory are free"):
+    with pytest.raises(OutOfMemoryBudget, match=r"cuda:0 is full: 12\.0 MiB of its memory are free"):
         machine.survey(request())
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from linfusion_cli.images import PictureInfo, RowSink, a1111_parameters
+from linfusion_cli.images import ImageInfo, RowSink, a1111_parameters
 
 PROMPT = 'a 🐱 [cat] (large:1.2), {x|y} <lora:a:1>\nsecond line\t\x07\x1b[31m \\ "quoted" 日本 & </rdf:li> ]]>'
 
@@ -35,7 +35,7 @@ def nothing_printed(capfd):
 
 
 @pytest.fixture
-def info() -> PictureInfo:
+def info() -> ImageInfo:
     parameters = a1111_parameters(
         PROMPT,
         "blurry",
@@ -48,4 +48,4 @@ def info() -> PictureInfo:
         version="linfusion 0.1.0",
     )
     request = {"prompt": PROMPT, "negative_prompt": "blurry", "seed": 7, "nested": {"prompt_2": "b", "list": [1, None]}}
-    return PictureInfo("linfusion 0.1.0", 300.0, request, PROMPT, "blurry", parameters)
+    return ImageInfo("linfusion 0.1.0", 300.0, request, PROMPT, "blurry", parameters)

@@ -8,7 +8,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from linfusion_cli.images import PictureInfo, open_sink, read_info
+from linfusion_cli.images import ImageInfo, open_sink, read_info
 from tests.images.conftest import left_in, picture, write_unevenly
 
 SIZES = [(1, 1), (1, 70), (2, 1), (511, 130), (512, 512), (513, 65), (1100, 64), (3, 1100), (1025, 514)]
@@ -21,7 +21,7 @@ LOSSLESS = [
 FORMAT = {"tif": "tiff", "png": "png", "jpg": "jpeg"}
 
 
-def written(path: Path, pixels: np.ndarray, info: PictureInfo, compression: str | None = None) -> Path:
+def written(path: Path, pixels: np.ndarray, info: ImageInfo, compression: str | None = None) -> Path:
     size_px, bits = (pixels.shape[1], pixels.shape[0]), pixels.dtype.itemsize * 8
     sink = open_sink(path, FORMAT[path.suffix[1:]], size_px, bits, info, compression, threads=2)
     write_unevenly(sink, pixels)

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.core.errors import DataError, InputMissing
+from linfusion_cli.core.errors import DataError, InputNotFound
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import self_attentions
 from linfusion_cli.mixers.linear.weights import CONFIG_NAME, WEIGHTS_NAME, load_weights, outline, save_weights, unused
@@ -166,5 +166,5 @@ def test_a_config_of_another_kind_is_refused(weights, unet, text):
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
 def test_a_missing_file_is_named(weights, unet, name):
     (weights / name).unlink()
-    with pytest.raises(InputMissing, match=name):
+    with pytest.raises(InputNotFound, match=name):
         load_weights(weights, unet, torch.float32)

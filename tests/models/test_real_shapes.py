@@ -18,9 +18,9 @@ from linfusion_cli.models.families.facts import family_of, family_of_file
 from linfusion_cli.models.files.header import Header
 from linfusion_cli.models.load.parts import fitting_state
 from linfusion_cli.models.load.single_file import depths_in
-from linfusion_cli.planning.meta_model import ModelOutline, count
+from linfusion_cli.planning.meta_model import MetaModel, count
 from linfusion_cli.strips.ops import StripSize
-from linfusion_cli.unet.estimate import Setting, reckon
+from linfusion_cli.unet.estimate import Setting, estimate_unet
 from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.support.small_single_files import original_clip, original_open_clip, original_unet, original_vae
 from tools.bench.shapes import linear_attentions
@@ -197,7 +197,7 @@ def sdxl(tmp_path):
     """SDXL's outline, with the linear attention that the published config describes."""
     (tmp_path / CONFIG_NAME).write_text(published_config("sdxl"))
     unet = sdxl_unet_on_meta()
-    return ModelOutline(unet, weights.outline(tmp_path, unet), vae_on_meta())
+    return MetaModel(unet, weights.outline(tmp_path, unet), vae_on_meta())
 
 
 def test_sdxl_s_unet_with_linear_attention_takes_4_83_gib_in_fp16(sdxl):
@@ -208,7 +208,7 @@ def test_sdxl_s_unet_with_linear_attention_takes_4_83_gib_in_fp16(sdxl):
 
 def test_a_forward_of_sdxl_at_16k_is_1547_tflop(sdxl):
     with sdxl.with_attention("linear"):
-        found = reckon(sdxl.unet, Setting(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
+        found = estimate_unet(sdxl.unet, Setting(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
     assert found.flops == pytest.approx(1547e12, rel=0.005)
 
 

@@ -12,16 +12,16 @@ from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.load.controlnet import linear_attention
-from linfusion_cli.planning.estimate import Need
-from linfusion_cli.planning.meta_model import ModelOutline
-from linfusion_cli.planning.plan import Wanted, make_plan
-from linfusion_cli.sampling.phases import Rungs, ladder
+from linfusion_cli.planning.estimate import ResourceEstimate
+from linfusion_cli.planning.meta_model import MetaModel
+from linfusion_cli.planning.plan import PlanInputs, make_plan
+from linfusion_cli.sampling.phases import PhaseSizes, build_phases
 from linfusion_cli.sampling.upscalers.pass_count import count_passes
-from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES
-from linfusion_cli.unet.controlnet import StripControl, embedded_picture
-from linfusion_cli.unet.estimate import Setting, embedding_cost, reckon
+from linfusion_cli.unet.controlnet import StripControlNet, embed_control_image
+from linfusion_cli.unet.estimate import Setting, embedding_cost, estimate_unet
 from linfusion_cli.unet.forward import strip_forward
 from tests.planning.test_estimate import CountingStorage, check_peaks
 from tests.planning.test_plan import a_request, machine
@@ -57,15 +57,15 @@ def test_maps_are_reckoned_to_the_byte(networks, place, count):
     def read(top: int, bottom: int) -> torch.Tensor:
         return torch.rand(1, bottom - top, 8 * WIDTH, 3)
 
-    embeddings = [embedded_picture(net, read, 8 * HEIGHT, 8 * WIDTH, storage) for net in nets]
+    embeddings = [embed_control_image(net, read, 8 * HEIGHT, 8 * WIDTH, storage) for net in nets]
     waiting, condition = storage.live, random_condition(unet)
     controls = [
-        StripControl(net, 1.0, i or None, hint) for i, (net, hint) in enumerate(zip(nets, embeddings, strict=True))
+        StripControlNet(net, 1.0, i or None, hint) for i, (net, hint) in enumerate(zip(nets, embeddings, strict=True))
     ]
     controlled = type(condition)(condition.text, condition.added, controls=controls)
-    strip_forward(unet, Strips(SIZE, storage, Alone()), torch.randn(1, 4, HEIGHT, WIDTH), torch.tensor(500), controlled)
+    strip_forward(unet, Strips(SIZE, storage, SingleDevice()), torch.randn(1, 4, HEIGHT, WIDTH), torch.tensor(500), controlled)
     assert storage.live == waiting
-    found = reckon(unet, Setting(SIZE, place, 1, HEIGHT, WIDTH, 4), nets)
+    found = estimate_unet(unet, Setting(SIZE, place, 1, HEIGHT, WIDTH, 4), nets)
     check_peaks(storage, found, largest=HEIGHT * WIDTH * unet.config.block_out_channels[0] * 4)
     assert set(found.live.values()) == {0}
 
@@ -74,7 +74,7 @@ def test_a_controlnet_takes_no_second_set_of_skip_connections(networks):
     """Beside its picture's embedding, less than one map of the latents' size."""
     unet, nets = networks
     alone, controlled = (
-        reckon(unet, Setting(SIZE, "device", 1, HEIGHT, WIDTH, 4), which).maps_peak["device"] for which in ([], nets)
+        estimate_unet(unet, Setting(SIZE, "device", 1, HEIGHT, WIDTH, 4), which).maps_peak["device"] for which in ([], nets)
     )
     largest = HEIGHT * WIDTH * unet.config.block_out_channels[0] * 4
     assert controlled <= alone + (len(nets) + 1) * largest
@@ -90,7 +90,7 @@ def test_the_work_of_the_picture_s_embedding_is_that_of_its_convolutions(network
 def test_a_controlnet_adds_about_what_a_unet_s_encoder_does(networks):
     unet, nets = networks
     setting = Setting(SIZE, "device", 1, 64, 64, 4)
-    alone, controlled = (reckon(unet, setting, which).flops for which in ([], nets[:1]))
+    alone, controlled = (estimate_unet(unet, setting, which).flops for which in ([], nets[:1]))
     assert 0.25 * alone < controlled - alone < 0.6 * alone
 
 
@@ -99,14 +99,14 @@ def test_a_plan_counts_them_where_they_act(kind, xl_model, tmp_path):
     """On a CPU their weights are there from the first stage to the last; on a card only where they act."""
     net = small_control(small_xl_unet())
     folder, facts = write_control(tmp_path, net), read_facts(Model(xl_model))
-    outline = ModelOutline.read(Model(xl_model), xl_model / "linfusion", controls=[folder])
+    outline = MetaModel.read(Model(xl_model), xl_model / "linfusion", controls=[folder])
     wanted = a_request(SIZES[-1], attention=("original", "linear"), steps=(4,), strength=(0.5,))
-    phases = ladder(wanted, Rungs(SIZES, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
+    phases = build_phases(wanted, PhaseSizes(SIZES, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
     passes = [count_passes(wanted, facts.scheduler_config, phase) for phase in phases]
     on = machine(kind, 64 << 30, 64 << 30 if kind == "cuda" else None)
 
-    def needs(*acting: int) -> list[Need]:
-        plan = make_plan(Wanted(wanted, facts, phases, passes, controlled=frozenset(acting)), outline, on)
+    def needs(*acting: int) -> list[ResourceEstimate]:
+        plan = make_plan(PlanInputs(wanted, facts, phases, passes, controlled=frozenset(acting)), outline, on)
         return [plan.stage("denoise", phase.index).need for phase in phases]
 
     weights = sum(part.numel() for part in net.parameters()) * on.dtype.itemsize
@@ -117,6 +117,6 @@ def test_a_plan_counts_them_where_they_act(kind, xl_model, tmp_path):
     largest = SIZES[-1].area // 64 * 8 * on.dtype.itemsize
     assert largest <= getattr(above, memory) - getattr(plain, memory) < 4 * largest
     assert above.seconds > 1.2 * plain.seconds
-    without = make_plan(Wanted(wanted, facts, phases, passes), replace(outline, controls=()), on)
+    without = make_plan(PlanInputs(wanted, facts, phases, passes), replace(outline, controls=()), on)
     beside = weights if kind == "cpu" else 0  # where they wait while they do not act
     assert getattr(plain, memory) == getattr(without.stage("denoise", 1).need, memory) + beside

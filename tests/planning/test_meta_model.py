@@ -7,7 +7,7 @@ from torch import nn
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.locate.model import DEMO_FOLDER
 from linfusion_cli.planning import meta_model
-from linfusion_cli.planning.meta_model import ModelOutline
+from linfusion_cli.planning.meta_model import MetaModel
 from tests.planning.test_plan import GIB, machine, plan
 
 
@@ -20,13 +20,13 @@ def test_a_plan_counts_the_parameters_of_a_network_once(monkeypatch):
         return count(module)
 
     monkeypatch.setattr(meta_model, "count", spy)
-    fresh = ModelOutline.read(Model(DEMO_FOLDER), DEMO_FOLDER / "linfusion")
+    fresh = MetaModel.read(Model(DEMO_FOLDER), DEMO_FOLDER / "linfusion")
     stages = plan(machine("cuda", 64 * GIB, 2 * GIB), outline=fresh).stages
     assert len(stages) == 5 and counted and set(counted.values()) == {1}
 
 
 def test_numbers_are_those_of_the_networks_that_run():
-    found = ModelOutline.read(Model(DEMO_FOLDER), DEMO_FOLDER / "linfusion")
+    found = MetaModel.read(Model(DEMO_FOLDER), DEMO_FOLDER / "linfusion")
     before = {attention: found.numbers(attention) for attention in ("original", "linear")}
     for attention, numbers in before.items():
         with found.with_attention(attention):

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from linfusion_cli.core.errors import DataError, DoesNotFit
+from linfusion_cli.core.errors import DataError, OutOfMemoryBudget
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import parse_bytes
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.locate.model import DEMO_FOLDER
 from linfusion_cli.planning.machine import Machine
-from linfusion_cli.planning.meta_model import ModelOutline
-from linfusion_cli.planning.plan import MARGIN_BYTES, STRIP_SIZES, Plan, Wanted, make_plan
+from linfusion_cli.planning.meta_model import MetaModel
+from linfusion_cli.planning.plan import MARGIN_BYTES, STRIP_SIZES, Plan, PlanInputs, make_plan
 from linfusion_cli.planning.speed import Speed
-from linfusion_cli.run.inputs.resolve import prepare
+from linfusion_cli.run.inputs.resolve import resolve_request
 from linfusion_cli.run.stages.plan import plan_run
-from linfusion_cli.sampling.phases import Rungs, ladder
+from linfusion_cli.sampling.phases import PhaseSizes, build_phases
 from linfusion_cli.sampling.upscalers.pass_count import count_passes
 from linfusion_cli.settings.request import GenerateRequest
 
@@ -39,19 +39,19 @@ def a_request(size: Size, **changed) -> GenerateRequest:
 
 
 @cache
-def demo_outline() -> ModelOutline:
+def demo_outline() -> MetaModel:
     """Read once for all plans, which leave it as it was."""
-    return ModelOutline.read(Model(DEMO_FOLDER), DEMO_FOLDER / "linfusion")
+    return MetaModel.read(Model(DEMO_FOLDER), DEMO_FOLDER / "linfusion")
 
 
-def plan(on: Machine, attentions=("original", "linear"), outline: ModelOutline | None = None, **request) -> Plan:
+def plan(on: Machine, attentions=("original", "linear"), outline: MetaModel | None = None, **request) -> Plan:
     """A plan for the demo model, from 256² to 8192²."""
     sizes = [SIZES[0], request.pop("size", SIZES[-1])]
     wanted = a_request(sizes[-1], attention=attentions, steps=(4,), strength=(0.5,), **request)
-    phases = ladder(wanted, Rungs(sizes, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
+    phases = build_phases(wanted, PhaseSizes(sizes, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
     facts = read_facts(Model(DEMO_FOLDER))
     passes = [count_passes(wanted, facts.scheduler_config, phase) for phase in phases]
-    return make_plan(Wanted(wanted, facts, phases, passes), outline or demo_outline(), on)
+    return make_plan(PlanInputs(wanted, facts, phases, passes), outline or demo_outline(), on)
 
 
 def test_a_cpu_with_room_takes_the_best_strips_for_linear_attention_alone():
@@ -73,14 +73,14 @@ def test_what_is_named_as_the_smallest_budget_does_and_less_does_not(kind):
     def on(budget):
         return machine("cpu", budget) if kind == "cpu" else machine("cuda", 64 * GIB, budget)
 
-    with pytest.raises(DoesNotFit) as refused:
+    with pytest.raises(OutOfMemoryBudget) as refused:
         plan(on(GIB // 8))
     flag = "--ram" if kind == "cpu" else "--vram"
     assert refused.value.exit_code == 71 and flag in refused.value.way_out
     named = parse_bytes(refused.value.way_out.split()[2])
     plan(on(named))
     margin = MARGIN_BYTES if kind == "cpu" else 0
-    with pytest.raises(DoesNotFit):
+    with pytest.raises(OutOfMemoryBudget):
         plan(on(named - margin - GIB // 10))  # it is named with one decimal, rounded up
 
 
@@ -99,7 +99,7 @@ LARGER_BYTES = 50 << 20  # by which a process may be larger than the one that na
 def test_the_budget_that_is_named_is_enough_for_a_second_process_which_is_somewhat_larger(flag, on):
     """From several sizes of the first process, as rounding the budget up may hide a margin that is missing."""
     for resident in range(300 << 20, 400 << 20, 25 << 20):
-        with pytest.raises(DoesNotFit) as refused:
+        with pytest.raises(OutOfMemoryBudget) as refused:
             plan(replace(on(GIB // 8), resident_bytes=resident))
         words = refused.value.way_out.split()
         assert words[1] == flag
@@ -115,14 +115,14 @@ def test_the_flags_that_are_named_are_enough_together(segments):
             on = replace(machine("cuda", host << 20, card << 20), segments=segments)
             try:
                 plan(on)
-            except DoesNotFit as refused:
+            except OutOfMemoryBudget as refused:
                 flags = budgets_in(refused)
                 named_both |= len(flags) == 2
                 plan(replace(on, **flags))
     assert named_both
 
 
-def budgets_in(refused: DoesNotFit) -> dict[str, int]:
+def budgets_in(refused: OutOfMemoryBudget) -> dict[str, int]:
     """What --ram and --vram are to be, as fields of a Machine."""
     words, fields = refused.way_out.split(), {"--ram": "host_bytes", "--vram": "device_bytes"}
     return {fields[word]: parse_bytes(value) for word, value in zip(words, words[1:], strict=False) if word in fields}
@@ -147,10 +147,10 @@ def test_halves_of_guidance_share_a_batch_below_4096_px_only():
 
 def test_maps_move_only_to_a_host_that_has_room():
     plan(machine("cuda", GIB, GIB // 3))
-    with pytest.raises(DoesNotFit) as refused:
+    with pytest.raises(OutOfMemoryBudget) as refused:
         plan(machine("cuda", 800 << 20, GIB // 3))
     assert "--vram" in refused.value.way_out
-    with pytest.raises(DoesNotFit) as refused:
+    with pytest.raises(OutOfMemoryBudget) as refused:
         plan(machine("cuda", GIB // 2, GIB // 3))
     assert "--ram" in refused.value.way_out
 
@@ -165,11 +165,11 @@ def test_a_unet_of_an_unknown_kind_runs_whole_or_is_refused_by_name(tmp_path, xl
     (model / "unet" / "config.json").write_text(json.dumps(config))
     (model / "linfusion" / "config.json").write_text(json.dumps({"modules_list": []}))
     request = a_request(Size(256, 256), output=tmp_path / "a.tif", model=str(model), attention=("original",))
-    assert plan_run(prepare(request)).stage("denoise", 1).need is None
+    assert plan_run(resolve_request(request)).stage("denoise", 1).need is None
 
     request = a_request(Size(256, 256), output=tmp_path / "a.tif", model=str(model), strength=(0.5,))
     with pytest.raises(DataError, match="LinFusion weights|down_blocks.1"):
-        plan_run(prepare(request))
+        plan_run(resolve_request(request))
 
 
 def method(budget_gib: float, kind: str = "decode", on: str = "cpu", **request):
@@ -189,7 +189,7 @@ def test_statistics_are_exact_where_whole_maps_take_a_small_part_of_the_memory()
 
 
 def test_less_memory_means_fewer_patches_and_lower_strips():
-    with pytest.raises(DoesNotFit) as refused:
+    with pytest.raises(OutOfMemoryBudget) as refused:
         method(0.01, on="cuda")
     named = parse_bytes(refused.value.way_out.split()[2]) / GIB
     least = method(named, "encode", on="cuda")
@@ -199,7 +199,7 @@ def test_less_memory_means_fewer_patches_and_lower_strips():
 def test_statistics_that_were_asked_for_are_kept_or_refused():
     assert method(128, vae_statistics="sampled").statistics == "sampled"
     assert method(24, vae_statistics="exact").statistics == "exact"
-    with pytest.raises(DoesNotFit) as refused:
+    with pytest.raises(OutOfMemoryBudget) as refused:
         method(4, vae_statistics="exact")
     assert "--vae-statistics auto" in refused.value.way_out
 

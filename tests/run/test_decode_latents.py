@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from linfusion_cli.core.errors import CannotCreate, DataError, InputMissing, WriteFailed
+from linfusion_cli.core.errors import CannotCreateOutput, DataError, InputNotFound, WriteFailed
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.run.checkpoint.latents_file import kept_latents
-from linfusion_cli.run.decode_latents import decode, request_of
+from linfusion_cli.run.checkpoint.latents_file import open_latents
+from linfusion_cli.run.decode_latents import decode, build_decode_request
 from linfusion_cli.run.pipeline import generate, upscale
 from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
 
@@ -30,8 +30,8 @@ def made(xl_model, tmp_path, monkeypatch):
 
 
 def decoded(path="a.safetensors", **given):
-    kept = kept_latents(Path(path))
-    origins, request = request_of(kept, given)
+    kept = open_latents(Path(path))
+    origins, request = build_decode_request(kept, given)
     return decode(kept, request, origins)
 
 
@@ -91,14 +91,14 @@ def test_what_a_run_has_left_in_its_journal_does_too(made, monkeypatch):
     manifest = Path("c.png.linfusion/journal.json")
     manifest.write_bytes(manifest.read_bytes()[:-9])
     with pytest.raises(DataError, match="no whole journal"):
-        kept_latents(Path("c.png.linfusion"))
+        open_latents(Path("c.png.linfusion"))
     manifest.unlink()
     with pytest.raises(DataError, match="no finished latents"):
-        kept_latents(Path("c.png.linfusion"))
+        open_latents(Path("c.png.linfusion"))
 
 
 def test_what_is_there_is_refused(made):
-    with pytest.raises(CannotCreate, match="exists"):
+    with pytest.raises(CannotCreateOutput, match="exists"):
         decoded(output=Path("a.png"))
 
 
@@ -108,12 +108,12 @@ def test_latents_of_another_model_are_refused(made, sd_model):
 
 
 def test_other_files_are_refused(made, xl_model):
-    with pytest.raises(InputMissing):
-        kept_latents(Path("nowhere.safetensors"))
+    with pytest.raises(InputNotFound):
+        open_latents(Path("nowhere.safetensors"))
     with pytest.raises(DataError, match="not a whole safetensors"):
-        kept_latents(Path("a.png"))
+        open_latents(Path("a.png"))
     with pytest.raises(DataError, match="holds no latents"):
-        kept_latents(xl_model / "vae" / "diffusion_pytorch_model.safetensors")
+        open_latents(xl_model / "vae" / "diffusion_pytorch_model.safetensors")
 
 
 def test_no_damage_is_a_bug(made):
@@ -125,7 +125,7 @@ def test_no_damage_is_a_bug(made):
         damaged[at] ^= 1 << at % 8
         Path("bad.safetensors").write_bytes(damaged if at % 3 else whole[:at])
         try:
-            request_of(kept_latents(Path("bad.safetensors")), {})
+            build_decode_request(open_latents(Path("bad.safetensors")), {})
         except DataError:
             pass
 
@@ -154,7 +154,7 @@ MISSING = object()
 )
 def test_latents_whose_metadata_are_not_ours_are_data(made, name, value):
     """From the request to the report: whatever `decode` reads of them is checked before it begins."""
-    latents = kept_latents(Path("a.safetensors"))
+    latents = open_latents(Path("a.safetensors"))
     told = dict(latents.made_with)
     told.pop(name) if value is MISSING else told.update({name: value})
     note = json.dumps({"phase_size": str(latents.phase_size), "made_with": told})
@@ -165,13 +165,13 @@ def test_latents_whose_metadata_are_not_ours_are_data(made, name, value):
 
 @pytest.mark.parametrize("notes", [None, {}, {"format": "pt"}, {"linfusion": "[]"}, {"linfusion": "null"}])
 def test_latents_without_metadata_are_data(made, notes):
-    save_file({"latents": kept_latents(Path("a.safetensors")).read()}, "b.safetensors", notes)
+    save_file({"latents": open_latents(Path("a.safetensors")).read()}, "b.safetensors", notes)
     with pytest.raises(DataError, match=r"b\.safetensors holds no latents"):
         decoded("b.safetensors", output=Path("b.png"))
 
 
 def test_latents_of_version_0_1_have_no_dtypes(made):
-    latents = kept_latents(Path("a.safetensors"))
+    latents = open_latents(Path("a.safetensors"))
     told = {name: value for name, value in latents.made_with.items() if name != "dtypes"}
     note = json.dumps({"phase_size": str(latents.phase_size), "made_with": told})
     save_file({"latents": latents.read()}, "b.safetensors", {"linfusion": note})

@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from linfusion_cli.core.errors import CannotCreate, UsageError
+from linfusion_cli.core.errors import CannotCreateOutput, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.mixers.linear.mount import mounted
@@ -20,7 +20,7 @@ from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.sampling.noise import phase_noise
 from linfusion_cli.settings.request import GenerateRequest
-from linfusion_cli.strips.dilation import dilated
+from linfusion_cli.strips.dilation import dilate
 from linfusion_cli.strips.ops import StripSize
 from tests.sampling.test_demofusion import naive_blur
 from tests.support.fakes import Listener
@@ -86,7 +86,7 @@ def plain_phase(folder, encoded, channels, index, r, scale=5.0):
             mean, std = smooth.mean((0, 2, 3), keepdim=True), smooth.std((0, 2, 3), keepdim=True)
             smooth = (smooth - mean) / std * x.std((0, 2, 3), keepdim=True) + x.mean((0, 2, 3), keepdim=True)
             plain = guided(x, sigma, t)
-            with dilated(unet, r):
+            with dilate(unet, r):
                 x = x + (after - sigma) * ((1 - cf) * plain + cf * guided(smooth, sigma, t))
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
     return (x - mean) / std * channels.deviation + channels.mean
@@ -131,10 +131,10 @@ def test_without_an_upscaler_there_is_one_phase_at_the_full_size(make):
 
 
 def test_dilated_passes_are_planned_and_run_as_often_as_their_weight_asks(make, monkeypatch):
-    calls, forward = [], plan.Reckoner.forward
+    calls, forward = [], plan.CostEstimator.forward
     monkeypatch.setattr(machine, "measured", lambda *_: Speed(1e12, 1e10))  # two probes of a busy machine differ
     monkeypatch.setattr(
-        plan.Reckoner,
+        plan.CostEstimator,
         "forward",
         lambda self, mode, size, r=1, *more: calls.append(r) or forward(self, mode, size, r, *more),
     )
@@ -148,13 +148,13 @@ def test_dilated_passes_are_planned_and_run_as_often_as_their_weight_asks(make, 
 
 
 def test_guidance_within_an_interval_saves_the_other_half(make, monkeypatch):
-    halves, predictor = [], denoise.Whole.predictor
+    halves, predictor = [], denoise.WholeUNet.predictor
 
     def counted(self, text, added):
         predict = predictor(self, text, added)
         return lambda latents, timestep: halves.append(float(timestep)) or predict(latents, timestep)
 
-    monkeypatch.setattr(denoise.Whole, "predictor", counted)
+    monkeypatch.setattr(denoise.WholeUNet, "predictor", counted)
     make(size=Size(64, 64), guidance_interval=(1.0, 5.0))
     always = len(set(halves))
     assert always == 8 < len(halves) < 16
@@ -177,7 +177,7 @@ def test_keeping_phases_changes_nothing(make, tmp_path):
 def test_a_phase_that_is_in_the_way_is_refused_before_any_work(make, tmp_path):
     (tmp_path / "a-128x128.tif").write_bytes(b"mine")
     listener = Listener()
-    with pytest.raises(CannotCreate, match="a-128x128.tif"):
+    with pytest.raises(CannotCreateOutput, match="a-128x128.tif"):
         make(output="a.tif", save_phases=True, observer=listener)
     assert names(tmp_path) == {"a-128x128.tif"}
 

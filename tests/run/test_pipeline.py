@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from linfusion_cli.core.errors import CannotCreate, DataError, DoesNotFit, Stopped, UsageError, WriteFailed
+from linfusion_cli.core.errors import CannotCreateOutput, DataError, OutOfMemoryBudget, Stopped, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
@@ -18,7 +18,7 @@ from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet import predict
-from linfusion_cli.unet.predict import Whole
+from linfusion_cli.unet.predict import WholeUNet
 from tests.support.fakes import Listener
 
 
@@ -131,7 +131,7 @@ def test_strips_of_any_height_paint_the_same_picture(make, tmp_path, monkeypatch
 def test_a_phase_with_linear_attention_is_the_plain_forward_with_the_same_attention(make, tmp_path, monkeypatch):
     make(output="strips.png", attention=("linear",), size=Size(160, 136))
     monkeypatch.setattr(
-        denoise, "runners", lambda run, unet, mode, phase, _: [Whole(unet), Whole(unet, phase.dilation)]
+        denoise, "runners", lambda run, unet, mode, phase, _: [WholeUNet(unet), WholeUNet(unet, phase.dilation)]
     )
     make(output="whole.png", attention=("linear",), size=Size(160, 136))
     difference = np.abs(pixels(tmp_path / "strips.png").astype(int) - pixels(tmp_path / "whole.png"))
@@ -174,7 +174,7 @@ def test_what_was_planned_stands_beside_what_was_measured(make):
 
 def test_a_budget_that_is_too_small_ends_it_before_any_work(make, tmp_path):
     listener = Listener()
-    with pytest.raises(DoesNotFit, match="needs .* of memory, and 1.0 MiB may be used"):
+    with pytest.raises(OutOfMemoryBudget, match="needs .* of memory, and 1.0 MiB may be used"):
         make(listener, ram=1 << 20)
     assert [event.name for event in listener.of(StageStarted)] == ["start"] and not files(tmp_path)
 
@@ -241,7 +241,7 @@ def test_a_prompt_that_is_too_long_is_told(make):
 def test_an_existing_file_is_refused_before_any_work_and_kept(make, tmp_path):
     (tmp_path / "out.png").write_text("precious")
     listener = Listener()
-    with pytest.raises(CannotCreate, match="--overwrite"):
+    with pytest.raises(CannotCreateOutput, match="--overwrite"):
         make(listener)
     assert (tmp_path / "out.png").read_text() == "precious" and not listener.events
     make(overwrite=True)

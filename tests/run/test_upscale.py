@@ -5,11 +5,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-from linfusion_cli.core.errors import DataError, InputMissing, UsageError
+from linfusion_cli.core.errors import DataError, InputNotFound, UsageError
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.images.process.scratch import ScratchPicture
+from linfusion_cli.images.process.scratch import ScratchImage
 from linfusion_cli.planning import plan
 from linfusion_cli.run.pipeline import upscale
 from linfusion_cli.run.stages import convert
@@ -118,9 +118,9 @@ def test_a_small_picture_is_taken_to_the_native_size_first_and_a_large_one_has_o
 
 
 def test_the_picture_waits_in_memory_if_there_is_room_and_is_the_same_from_a_file(make, tmp_path, monkeypatch):
-    kept, begin = [], ScratchPicture.__init__
+    kept, begin = [], ScratchImage.__init__
     monkeypatch.setattr(
-        ScratchPicture, "__init__", lambda self, folder, *size: kept.append(folder) or begin(self, folder, *size)
+        ScratchImage, "__init__", lambda self, folder, *size: kept.append(folder) or begin(self, folder, *size)
     )
     make("a.png")
     monkeypatch.setattr(plan, "with_waiting_pictures", lambda stages, picture, machine: stages)
@@ -165,7 +165,7 @@ def test_pictures_that_cannot_be_are_refused_before_any_work(make, tmp_path, pho
     whole = photo.read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     before = {path.name for path in tmp_path.iterdir()}
-    with pytest.raises(InputMissing):
+    with pytest.raises(InputNotFound):
         make(image=tmp_path / "none.png")
     for name in ("text.png", "cut.png"):
         with pytest.raises(DataError, match=name):

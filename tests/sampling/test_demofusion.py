@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from linfusion_cli.sampling.noise import phase_noise
 from linfusion_cli.sampling.schedulers.schedule import SOLVERS, make_schedule
-from linfusion_cli.sampling.upscalers.demofusion import Channels, DemoFusion, blurred, cosines, demofusion
-from linfusion_cli.strips.dilation import dilated
+from linfusion_cli.sampling.upscalers.demofusion import ChannelStatistics, DemoFusion, blurred, cosines, demofusion
+from linfusion_cli.strips.dilation import dilate
 from tests.support.small_models import scheduler_config
 
 CONFIG = scheduler_config()
@@ -57,14 +57,14 @@ def test_at_16k_the_dilated_pass_weighs_almost_nothing():
 
 def test_channels_are_given_a_mean_and_a_deviation():
     like, x = torch.randn(2, 1, 4, 9, 7, dtype=torch.float64)
-    given = Channels.of(3 * like + 1).given_to(x)
+    given = ChannelStatistics.of(3 * like + 1).given_to(x)
     for channel in range(4):
         assert given[0, channel].mean() == pytest.approx(float((3 * like + 1)[0, channel].mean()))
         assert given[0, channel].std() == pytest.approx(float((3 * like + 1)[0, channel].std()))
 
 
 def test_a_flat_channel_stays_flat():
-    given = Channels.of(torch.randn(1, 4, 8, 8)).given_to(torch.ones(1, 4, 8, 8))
+    given = ChannelStatistics.of(torch.randn(1, 4, 8, 8)).given_to(torch.ones(1, 4, 8, 8))
     assert given.isfinite().all() and given.std(dim=(2, 3)).max() == 0
 
 
@@ -99,7 +99,7 @@ def phase_as_published(network, z, noise, base, name, config, r):
         smooth = naive_blur(x, r, 0.8 * c3)
         mean, std = smooth.mean((0, 2, 3), keepdim=True), smooth.std((0, 2, 3), keepdim=True)
         smooth = (smooth - mean) / std * x.std((0, 2, 3), keepdim=True) + x.mean((0, 2, 3), keepdim=True)
-        with dilated(network, r):
+        with dilate(network, r):
             said = network(two.scale_model_input(smooth, t), t)
         x = (1 - c2) * local + c2 * two.step(said, t, x).prev_sample
         if hasattr(two, "model_outputs"):  # a solver of several steps remembers what was mixed, in both copies
@@ -121,11 +121,11 @@ def test_a_phase_is_the_published_one_step_for_step(r, name, prediction):
     schedule = make_schedule(name, config, STEPS, None, COUNT)
 
     def predict_dilated(latents, timestep):
-        with dilated(network, r):
+        with dilate(network, r):
             return network(latents, timestep)
 
     method = DemoFusion(r, dilated_min=0)
-    found = list(demofusion(z, noise, Channels.of(base), schedule, network, predict_dilated, method))
+    found = list(demofusion(z, noise, ChannelStatistics.of(base), schedule, network, predict_dilated, method))
     assert len(found) == COUNT
     assert relative(found[-1], phase_as_published(network, z, noise, base, name, config, r)) < 1e-4
 
@@ -141,7 +141,7 @@ def test_the_dilated_pass_is_left_out_below_its_least_weight_and_at_dilation_1(r
     z, noise = torch.randn(2, 1, 4, 16, 16)
     schedule = make_schedule("euler", CONFIG, STEPS, None, COUNT)
     method, network = DemoFusion(r, dilated_min=0.05), Network()
-    list(demofusion(z, noise, Channels.of(z), schedule, network, predict_dilated, method))
+    list(demofusion(z, noise, ChannelStatistics.of(z), schedule, network, predict_dilated, method))
     heavy = [float(t) for t in schedule.timesteps if cosines(float(t), 1000, method.exponents)[1] >= 0.05]
     assert timesteps == (heavy if r > 1 else []) and 0 < len(heavy) < COUNT
 
@@ -158,5 +158,5 @@ def test_a_phase_draws_nothing_itself_and_changes_nothing_it_was_given():
     network, (z, noise) = Network(), torch.randn(2, 1, 4, 16, 16)
     before, state = (z.clone(), noise.clone()), torch.get_rng_state()
     schedule = make_schedule("euler", CONFIG, STEPS, None, COUNT)
-    list(demofusion(z, noise, Channels.of(z), schedule, network, network, DemoFusion(2)))
+    list(demofusion(z, noise, ChannelStatistics.of(z), schedule, network, network, DemoFusion(2)))
     assert torch.equal(z, before[0]) and torch.equal(noise, before[1]) and torch.equal(torch.get_rng_state(), state)

@@ -1,7 +1,7 @@
 import torch
 
 from linfusion_cli.sampling.guidance import guided, guided_together, rescaled, where_guided
-from linfusion_cli.sampling.schedulers.schedule import make_schedule, no_noise
+from linfusion_cli.sampling.schedulers.schedule import make_schedule, zero_noise
 from tests.support.small_models import scheduler_config
 
 HOW = {"scale": 5.0, "rescale": 0.0}
@@ -49,7 +49,7 @@ def test_both_halves_in_one_batch_are_the_same():
 
 
 def test_an_interval_of_noise_levels_is_open_below_and_closed_above():
-    schedule = make_schedule("euler", scheduler_config(), 8, no_noise)
+    schedule = make_schedule("euler", scheduler_config(), 8, zero_noise)
     low, high = schedule.sigmas[5], schedule.sigmas[2]
     applies = where_guided(schedule, 7.5, (low, high))
     assert [applies(timestep) for timestep in schedule.timesteps] == [False] * 2 + [True] * 3 + [False] * 3
@@ -58,7 +58,7 @@ def test_an_interval_of_noise_levels_is_open_below_and_closed_above():
 
 
 def test_an_interval_may_have_no_upper_end():
-    schedule = make_schedule("euler", scheduler_config(), 8, no_noise)
+    schedule = make_schedule("euler", scheduler_config(), 8, zero_noise)
     applies = where_guided(schedule, 7.5, (schedule.sigmas[5], float("inf")))
     assert [applies(timestep) for timestep in schedule.timesteps] == [True] * 5 + [False] * 3
 

@@ -1,13 +1,13 @@
 import torch
 
-from linfusion_cli.sampling.noise import BLOCK_LAT, InTurn, latent_noise, phase_noise, step_noise
+from linfusion_cli.sampling.noise import BLOCK_LAT, SequentialNoise, latent_noise, phase_noise, step_noise
 
 
 def test_the_noise_of_a_base_is_what_diffusers_draws_one_after_the_other():
     from diffusers.utils.torch_utils import randn_tensor
 
     for dtype in (torch.float32, torch.float16):
-        generator, draw = torch.Generator("cpu").manual_seed(7), InTurn(7, 4, 24, 40, dtype)
+        generator, draw = torch.Generator("cpu").manual_seed(7), SequentialNoise(7, 4, 24, 40, dtype)
         for step in range(3):
             expected = randn_tensor((1, 4, 24, 40), generator=generator, device=torch.device("cpu"), dtype=dtype)
             assert torch.equal(draw(step), expected.float())

@@ -4,7 +4,7 @@ import pytest
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.sampling.phases import Rungs, dilation, ladder, phase_strengths, steps_run
+from linfusion_cli.sampling.phases import PhaseSizes, dilation, build_phases, phase_strengths, steps_run
 from linfusion_cli.settings.request import GenerateRequest
 
 BASE = Size(1024, 1024)
@@ -13,7 +13,7 @@ SIZES = [BASE.times(factor) for factor in (1, 2, 4, 8, 16)]
 
 def phases(sizes=SIZES, from_noise=True, start=BASE, **changed):
     request = GenerateRequest(prompt="a", size=sizes[-1], output=Path("a.tif"), model="demo", **changed)
-    return ladder(request, Rungs(sizes, start, BASE, BASE, from_noise))
+    return build_phases(request, PhaseSizes(sizes, start, BASE, BASE, from_noise))
 
 
 def test_strengths_of_a_16k_ladder():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from linfusion_cli.core.errors import DataError, NonFinite, UsageError
-from linfusion_cli.sampling.noise import InTurn
-from linfusion_cli.sampling.schedulers.schedule import SOLVERS, make_schedule, no_noise
+from linfusion_cli.sampling.noise import SequentialNoise
+from linfusion_cli.sampling.schedulers.schedule import SOLVERS, make_schedule, zero_noise
 from linfusion_cli.sampling.upscalers.sdedit import denoise, sdedit
 from linfusion_cli.settings.request import SCHEDULERS
 from tests.support.small_models import scheduler_config
@@ -15,7 +15,7 @@ ANYWHERE = [name for name, solver in SOLVERS.items() if solver.anywhere]
 ADDING = ("euler-a", "lcm", "dpmpp-2m-sde")
 
 
-def schedule(name="euler", steps=20, count=None, draw=no_noise, config=CONFIG, spacing="auto"):
+def schedule(name="euler", steps=20, count=None, draw=zero_noise, config=CONFIG, spacing="auto"):
     return make_schedule(name, config, steps, draw, count, spacing)
 
 
@@ -49,7 +49,7 @@ def test_with_a_perfect_model_every_scheduler_arrives_at_the_picture(name, predi
 def test_a_base_is_what_diffusers_makes_with_the_same_scheduler(name):
     """All steps from noise, as a pipeline runs them with one generator for the first noise and what is added."""
     predict = lambda scaled, timestep: 0.3 * scaled.tanh() + 0.001 * timestep  # noqa: E731
-    draw = InTurn(5, 4, 8, 8, torch.float32)
+    draw = SequentialNoise(5, 4, 8, 8, torch.float32)
     found = schedule(name, steps=12, draw=draw)
     ours = list(denoise(found.started(draw()), found, predict))[-1]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from linfusion_cli import settings
-from linfusion_cli.core.errors import ConfigError, InputMissing, UsageError
+from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.settings.fields import PARSERS
 from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
@@ -99,9 +99,9 @@ def test_an_unknown_preset_lists_those_there_are():
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(InputMissing, match="nope.toml"):
+    with pytest.raises(InputNotFound, match="nope.toml"):
         settings.preset_layer(str(tmp_path / "nope.toml"))
-    with pytest.raises(InputMissing, match="none.toml"):
+    with pytest.raises(InputNotFound, match="none.toml"):
         settings.config_layer({"LINFUSION_CONFIG": str(tmp_path / "none.toml")})
 
 

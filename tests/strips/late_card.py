@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.storage import Place, Storage
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ class LateCard(TorchDispatchMode):
         made.copies._uploads, made.copies._downloads = LateStream(), LateStream()
         new_on_host = made._on_host
 
-        def on_host(shape: tuple[int, ...]) -> Map:
+        def on_host(shape: tuple[int, ...]) -> FeatureMap:
             found = new_on_host(shape)
             self._on_host.add(found.tensor.untyped_storage().data_ptr())
             return found

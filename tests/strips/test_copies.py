@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.copies import streams
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.unet.forward import strip_forward
@@ -18,7 +18,7 @@ def test_a_forward_waits_for_its_copies(family, place, dilation, monkeypatch):
     with with_linear_attention(FAMILIES[family], torch.float64) as unet, late_card(monkeypatch) as card:
         latents, condition = torch.randn(1, 4, 37, 53, dtype=torch.float64), random_condition(unet)
         expected = plain(unet, latents, condition, dilation)
-        run = Strips(StripSize(3, 55), card.storage(place, torch.float64), Alone(), dilation)
+        run = Strips(StripSize(3, 55), card.storage(place, torch.float64), SingleDevice(), dilation)
         found = strip_forward(unet, run, latents, TIMESTEP, condition)
         assert error(found, expected) <= 1e-12
     assert card.freed_early == 0

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.stats import Moments, group_affine
 
 
 def gathered(rows: torch.Tensor, height: int) -> Moments:
     """The moments of a map [B, H, W, C], strip by strip."""
-    return reduce(add, map(Moments.of, rows.split(height, dim=1))).of_all(Alone())
+    return reduce(add, map(Moments.of, rows.split(height, dim=1))).of_all(SingleDevice())
 
 
 def drifting(batch: int, channels: int) -> torch.Tensor:

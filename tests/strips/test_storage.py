@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from linfusion_cli.hardware.device import resident_bytes
-from linfusion_cli.strips.communicator import Alone
-from linfusion_cli.strips.feature_map import HostMap
+from linfusion_cli.strips.communicator import SingleDevice
+from linfusion_cli.strips.feature_map import HostFeatureMap
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage, mapped
 
@@ -43,7 +43,7 @@ def test_a_skip_connection_is_the_map_or_its_copy_on_the_host(place):
     source = made.new(1, 4, 4, 2)
     source.write(0, torch.ones(1, 4, 4, 2))
     kept = made.keep(source)
-    assert (kept is source) == (place != "skips") and isinstance(kept, HostMap) == (place != "device")
+    assert (kept is source) == (place != "skips") and isinstance(kept, HostFeatureMap) == (place != "device")
     assert torch.equal(kept.read(0, 4), torch.ones(1, 4, 4, 2))
     kept.release()
     assert not kept.kept
@@ -67,7 +67,7 @@ def test_memory_that_is_not_there_is_a_memory_error():
 
 def test_where_memory_runs_out_strips_shrink_then_maps_move_out_then_strips_shrink_to_a_row(monkeypatch):
     """On a card; on a CPU the host's memory is the same, and maps stay where they are."""
-    seen, run = [], Strips(StripSize(64, 32768), storage("device"), Alone())
+    seen, run = [], Strips(StripSize(64, 32768), storage("device"), SingleDevice())
     assert run.storage.further_out() is None
     run.storage.device = torch.device("meta")  # none that is the host
     while run := run.smaller():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from linfusion_cli.strips.stats import Moments
-from linfusion_cli.strips.stream import Add, Convolution, Edges, FrozenNorm, Kept, Pointwise, reach, streamed
+from linfusion_cli.strips.stream import Add, Convolution, Edges, FrozenNorm, ResidualBuffer, Pointwise, reach, stream
 
 CHANNELS = 4
 
@@ -34,7 +34,7 @@ class Network(nn.Module):
         hidden = self.block[0](F.silu(self.norms[0](x)))
         for norm, seen in zip(before, (x, hidden), strict=True):
             norm.freeze(Moments.of(seen.permute(0, 2, 3, 1)))
-        kept = Kept()
+        kept = ResidualBuffer()
         return [
             Convolution(self.block[0], before[0], keeps=kept),
             Convolution(self.block[1], before[1]),
@@ -55,7 +55,7 @@ def network():
 
 def as_stream(stages, x, height, step=None):
     rows = x.permute(0, 2, 3, 1)
-    found = list(streamed(stages, lambda top, bottom: rows[:, top:bottom], x.shape[2], height, step))
+    found = list(stream(stages, lambda top, bottom: rows[:, top:bottom], x.shape[2], height, step))
     return torch.cat(found, dim=1).permute(0, 3, 1, 2), found
 
 
@@ -81,14 +81,14 @@ def test_reading_taller_strips_than_are_computed_changes_nothing(network):
 def test_a_stream_that_was_left_in_the_middle_begins_anew(network):
     x = torch.randn(1, CHANNELS, 24, 8, dtype=torch.float64)
     stages, rows = network.stages(x), x.permute(0, 2, 3, 1)
-    next(streamed(stages, lambda top, bottom: rows[:, top:bottom], 24, 4))
+    next(stream(stages, lambda top, bottom: rows[:, top:bottom], 24, 4))
     torch.testing.assert_close(as_stream(stages, x, 4)[0], network(x), rtol=1e-12, atol=1e-12)
 
 
 @torch.inference_mode()
 def test_layers_are_left_as_they_were(network):
     x = torch.randn(1, CHANNELS, 8, 8, dtype=torch.float64)
-    next(streamed(network.stages(x), lambda top, bottom: x.permute(0, 2, 3, 1)[:, top:bottom], 8, 4))
+    next(stream(network.stages(x), lambda top, bottom: x.permute(0, 2, 3, 1)[:, top:bottom], 8, 4))
     assert [layer.padding for layer in (network.up, network.down, network.even)] == [(1, 1), (0, 0), (1, 1)]
 
 

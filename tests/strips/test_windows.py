@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linfusion_cli.strips.communicator import Alone
-from linfusion_cli.strips.dilation import inner, rows_supplied
-from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.strips.communicator import SingleDevice
+from linfusion_cli.strips.dilation import inner, skip_row_padding
+from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.windows import Enlarged, Source, Windows, nearest
 
@@ -34,7 +34,7 @@ def test_windows_are_slices_of_the_padded_map(rows, stride, halo):
     parts = [torch.randn(2, 11, 5, channels) for channels in (3, 2)]
     padded = F.pad(torch.cat(parts, dim=-1), (0, 0, 0, 0, halo, halo + rows * stride))
     windows = Windows(
-        Source([Map(part) for part in parts], Alone(), halo), 2, rows * stride + 2 * halo, torch.float32, CPU
+        Source([FeatureMap(part) for part in parts], SingleDevice(), halo), 2, rows * stride + 2 * halo, torch.float32, CPU
     )
     for top in range(0, -(-11 // stride), rows):
         start = top * stride - halo
@@ -45,7 +45,7 @@ def test_windows_are_slices_of_the_padded_map(rows, stride, halo):
 def test_rows_that_were_read_may_be_written_over():
     """What a window shares with the next is carried over, not read again."""
     rows = torch.arange(8.0)[None, :, None, None].clone()
-    source, seen = Source([Map(rows)], Alone(), 1), []
+    source, seen = Source([FeatureMap(rows)], SingleDevice(), 1), []
     windows = Windows(source, 1, 4, torch.float32, CPU)
     for top in range(0, 8, 2):
         seen.append(windows.rows(top - 1, top + 3).flatten().tolist())
@@ -59,7 +59,7 @@ def test_an_enlarged_map_is_torch_s_own(size, halo):
     small = torch.randn(1, 7, 5, 2)
     whole = F.interpolate(small.permute(0, 3, 1, 2), size=size, mode="nearest").permute(0, 2, 3, 1)
     padded = F.pad(whole, (0, 0, 0, 0, halo, halo))
-    source = Enlarged(Map(small), Alone(), (halo + 1) // 2, *size, CPU)
+    source = Enlarged(FeatureMap(small), SingleDevice(), (halo + 1) // 2, *size, CPU)
     windows = Windows(source, 1, 2 + 2 * halo, torch.float32, CPU)
     for top in range(0, size[0] - 1, 2):
         assert torch.equal(windows.rows(top - halo, top + 2 + halo), padded[:, top : top + 2 + 2 * halo])
@@ -68,7 +68,7 @@ def test_an_enlarged_map_is_torch_s_own(size, halo):
 def test_convolutions_leave_their_rows_to_the_caller_and_are_restored():
     network = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 3, stride=2, padding=1))
     before = [(layer.dilation, layer.padding) for layer in network]
-    with pytest.raises(ZeroDivisionError), rows_supplied(network, 3):
+    with pytest.raises(ZeroDivisionError), skip_row_padding(network, 3):
         assert [(layer.dilation, layer.padding) for layer in network] == [
             ((3, 3), (0, 3)),
             ((3, 3), (0, 0)),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linfusion_cli.core.events import Event
-from linfusion_cli.strips.feature_map import Map
+from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.ops import Strips, as_rows
 from linfusion_cli.unet.forward import Residuals
 
@@ -40,7 +40,7 @@ class Rank:
     def sum(self, tensor: Tensor) -> Tensor:
         return torch.stack(self._said_by_all(tensor)).sum(dim=0)
 
-    def halo(self, part: Map, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    def halo(self, part: FeatureMap, rows: int) -> tuple[Tensor | None, Tensor | None]:
         ends = [part.read(0, rows), part.read(part.height - rows, part.height)]
         edges = self._said_by_all([end.clone() for end in ends])
         above = edges[self.number - 1][1] if self.number > 0 else None
@@ -65,7 +65,7 @@ class GivenControl:
         assert before is None  # it is the first
         return Residuals(self._map(run, as_rows(tensor)) for tensor in self.tensors)
 
-    def _map(self, run: Strips, rows: Tensor) -> Map:
+    def _map(self, run: Strips, rows: Tensor) -> FeatureMap:
         made = run.storage.new_waiting(*rows.shape)
         made.write(0, rows)
         return made

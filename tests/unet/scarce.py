@@ -12,10 +12,10 @@ import torch
 
 from linfusion_cli.hardware.device import free_memory
 from linfusion_cli.mixers.linear.mount import mounted
-from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.unet.predict import InStrips
+from linfusion_cli.unet.predict import StripUNet
 from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def main(mib: int) -> None:
     with mounted(unet, linear_attentions(unet)):
         storage = Storage("device", CPU, torch.float32)
         tall, small = (
-            InStrips(unet, Strips(size, storage, Alone()), note).predictor(condition.text, condition.added)
+            StripUNet(unet, Strips(size, storage, SingleDevice()), note).predictor(condition.text, condition.added)
             for size in (TALL, SMALL)
         )
         expected = small(latents, timestep)

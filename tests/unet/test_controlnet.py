@@ -13,14 +13,14 @@ from linfusion_cli.core.errors import DataError
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.models.load.controlnet import linear_attention
-from linfusion_cli.strips.communicator import Alone
-from linfusion_cli.strips.feature_map import HostMap
+from linfusion_cli.strips.communicator import SingleDevice
+from linfusion_cli.strips.feature_map import HostFeatureMap
 from linfusion_cli.strips.ops import Strips, StripSize, as_rows
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.check import check_control
-from linfusion_cli.unet.controlnet import Control, StripControl, WholeControl, embedded_picture
+from linfusion_cli.unet.controlnet import Control, StripControlNet, WholeControlNet, embed_control_image
 from linfusion_cli.unet.forward import strip_forward
-from linfusion_cli.unet.predict import InStrips, Whole
+from linfusion_cli.unet.predict import StripUNet, WholeUNet
 from tests.support.small_controlnets import small_control, small_union
 from tests.support.small_models import small_sd_unet, small_xl_unet
 from tests.unet.test_forward import CPU, TIMESTEP, error, random_condition
@@ -41,18 +41,18 @@ class Case:
     def expected(self, latents: Tensor, condition, dilation: int = 1, count: int | None = None) -> Tensor:
         """By diffusers' own forwards, of the first `count` ControlNets."""
         pairs = list(zip(self.controls, self.pictures, strict=True))[:count]
-        whole = [WholeControl(of.net, of.scale, of.kind, picture) for of, picture in pairs]
-        return Whole(self.unet, dilation, whole).predictor(condition.text, condition.added)(latents, TIMESTEP)
+        whole = [WholeControlNet(of.net, of.scale, of.kind, picture) for of, picture in pairs]
+        return WholeUNet(self.unet, dilation, whole).predictor(condition.text, condition.added)(latents, TIMESTEP)
 
     def in_strips(self, latents: Tensor, condition, size: StripSize, place="device", dilation: int = 1) -> Tensor:
-        run = Strips(size, Storage(place, CPU, FP64), Alone(), dilation)
+        run = Strips(size, Storage(place, CPU, FP64), SingleDevice(), dilation)
         controls = [self.embedded(i, run.storage) for i in range(len(self.controls))]
         return strip_forward(self.unet, run, latents, TIMESTEP, replace(condition, controls=controls))
 
-    def embedded(self, i: int, storage: Storage) -> StripControl:
+    def embedded(self, i: int, storage: Storage) -> StripControlNet:
         control, rows = self.controls[i], as_rows(self.pictures[i])
-        picture = embedded_picture(control.net, lambda *span: rows[:, slice(*span)], *rows.shape[1:3], storage)
-        return StripControl(control.net, control.scale, control.kind, picture)
+        picture = embed_control_image(control.net, lambda *span: rows[:, slice(*span)], *rows.shape[1:3], storage)
+        return StripControlNet(control.net, control.scale, control.kind, picture)
 
 
 @contextmanager
@@ -109,18 +109,18 @@ def test_an_embedding_follows_the_maps_to_the_host_where_memory_runs_out():
         on_device, outside = (Storage(place, CPU, FP64) for place in ("device", "host"))
         control, expected = given.embedded(0, on_device), given.expected(latents, condition)
         controlled = replace(condition, controls=[control])
-        assert not isinstance(control.picture.wherever(on_device), HostMap)
+        assert not isinstance(control.picture.wherever(on_device), HostFeatureMap)
         for _ in range(2):
-            run = Strips(StripSize(2, 9), outside, Alone())
+            run = Strips(StripSize(2, 9), outside, SingleDevice())
             assert error(strip_forward(given.unet, run, latents, TIMESTEP, controlled), expected) <= 1e-12
-            assert isinstance(control.picture.wherever(on_device), HostMap)
+            assert isinstance(control.picture.wherever(on_device), HostFeatureMap)
 
 
 def test_in_strips_predicts_what_whole_predicts():
     with case(["plain"]) as given:
         latents, condition = torch.randn(1, 4, 21, 13, dtype=FP64), random_condition(given.unet)
-        run = Strips(StripSize(4, 64), Storage("device", CPU, FP64), Alone())
-        runner = InStrips(given.unet, run, lambda run, _: None, [given.embedded(0, run.storage)])
+        run = Strips(StripSize(4, 64), Storage("device", CPU, FP64), SingleDevice())
+        runner = StripUNet(given.unet, run, lambda run, _: None, [given.embedded(0, run.storage)])
         found = runner.predictor(condition.text, condition.added)(latents, TIMESTEP)
         assert error(found, given.expected(latents, condition)) <= 1e-12
 
@@ -136,7 +136,7 @@ def test_a_picture_s_embedding_is_that_of_the_whole(order):
         return as_rows(picture)[:, top:bottom]
 
     storage = Storage("device", CPU, FP64)
-    found = embedded_picture(net, read, 8 * 37, 8 * 11, storage).wherever(storage)
+    found = embed_control_image(net, read, 8 * 37, 8 * 11, storage).wherever(storage)
     expected = as_rows(net.controlnet_cond_embedding(picture if order == "rgb" else picture.flip(1)))
     assert error(found.tensor, expected) <= 1e-12 and found.kept
     torch.testing.assert_close(found.moments.mean, expected.mean(dim=(1, 2)))
@@ -165,7 +165,7 @@ def test_a_controlnet_that_cannot_run_in_strips_is_named():
         check_control(net)
         net.mid_block.resnets[0].output_scale_factor = 2.0
         with pytest.raises(DataError, match="mid_block.resnets.0"):
-            InStrips(given.unet, Strips(StripSize(), Storage("device", CPU, FP64), Alone()), print, given.controls)
+            StripUNet(given.unet, Strips(StripSize(), Storage("device", CPU, FP64), SingleDevice()), print, given.controls)
 
 
 def test_beside_an_ip_adapter_which_the_unet_alone_hears(tmp_path):

@@ -15,11 +15,11 @@ from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.load.parts import load_unet
 from linfusion_cli.models.locate.model import DEMO_FOLDER
-from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.check import check_supported
-from linfusion_cli.unet.forward import Condition, strip_forward
+from linfusion_cli.unet.forward import UNetInputs, strip_forward
 from tests.support.fakes import GivenControl
 from tests.support.small_models import small_sd_unet, small_xl_unet
 
@@ -80,14 +80,14 @@ def with_linear_attention(
         yield unet.to(dtype)
 
 
-def random_condition(unet: UNet2DConditionModel, batch: int = 1, **more) -> Condition:
+def random_condition(unet: UNet2DConditionModel, batch: int = 1, **more) -> UNetInputs:
     config, where = unet.config, {"dtype": unet.dtype}
     added = None
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         added = {"text_embeds": torch.randn(batch, pooled, **where), "time_ids": torch.full((batch, 6), 64.0, **where)}
     timestep_cond = torch.randn(batch, config.time_cond_proj_dim, **where) if config.time_cond_proj_dim else None
-    return Condition(torch.randn(batch, 7, config.cross_attention_dim, **where), added, timestep_cond, **more)
+    return UNetInputs(torch.randn(batch, 7, config.cross_attention_dim, **where), added, timestep_cond, **more)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def dilated(unet: nn.Module, dilation: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def plain(unet: UNet2DConditionModel, latents: Tensor, condition: Condition, dilation: int = 1) -> Tensor:
+def plain(unet: UNet2DConditionModel, latents: Tensor, condition: UNetInputs, dilation: int = 1) -> Tensor:
     """Under at most one control, a GivenControl."""
     *residuals, middle = [tensor for control in condition.controls for tensor in control.tensors] or [None]
     with dilated(unet, dilation):
@@ -118,7 +118,7 @@ def plain(unet: UNet2DConditionModel, latents: Tensor, condition: Condition, dil
 
 
 def in_strips(unet, latents, condition, size=None, place="device", dilation=1) -> Tensor:
-    strips = Strips(size or StripSize(3, 55), Storage(place, CPU, unet.dtype), Alone(), dilation)
+    strips = Strips(size or StripSize(3, 55), Storage(place, CPU, unet.dtype), SingleDevice(), dilation)
     return strip_forward(unet, strips, latents, TIMESTEP, condition)
 
 
@@ -170,7 +170,7 @@ def test_what_a_control_finds_is_added_to_every_skip_connection(family, place, d
         shapes = skip_shapes(unet, latents, condition)
         residuals = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
         control = GivenControl(*residuals, torch.randn_like(residuals[-1]))
-        controlled = Condition(condition.text, condition.added, controls=[control])
+        controlled = UNetInputs(condition.text, condition.added, controls=[control])
         expected = plain(unet, latents, controlled, dilation)
         assert error(expected, plain(unet, latents, condition, dilation)) > 0.01
         found = in_strips(unet, latents, controlled, StripSize(2, 9), place, dilation)

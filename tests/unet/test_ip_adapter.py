@@ -12,7 +12,7 @@ from linfusion_cli.models.locate.ip_adapter import Adapter, read_adapter
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.check import check_supported
-from linfusion_cli.unet.forward import Condition
+from linfusion_cli.unet.forward import UNetInputs
 from tests.support.small_ip_adapters import HIDDEN, PROJECTION, TOKENS, write_adapter, write_picture
 from tests.support.small_models import small_sd_unet, small_xl_unet
 from tests.unet.test_forward import WHOLE, error, in_strips, plain, random_condition, with_linear_attention
@@ -41,7 +41,7 @@ def heard(unet, kinds, batch=1):
     shapes = {"plain": (batch, 1, PROJECTION), **dict.fromkeys(("plus", "full"), (batch, 1, TOKENS["full"], HIDDEN))}
     condition = random_condition(unet, batch)
     embeds = [torch.randn(shapes[kind], dtype=unet.dtype) for kind in kinds]
-    return Condition(condition.text, {**(condition.added or {}), "image_embeds": embeds})
+    return UNetInputs(condition.text, {**(condition.added or {}), "image_embeds": embeds})
 
 
 @pytest.mark.parametrize("kinds", [("plain",), ("plus",), ("full",), ("plus", "plain", "full")], ids="+".join)
@@ -80,5 +80,5 @@ def test_a_scale_of_zero_is_not_heard(tmp_path):
     with listening(tmp_path, "sd15", kinds) as unet:
         latents, condition = torch.randn(1, 4, 9, 7, dtype=torch.float64), heard(unet, kinds)
         other = [*condition.added["image_embeds"][:2], torch.randn(1, 1, TOKENS["full"], HIDDEN, dtype=torch.float64)]
-        changed = Condition(condition.text, {**condition.added, "image_embeds": other})
+        changed = UNetInputs(condition.text, {**condition.added, "image_embeds": other})
         assert torch.equal(in_strips(unet, latents, condition), in_strips(unet, latents, changed))

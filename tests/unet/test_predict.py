@@ -7,11 +7,11 @@ from linfusion_cli.core.errors import DataError
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.sampling.guidance import guided, guided_together
-from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet import predict
-from linfusion_cli.unet.predict import InStrips, Whole
+from linfusion_cli.unet.predict import StripUNet, WholeUNet
 from tests.support.small_models import PROJECTION, TEXT_WIDTH, small_xl_unet
 
 SIZE = StripSize(4, 512)
@@ -26,8 +26,8 @@ def unet():
         yield network
 
 
-def in_strips(unet, heard=lambda run, together: None) -> InStrips:
-    return InStrips(unet, Strips(SIZE, Storage("device", torch.device("cpu"), torch.float32), Alone()), heard)
+def in_strips(unet, heard=lambda run, together: None) -> StripUNet:
+    return StripUNet(unet, Strips(SIZE, Storage("device", torch.device("cpu"), torch.float32), SingleDevice()), heard)
 
 
 def inputs(batch: int = 1):
@@ -39,11 +39,11 @@ def inputs(batch: int = 1):
 
 def test_whole_and_in_strips_predict_the_same(unet):
     text, added, latents, timestep = inputs()
-    expected = Whole(unet).predictor(text, added)(latents, timestep)
+    expected = WholeUNet(unet).predictor(text, added)(latents, timestep)
     torch.testing.assert_close(in_strips(unet).predictor(text, added)(latents, timestep), expected)
 
 
-@pytest.mark.parametrize("kind", [Whole, in_strips])
+@pytest.mark.parametrize("kind", [WholeUNet, in_strips])
 def test_both_halves_of_guidance_in_one_batch_are_the_two_in_turn(unet, kind):
     text, added, latents, timestep = inputs(batch=2)
     halves = [(text[i : i + 1], {name: value[i : i + 1] for name, value in added.items()}) for i in (0, 1)]
@@ -56,7 +56,7 @@ def test_both_halves_of_guidance_in_one_batch_are_the_two_in_turn(unet, kind):
 
 def test_where_memory_runs_out_the_forward_is_repeated_in_smaller_strips(unet, monkeypatch):
     text, added, latents, timestep = inputs()
-    expected = Whole(unet).predictor(text, added)(latents, timestep)
+    expected = WholeUNet(unet).predictor(text, added)(latents, timestep)
     heard, run = [], predict.strip_forward
 
     def scarce(network, strips, *rest):
@@ -75,7 +75,7 @@ def test_where_memory_runs_out_the_forward_is_repeated_in_smaller_strips(unet, m
 def test_where_memory_runs_out_halves_of_guidance_run_one_after_the_other_before_strips_shrink(unet, monkeypatch):
     text, added, latents, timestep = inputs(batch=2)
     both = latents.expand(2, -1, -1, -1)
-    expected = Whole(unet).predictor(text, added)(both, timestep)
+    expected = WholeUNet(unet).predictor(text, added)(both, timestep)
     heard, sizes, run = [], [], predict.strip_forward
 
     def scarce(network, strips, latents, *rest):

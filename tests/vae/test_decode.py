@@ -7,13 +7,13 @@ from diffusers import AutoencoderKL
 from linfusion_cli.core.errors import DataError, NonFinite
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.strips.stream import reach, streamed
+from linfusion_cli.strips.stream import reach, stream
 from linfusion_cli.vae import streaming
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.patches import Source
 from linfusion_cli.vae.stages import decoder_stages
-from linfusion_cli.vae.statistics import Method, last_normed, settle, starts
+from linfusion_cli.vae.statistics import VaeStrategy, last_normed, freeze_statistics, starts
 from linfusion_cli.vae.streaming import one_behind
 from tests.support.small_models import small_vae
 from tests.vae.conftest import deep_vae, ready
@@ -35,7 +35,7 @@ def decoded(vae, latents, method, **more):
 
 
 def exact(vae, height=8):
-    return Method(last_normed(decoder_stages(vae)), 0, ALL_KEYS, height)
+    return VaeStrategy(last_normed(decoder_stages(vae)), 0, ALL_KEYS, height)
 
 
 def apart(found, true):
@@ -56,8 +56,8 @@ def test_in_fp64_it_is_the_plain_decode_but_for_rounding():
     storage = Storage("device", vae.device, vae.dtype)
     read = lambda t, b, l, r: latents[:, :, t:b, l:r].permute(0, 2, 3, 1).contiguous()  # noqa: E731, E741
     with torch.inference_mode():
-        stages, source = settle(decoder_stages(vae), Source(Size(20, 12), 1, 4, read), exact(vae), storage)
-        found = torch.cat(list(streamed(stages, source.rows, source.size.height, 8)), dim=1)[0].clamp(0, 1)
+        stages, source = freeze_statistics(decoder_stages(vae), Source(Size(20, 12), 1, 4, read), exact(vae), storage)
+        found = torch.cat(list(stream(stages, source.rows, source.size.height, 8)), dim=1)[0].clamp(0, 1)
     assert apart(found, plain(vae, latents)) <= 1e-12
 
 
@@ -66,11 +66,11 @@ def test_wherever_the_stream_begins_it_gives_the_same(deep):
     begins = starts(decoder_stages(deep))
     assert len(begins) == 5 and begins[-1] == 0
     for start in begins:
-        assert apart(decoded(deep, latents, Method(start, 1 << 10, ALL_KEYS, 5)), plain(deep, latents)) <= 1e-5
+        assert apart(decoded(deep, latents, VaeStrategy(start, 1 << 10, ALL_KEYS, 5)), plain(deep, latents)) <= 1e-5
 
 
 def test_rows_come_once_in_order_a_few_at_a_time(vae):
-    strips = list(decode_rows(vae, torch.randn(1, 4, 40, 12), Method(0, 16, 64, 8)))
+    strips = list(decode_rows(vae, torch.randn(1, 4, 40, 12), VaeStrategy(0, 16, 64, 8)))
     assert sum(len(strip) for strip in strips) == 320 and max(len(strip) for strip in strips) <= 9
     assert all(strip.shape[1:] == (96, 3) and strip.dtype == torch.float32 for strip in strips)
     assert 0 <= min(strip.min() for strip in strips) and max(strip.max() for strip in strips) <= 1
@@ -78,7 +78,7 @@ def test_rows_come_once_in_order_a_few_at_a_time(vae):
 
 def test_no_seam_strips_of_three_rows_and_one_piece_differ_by_rounding_only(deep):
     latents = torch.randn(1, 4, 60, 70)
-    low, tall = (decoded(deep, latents, Method(0, 4, 256, height)) for height in (3, 1 << 20))
+    low, tall = (decoded(deep, latents, VaeStrategy(0, 4, 256, height)) for height in (3, 1 << 20))
     assert float((low - tall).abs().max()) <= 1e-5
 
 
@@ -86,7 +86,7 @@ def test_no_seam_strips_of_three_rows_and_one_piece_differ_by_rounding_only(deep
 def test_flat_latents_give_a_flat_picture(deep, start):
     """But for what the zeros around the picture touch, in any decoder."""
     latents = torch.randn(1, 4, 1, 1).expand(1, 4, 64, 64)
-    method = exact(deep) if start == "exact" else Method(0, 4, 256, 8)
+    method = exact(deep) if start == "exact" else VaeStrategy(0, 4, 256, 8)
     edge = 8 * reach(decoder_stages(deep))
     inner = decoded(deep, latents, method)[edge:-edge, edge:-edge]
     assert inner.numel() and float((inner - inner[0, 0]).abs().max()) <= 0.5 / 255
@@ -97,10 +97,10 @@ def test_what_a_row_of_latents_reaches_is_what_is_said_18_for_sdxl(deep):
     latents, stages = torch.randn(1, 4, 50, 6), decoder_stages(deep)
     read = lambda t, b, l, r: latents[:, :, t:b, l:r].permute(0, 2, 3, 1).contiguous()  # noqa: E731, E741
     with torch.inference_mode():
-        settle(stages, Source(Size(6, 50), 1, 4, read), exact(deep), Storage("device", deep.device, deep.dtype))
-        before = torch.cat(list(streamed(stages, lambda t, b: read(t, b, 0, 6), 50, 8)), dim=1)
+        freeze_statistics(stages, Source(Size(6, 50), 1, 4, read), exact(deep), Storage("device", deep.device, deep.dtype))
+        before = torch.cat(list(stream(stages, lambda t, b: read(t, b, 0, 6), 50, 8)), dim=1)
         latents[:, :, 25] += 5
-        after = torch.cat(list(streamed(stages, lambda t, b: read(t, b, 0, 6), 50, 8)), dim=1)
+        after = torch.cat(list(stream(stages, lambda t, b: read(t, b, 0, 6), 50, 8)), dim=1)
     changed = (before - after).abs().amax(dim=(0, 2, 3)).nonzero().flatten() // 8
     assert reach(stages) == 18
     assert 25 - int(changed.min()) <= 18 and int(changed.max()) - 25 <= 18
@@ -113,8 +113,8 @@ def test_statistics_of_a_sample_are_near_those_of_the_whole_and_nearer_than_tile
     vae = demo_vae()
     picture = torch.from_numpy(scene(1, (1024, 1024))[0]).float() / 255
     read = lambda top, bottom, left, right: picture[top:bottom, left:right]  # noqa: E731
-    latents = torch.cat(list(encode_rows(vae, read, Size(1024, 1024), Method(0, 16, 1024, 8))), dim=2)
-    true, found = decoded(vae, latents, exact(vae)), decoded(vae, latents, Method(0, 16, 1024, 8))
+    latents = torch.cat(list(encode_rows(vae, read, Size(1024, 1024), VaeStrategy(0, 16, 1024, 8))), dim=2)
+    true, found = decoded(vae, latents, exact(vae)), decoded(vae, latents, VaeStrategy(0, 16, 1024, 8))
     vae.enable_tiling()
     sampled, tiled = ((one - true) * 255 for one in (found, plain(vae, latents)))
     assert 0 < float(sampled.abs().mean()) <= min(0.5, float(tiled.abs().mean()) / 4)
@@ -127,7 +127,7 @@ def test_a_tiny_vae_goes_the_same_way(tiny):
         with torch.inference_mode():
             true = (tiny.decode(latents, return_dict=False)[0][0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
         for height in (1, 3, 64):
-            assert apart(decoded(tiny, latents, Method(0, 0, 1, height)), true) <= 1e-5
+            assert apart(decoded(tiny, latents, VaeStrategy(0, 0, 1, height)), true) <= 1e-5
 
 
 def test_a_vae_without_attention_in_its_middle(vae):
@@ -181,7 +181,7 @@ def test_what_stays_no_number_ends_with_an_error(dtype):
 def test_memory_that_runs_out_is_told_and_no_row_is_lost_or_given_twice(deep, monkeypatch):
     latents, said, calls = torch.randn(1, 4, 48, 12), [], []
     true = decoded(deep, latents, exact(deep))
-    real = streaming.streamed
+    real = streaming.stream
 
     def scarce(stages, read, length, height, step=None):
         for i, rows in enumerate(real(stages, read, length, height, step)):

@@ -8,7 +8,7 @@ from linfusion_cli.strips.stream import reach
 from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.patches import READ_ROWS
 from linfusion_cli.vae.stages import encoder_stages
-from linfusion_cli.vae.statistics import Method, last_normed, starts
+from linfusion_cli.vae.statistics import VaeStrategy, last_normed, starts
 from tests.vae.conftest import deep_vae
 from tools.bench.vae import demo_vae
 from tools.demo_model.scenes.scene import scene
@@ -28,7 +28,7 @@ def encoded(vae, pixels, method, noise=None, read=None):
 
 
 def exact(vae, height=8):
-    return Method(last_normed(encoder_stages(vae)), 0, ALL_KEYS, height)
+    return VaeStrategy(last_normed(encoder_stages(vae)), 0, ALL_KEYS, height)
 
 
 def apart(found, true):
@@ -71,7 +71,7 @@ def test_a_draw_has_the_deviation_that_diffusers_gives_it_however_far_off_the_va
 
 def test_no_seam_strips_of_three_rows_and_one_piece_differ_by_rounding_only(deep):
     pixels = torch.rand(496, 560, 3)
-    low, tall = (encoded(deep, pixels, Method(0, 4, 256, height)) for height in (3, 1 << 20))
+    low, tall = (encoded(deep, pixels, VaeStrategy(0, 4, 256, height)) for height in (3, 1 << 20))
     assert apart(low, tall) <= 1e-5
 
 
@@ -79,7 +79,7 @@ def test_no_seam_strips_of_three_rows_and_one_piece_differ_by_rounding_only(deep
 def test_statistics_of_a_sample_are_near_those_of_the_whole():
     """The demo model on a drawn scene."""
     vae, pixels = demo_vae(), torch.from_numpy(scene(1, (1024, 1024))[0]).float() / 255
-    found, true = encoded(vae, pixels, Method(0, 16, 1024, 8)), encoded(vae, pixels, exact(vae))
+    found, true = encoded(vae, pixels, VaeStrategy(0, 16, 1024, 8)), encoded(vae, pixels, exact(vae))
     assert 0 < float((found - true).abs().mean()) <= 0.02 * float(true.std())
 
 
@@ -90,7 +90,7 @@ def test_it_reads_each_row_once_and_patches_only_beside(deep):
         read.append((top, bottom, left, right))
         return pixels[top:bottom, left:right]
 
-    encoded(deep, pixels, Method(0, 4, 64, 8), read=reads)
+    encoded(deep, pixels, VaeStrategy(0, 4, 64, 8), read=reads)
     rows = [(top, bottom) for top, bottom, left, right in read if right - left == 512 and bottom - top == READ_ROWS]
     assert rows == [(top, top + READ_ROWS) for top in range(0, 512, READ_ROWS)]
     patches = [region for region in read if region[3] - region[2] not in (512, 1)]
@@ -104,4 +104,4 @@ def test_a_tiny_vae_goes_the_same_way(tiny):
         with torch.inference_mode():
             true = tiny.encode(pixels.permute(2, 0, 1)[None] * 2 - 1, return_dict=False)[0]
         for height in (1, 3, 64):
-            assert apart(encoded(tiny, pixels, Method(0, 0, 1, height)), true) <= 1e-5
+            assert apart(encoded(tiny, pixels, VaeStrategy(0, 0, 1, height)), true) <= 1e-5

@@ -25,15 +25,15 @@ from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.planning.plan import STRIP_SIZES
 from linfusion_cli.planning.speed import mean_seconds
 from linfusion_cli.planning.vae_strategies import STREAM_ROWS, patch_counts
-from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
-from linfusion_cli.unet.estimate import Setting, reckon
+from linfusion_cli.unet.estimate import Setting, estimate_unet
 from linfusion_cli.unet.forward import strip_forward
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.estimate import vae_cost
 from linfusion_cli.vae.stages import decoder_stages
-from linfusion_cli.vae.statistics import Method
+from linfusion_cli.vae.statistics import VaeStrategy
 from tools.bench.shapes import SDXL_KEYS, linear_attentions, random_condition, sdxl_unet, sdxl_vae
 
 GIB = 1 << 30
@@ -67,7 +67,7 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     with device:
         vae = sdxl_vae(arguments.divisor).eval().to(dtype, memory_format=torch.channels_last)
-    method = Method(0, patch_counts("decode", side**2)[0], SDXL_KEYS, STREAM_ROWS[device.type][0])
+    method = VaeStrategy(0, patch_counts("decode", side**2)[0], SDXL_KEYS, STREAM_ROWS[device.type][0])
     ledger = vae_cost(decoder_stages(vae), Size(side, side), 1, 4, method, dtype.itemsize)
     weights = sum(parameter.numel() for parameter in vae.parameters()) * dtype.itemsize
 
@@ -99,7 +99,7 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
         linear = {path: module.to(unet.dtype) for path, module in linear_attentions(unet).items()}
     condition, side = random_condition(unet), arguments.sizes[0] // VAE_FACTOR
     size = StripSize(arguments.rows, arguments.tokens)
-    run = Strips(size, Storage(arguments.places[0], device, unet.dtype), Alone(), compiled=arguments.compile)
+    run = Strips(size, Storage(arguments.places[0], device, unet.dtype), SingleDevice(), compiled=arguments.compile)
 
     def forward(side: int) -> None:
         latents, timestep = torch.randn(1, 4, side, side, device=device, dtype=unet.dtype), torch.tensor(500)
@@ -111,7 +111,7 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with mounted(unet, linear):
         weights = sum(parameter.numel() for parameter in unet.parameters()) * unet.dtype.itemsize
-        ledger = reckon(unet, Setting(size, run.storage.place, 1, side, side, unet.dtype.itemsize))
+        ledger = estimate_unet(unet, Setting(size, run.storage.place, 1, side, side, unet.dtype.itemsize))
         forward(side if arguments.compile else min(side, 64))  # warms up; a compiled program is one for this shape
         free_memory(device)  # of what loading and warming up left: a peak counts what torch holds, used or not
         peak, began = PeakMemory(device), time.perf_counter()

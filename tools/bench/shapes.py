@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import self_attentions
-from linfusion_cli.unet.forward import Condition
+from linfusion_cli.unet.forward import UNetInputs
 
 TEXT_TOKENS, POOLED = 77, 1280
 SDXL_KEYS = 16384  # pixels that the attention in its VAE was trained to see: 1024 px
@@ -44,11 +44,11 @@ def linear_attention(dim: int, heads: int) -> LinearAttention:
     return LinearAttention(dim, heads, mid_dim=max(1, dim // MID_DIVISOR))
 
 
-def random_condition(unet: UNet2DConditionModel) -> Condition:
+def random_condition(unet: UNet2DConditionModel) -> UNetInputs:
     """A text and sizes, on the UNet's device and in its dtype."""
     where = {"device": unet.device, "dtype": unet.dtype}
     added = {"text_embeds": torch.randn(1, POOLED, **where), "time_ids": torch.full((1, 6), 1024.0, **where)}
-    return Condition(torch.randn(1, TEXT_TOKENS, unet.config.cross_attention_dim, **where), added)
+    return UNetInputs(torch.randn(1, TEXT_TOKENS, unet.config.cross_attention_dim, **where), added)
 
 
 def sdxl_vae(divisor: int = 1) -> AutoencoderKL:

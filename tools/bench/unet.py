@@ -20,10 +20,10 @@ import torch
 from linfusion_cli.hardware.device import PeakMemory, cpu_count, free_memory, resident_bytes
 from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.planning.estimate import HEAP_BYTES
-from linfusion_cli.strips.communicator import Alone
+from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.unet.estimate import Setting, reckon
+from linfusion_cli.unet.estimate import Setting, estimate_unet
 from linfusion_cli.unet.forward import strip_forward
 from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 
@@ -38,7 +38,7 @@ def child(kind: str, side: int, rows: int, tokens: int, divisor: int) -> dict[st
     torch.set_num_threads(cpu_count())
     unet = sdxl_unet(divisor).eval().to(memory_format=torch.channels_last)
     condition = random_condition(unet)
-    run = Strips(StripSize(rows, tokens), Storage("device", CPU, torch.float32), Alone())
+    run = Strips(StripSize(rows, tokens), Storage("device", CPU, torch.float32), SingleDevice())
     with mounted(unet, linear_attentions(unet)):
 
         def forward(side: int) -> None:
@@ -54,7 +54,7 @@ def child(kind: str, side: int, rows: int, tokens: int, divisor: int) -> dict[st
         peak, began = PeakMemory(CPU), time.perf_counter()
         forward(side)
         seconds = time.perf_counter() - began
-        planned = reckon(unet, Setting(run.size, "device", 1, side, side, 4)).peak["device"] + HEAP_BYTES
+        planned = estimate_unet(unet, Setting(run.size, "device", 1, side, side, 4)).peak["device"] + HEAP_BYTES
         return {"seconds": seconds, "peak_bytes": peak.host_bytes() - loaded, "planned_bytes": planned}
 
 

@@ -26,18 +26,18 @@ from torch import Tensor
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware.device import PeakMemory, free_memory, resident_bytes
-from linfusion_cli.images import PictureInfo, open_sink
-from linfusion_cli.images.process.quantise import quantised
+from linfusion_cli.images import ImageInfo, open_sink
+from linfusion_cli.images.process.quantise import quantise
 from linfusion_cli.models.files.parts import Part
 from linfusion_cli.models.load.parts import load_vae
 from linfusion_cli.models.locate.model import DEMO_FOLDER
 from linfusion_cli.planning.vae_strategies import STREAM_ROWS, patch_counts
-from linfusion_cli.run.outputs.async_writer import Writing
+from linfusion_cli.run.outputs.async_writer import AsyncWriter
 from linfusion_cli.strips.stream import reach
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.stages import decoder_stages
-from linfusion_cli.vae.statistics import Method, last_normed
+from linfusion_cli.vae.statistics import VaeStrategy, last_normed
 from tools.bench.shapes import SDXL_KEYS, sdxl_vae
 from tools.demo_model.scenes.scene import scene
 
@@ -52,16 +52,16 @@ def demo_vae() -> AutoencoderKL:
     return load_vae(Part(DEMO_FOLDER / "vae"), torch.float32, CPU)
 
 
-def sampled(latents: Tensor) -> Method:
+def sampled(latents: Tensor) -> VaeStrategy:
     """What a plan takes where whole maps have no room."""
-    return Method(0, patch_counts("decode", latents[0, 0].numel())[0], DEMO_KEYS, HEIGHT)
+    return VaeStrategy(0, patch_counts("decode", latents[0, 0].numel())[0], DEMO_KEYS, HEIGHT)
 
 
-def exact(vae: AutoencoderKL, keys: int = DEMO_KEYS) -> Method:
-    return Method(last_normed(decoder_stages(vae)), 0, keys, HEIGHT)
+def exact(vae: AutoencoderKL, keys: int = DEMO_KEYS) -> VaeStrategy:
+    return VaeStrategy(last_normed(decoder_stages(vae)), 0, keys, HEIGHT)
 
 
-def whole(vae: AutoencoderKL, latents: Tensor, method: Method) -> np.ndarray:
+def whole(vae: AutoencoderKL, latents: Tensor, method: VaeStrategy) -> np.ndarray:
     return torch.cat(list(decode_rows(vae, latents, method))).numpy()
 
 
@@ -75,7 +75,7 @@ def plain(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
 def make_latents(vae: AutoencoderKL, path: Path, size: int) -> dict[str, Any]:
     """Encode a drawn scene into `path`."""
     picture = torch.from_numpy(scene(1, (size, size))[0]).float() / 255
-    method = Method(0, patch_counts("encode", (size // FACTOR) ** 2)[0], DEMO_KEYS, HEIGHT)
+    method = VaeStrategy(0, patch_counts("encode", (size // FACTOR) ** 2)[0], DEMO_KEYS, HEIGHT)
     read = lambda top, bottom, left, right: picture[top:bottom, left:right]  # noqa: E731
     torch.save(torch.cat(list(encode_rows(vae, read, Size(size, size), method)), dim=2), path)
     return {}
@@ -84,11 +84,11 @@ def make_latents(vae: AutoencoderKL, path: Path, size: int) -> dict[str, Any]:
 def streamed(vae: AutoencoderKL, latents: Tensor, output: Path) -> None:
     """Decode and write as a run does."""
     size = (latents.shape[3] * FACTOR, latents.shape[2] * FACTOR)
-    info = PictureInfo("bench", 300, {}, "", "", "")
+    info = ImageInfo("bench", 300, {}, "", "", "")
     sink, top = open_sink(output, "png", size, 8, info, overwrite=True), 0
-    with Writing(sink) as writing:
+    with AsyncWriter(sink) as writing:
         for rows in decode_rows(vae, latents, sampled(latents)):
-            writing.take(quantised(rows.numpy(), top, 8))
+            writing.take(quantise(rows.numpy(), top, 8))
             top += len(rows)
         writing.finish()
     sink.close()
@@ -97,7 +97,7 @@ def streamed(vae: AutoencoderKL, latents: Tensor, output: Path) -> None:
 def tiled(vae: AutoencoderKL, latents: Tensor, output: Path) -> None:
     """diffusers' tiles, then Pillow."""
     vae.enable_tiling()
-    Image.fromarray(quantised(plain(vae, latents), 0, 8)).save(output)
+    Image.fromarray(quantise(plain(vae, latents), 0, 8)).save(output)
 
 
 def measured(way: Callable[[AutoencoderKL, Tensor, Path], None], latents: Tensor, folder: Path) -> dict[str, float]:
@@ -125,11 +125,11 @@ def fidelity(latents: Tensor) -> dict[str, Any]:
     vae, area = demo_vae(), latents[0, 0].numel()
     true, method = whole(vae, latents, exact(vae)), sampled(latents)
     share = max(1, round(patch_counts("decode", LARGE_LAT**2)[0] * area / LARGE_LAT**2))
-    found = {"the share of 16384²": whole(vae, latents, Method(0, share, DEMO_KEYS, HEIGHT)), "sampled": None}
+    found = {"the share of 16384²": whole(vae, latents, VaeStrategy(0, share, DEMO_KEYS, HEIGHT)), "sampled": None}
     found["sampled"] = whole(vae, latents, method)
     result = {f"{name}, to exact": difference(picture, true) for name, picture in found.items()}
-    low = whole(vae, latents[:, :, :64], Method(0, method.patches, DEMO_KEYS, 3))
-    tall = whole(vae, latents[:, :, :64], Method(0, method.patches, DEMO_KEYS, 1 << 20))
+    low = whole(vae, latents[:, :, :64], VaeStrategy(0, method.patches, DEMO_KEYS, 3))
+    tall = whole(vae, latents[:, :, :64], VaeStrategy(0, method.patches, DEMO_KEYS, 1 << 20))
     result["strips of 3 rows, to one piece"] = difference(low, tall)
     flat = whole(vae, latents.mean(dim=(2, 3), keepdim=True).expand_as(latents)[..., :256, :256], method)
     edge = reach(decoder_stages(vae)) * FACTOR  # what the zeros around the picture touch, in any decoder

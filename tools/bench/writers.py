@@ -59,9 +59,9 @@ def only_rows(folder: Path, size: Shape) -> None:
 
 def ours(format: str, compression: str | None = None) -> Callable[[Path, Shape], None]:
     def run(folder: Path, size: Shape) -> None:
-        from linfusion_cli.images import PictureInfo, open_sink
+        from linfusion_cli.images import ImageInfo, open_sink
 
-        info = PictureInfo("bench", 300, {"prompt": "bench"}, "bench", "", "bench")
+        info = ImageInfo("bench", 300, {"prompt": "bench"}, "bench", "", "bench")
         sink = open_sink(folder / "out", format, size, 8, info, compression)
         for part in rows(folder, size):
             sink.write(part)
@@ -71,9 +71,9 @@ def ours(format: str, compression: str | None = None) -> Callable[[Path, Shape],
 
 
 def preview(folder: Path, size: Shape) -> None:
-    from linfusion_cli.images import PictureInfo, PreviewSink
+    from linfusion_cli.images import ImageInfo, PreviewSink
 
-    sink = PreviewSink(folder / "out.jpg", size, 8, PictureInfo("bench", 300, {}, "", "", ""))
+    sink = PreviewSink(folder / "out.jpg", size, 8, ImageInfo("bench", 300, {}, "", "", ""))
     for part in rows(folder, size):
         sink.write(part)
     sink.close()

@@ -10,9 +10,9 @@ from typing import BinaryIO
 
 from linfusion_cli.core.errors import DataError
 
-MOST_BYTES = 100_000  # of one job: a prompt has a few hundred
+MAX_JOB_BYTES = 100_000  # of one job: a prompt has a few hundred
 START_BYTES = 200  # of a line with a problem: enough to recognise a format
-TOO_LONG = f"It is longer than {MOST_BYTES // 1000} kB, which no job may be."
+TOO_LONG = f"It is longer than {MAX_JOB_BYTES // 1000} kB, which no job may be."
 NOT_UTF8 = "It is not valid UTF-8."
 BYTE_ORDER_MARK = "\ufeff"
 ENCODINGS = {  # UTF-32 first: in little-endian order its mark begins with that of UTF-16
@@ -44,7 +44,7 @@ class Line:
     problem: str = ""
 
 
-def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
+def read_lines(file: BinaryIO, name: str) -> Iterator[Line]:
     """Every line of `file`, which is UTF-8; raises DataError, naming it `name`, if it is another encoding or binary."""
     for number in count(1):
         raw = b""
@@ -62,7 +62,7 @@ def lines_of(file: BinaryIO, name: str) -> Iterator[Line]:
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:
     """The next line of `file`; the first piece holds all of it if it is short enough for a job."""
-    while piece := file.readline(MOST_BYTES + 2):
+    while piece := file.readline(MAX_JOB_BYTES + 2):
         yield piece
         if piece.endswith(b"\n"):
             return
@@ -79,7 +79,7 @@ def _check_start(start: bytes, name: str) -> None:
 
 
 def _line(number: int, raw: bytes) -> Line:
-    problem = TOO_LONG if len(raw) > MOST_BYTES else ""
+    problem = TOO_LONG if len(raw) > MAX_JOB_BYTES else ""
     if not problem:
         try:
             return Line(number, _without_mark(number, raw.decode("utf-8")))

@@ -11,7 +11,7 @@ from typing import Literal
 from linfusion_cli.batch.parsers.line_reader import Line
 from linfusion_cli.batch.parsers.schema import FIELDS
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.core.text import quoted
+from linfusion_cli.core.text import quote
 
 Format = Literal["JSONL", "CSV", "TOML", "text"]
 
@@ -39,7 +39,7 @@ def has_list_suffix(name: str) -> bool:
 def check_suffix(path: PurePath) -> None:
     """Raise DataError if the file's name has a suffix that no list has."""
     if path.suffix and not has_list_suffix(path.name):
-        raise DataError(f"{path} is not a list of jobs: it ends in {quoted(path.suffix)}.", LIST_NAMES)
+        raise DataError(f"{path} is not a list of jobs: it ends in {quote(path.suffix)}.", LIST_NAMES)
 
 
 def recognise_format(suffix: str, lines: Iterator[Line], name: str) -> tuple[Format, Iterator[Line]]:
@@ -63,7 +63,7 @@ def recognise_format(suffix: str, lines: Iterator[Line], name: str) -> tuple[For
         return "CSV", lines
     if other := _other_format(text, expected, is_json):
         what, way_out = other
-        raise DataError(f"{name} looks like {what} (line {first.number}: {quoted(text)}).", way_out)
+        raise DataError(f"{name} looks like {what} (line {first.number}: {quote(text)}).", way_out)
     return "JSONL" if is_json else "text", lines
 
 

@@ -18,15 +18,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from linfusion_cli.batch.parsers.line_reader import MOST_BYTES, TOO_LONG, Line, lines_of
+from linfusion_cli.batch.parsers.line_reader import MAX_JOB_BYTES, TOO_LONG, Line, read_lines
 from linfusion_cli.batch.parsers.list_format import SEPARATORS, TABLE, Format, check_suffix, recognise_format
 from linfusion_cli.batch.parsers.schema import FIELDS, read_fields
-from linfusion_cli.core.errors import DataError, InputMissing, LinfusionError, UsageError, first_line
-from linfusion_cli.core.text import quoted, shortened
+from linfusion_cli.core.errors import DataError, InputNotFound, LinfusionError, UsageError, first_line
+from linfusion_cli.core.text import quote, shorten
 from linfusion_cli.core.units import user_path
 
 STDIN = "-"
-MOST_SAID = 300  # letters of what is wrong with a job
+MAX_PROBLEM_CHARS = 300  # letters of what is wrong with a job
 TOML_PLACE = re.compile(r" \(at .*\)$")
 OUTSIDE = "It stands before the first [[job]]."
 NESTED = "It is nested too deeply."
@@ -39,7 +39,7 @@ WAYS_OUT: dict[Format, str] = {  # of a list without jobs
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class JobSpec:
     """One job of a list: the line it begins on and what it says, or the `problem` why that cannot be read."""
 
     line: int
@@ -47,7 +47,7 @@ class Entry:
     problem: str = ""
 
 
-def read_list(source: str) -> Iterator[Entry]:
+def read_list(source: str) -> Iterator[JobSpec]:
     """The jobs of a file, of a pipe, or for `-` of standard input, of which there is one at least.
 
     The format is that of a file's suffix; pipes and files without one are recognised by their first lines. Raises
@@ -65,8 +65,8 @@ def read_list(source: str) -> Iterator[Entry]:
             raise DataError(f"{name} cannot be read ({reason}).", "Check where it comes from.") from error
 
 
-def _jobs(suffix: str, file: BinaryIO, name: str) -> Iterator[Entry]:
-    list_format, lines = recognise_format(suffix, lines_of(file, name), name)
+def _jobs(suffix: str, file: BinaryIO, name: str) -> Iterator[JobSpec]:
+    list_format, lines = recognise_format(suffix, read_lines(file, name), name)
     jobs = READERS[list_format](lines)
     first = next(jobs, None)
     if first is None:
@@ -81,7 +81,7 @@ def _opened(path: Path) -> BinaryIO:
         raise DataError(f"{path} is a folder.", "Name a list of jobs, or use --watch.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputMissing(f"The list of jobs {path} cannot be read ({reason}).", "Check the path.") from error
+        raise InputNotFound(f"The list of jobs {path} cannot be read ({reason}).", "Check the path.") from error
 
 
 def _standard_input() -> AbstractContextManager[BinaryIO]:
@@ -90,31 +90,31 @@ def _standard_input() -> AbstractContextManager[BinaryIO]:
     return nullcontext(sys.stdin.buffer if is_open else io.BytesIO())
 
 
-def from_text(lines: Iterator[Line]) -> Iterator[Entry]:
+def from_text(lines: Iterator[Line]) -> Iterator[JobSpec]:
     """A prompt a line; those that are blank or begin with # say nothing."""
     for line in lines:
         text = line.text.strip()
         if line.problem or (text and not text.startswith("#")):
-            yield entry(line, lambda text: {"prompt": text.strip()})
+            yield parse_job(line, lambda text: {"prompt": text.strip()})
 
 
-def from_json(lines: Iterator[Line]) -> Iterator[Entry]:
+def from_json(lines: Iterator[Line]) -> Iterator[JobSpec]:
     """An object a line."""
     for line in lines:
         if line.problem or line.text.strip():
-            yield entry(line, json_object)
+            yield parse_job(line, json_object)
 
 
-def entry(line: Line, read: Callable[[str], dict[str, Any]]) -> Entry:
+def parse_job(line: Line, read: Callable[[str], dict[str, Any]]) -> JobSpec:
     """What `read` makes of the line, or what is wrong with it."""
     if line.problem:
-        return Entry(line.number, problem=line.problem)
+        return JobSpec(line.number, problem=line.problem)
     try:
-        return Entry(line.number, read_fields(read(line.text)))
+        return JobSpec(line.number, read_fields(read(line.text)))
     except LinfusionError as error:
-        return Entry(line.number, problem=shortened(str(error), MOST_SAID))
+        return JobSpec(line.number, problem=shorten(str(error), MAX_PROBLEM_CHARS))
     except RecursionError:
-        return Entry(line.number, problem=NESTED)
+        return JobSpec(line.number, problem=NESTED)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -124,9 +124,9 @@ def json_object(text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UsageError(f"It is not JSON: {error.msg}, at letter {error.colno}.") from error
     except ValueError as error:  # a number of thousands of digits
-        raise UsageError(f"It is not JSON that can be read: {shortened(str(error))}.") from error
+        raise UsageError(f"It is not JSON that can be read: {shorten(str(error))}.") from error
     if not isinstance(value, dict):
-        raise UsageError(f"It is no JSON object, but {quoted(value)}.")
+        raise UsageError(f"It is no JSON object, but {quote(value)}.")
     return value
 
 
@@ -134,7 +134,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise UsageError(f"{quoted(next(name for name in names if names.count(name) > 1))} is given twice.")
+        raise UsageError(f"{quote(next(name for name in names if names.count(name) > 1))} is given twice.")
     return values
 
 
@@ -142,7 +142,7 @@ def _no_number(name: str) -> None:
     raise UsageError(f"It is not JSON: {name} is no number there.")
 
 
-def from_toml(lines: Iterator[Line]) -> Iterator[Entry]:
+def from_toml(lines: Iterator[Line]) -> Iterator[JobSpec]:
     """A [[job]] table each, read apart from the others, so that what is wrong with one stays with it.
 
     What stands before the first one is a wrong job; a file without any has no jobs.
@@ -173,14 +173,14 @@ class _Table:
             self.number, self.problem = (line.number, OUTSIDE) if says else (0, "")
             return
         self.length += len(line.text) + 1
-        self.problem = self.problem or line.problem or (TOO_LONG if self.length > MOST_BYTES else "")
+        self.problem = self.problem or line.problem or (TOO_LONG if self.length > MAX_JOB_BYTES else "")
         if not self.problem:
             self.body.append(line.text)
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[JobSpec]:
         """The job, if there is one."""
         if self.number:
-            yield entry(Line(self.number, "\n".join(self.body), self.problem), toml_table)
+            yield parse_job(Line(self.number, "\n".join(self.body), self.problem), toml_table)
 
 
 def toml_table(text: str) -> dict[str, Any]:
@@ -188,10 +188,10 @@ def toml_table(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except ValueError as error:
-        raise UsageError(f"It is not TOML: {shortened(TOML_PLACE.sub('', str(error)))}.") from error
+        raise UsageError(f"It is not TOML: {shorten(TOML_PLACE.sub('', str(error)))}.") from error
 
 
-def from_csv(lines: Iterator[Line]) -> Iterator[Entry]:
+def from_csv(lines: Iterator[Line]) -> Iterator[JobSpec]:
     """A record each, whose fields the first one names; raises DataError where that names what is none."""
     records = csv_records(lines)
     head, names = next(((line, cells) for line, cells in records if line.problem or any(cells)), (None, []))
@@ -203,12 +203,12 @@ def from_csv(lines: Iterator[Line]) -> Iterator[Entry]:
         raise DataError(f"The head of the table, line {head.number}, is wrong.", what)
     for line, cells in records:
         if line.problem or any(cells):
-            yield entry(line, lambda _, cells=cells: csv_values(names, cells))
+            yield parse_job(line, lambda _, cells=cells: csv_values(names, cells))
 
 
 def _wrong_field(name: str) -> str:
     way_out = " Separate the columns by commas." if SEPARATORS.search(name) else ""
-    return f"There is no field {quoted(name)}.{way_out}"
+    return f"There is no field {quote(name)}.{way_out}"
 
 
 def csv_values(names: list[str], cells: list[str]) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def csv_records(lines: Iterator[Line]) -> Iterator[tuple[Line, list[str]]]:
             cells = next(csv.reader(_taking(taken, waiting, lines), strict=True), None)
         except (csv.Error, UsageError) as error:
             waiting.extendleft(reversed(taken[1:]))
-            yield Line(taken[0].number, "", taken[0].problem or f"It is not CSV: {shortened(str(error))}."), []
+            yield Line(taken[0].number, "", taken[0].problem or f"It is not CSV: {shorten(str(error))}."), []
             continue
         if cells is None:
             return
@@ -240,12 +240,12 @@ def _taking(taken: list[Line], waiting: deque[Line], lines: Iterator[Line]) -> I
     while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
         taken.append(line)
         length += len(line.text)
-        if line.problem or length > MOST_BYTES:
+        if line.problem or length > MAX_JOB_BYTES:
             raise UsageError("a quote is not closed")
         yield line.text + "\n"
 
 
-READERS: dict[Format, Callable[[Iterator[Line]], Iterator[Entry]]] = {
+READERS: dict[Format, Callable[[Iterator[Line]], Iterator[JobSpec]]] = {
     "JSONL": from_json,
     "CSV": from_csv,
     "TOML": from_toml,

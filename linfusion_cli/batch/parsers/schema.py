@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.core.text import MOST_QUOTED, quoted, shortened
+from linfusion_cli.core.text import MAX_QUOTED, quote, shorten
 from linfusion_cli.core.units import user_path
 from linfusion_cli.settings import PARSERS
 
@@ -41,16 +41,16 @@ def read_fields(written: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_field(name: str, value: Any) -> Any:
     if name not in FIELDS:
-        near = difflib.get_close_matches(name[:MOST_QUOTED], FIELDS, 1)
-        raise UsageError(f"There is no field {quoted(name)}.", f"Is {near[0]} meant?" if near else "")
+        near = difflib.get_close_matches(name[:MAX_QUOTED], FIELDS, 1)
+        raise UsageError(f"There is no field {quote(name)}.", f"Is {near[0]} meant?" if near else "")
     for text in value if isinstance(value, list) else [value]:
         _check_text(name, text)
     try:
         return FIELDS[name](value)
     except (ValueError, OverflowError) as error:
-        raise UsageError(f"{name} {quoted(value)} {shortened(str(error))}.") from error
+        raise UsageError(f"{name} {quote(value)} {shorten(str(error))}.") from error
     except UsageError as error:
-        raise UsageError(f"{name} {quoted(value)} is wrong.", error.way_out) from error
+        raise UsageError(f"{name} {quote(value)} is wrong.", error.way_out) from error
 
 
 def _check_text(name: str, text: Any) -> None:

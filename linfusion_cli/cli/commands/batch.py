@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linfusion_cli import settings
-from linfusion_cli.batch.filenames import TEMPLATE, Template
+from linfusion_cli.batch.filenames import TEMPLATE, FilenameTemplate
 from linfusion_cli.batch.shard import Shard as Part
 from linfusion_cli.batch.shard import parse_seeds
 from linfusion_cli.cli.commands.generate import report_file
@@ -24,16 +24,16 @@ from linfusion_cli.cli.parsing import options
 from linfusion_cli.cli.parsing.build_request import Sources, keep_to, quieten_hub, read_options
 from linfusion_cli.core.errors import LinfusionError, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice, Observer
-from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
+from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
 
 if TYPE_CHECKING:
-    from linfusion_cli.batch.queue import Listing
-    from linfusion_cli.batch.results import Outcome, Tally
-    from linfusion_cli.batch.runner import Batch
+    from linfusion_cli.batch.queue import JobQueue
+    from linfusion_cli.batch.results import JobResult, Summary
+    from linfusion_cli.batch.runner import BatchRunner
     from linfusion_cli.core.report import RunReport
 
 OF_EACH_PICTURE = ("output", "preview", "keep_latents")  # files: one name cannot be that of many
-MOST_LISTED = 20
+MAX_LISTED = 20
 
 OutputDir = Annotated[Path, typer.Option(help="The folder of the pictures, made if it is missing.", show_default=False)]
 Name = Annotated[
@@ -112,24 +112,24 @@ def read_listing(
     seeds: str | None,
     shard: str | None,
     reports: bool,
-) -> Listing:
+) -> JobQueue:
     """How lists become jobs; raises UsageError, InputMissing or ConfigError for what holds for all of them."""
-    from linfusion_cli.batch.queue import Listing  # numpy and more: not for --help to wait for
+    from linfusion_cli.batch.queue import JobQueue  # numpy and more: not for --help to wait for
 
     given = read_options(given)
     preset = given.pop("preset")
     sources = Sources.read(given, preset, os.environ, observer)
-    return Listing(
+    return JobQueue(
         build=lambda values: job_request(sources, values),
         folder=folder,
-        template=Template.parse(name),
+        template=FilenameTemplate.parse(name),
         seeds=() if seeds is None else parse_seeds(seeds),
         shard=Part() if shard is None else Part.parse(shard),
         reports=reports,
     )
 
 
-def job_request(sources: Sources, values: Mapping[str, Any]) -> tuple[dict[str, str], PictureRequest]:
+def job_request(sources: Sources, values: Mapping[str, Any]) -> tuple[dict[str, str], ImageRequest]:
     """The request of a job that says this, all else from `sources`; before it, where each setting came from."""
     kind = GenerateRequest if "image" not in values else UpscaleRequest
     own = {name: value for name, value in values.items() if name != "preset"}
@@ -139,17 +139,17 @@ def job_request(sources: Sources, values: Mapping[str, Any]) -> tuple[dict[str, 
     return merged.origins(kind), settings.build_request(merged, kind)
 
 
-def opened_batch(listing: Listing, observer: Observer, shown: Shown, stop_on_error: bool, dry_run: bool) -> Batch:
+def opened_batch(listing: JobQueue, observer: Observer, shown: Shown, stop_on_error: bool, dry_run: bool) -> BatchRunner:
     """What carries jobs out, with its record, which a dry run has not; raises CannotCreate."""
-    from linfusion_cli.batch.results import Record
-    from linfusion_cli.batch.runner import Batch, looked_for, made
+    from linfusion_cli.batch.results import ResultsLog
+    from linfusion_cli.batch.runner import BatchRunner, dry_run_job, run_job
 
-    record = None if dry_run else Record(listing.folder / listing.shard.record)
-    make = looked_for if dry_run else made
-    return Batch(make, record, observer, shown, bug_sentence, stop_on_error)
+    record = None if dry_run else ResultsLog(listing.folder / listing.shard.record)
+    make = dry_run_job if dry_run else run_job
+    return BatchRunner(make, record, observer, shown, bug_sentence, stop_on_error)
 
 
-def carry_out(batch: Batch, listing: Listing, source: str) -> Tally:
+def carry_out(batch: BatchRunner, listing: JobQueue, source: str) -> Summary:
     """Run the jobs of one list; raises InputMissing, or DataError for a file that is not a list or has no jobs."""
     from linfusion_cli.batch.parsers.parsers import STDIN, read_list
     from linfusion_cli.batch.prompt_options import OptionsInList
@@ -161,7 +161,7 @@ def carry_out(batch: Batch, listing: Listing, source: str) -> Tally:
     return batch.run(jobs, name)
 
 
-def watch_folder(batch: Batch, listing: Listing, folder: Path) -> None:
+def watch_folder(batch: BatchRunner, listing: JobQueue, folder: Path) -> None:
     """Run the jobs of every list that appears, for ever, and report unreadable lists and files that are not lists."""
     from linfusion_cli.batch.watch import watch
 
@@ -189,7 +189,7 @@ class Shown:
     is_quiet: bool
     listed: list[dict[str, Any]] = field(default_factory=list)
 
-    def __call__(self, outcome: Outcome, report: RunReport | None) -> None:
+    def __call__(self, outcome: JobResult, report: RunReport | None) -> None:
         """An outcome."""
         if outcome.status in ("done", "skipped") and self.reports and not self.is_dry:
             self._write_report(Path(outcome.output), report)
@@ -207,7 +207,7 @@ class Shown:
         except LinfusionError as error:
             self.observer(Notice(str(error)))
 
-    def summary(self, batch: Batch) -> None:
+    def summary(self, batch: BatchRunner) -> None:
         """What came of all jobs."""
         tally = asdict(batch.tally)
         record = None if batch.record is None else str(batch.record.path)
@@ -223,10 +223,10 @@ class Shown:
             render.answer(json.dumps(result, indent=2))
 
 
-def failures_shown(failures: list[Outcome]) -> list[str]:
+def failures_shown(failures: list[JobResult]) -> list[str]:
     """The first of them, a line each."""
-    lines = [f"  {failure.list}:{failure.line}: {failure.error}" for failure in failures[:MOST_LISTED]]
-    more = len(failures) - MOST_LISTED
+    lines = [f"  {failure.list}:{failure.line}: {failure.error}" for failure in failures[:MAX_LISTED]]
+    more = len(failures) - MAX_LISTED
     return [*lines, f"  and {more} more"] if more > 0 else lines
 
 

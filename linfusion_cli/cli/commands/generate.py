@@ -16,10 +16,10 @@ from linfusion_cli.cli.parsing.build_request import keep_to, quieten_hub, read_r
 from linfusion_cli.core.events import Observer
 from linfusion_cli.core.fs import check_distinct
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.settings.request import GenerateRequest, PictureRequest
+from linfusion_cli.settings.request import GenerateRequest, ImageRequest
 
 Job = Callable[[Any, Mapping[str, str], Observer], RunReport]
-Asked = tuple[dict[str, str], PictureRequest, Job]  # where each setting came from, the request, who carries it out
+Asked = tuple[dict[str, str], ImageRequest, Job]  # where each setting came from, the request, who carries it out
 
 
 @options.takes_a_request(options.of_generate)
@@ -37,7 +37,7 @@ def command(
     run(partial(asked, given, GenerateRequest, generate), given, report, as_json, quiet, log_file, time_limit)
 
 
-def asked(given: dict[str, Any], kind: type[PictureRequest], job: Job, observer: Observer) -> Asked:
+def asked(given: dict[str, Any], kind: type[ImageRequest], job: Job, observer: Observer) -> Asked:
     """The request that `given` options make, and the job that carries it out."""
     return *read_request(given, observer, kind), job
 
@@ -69,12 +69,12 @@ def run(
 @contextmanager
 def report_file(path: Path | None, overwrite: bool) -> Iterator[Callable[[RunReport], None]]:
     """Holds the report's file from the beginning, so that a path that refuses does so before hours of work."""
-    from linfusion_cli.images import PendingFile
+    from linfusion_cli.images import AtomicFile
 
     if path is None:
         yield lambda report: None
         return
-    with PendingFile(path, overwrite) as file:
+    with AtomicFile(path, overwrite) as file:
 
         def save(report: RunReport) -> None:
             file.write(as_text(report).encode() + b"\n")

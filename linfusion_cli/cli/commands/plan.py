@@ -13,12 +13,12 @@ from linfusion_cli.cli.parsing import options
 from linfusion_cli.cli.parsing.build_request import quieten_hub, read_request
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.units import format_bytes, format_seconds
-from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest
+from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
 
 if TYPE_CHECKING:
-    from linfusion_cli.planning.estimate import Mode, Need
+    from linfusion_cli.planning.estimate import DenoiseStrategy, ResourceEstimate
     from linfusion_cli.planning.plan import Plan, PlannedStage
-    from linfusion_cli.vae.statistics import Method
+    from linfusion_cli.vae.statistics import VaeStrategy
 
 
 @options.takes_a_request(options.of_plan)
@@ -28,12 +28,12 @@ def command(given: dict[str, Any], as_json: options.Json = False) -> None:
     kind = GenerateRequest if given["image"] is None else UpscaleRequest
     origins, request = read_request(given, render.notices_only, kind)
     from linfusion_cli.planning.machine import cpu_notice
-    from linfusion_cli.run.inputs.resolve import disk_bytes, prepare
-    from linfusion_cli.run.inputs.source_image import opened
+    from linfusion_cli.run.inputs.resolve import disk_bytes, resolve_request
+    from linfusion_cli.run.inputs.source_image import open_source
     from linfusion_cli.run.stages.plan import plan_run  # torch and diffusers: not for --help to wait for
 
-    request, picture = (request, None) if kind is GenerateRequest else opened(request)
-    prepared = prepare(request, picture)
+    request, picture = (request, None) if kind is GenerateRequest else open_source(request)
+    prepared = resolve_request(request, picture)
     for warning in prepared.facts.warnings:
         render.notices_only(Notice(warning))
     plan, disk = plan_run(prepared), disk_bytes(prepared)
@@ -66,21 +66,21 @@ def steps(stage: PlannedStage) -> str:
     return f"{stage.steps}, {stage.dilated} dilated" if stage.dilated else str(stage.steps or "")
 
 
-def denoising(mode: Mode) -> list[str]:
+def denoising(mode: DenoiseStrategy) -> list[str]:
     """Attention, strips, maps and guidance of a phase's UNet."""
     strips = f"{mode.strips.rows} rows, {mode.strips.tokens} tokens" if mode.strips else "whole"
     maps = {"device": "device", "skips": "device, skips on host", "host": "host"}[mode.place]
     return [mode.attention, strips, maps, "together" if mode.together else "in turn"]
 
 
-def conversion(method: Method) -> list[str]:
+def conversion(method: VaeStrategy) -> list[str]:
     """The same of a VAE: its strips, and what its statistics come from."""
     whole = {"exact": "whole", "partly exact": "partly whole"}[method.statistics] if method.start else ""
     maps = f"{whole}, {method.place}" if whole else f"{method.patches} patches" if method.patches else ""
     return ["", f"{method.height} rows", maps, ""]
 
 
-def _needs(need: Need | None, plan: Plan) -> list[str]:
+def _needs(need: ResourceEstimate | None, plan: Plan) -> list[str]:
     if need is None:
         return ["unknown"] * 3
     card = "" if plan.machine.device_bytes is None else format_bytes(need.device_bytes)
@@ -95,7 +95,7 @@ def budgets(plan: Plan, disk: int) -> str:
     return f"{memory} On disk it needs up to {format_bytes(disk)}."
 
 
-def sources(origins: Mapping[str, str], request: PictureRequest) -> str:
+def sources(origins: Mapping[str, str], request: ImageRequest) -> str:
     """Each setting, and where it came from."""
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     values = request.to_json()

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from linfusion_cli import __version__
-from linfusion_cli.core.errors import CannotCreate, TryAgain
+from linfusion_cli.core.errors import CannotCreateOutput, TemporaryFailure
 from linfusion_cli.core.signals import SIGNALS
 from linfusion_cli.core.units import format_seconds, user_path
 
@@ -24,7 +24,7 @@ HEAD_BYTES = 512
 START_CHARACTERS, END_CHARACTERS = 600, 390
 # Line ends, terminal commands, directions of writing; and surrogates other than those that stand for a path's bytes.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]")
-ENDINGS = {0: "complete", 3: "some jobs failed", TryAgain.exit_code: "not complete, run it again"} | {
+ENDINGS = {0: "complete", 3: "some jobs failed", TemporaryFailure.exit_code: "not complete, run it again"} | {
     128 + number: f"stopped by {number.name}" for number in SIGNALS
 }
 
@@ -61,7 +61,7 @@ class LogFile:
             check_no_picture(self._path)
             self._fd = os.open(self._path, OPEN_FLAGS, 0o666)
         except OSError as error:
-            raise CannotCreate(f"--log-file {str(path)!r} cannot be opened: {error.strerror}.") from error
+            raise CannotCreateOutput(f"--log-file {str(path)!r} cannot be opened: {error.strerror}.") from error
 
     def write(self, text: str) -> None:
         """Append `text` as one line, after the time and this process's id."""
@@ -105,7 +105,7 @@ def check_no_picture(path: Path) -> None:
     """Raise CannotCreate for a file that is no text: a picture or model named by mistake would be spoilt."""
     with suppress(FileNotFoundError, PermissionError):  # a log may be one that we can write and not read
         if path.is_file() and b"\0" in path.open("rb").read(HEAD_BYTES):
-            raise CannotCreate(f"--log-file {str(path)!r} is no text file.", "Name another.")
+            raise CannotCreateOutput(f"--log-file {str(path)!r} is no text file.", "Name another.")
 
 
 class _Open:

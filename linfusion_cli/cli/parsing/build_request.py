@@ -17,11 +17,11 @@ from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.events import Notice, Observer
 from linfusion_cli.core.units import parse_seconds, parse_size
 from linfusion_cli.models.locate.model import is_here
-from linfusion_cli.settings.request import GenerateRequest, PictureRequest, UpscaleRequest, flag
+from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest, flag
 
-R = TypeVar("R", bound=PictureRequest)
+R = TypeVar("R", bound=ImageRequest)
 
-LONGEST_SEC = 1000 * 3600
+MAX_TIME_LIMIT_SEC = 1000 * 3600
 SIZES = ("size", "base_size", "original_size", "target_size")
 PHASED = ("steps", "guidance_scale", "strength", "attention")
 WRITTEN = (  # text, for Typer
@@ -86,7 +86,7 @@ def keep_to(time_limit: str | None) -> None:
         seconds = parse_seconds(time_limit)
     except ValueError as error:
         raise UsageError(f"--time-limit {time_limit!r} {error}.") from error
-    if not 0 < seconds <= LONGEST_SEC:
+    if not 0 < seconds <= MAX_TIME_LIMIT_SEC:
         raise UsageError(f"--time-limit {time_limit!r} is not possible.", "Use 1s to 1000h.")
     signals.stop_after(seconds)
 
@@ -120,7 +120,7 @@ def resolve(
     preset: str | None,
     environ: Mapping[str, str],
     observer: Observer,
-    kind: type[PictureRequest],
+    kind: type[ImageRequest],
 ) -> settings.Settings:
     """All settings of a run, merged."""
     return Sources.read(given, preset, environ, observer).merge(kind)
@@ -148,7 +148,7 @@ class Sources:
         return Sources(layers, name, observer, {} if name is None else {name: settings.preset_layer(name)})
 
     def merge(
-        self, kind: type[PictureRequest], job: settings.Layer | None = None, preset: str | None = None
+        self, kind: type[ImageRequest], job: settings.Layer | None = None, preset: str | None = None
     ) -> settings.Settings:
         """All settings, merged: above all others those of a `job`, whose `preset` is another one."""
         layers = [job, *self.layers] if job else list(self.layers)

@@ -17,7 +17,7 @@ PROFILE_DATE = bytes.fromhex("07e8 0001 0001 0000 0000 0000")  # 2024-01-01: lit
 
 
 @dataclass(frozen=True)
-class PictureInfo:
+class ImageInfo:
     """Goes into every file: who made it, its resolution in dots per inch, and the request that makes it again.
 
     `request` holds JSON values; `parameters` is the same in the layout people's tools read (`a1111_parameters`).
@@ -62,19 +62,19 @@ def a1111_parameters(
     return "\n".join([prompt, *negative, line])
 
 
-def without_prompt(info: PictureInfo) -> PictureInfo:
+def without_prompt(info: ImageInfo) -> ImageInfo:
     """The same without prompts: empty fields, no prompt keys in the request, only the settings line of `parameters`."""
     settings = info.parameters.rpartition("\n")[2]  # values with line breaks are quoted, so this is all of it
     return replace(
         info,
         prompt="",
         negative_prompt="",
-        request=scrubbed(info.request),
+        request=remove_prompts(info.request),
         parameters=settings if settings.startswith("Steps: ") else "",
     )
 
 
-def request_json(info: PictureInfo) -> str:
+def request_json(info: ImageInfo) -> str:
     """The request as 7-bit ASCII JSON (TIFF's ImageDescription allows nothing else), with 64 zeros for a checksum."""
     return json.dumps({CHECKSUM: NO_DIGITS} | dict(info.request), ensure_ascii=True, allow_nan=False)
 
@@ -102,10 +102,10 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if NEEDS_QUOTES.search(value) else value
 
 
-def scrubbed(value: Any) -> Any:
+def remove_prompts(value: Any) -> Any:
     """A request, or any JSON value, without what prompts it holds."""
     if isinstance(value, Mapping):
-        return {key: scrubbed(item) for key, item in value.items() if not PROMPT_KEY.fullmatch(key)}
+        return {key: remove_prompts(item) for key, item in value.items() if not PROMPT_KEY.fullmatch(key)}
     if isinstance(value, list | tuple):
-        return [scrubbed(item) for item in value]
+        return [remove_prompts(item) for item in value]
     return value

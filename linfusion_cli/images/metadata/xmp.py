@@ -3,7 +3,7 @@
 import re
 from xml.etree import ElementTree
 
-from linfusion_cli.images.metadata.metadata import PictureInfo
+from linfusion_cli.images.metadata.metadata import ImageInfo
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 NAMESPACES = {
@@ -24,7 +24,7 @@ for _prefix, _uri in NAMESPACES.items():
     ElementTree.register_namespace(_prefix, _uri)
 
 
-def xmp_packet(info: PictureInfo) -> bytes:
+def xmp_packet(info: ImageInfo) -> bytes:
     """UTF-8 XMP: marked as made by a trained model (IPTC), the tool, the prompt and the A1111 parameters."""
     meta = ElementTree.Element(_name("x:xmpmeta"))
     rdf = ElementTree.SubElement(meta, _name("rdf:RDF"))

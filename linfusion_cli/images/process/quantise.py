@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def quantised(rows: np.ndarray, top: int, bits: int, seed: int | None = None) -> np.ndarray:
+def quantise(rows: np.ndarray, top: int, bits: int, seed: int | None = None) -> np.ndarray:
     """Float rows [n, W, 3] between 0 and 1, the first of them row `top` of the picture -> uint8 or uint16.
 
     Rounded to the nearest; with `seed`, dithered: a number between two steps becomes the upper one as often as it lies

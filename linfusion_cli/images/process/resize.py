@@ -14,7 +14,7 @@ Region = tuple[int, int, int, int]  # top, bottom, left, right
 ReadRegion = Callable[[int, int, int, int], np.ndarray]  # -> float32 [bottom - top, right - left, 3]
 
 
-def resized_region(read: ReadRegion, source: tuple[int, int], target: tuple[int, int], region: Region) -> np.ndarray:
+def resize_region(read: ReadRegion, source: tuple[int, int], target: tuple[int, int], region: Region) -> np.ndarray:
     """The `region` of the picture `source` (W, H) resized to `target` (W, H) -> float32 [h, w, 3], 0 to 1.
 
     Only what it depends on is read; the result is that of resizing the whole.

@@ -17,7 +17,7 @@ FULL_SCALE = 65535
 BYTES_PER_PX = 6  # three channels of 16 bits
 
 
-class ScratchPicture:
+class ScratchImage:
     """Pixels [H, W, 3] between 0 and 1, kept to 16 bits in an anonymous file in `folder`; `folder` None is memory.
 
     The file is read and written, never mapped: mapped pages would count as this program's memory.
@@ -86,7 +86,7 @@ class ScratchPicture:
         if self._file is not None:
             self._file.close()
 
-    def __enter__(self) -> ScratchPicture:
+    def __enter__(self) -> ScratchImage:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

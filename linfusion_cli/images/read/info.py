@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from linfusion_cli.core.errors import DataError, InputMissing
+from linfusion_cli.core.errors import DataError, InputNotFound
 from linfusion_cli.images.read.file_info import FileInfo, truncated
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -38,9 +38,9 @@ def reading(path: Path) -> Iterator[None]:
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder.", "Name a picture.") from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputMissing(f"{path} does not exist.") from error
+        raise InputNotFound(f"{path} does not exist.") from error
     except PermissionError as error:
-        raise InputMissing(f"{path} may not be read.", "Check its permissions.") from error
+        raise InputNotFound(f"{path} may not be read.", "Check its permissions.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
     except MALFORMED as error:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from linfusion_cli.images.read.file_info import FileInfo, parse_checksum, parse_request, truncated
 from linfusion_cli.images.write.png import DIGITS_IN_CHUNK, REQUEST
 
-MOST_TEXT_BYTES = 1 << 26  # of one chunk, also after decompression
+MAX_TEXT_BYTES = 1 << 26  # of one chunk, also after decompression
 TEXT_KINDS = (b"tEXt", b"zTXt", b"iTXt")
 
 
@@ -56,7 +56,7 @@ def _chunks(path: Path, file: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
         at += 12 + length
         if len(head) < 8 or at > file_bytes:
             raise truncated(path, "it has no end mark (IEND)")
-        known = kind != b"IDAT" and length <= MOST_TEXT_BYTES
+        known = kind != b"IDAT" and length <= MAX_TEXT_BYTES
         data = file.read(length) if known else b""
         if known and zlib.crc32(kind + data) != int.from_bytes(file.read(4)):
             raise ValueError(f"the checksum of its {kind.decode('latin-1')} chunk is wrong")
@@ -76,7 +76,7 @@ def _text(kind: bytes, data: bytes) -> tuple[str, str]:
 
 def _inflated(data: bytes) -> bytes:
     try:
-        return zlib.decompressobj().decompress(data, MOST_TEXT_BYTES)
+        return zlib.decompressobj().decompress(data, MAX_TEXT_BYTES)
     except zlib.error as error:
         raise ValueError(f"a text in it does not decompress ({error})") from error
 

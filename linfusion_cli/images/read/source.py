@@ -22,9 +22,9 @@ from linfusion_cli.images.read.colour import to_srgb
 from linfusion_cli.images.read.info import MAGIC_BYTES, format_of, reading
 from linfusion_cli.images.read.source_tiff import bytes_held_by_tiff
 
-LARGEST_SIDE_PX = 1_000_000
+MAX_SIDE_PX = 1_000_000
 # Some files can only be decoded whole. 2 GiB lets the largest WebP pass, and 16384 x 16384 in the other formats.
-MOST_HELD_BYTES = 2 << 30
+MAX_HELD_BYTES = 2 << 30
 BAND_ROWS, BAND_PX = 256, 1 << 23  # bands of pictures wider than 32768 px are lower
 FETCH_PX = 1 << 20  # decoded at a time: the numbers of a whole band would wait in memory twice
 BITS = {"uchar": 8, "ushort": 16}
@@ -35,7 +35,7 @@ ROWS_UPWARDS, COLUMNS_LEFTWARDS, TRANSPOSED = (3, 4, 7, 8), (2, 3, 6, 7), (5, 6,
 
 
 @dataclass(frozen=True)
-class SourcePicture:
+class SourceImage:
     """A picture file that can be read: its size in pixels as it is to be seen (EXIF orientation applied), its format
     (png, jpeg, webp or tiff), bits per channel (8 or 16), whether it has an alpha channel, EXIF orientation (1 to 8),
     and how many bytes decoding holds at once because of how the file is stored (0: a few rows)."""
@@ -60,7 +60,7 @@ class SourcePicture:
         return Size(self.height_px, self.width_px) if self.orientation in TRANSPOSED else self.size
 
 
-def inspect_source(path: str | os.PathLike[str]) -> SourcePicture:
+def inspect_source(path: str | os.PathLike[str]) -> SourceImage:
     """Reads the header, no pixels; what the file is, its content decides and not its name.
 
     Raises InputMissing when there is no file to read, and DataError when it is no picture, or none that `source_rows`
@@ -80,7 +80,7 @@ def inspect_source(path: str | os.PathLike[str]) -> SourcePicture:
 
 
 def source_rows(
-    picture: SourcePicture, background: tuple[int, int, int] | None, notify: Callable[[str], None]
+    picture: SourceImage, background: tuple[int, int, int] | None, notify: Callable[[str], None]
 ) -> Iterator[np.ndarray]:
     """The pixels in sRGB as float32 [n, W, 3] between 0 and 1: bands of the stored picture, from top to bottom.
 
@@ -116,7 +116,7 @@ def transparent(path: Path) -> DataError:
     return DataError(f"{path} has transparency.", "Say what is behind it: --background white (or any colour).")
 
 
-def oriented(read: ReadRegion, picture: SourcePicture) -> ReadRegion:
+def apply_orientation(read: ReadRegion, picture: SourceImage) -> ReadRegion:
     """A reader of the picture as it is to be seen, from a reader of the stored one; both give float32 [h, w, 3]."""
     upwards, leftwards = picture.orientation in ROWS_UPWARDS, picture.orientation in COLUMNS_LEFTWARDS
 
@@ -200,18 +200,18 @@ def _feed(file: Any, pipe: int) -> None:
         copyfileobj(file, sink)
 
 
-def _described(path: Path, format: str, image: Any, held_bytes: int) -> SourcePicture:
+def _described(path: Path, format: str, image: Any, held_bytes: int) -> SourceImage:
     _check_samples(path, image)
     side = max(image.width, image.height)
-    if side > LARGEST_SIDE_PX:
-        raise DataError(f"{path} is {image.width}x{image.height} px.", f"Use sides up to {LARGEST_SIDE_PX} px.")
-    if held_bytes > MOST_HELD_BYTES:
+    if side > MAX_SIDE_PX:
+        raise DataError(f"{path} is {image.width}x{image.height} px.", f"Use sides up to {MAX_SIDE_PX} px.")
+    if held_bytes > MAX_HELD_BYTES:
         reason = f"{path} is stored so that {held_bytes >> 20} MiB of it must be decoded at once."
         raise DataError(reason, "Save it without interlacing or progression, or as a TIFF with strips or small tiles.")
     orientation = image.get("orientation") if image.get_typeof("orientation") else 1
     seen = (image.height, image.width) if orientation in TRANSPOSED else (image.width, image.height)
     has_alpha = image.bands > COLOUR_CHANNELS[image.interpretation]
-    return SourcePicture(path, format, *seen, BITS[image.format], has_alpha, orientation, held_bytes)
+    return SourceImage(path, format, *seen, BITS[image.format], has_alpha, orientation, held_bytes)
 
 
 def _check_samples(path: Path, image: Any) -> None:

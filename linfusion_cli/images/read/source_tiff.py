@@ -18,7 +18,7 @@ REDUCED, ONE_OF_SEVERAL, MASK = 1, 2, 4  # bits of NewSubfileType; DNG and TIFF/
 CR2_MARK_AT, CR2_MARK = 8, b"CR"
 DNG_VERSION = 50706
 SENSOR_COLOURS = (32803, 34892)  # photometric interpretations: colour filter array, and LinearRaw
-MOST_DIRECTORIES = 16  # looked at in each chain: no camera writes as many
+MAX_DIRECTORIES = 16  # looked at in each chain: no camera writes as many
 
 
 def bytes_held_by_tiff(path: Path) -> int:
@@ -73,7 +73,7 @@ def _directories(owner: Any) -> Iterator[Any]:
     """The pages of a file or the SubIFDs of a page, as far as they can be read: only the first page is decoded."""
     with suppress(OSError, *MALFORMED):
         if owner.pages is not None:
-            for place in range(MOST_DIRECTORIES):
+            for place in range(MAX_DIRECTORIES):
                 yield owner.pages[place]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from linfusion_cli.core.errors import DataError, first_line
 from linfusion_cli.images.read.info import MALFORMED
-from linfusion_cli.images.read.source import MOST_HELD_BYTES
+from linfusion_cli.images.read.source import MAX_HELD_BYTES
 from linfusion_cli.images.read.tiff import silent_tifffile
 from linfusion_cli.images.write.pool import OrderedPool, default_threads
 
@@ -31,7 +31,7 @@ def decode_tiff(path: Path) -> None:
         else:
             tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
             check = partial(_check_decodes, page.decode, content.fileno(), tables)
-            _check_all(path, page, check, min(default_threads(), MOST_HELD_BYTES // _bytes_held(path, page)))
+            _check_all(path, page, check, min(default_threads(), MAX_HELD_BYTES // _bytes_held(path, page)))
 
 
 def _check_all(path: Path, page: Any, check: Callable[[int, int, int], None], threads: int) -> None:
@@ -75,7 +75,7 @@ def _bytes_held(path: Path, page: Any) -> int:
     """What decoding a tile holds, compressed and not; raises DataError if that is too much."""
     decoded = page.chunks[0] * page.chunks[1] * page.samplesperpixel * -(-int(page.bitspersample) // 8)
     held = max(page.databytecounts) + decoded
-    if held > MOST_HELD_BYTES:
+    if held > MAX_HELD_BYTES:
         reason = f"{path} is stored so that {held >> 20} MiB of it must be decoded at once."
         raise DataError(reason, "Save it with strips or small tiles.")
     return held

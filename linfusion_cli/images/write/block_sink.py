@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from linfusion_cli.core.atomic_file import PendingFile
-from linfusion_cli.images.metadata.metadata import PictureInfo
+from linfusion_cli.core.atomic_file import AtomicFile
+from linfusion_cli.images.metadata.metadata import ImageInfo
 from linfusion_cli.images.write.pool import OrderedPool, default_threads
 
 OPEN, DONE, ABORTED = "open", "closed", "aborted"
@@ -22,7 +22,7 @@ class RowStream(ABC):
     encoded one, how the file ends, and where its checksum is put in (`verify` has the rule).
     """
 
-    def __init__(self, pending: PendingFile, size_px: tuple[int, int], bits: int, block_rows: int, threads: int | None):
+    def __init__(self, pending: AtomicFile, size_px: tuple[int, int], bits: int, block_rows: int, threads: int | None):
         self.width_px, self.height_px = size_px
         self.bits = bits
         self.block_rows = min(block_rows, self.height_px)
@@ -42,7 +42,7 @@ class RowStream(ABC):
                 self._take(rows[:room])
                 rows = rows[room:]
 
-    def retell(self, info: PictureInfo) -> None:
+    def retell(self, info: ImageInfo) -> None:
         if self._state == DONE:
             return
         with self._abort_on_error():
@@ -73,7 +73,7 @@ class RowStream(ABC):
             self._pending.abort()
 
     @abstractmethod
-    def _begin(self, info: PictureInfo) -> None:
+    def _begin(self, info: ImageInfo) -> None:
         """Write what the empty file begins with, and prepare what it says of itself further down."""
 
     @abstractmethod

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from linfusion_cli.core.atomic_file import PendingFile
+from linfusion_cli.core.atomic_file import AtomicFile
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.images.metadata.metadata import DIGITS_AT, PictureInfo, request_json, srgb_profile
+from linfusion_cli.images.metadata.metadata import DIGITS_AT, ImageInfo, request_json, srgb_profile
 from linfusion_cli.images.metadata.xmp import xmp_packet
 from linfusion_cli.images.write.block_sink import RowStream
 
-LARGEST_SIDE_PX = 65_500  # the format ends at 65,535, libjpeg (so every reader) at 65,500
+MAX_SIDE_PX = 65_500  # the format ends at 65,535, libjpeg (so every reader) at 65,500
 STRIP_ROWS = 64  # eight rows of 8 x 8 blocks: restart markers count from 0 to 7 and begin again
 LAST_RESTART = b"\xff\xd7"
 END = b"\xff\xd9"
@@ -34,9 +34,9 @@ class JpegSink(RowStream):
 
     def __init__(
         self,
-        pending: PendingFile,
+        pending: AtomicFile,
         size_px: tuple[int, int],
-        info: PictureInfo,
+        info: ImageInfo,
         quality: int = 95,
         threads: int | None = None,
     ):
@@ -45,7 +45,7 @@ class JpegSink(RowStream):
         self._begin(info)
         self._strip = self._new_strip()
 
-    def _begin(self, info: PictureInfo) -> None:
+    def _begin(self, info: ImageInfo) -> None:
         """The head is written with the tables of the first strip."""
         head = _head(info)
         self._digits_at = len(head) + DIGITS_IN_COMMENT
@@ -79,9 +79,9 @@ class JpegSink(RowStream):
 
 def check_jpeg_size(size_px: tuple[int, int]) -> None:
     """Raises UsageError for a picture that no JPEG can hold."""
-    if max(size_px) > LARGEST_SIDE_PX:
+    if max(size_px) > MAX_SIDE_PX:
         size = f"{size_px[0]}x{size_px[1]}"
-        raise UsageError(f"JPEG ends at {LARGEST_SIDE_PX} px a side, {size} is larger.", "Use --format tiff or png.")
+        raise UsageError(f"JPEG ends at {MAX_SIDE_PX} px a side, {size} is larger.", "Use --format tiff or png.")
 
 
 def encode_jpeg(rows: np.ndarray, quality: int, restarts: bool = False) -> bytes:
@@ -120,7 +120,7 @@ def _split(jpeg: bytes, height_px: int) -> tuple[bytes, memoryview]:
     return bytes(tables), memoryview(jpeg)[end : -len(END)]
 
 
-def _head(info: PictureInfo) -> bytes:
+def _head(info: ImageInfo) -> bytes:
     """SOI and metadata. A segment holds 64 KiB: longer XMP or Exif, which a prompt of 20,000 words would need, is
     written without that prompt."""
     density = min(max(round(info.dpi), 1), 65_535)
@@ -135,15 +135,15 @@ def _head(info: PictureInfo) -> bytes:
     )
 
 
-def _comments(info: PictureInfo) -> bytes:
+def _comments(info: ImageInfo) -> bytes:
     """The request, split over as many comments as it needs."""
     request = request_json(info).encode()
     room = SEGMENT_BYTES - len(COMMENT_NAME)
     return b"".join(_segment(COM, COMMENT_NAME + request[at : at + room]) for at in range(0, len(request), room))
 
 
-def _bare(info: PictureInfo) -> PictureInfo:
-    return PictureInfo(info.software, info.dpi, {}, "", "", "")
+def _bare(info: ImageInfo) -> ImageInfo:
+    return ImageInfo(info.software, info.dpi, {}, "", "", "")
 
 
 def _fitting(value: bytes, shorter: bytes) -> bytes:

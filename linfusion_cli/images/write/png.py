@@ -5,8 +5,8 @@ import zlib
 
 import numpy as np
 
-from linfusion_cli.core.atomic_file import PendingFile
-from linfusion_cli.images.metadata.metadata import DIGITS_AT, PictureInfo, request_json, sealed, utf8
+from linfusion_cli.core.atomic_file import AtomicFile
+from linfusion_cli.images.metadata.metadata import DIGITS_AT, ImageInfo, request_json, sealed, utf8
 from linfusion_cli.images.metadata.xmp import xmp_packet
 from linfusion_cli.images.write.block_sink import RowStream
 from linfusion_cli.images.write.deflate import adler32, adler32_combine, crc32, deflate_part
@@ -32,10 +32,10 @@ class PngSink(RowStream):
 
     def __init__(
         self,
-        pending: PendingFile,
+        pending: AtomicFile,
         size_px: tuple[int, int],
         bits: int,
-        info: PictureInfo,
+        info: ImageInfo,
         threads: int | None = None,
     ):
         self._row_bytes = size_px[0] * 3 * bits // 8
@@ -45,7 +45,7 @@ class PngSink(RowStream):
         self._block[0] = 0  # the row above the first is black (section 9.2)
         self._begin(info)
 
-    def _begin(self, info: PictureInfo) -> None:
+    def _begin(self, info: ImageInfo) -> None:
         head = _head((self.width_px, self.height_px), self.bits, info)
         self._request, self._request_at = request_json(info), len(head)
         self._append(head + _itxt(REQUEST, self._request.encode()) + _after_request(info))
@@ -101,7 +101,7 @@ def _weight(residue: np.ndarray) -> int:
     return int(np.minimum(residue, 0 - residue).sum(dtype=np.int64))
 
 
-def _head(size_px: tuple[int, int], bits: int, info: PictureInfo) -> bytes:
+def _head(size_px: tuple[int, int], bits: int, info: ImageInfo) -> bytes:
     per_metre = min(max(round(info.dpi / 0.0254), 1), 2**31 - 1)
     chunks = [
         _chunk(b"IHDR", struct.pack(">IIBBBBB", *size_px, bits, 2, 0, 0, 0)),
@@ -112,7 +112,7 @@ def _head(size_px: tuple[int, int], bits: int, info: PictureInfo) -> bytes:
     return SIGNATURE + b"".join(chunks)
 
 
-def _after_request(info: PictureInfo) -> bytes:
+def _after_request(info: ImageInfo) -> bytes:
     parameters = _itxt("parameters", utf8(info.parameters)) if info.parameters else b""
     return parameters + _chunk(b"IDAT", ZLIB_HEADER)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-MOST_THREADS = 8
+MAX_THREADS = 8
 
 
 def default_threads() -> int:
@@ -15,7 +15,7 @@ def default_threads() -> int:
         usable = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
         usable = os.cpu_count() or 1
-    return min(MOST_THREADS, usable)
+    return min(MAX_THREADS, usable)
 
 
 class OrderedPool:

@@ -4,8 +4,8 @@ import os
 
 import numpy as np
 
-from linfusion_cli.core.atomic_file import PendingFile
-from linfusion_cli.images.metadata.metadata import PictureInfo
+from linfusion_cli.core.atomic_file import AtomicFile
+from linfusion_cli.images.metadata.metadata import ImageInfo
 from linfusion_cli.images.write.block_sink import check_rows
 from linfusion_cli.images.write.registry import format_for, open_sink
 
@@ -31,10 +31,10 @@ class PreviewSink:
 
     def __init__(
         self,
-        target: str | os.PathLike[str] | PendingFile,
+        target: str | os.PathLike[str] | AtomicFile,
         size_px: tuple[int, int],
         bits: int,
-        info: PictureInfo,
+        info: ImageInfo,
         max_side_px: int = MAX_SIDE_PX,
         overwrite: bool = False,
     ):
@@ -46,7 +46,7 @@ class PreviewSink:
         self._reduced = np.empty((height_px, width_px, 3), np.uint8)
         self._band = np.empty((self._factor * max(1, BAND_ROWS // self._factor), size_px[0], 3), np.uint8)
         self._row = 0
-        format = format_for(target.target if isinstance(target, PendingFile) else target)
+        format = format_for(target.target if isinstance(target, AtomicFile) else target)
         self._sink = open_sink(target, format, self.size_px, 8, info, overwrite=overwrite)
 
     def write(self, rows: np.ndarray) -> None:
@@ -60,7 +60,7 @@ class PreviewSink:
             self.abort()
             raise
 
-    def retell(self, info: PictureInfo) -> None:
+    def retell(self, info: ImageInfo) -> None:
         self._sink.retell(info)
 
     def close(self) -> None:

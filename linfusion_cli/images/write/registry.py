@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from linfusion_cli.core.atomic_file import PendingFile
+from linfusion_cli.core.atomic_file import AtomicFile
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.images.metadata.metadata import PictureInfo
+from linfusion_cli.images.metadata.metadata import ImageInfo
 from linfusion_cli.images.write.sink import RowSink
 
 FORMATS = ("tiff", "png", "jpeg")
@@ -60,20 +60,20 @@ def hold(
     bits: int,
     compression: str | None = None,
     overwrite: bool = False,
-) -> PendingFile:
+) -> AtomicFile:
     """The file of a picture of `size_px` (width, height), nobody else's from now on, checked as far as can be.
 
     Raises UsageError for a combination no format has, CannotCreate, TryAgain and WriteFailed as PendingFile does.
     """
-    return PendingFile(path, overwrite, bytes_needed(format, size_px, bits, compression))
+    return AtomicFile(path, overwrite, bytes_needed(format, size_px, bits, compression))
 
 
 def open_sink(
-    target: str | os.PathLike[str] | PendingFile,
+    target: str | os.PathLike[str] | AtomicFile,
     format: str,
     size_px: tuple[int, int],
     bits: int,
-    info: PictureInfo,
+    info: ImageInfo,
     compression: str | None = None,
     jpeg_quality: int = 95,
     overwrite: bool = False,
@@ -86,7 +86,7 @@ def open_sink(
     compression = _checked(format, size_px, bits, compression)
     if not 1 <= jpeg_quality <= 100:
         raise UsageError(f"JPEG quality {jpeg_quality} is out of range.", "Use 1 to 100.")
-    held = isinstance(target, PendingFile)
+    held = isinstance(target, AtomicFile)
     pending = target if held else hold(target, format, size_px, bits, compression, overwrite)
     try:
         return _sink(pending, format, size_px, bits, info, compression, jpeg_quality, threads)
@@ -96,11 +96,11 @@ def open_sink(
 
 
 def _sink(
-    pending: PendingFile,
+    pending: AtomicFile,
     format: str,
     size_px: tuple[int, int],
     bits: int,
-    info: PictureInfo,
+    info: ImageInfo,
     compression: str,
     jpeg_quality: int,
     threads: int | None,

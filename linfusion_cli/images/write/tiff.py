@@ -6,9 +6,9 @@ from functools import partial
 
 import numpy as np
 
-from linfusion_cli.core.atomic_file import PendingFile
+from linfusion_cli.core.atomic_file import AtomicFile
 from linfusion_cli.core.errors import Unavailable
-from linfusion_cli.images.metadata.metadata import DIGITS_AT, PictureInfo, request_json, srgb_profile
+from linfusion_cli.images.metadata.metadata import DIGITS_AT, ImageInfo, request_json, srgb_profile
 from linfusion_cli.images.metadata.xmp import xmp_packet
 from linfusion_cli.images.write import ifd
 from linfusion_cli.images.write.block_sink import RowStream
@@ -40,10 +40,10 @@ class TiffSink(RowStream):
 
     def __init__(
         self,
-        pending: PendingFile,
+        pending: AtomicFile,
         size_px: tuple[int, int],
         bits: int,
-        info: PictureInfo,
+        info: ImageInfo,
         compression: str = "deflate",
         jpeg_quality: int = 95,
         threads: int | None = None,
@@ -55,7 +55,7 @@ class TiffSink(RowStream):
         self._tiles = self._new_tiles()
         self._begin(info)
 
-    def _begin(self, info: PictureInfo) -> None:
+    def _begin(self, info: ImageInfo) -> None:
         self._tags = self._fixed_tags(info)  # now: nothing may turn out to be unwritable after hours of work
         self._pending.write(bytes(ifd.HEADER_BYTES))
 
@@ -96,7 +96,7 @@ class TiffSink(RowStream):
         offsets = np.cumsum([ifd.HEADER_BYTES, *self._tile_bytes]).tolist()[:-1]
         return {324: ifd.longs(offsets), 325: ifd.longs(self._tile_bytes)}
 
-    def _fixed_tags(self, info: PictureInfo) -> dict[int, ifd.Entry]:
+    def _fixed_tags(self, info: ImageInfo) -> dict[int, ifd.Entry]:
         jpeg = self._codec.tag == 7
         tags = {
             256: ifd.longs([self.width_px]),

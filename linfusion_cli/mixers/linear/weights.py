@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from linfusion_cli.core.errors import DataError, InputMissing
+from linfusion_cli.core.errors import DataError, InputNotFound
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import self_attentions
 
@@ -95,7 +95,7 @@ def entries_for(folder: Path, unet: nn.Module) -> dict[int, ModuleSpec]:
 def read_specs(path: Path) -> list[ModuleSpec]:
     """The entries of `modules_list` in the config file at `path`."""
     if not path.is_file():
-        raise InputMissing(f"LinFusion's config {path} is missing.", "--linfusion takes a folder or a hub id.")
+        raise InputNotFound(f"LinFusion's config {path} is missing.", "--linfusion takes a folder or a hub id.")
     fields = ModuleSpec.__dataclass_fields__
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["modules_list"]
@@ -129,7 +129,7 @@ def read_tensors(
     Names that begin with one of `left_out` and a dot are left out.
     """
     if not path.is_file():
-        raise InputMissing(f"LinFusion's weights {path} are missing.", "--linfusion takes a folder or a hub id.")
+        raise InputNotFound(f"LinFusion's weights {path} are missing.", "--linfusion takes a folder or a hub id.")
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.partition(".")[0] not in left_out]

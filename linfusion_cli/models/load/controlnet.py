@@ -20,23 +20,23 @@ ControlNet = ControlNetModel | ControlNetUnionModel
 
 
 @dataclass(frozen=True)
-class LoadedControl:
+class LoadedControlNet:
     """A ControlNet, and the linear attention that can be mounted in it."""
 
     net: ControlNet
     linear: dict[str, LinearAttention]
 
     @staticmethod
-    def load(folder: Path, linear: Mapping[str, LinearAttention], dtype: torch.dtype) -> LoadedControl:
+    def load(folder: Path, linear: Mapping[str, LinearAttention], dtype: torch.dtype) -> LoadedControlNet:
         """The ControlNet in `folder`, on the CPU; `linear` is the UNet's, by path. Errors as in `load_part`."""
         net = load_part(kind_of(folder), Part(folder), dtype, torch.device("cpu"))
-        return LoadedControl(net, linear_attention(net, linear))
+        return LoadedControlNet(net, linear_attention(net, linear))
 
     @staticmethod
-    def outline(folder: Path, linear: Mapping[str, LinearAttention]) -> LoadedControl:
+    def outline(folder: Path, linear: Mapping[str, LinearAttention]) -> LoadedControlNet:
         """As `load`, without weights: on the meta device, from the config alone."""
         net = outline(kind_of(folder), Part(folder))
-        return LoadedControl(net, linear_attention(net, linear))
+        return LoadedControlNet(net, linear_attention(net, linear))
 
 
 def kind_of(folder: Path) -> type[ControlNet]:

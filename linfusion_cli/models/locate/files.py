@@ -13,7 +13,7 @@ from linfusion_cli.models.files.header import Header
 from linfusion_cli.models.files.hub import cached, hub_errors, split_revision
 from linfusion_cli.models.files.parts import CONVERT, PICKLES
 
-LARGEST_LORA_WEIGHT = 10.0
+MAX_LORA_WEIGHT = 10.0
 SAFE = ".safetensors"
 
 
@@ -69,8 +69,8 @@ def split_weight(text: str) -> tuple[str, float]:
     name = name if colon else text
     if not name.strip():
         raise UsageError(f"--lora {text!r} names no file.", "Write FILE or FILE:0.8.", "lora")
-    if not math.isfinite(weight) or abs(weight) > LARGEST_LORA_WEIGHT:
-        way_out = f"It must lie between {-LARGEST_LORA_WEIGHT:g} and {LARGEST_LORA_WEIGHT:g}: write FILE:0.8."
+    if not math.isfinite(weight) or abs(weight) > MAX_LORA_WEIGHT:
+        way_out = f"It must lie between {-MAX_LORA_WEIGHT:g} and {MAX_LORA_WEIGHT:g}: write FILE:0.8."
         raise UsageError(f"--lora {text!r} has the weight {weight:g}.", way_out, "lora")
     return name, weight
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.core.units import is_file, is_folder, user_path
-from linfusion_cli.images.read.source import SourcePicture
+from linfusion_cli.images.read.source import SourceImage
 from linfusion_cli.models.families.facts import read_config
 from linfusion_cli.models.files.header import read_header
 from linfusion_cli.models.files.hub import hub_errors, split_revision
@@ -62,7 +62,7 @@ class Adapter:
 
     weights: AdapterFile
     encoder: Path
-    image: SourcePicture
+    image: SourceImage
     scale: float
 
 

@@ -30,7 +30,7 @@ transformers_logging.set_verbosity_error()
 
 
 @dataclass(frozen=True)
-class Embedding:
+class PromptEmbedding:
     """What the UNet hears of a prompt: `hidden` [1, T, C], and `pooled` [1, C] where the family has it.
 
     `images` is what it hears beside it, for each IP-Adapter: [1, 1, D], or [1, 1, L, D].
@@ -40,17 +40,17 @@ class Embedding:
     pooled: Tensor | None
     images: tuple[Tensor, ...] = ()
 
-    def zeros(self) -> Embedding:
+    def zeros(self) -> PromptEmbedding:
         """The same shapes, silent: what SDXL was trained to hear as "no prompt"."""
-        return Embedding(torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled))
+        return PromptEmbedding(torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled))
 
-    def beside(self, other: Embedding) -> Embedding:
+    def beside(self, other: PromptEmbedding) -> PromptEmbedding:
         """Both in one batch, this one first."""
         pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])
         images = tuple(torch.cat(pair) for pair in zip(self.images, other.images, strict=True))
-        return Embedding(torch.cat([self.hidden, other.hidden]), pooled, images)
+        return PromptEmbedding(torch.cat([self.hidden, other.hidden]), pooled, images)
 
-    def added(self, sizes: SizeConditioning) -> dict[str, Tensor | list[Tensor]] | None:
+    def added(self, sizes: TimeIds) -> dict[str, Tensor | list[Tensor]] | None:
         """The conditions beside the text: SDXL's, and IP-Adapters'; None where there are none."""
         added: dict[str, Tensor | list[Tensor]] = {"image_embeds": list(self.images)} if self.images else {}
         if self.pooled is not None:
@@ -60,7 +60,7 @@ class Embedding:
 
 
 @dataclass(frozen=True)
-class SizeConditioning:
+class TimeIds:
     """What SDXL is told of a picture: its size before cropping, what was cropped above and to the left, and after."""
 
     original: Size
@@ -82,8 +82,8 @@ class Conditioning:
     textual inversions that neither has.
     """
 
-    positive: Embedding
-    negative: Embedding
+    positive: PromptEmbedding
+    negative: PromptEmbedding
     unheard: dict[str, str]
     unused: tuple[str, ...]
 
@@ -103,7 +103,7 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class TextChanges:
+class TextEncoderChanges:
     """What is done to the text encoders before they listen.
 
     `loras` are files with their weights. `clip_skip` is the layer that is listened to, counted from the end: 1 is the
@@ -122,11 +122,11 @@ class TextChanges:
             check_widths(inversion, {part: read_config(model.part(part).config).get("hidden_size") for part in parts})
 
 
-UNCHANGED = TextChanges()
+UNCHANGED = TextEncoderChanges()
 
 
 @dataclass(frozen=True)
-class Encoder:
+class TextEncoder:
     """A text encoder with its tokenizer, changed for good; `words` as `add_words` gives them."""
 
     network: PreTrainedModel
@@ -134,19 +134,19 @@ class Encoder:
     words: Mapping[str, tuple[int, list[int]]]
 
     @staticmethod
-    def load(model: Model, part: str, dtype: torch.dtype, changes: TextChanges) -> Encoder:
+    def load(model: Model, part: str, dtype: torch.dtype, changes: TextEncoderChanges) -> TextEncoder:
         """The model's `part`, on the CPU."""
         network = load_part(ENCODERS[part], model.part(part), dtype, torch.device("cpu"))
         tokenizer = load_tokenizer(model.folder / part.replace("text_encoder", "tokenizer"), network.config)
         for file, weight in changes.loras:
             merge_text_lora(network, part, file, weight)
-        return Encoder(network, tokenizer, add_words(network, tokenizer, part, changes.inversions))
+        return TextEncoder(network, tokenizer, add_words(network, tokenizer, part, changes.inversions))
 
 
-Get = Callable[[str, Callable[[], Encoder]], Encoder]  # part of the model, how to load its encoder -> it
+EncoderProvider = Callable[[str, Callable[[], TextEncoder]], TextEncoder]  # part of the model, how to load its encoder -> it
 
 
-def anew(part: str, load: Callable[[], Encoder]) -> Encoder:
+def load_uncached(part: str, load: Callable[[], TextEncoder]) -> TextEncoder:
     """The encoder of nobody but who asks for it: gone when it has been listened to."""
     return load()
 
@@ -158,8 +158,8 @@ def encode_prompts(
     negative_prompt: str,
     dtype: torch.dtype,
     device: torch.device,
-    changes: TextChanges = UNCHANGED,
-    get: Get = anew,
+    changes: TextEncoderChanges = UNCHANGED,
+    get: EncoderProvider = load_uncached,
 ) -> Conditioning:
     """Both prompts through all text encoders of `model`, changed like this; `get` may have them from before.
 
@@ -170,14 +170,14 @@ def encode_prompts(
     changes.check(model, parts)
     encoded = []
     for part in parts:
-        encoder = get(part, partial(Encoder.load, model, part, dtype, changes))
-        layer = heard_layer(changes.clip_skip, facts.is_xl, part, encoder.network.config.num_hidden_layers)
+        encoder = get(part, partial(TextEncoder.load, model, part, dtype, changes))
+        layer = clip_layer_index(changes.clip_skip, facts.is_xl, part, encoder.network.config.num_hidden_layers)
         encoded.append(_encode(encoder, texts, layer, device, facts.is_xl))
         del encoder  # before the next one is loaded, if nobody else has it
     hidden = torch.cat([by_one.hidden for by_one in encoded], dim=-1)
     pooled = encoded[-1].pooled
     positive, negative = (
-        Embedding(hidden[i : i + 1], None if pooled is None else pooled[i : i + 1]) for i in range(len(texts))
+        PromptEmbedding(hidden[i : i + 1], None if pooled is None else pooled[i : i + 1]) for i in range(len(texts))
     )
     if facts.zeros_for_empty_prompt and not negative_prompt:
         negative = positive.zeros()
@@ -196,19 +196,19 @@ class _Encoded:
     unused: tuple[str, ...]
 
 
-def _encode(encoder: Encoder, texts: list[str], layer: int, device: torch.device, is_xl: bool) -> _Encoded:
+def _encode(encoder: TextEncoder, texts: list[str], layer: int, device: torch.device, is_xl: bool) -> _Encoded:
     """`texts` as this layer of `encoder` hears them, counted from the end."""
     network, tokenizer, words = encoder.network.to(device), encoder.tokenizer, encoder.words
     tokens = [tokenize(tokenizer, text, dict(words.values())) for text in texts]
     unused = tuple(word for word, (number, _) in words.items() if not any(number in text.words for text in tokens))
     with torch.inference_mode():
         out = network(torch.tensor([text.ids for text in tokens], device=device), output_hidden_states=True)
-        hidden = out.hidden_states[-layer] if is_xl else normalised(network, out, layer)
+        hidden = out.hidden_states[-layer] if is_xl else apply_final_norm(network, out, layer)
     pooled = out.text_embeds.cpu() if "text_embeds" in out else None
     return _Encoded(hidden.cpu(), pooled, tuple(text.unheard for text in tokens), unused)
 
 
-def heard_layer(clip_skip: int | None, is_xl: bool, part: str, layers: int) -> int:
+def clip_layer_index(clip_skip: int | None, is_xl: bool, part: str, layers: int) -> int:
     """Which layer of an encoder is listened to, counted from the end; raises UsageError for one that it lacks."""
     if clip_skip is None:
         return 2 if is_xl else 1
@@ -218,7 +218,7 @@ def heard_layer(clip_skip: int | None, is_xl: bool, part: str, layers: int) -> i
     return clip_skip
 
 
-def normalised(encoder: CLIPTextModel, out: ModelOutput, layer: int) -> Tensor:
+def apply_final_norm(encoder: CLIPTextModel, out: ModelOutput, layer: int) -> Tensor:
     """What SD 1.5 and 2.1 hear: a layer's output, counted from the end, after the encoder's last normalisation."""
     if layer == 1:
         return out.last_hidden_state

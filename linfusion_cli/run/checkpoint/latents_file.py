@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linfusion_cli.checkpoint.store import Damaged, Journal
-from linfusion_cli.core.errors import DataError, InputMissing, LinfusionError, UsageError
+from linfusion_cli.checkpoint.store import DamagedCheckpoint, CheckpointStore
+from linfusion_cli.core.errors import DataError, InputNotFound, LinfusionError, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import is_file, is_folder, parse_size
-from linfusion_cli.images import PendingFile
+from linfusion_cli.images import AtomicFile
 from linfusion_cli.models.files.header import Header, read_header
 from linfusion_cli.run.inputs.provenance import DTYPES
 
@@ -24,7 +24,7 @@ LATENTS, NOTE = "latents", "linfusion"  # one note: several are written in any o
 
 
 @dataclass(frozen=True)
-class KeptLatents:
+class SavedLatents:
     """Finished latents [1, C, h, w], the request and weights that made them, and the size of their picture in px."""
 
     path: Path
@@ -34,7 +34,7 @@ class KeptLatents:
     read: Callable[[], Tensor]
 
 
-def write_latents(file: PendingFile, latents: Tensor, phase_size: Size, made_with: Mapping[str, Any]) -> None:
+def write_latents(file: AtomicFile, latents: Tensor, phase_size: Size, made_with: Mapping[str, Any]) -> None:
     """`latents` [1, C, h, w] of a picture of `phase_size` px, with the request and the weights that made them."""
     from safetensors.torch import save
 
@@ -43,17 +43,17 @@ def write_latents(file: PendingFile, latents: Tensor, phase_size: Size, made_wit
     file.commit()
 
 
-def kept_latents(path: Path) -> KeptLatents:
+def open_latents(path: Path) -> SavedLatents:
     """What the file, or journal, at `path` holds; raises InputMissing, or DataError for what holds none."""
     if is_folder(path):
-        return left_latents(path)
+        return open_checkpoint_latents(path)
     if not is_file(path):
-        raise InputMissing(f"{path} does not exist.")
+        raise InputNotFound(f"{path} does not exist.")
     header = read_header(path)
     try:
         note = json.loads(header.notes[NOTE])
         size, shape = parse_size(note["phase_size"]), checked_shape(header)
-        return KeptLatents(path, check_metadata(note["made_with"]), size, shape, partial(read_latents, path))
+        return SavedLatents(path, check_metadata(note["made_with"]), size, shape, partial(read_latents, path))
     except (LookupError, ValueError, TypeError, UsageError) as error:
         raise DataError(f"{path} holds no latents of a finished picture.", "Make one with --keep-latents.") from error
 
@@ -65,18 +65,18 @@ def read_latents(path: Path) -> Tensor:
     return load_file(path)[LATENTS].clone()
 
 
-def left_latents(folder: Path) -> KeptLatents:
+def open_checkpoint_latents(folder: Path) -> SavedLatents:
     """The finished latents that a run has left in its journal; raises DataError where it has not."""
     try:
-        entry = Journal(folder, folder).read()
-    except Damaged as damage:
+        entry = CheckpointStore(folder, folder).read()
+    except DamagedCheckpoint as damage:
         raise DataError(f"{folder} is no whole journal ({damage}).", "Run its command again.") from damage
     reached, last = ({}, {}) if entry is None else (entry.parts["reached"], entry.head["last"])
     if not reached.get("is_done") or entry.parts["begun"]["phase"] != last["phase"]:
         raise DataError(f"{folder} holds no finished latents.", "Run its command again: it goes on from there.")
     latents, head = reached["latents"], entry.head
     made_with = head["request"] | {"weights": head["weights"], DTYPES: head.get(DTYPES, [])}
-    return KeptLatents(folder, made_with, parse_size(last["size"]), tuple(latents.shape), lambda: latents)
+    return SavedLatents(folder, made_with, parse_size(last["size"]), tuple(latents.shape), lambda: latents)
 
 
 def checked_shape(header: Header) -> tuple[int, ...]:
@@ -104,6 +104,6 @@ def check_metadata(made_with: Any) -> dict[str, Any]:
 def made_with(path: Path) -> Mapping[str, Any] | None:
     """The request and weights that the latents at `path` were made with; None where there are none."""
     try:
-        return kept_latents(path).made_with
+        return open_latents(path).made_with
     except LinfusionError:
         return None

@@ -12,36 +12,36 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
-from linfusion_cli.checkpoint.store import SCHEMA, Damaged, Entry, Journal
-from linfusion_cli.core.atomic_file import resolved
+from linfusion_cli.checkpoint.store import SCHEMA, DamagedCheckpoint, Checkpoint, CheckpointStore
+from linfusion_cli.core.atomic_file import resolve_target
 from linfusion_cli.core.errors import (
     LinfusionError,
     NonFinite,
-    RanOutOfMemory,
+    OutOfMemory,
     Stopped,
     UsageError,
     WriteFailed,
     first_line,
 )
-from linfusion_cli.core.signals import finishing, honoured
+from linfusion_cli.core.signals import critical_section, reraise_stop
 from linfusion_cli.hardware.device import dtype_name, explained, free_memory, versions
 from linfusion_cli.models.files.digest import WeightsFile, digested
 from linfusion_cli.models.files.parts import PARTS
-from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE, used_dtypes, with_dtype
-from linfusion_cli.run.inputs.provenance import DTYPES, named_weights
-from linfusion_cli.settings.request import PictureRequest, flag
+from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE, find_used_dtypes, add_dtype
+from linfusion_cli.run.inputs.provenance import DTYPES, name_weights
+from linfusion_cli.settings.request import ImageRequest, flag
 
 if TYPE_CHECKING:
     from linfusion_cli.planning.plan import Plan
-    from linfusion_cli.run.checkpoint.state import Reached
-    from linfusion_cli.run.inputs.resolve import Prepared
+    from linfusion_cli.run.checkpoint.state import RunState
+    from linfusion_cli.run.inputs.resolve import ResolvedRequest
 
-MOST_SHOWN = 60
+MAX_SHOWN = 60
 CONFIGURED = ("scheduler", "tokenizer", "tokenizer_2")  # parts of a model that have no weights
 CONFIG_SUFFIXES = (".json", ".txt", ".model")
-LARGEST_SHARE = 0.02  # of the time that saving may take: on a slow disk it is done more seldom
+MAX_SAVE_SHARE = 0.02  # of the time that saving may take: on a slow disk it is done more seldom
 # Settings that decide neither a picture nor what is in its file.
-BESIDE = {
+NON_IDENTITY_FIELDS = {
     "output",
     "image",  # told by what is in it
     "overwrite",
@@ -54,7 +54,7 @@ BESIDE = {
     "fresh",
 }
 # What may differ when a run goes on: those, and what changes the file and not the latents.
-MAY_DIFFER = BESIDE | {"format", "compression", "bits", "dither", "dpi", "prompt_metadata", "strict_prompt"}
+RESUME_COMPATIBLE_FIELDS = NON_IDENTITY_FIELDS | {"format", "compression", "bits", "dither", "dpi", "prompt_metadata", "strict_prompt"}
 ASIDE = "{} {}: it is now {}, and the run begins anew."
 OTHER_VERSION = "was made by another version of linfusion ({})"
 ELSEWHERE = "The run goes on with {}: its picture equals that of a run in one go up to rounding."
@@ -64,7 +64,7 @@ OTHERWISE = ", also with another --dtype or repaired files of the same names"
 
 
 @dataclass
-class Saves:
+class SaveStatistics:
     """How often the state was saved in this run, and what it cost."""
 
     count: int = 0
@@ -72,7 +72,7 @@ class Saves:
     bytes: int = 0
 
 
-class Keeper:
+class CheckpointManager:
     """Saves how far a run has come: at borders, every so often between steps, and where the run is stopped.
 
     `found` is what an earlier run has left, `describe` says in words how far something has come.
@@ -80,18 +80,18 @@ class Keeper:
 
     def __init__(
         self,
-        journal: Journal,
-        found: Entry | None,
-        request: PictureRequest,
+        journal: CheckpointStore,
+        found: Checkpoint | None,
+        request: ImageRequest,
         notice: Callable[[str], None] = lambda _: None,
     ):
-        self.saves, self.head, self.found = Saves(), {}, found
-        self.reached: Reached | None = None
-        self.describe: Callable[[Reached], str] = str  # until the phases are known
+        self.saves, self.head, self.found = SaveStatistics(), {}, found
+        self.reached: RunState | None = None
+        self.describe: Callable[[RunState], str] = str  # until the phases are known
         self._journal, self._every_sec, self._notice = journal, request.checkpoint_every, notice
         self._asked_dtype = request.dtype
         self._goes_on = ("without --fresh " if request.fresh else "") + "the same command goes on from there"
-        self._saved: Reached | None = None
+        self._saved: RunState | None = None
         self._saved_head: Mapping[str, Any] = {}
         self._saved_at, self._took_sec = time.monotonic(), 0.0
 
@@ -100,11 +100,11 @@ class Keeper:
         """In words, what this run goes on from; None where it begins."""
         return None if self.found is None else self.describe(self.found_state())
 
-    def found_state(self) -> Reached:
+    def found_state(self) -> RunState:
         """What this run goes on from."""
-        from linfusion_cli.run.checkpoint.state import Reached
+        from linfusion_cli.run.checkpoint.state import RunState
 
-        return Reached() if self.found is None else Reached.of(self.found.parts)
+        return RunState() if self.found is None else RunState.of(self.found.parts)
 
     @property
     def threads(self) -> int | None:
@@ -121,7 +121,7 @@ class Keeper:
         """The dtype in which the run that this one goes on with has computed last, None where --dtype is another."""
         if self.found is None or self.found.head["request"]["dtype"] != self._asked_dtype:
             return None
-        used = used_dtypes(self.found)
+        used = find_used_dtypes(self.found)
         return used[-1]["dtype"] if used else None
 
     @property
@@ -145,29 +145,29 @@ class Keeper:
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Say what differs; raises UsageError for files with other content, unless the model had given NaN or Inf."""
-        changed = [name for kind in ("weights", "configs") for name in changed_files(before[kind], now[kind])]
+        changed = [name for kind in ("weights", "configs") for name in find_changed_files(before[kind], now[kind])]
         if changed and NON_FINITE not in before:
-            raise differs(self._journal, [f"{', '.join(changed)} with other content"])
+            raise request_differs(self._journal, [f"{', '.join(changed)} with other content"])
         if changed:
             self._notice(REPAIRED.format(", ".join(changed)))
-        for what in elsewhere({**before, DTYPES: used_dtypes(self.found)}, now):
+        for what in find_environment_changes({**before, DTYPES: find_used_dtypes(self.found)}, now):
             self._notice(ELSEWHERE.format(what))
 
     def _dtypes(self, head: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The dtypes of the run that this one goes on with, and its own, unless no step is left to it."""
-        state, before = self.found_state(), [] if self.found is None else used_dtypes(self.found)
+        state, before = self.found_state(), [] if self.found is None else find_used_dtypes(self.found)
         is_over = state.is_done and state.begun.phase == head["last"]["phase"]
-        return list(before) if before and is_over else with_dtype(before, state, head["dtype"])
+        return list(before) if before and is_over else add_dtype(before, state, head["dtype"])
 
-    def move(self, reached: Reached) -> None:
+    def move(self, reached: RunState) -> None:
         """`reached` is where this run is, and lies somewhere else now."""
         if self.reached is not None:
             self.reached = reached
 
-    def widen(self, plan: Plan, reached: Reached) -> None:
+    def widen(self, plan: Plan, reached: RunState) -> None:
         """After `reached` all goes on in the dtype of `plan`, and as it says; saved at once, if there is anything."""
         dtype = dtype_name(plan.machine.dtype)
-        self.dtypes[:] = with_dtype(self.dtypes, reached, dtype)
+        self.dtypes[:] = add_dtype(self.dtypes, reached, dtype)
         self.head = self.head | {"dtype": dtype, "stages": as_json(stages_json(plan))}
         if self.reached is not None or self.found is not None:
             self.border(reached)
@@ -178,16 +178,16 @@ class Keeper:
             if (stage["kind"], stage["phase"]) == (kind, phase):
                 stage["mode"] = as_json(asdict(mode))
 
-    def border(self, reached: Reached) -> None:
+    def border(self, reached: RunState) -> None:
         """This is the state now, and worth saving at once."""
         self.reached = reached
-        with finishing():
+        with critical_section():
             self._try()
 
-    def step(self, reached: Reached) -> None:
+    def step(self, reached: RunState) -> None:
         """This is the state now, which is saved if the last saving is long enough ago."""
         self.reached = reached
-        least_sec = self._took_sec / LARGEST_SHARE if self._every_sec else 0
+        least_sec = self._took_sec / MAX_SAVE_SHARE if self._every_sec else 0
         if time.monotonic() - self._saved_at >= max(self._every_sec, least_sec):
             self._try()
 
@@ -199,7 +199,7 @@ class Keeper:
         After a fault of the device, or a bug, it stays as it was saved last: what lies on the device may be unreadable.
         """
         try:
-            with honoured():
+            with reraise_stop():
                 yield
         except Stopped as stop:
             stop.kept = self._kept()
@@ -220,7 +220,7 @@ class Keeper:
             if known is None:
                 error.kept = self._kept(saves=False) if self._saved or self.found else ""
                 raise
-            has_run_out = isinstance(known, RanOutOfMemory)
+            has_run_out = isinstance(known, OutOfMemory)
             if has_run_out:
                 self._make_room(error)
             known.way_out = f"{known.way_out} {self._kept(saves=has_run_out)}".strip()
@@ -279,73 +279,73 @@ class Keeper:
         return f"{failed}Nothing was reached that could be saved."
 
 
-def journal_of(request: PictureRequest) -> Journal:
+def find_store(request: ImageRequest) -> CheckpointStore:
     """The journal beside the output, or beside what it links to."""
-    return Journal(resolved(request.output))
+    return CheckpointStore(resolve_target(request.output))
 
 
 @contextmanager
-def opened_keeper(request: PictureRequest, notice: Callable[[str], None]) -> Iterator[Keeper]:
+def open_manager(request: ImageRequest, notice: Callable[[str], None]) -> Iterator[CheckpointManager]:
     """The keeper of a run, with what an earlier one has left; no other run has this output meanwhile.
 
     Raises UsageError where that was of another request, TryAgain. What cannot be used is set aside.
     """
-    with journal_of(request).held() as journal:
+    with find_store(request).held() as journal:
         if request.fresh:
             journal.remove()
-        yield Keeper(journal, usable(journal, request, notice), request, notice)
+        yield CheckpointManager(journal, load_checkpoint(journal, request, notice), request, notice)
 
 
-def usable(journal: Journal, request: PictureRequest, notice: Callable[[str], None]) -> Entry | None:
+def load_checkpoint(journal: CheckpointStore, request: ImageRequest, notice: Callable[[str], None]) -> Checkpoint | None:
     """What is in the journal, if it can be gone on from."""
     try:
         entry = journal.read()
-    except Damaged as damage:
+    except DamagedCheckpoint as damage:
         notice(ASIDE.format(journal.folder, f"is damaged ({damage})", journal.set_aside()))
         return None
     if entry is not None and (entry.head.get("schema"), entry.head.get("linfusion")) != (SCHEMA, __version__):
         reason = OTHER_VERSION.format(entry.head.get("linfusion"))
         notice(ASIDE.format(journal.folder, reason, journal.set_aside()))
         return None
-    from linfusion_cli.run.checkpoint.state import Reached
+    from linfusion_cli.run.checkpoint.state import RunState
 
-    if entry is not None and not Reached.of(entry.parts).is_finite:
+    if entry is not None and not RunState.of(entry.parts).is_finite:
         notice(ASIDE.format(journal.folder, "holds latents with NaN or Inf", journal.set_aside()))
         return None
-    if entry is not None and (changed := changes_since(entry, request)):
-        raise differs(journal, changed)
+    if entry is not None and (changed := find_request_changes(entry, request)):
+        raise request_differs(journal, changed)
     return entry
 
 
-def changes_since(entry: Entry, request: PictureRequest) -> list[str]:
+def find_request_changes(entry: Checkpoint, request: ImageRequest) -> list[str]:
     """The settings of `request` that differ from a journal's `entry` and prevent a resume, each in words.
 
     After NaN or Inf the dtype may differ.
     """
-    allowed = MAY_DIFFER | ({"dtype"} if NON_FINITE in entry.head else set())
-    return changes(entry.head["request"], as_json(request.to_json()), allowed)
+    allowed = RESUME_COMPATIBLE_FIELDS | ({"dtype"} if NON_FINITE in entry.head else set())
+    return find_changes(entry.head["request"], as_json(request.to_json()), allowed)
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
     """The settings that have changed, each in words, without those that are `allowed` to change."""
     names = [name for name in {**now, **before} if name not in allowed and before.get(name) != now.get(name)]
-    return [f"{flag(name)} {shown(now.get(name))} instead of {shown(before.get(name))}" for name in names]
+    return [f"{flag(name)} {format_value(now.get(name))} instead of {format_value(before.get(name))}" for name in names]
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting's value in few characters."""
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return repr(textwrap.shorten(text, MOST_SHOWN, placeholder=" …")) if isinstance(value, str) else text[:MOST_SHOWN]
+    return repr(textwrap.shorten(text, MAX_SHOWN, placeholder=" …")) if isinstance(value, str) else text[:MAX_SHOWN]
 
 
-def changed_files(before: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
+def find_changed_files(before: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
     """The names of the files that are read now and were not before, or the other way round, or are other files."""
     return sorted(
         {file["file"] for files, others in ((before, now), (now, before)) for file in files if file not in others}
     )
 
 
-def elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def find_environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """What of machine, versions and plan is not as it was, in words."""
     for name, version in now["versions"].items():
         if before["versions"].get(name) != version:
@@ -358,12 +358,12 @@ def elsewhere(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
         yield "another plan, as the executed one does not fit here"
 
 
-def differs(journal: Journal, names: Sequence[str]) -> UsageError:
+def request_differs(journal: CheckpointStore, names: Sequence[str]) -> UsageError:
     reason = f"{journal.folder} holds a run that began otherwise: now {'; '.join(names)}."
     return UsageError(reason, "Give it what it had, add --fresh to begin anew, or name another file with -o.")
 
 
-def journal_head(prepared: Prepared, weights: Sequence[WeightsFile], plan: Plan) -> dict[str, Any]:
+def build_metadata(prepared: ResolvedRequest, weights: Sequence[WeightsFile], plan: Plan) -> dict[str, Any]:
     """What a journal says of the run: the request, what it reads, and the plan that is executed."""
     import torch
 
@@ -375,8 +375,8 @@ def journal_head(prepared: Prepared, weights: Sequence[WeightsFile], plan: Plan)
             "device": str(plan.machine.device),
             "dtype": dtype_name(plan.machine.dtype),
             "request": prepared.request.to_json(),
-            "weights": named_weights(weights),
-            "configs": configs_of(prepared),
+            "weights": name_weights(weights),
+            "configs": hash_configs(prepared),
             "last": {"phase": plan.stages[-1].phase, "size": str(plan.stages[-1].size)},
             "threads": torch.get_num_threads(),
             "stages": stages_json(plan),
@@ -384,7 +384,7 @@ def journal_head(prepared: Prepared, weights: Sequence[WeightsFile], plan: Plan)
     )
 
 
-def configs_of(prepared: Prepared) -> list[dict[str, str]]:
+def hash_configs(prepared: ResolvedRequest) -> list[dict[str, str]]:
     """The model's configs and tokenizers, as metadata have weights: they decide as much."""
     folders = [*(prepared.model.folder / name for name in (*PARTS, *CONFIGURED)), prepared.vae.folder]
     paths = [path for folder in dict.fromkeys(folders) if folder.is_dir() for path in sorted(folder.iterdir())]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from linfusion_cli.sampling.upscalers.demofusion import Channels
+from linfusion_cli.sampling.upscalers.demofusion import ChannelStatistics
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Begun:
+class PhaseState:
     """A phase, by its index, and what it began with: a picture as latents [1, C, h, w], unless with noise.
 
     `base` is what the channels of the ladder's first latents were like.
@@ -23,7 +23,7 @@ class Begun:
 
     phase: int = 0
     encoded: Tensor | None = None
-    base: Channels | None = None
+    base: ChannelStatistics | None = None
 
     @cached_property  # a journal does not write the same object again
     def state(self) -> dict[str, Any]:
@@ -31,20 +31,20 @@ class Begun:
         return {"phase": self.phase, "encoded": self.encoded, "base": base}
 
     @staticmethod
-    def of(state: Mapping[str, Any]) -> Begun:
-        base = None if state["base"] is None else Channels(**state["base"])
-        return Begun(state["phase"], state["encoded"], base)
+    def of(state: Mapping[str, Any]) -> PhaseState:
+        base = None if state["base"] is None else ChannelStatistics(**state["base"])
+        return PhaseState(state["phase"], state["encoded"], base)
 
 
 @dataclass(frozen=True)
-class Reached:
+class RunState:
     """So many `steps` of a phase are done, with these `latents` [1, C, h, w], None before the first.
 
     `is_done` says that these are the phase's last. `scheduler` and `noise` are what has to go on with them: see
     `Schedule.state` and `InTurn.state`.
     """
 
-    begun: Begun = Begun()
+    begun: PhaseState = PhaseState()
     steps: int = 0
     latents: Tensor | None = None
     is_done: bool = False
@@ -57,10 +57,10 @@ class Reached:
         found = (self.latents, self.begun.encoded)
         return all(bool(latents.isfinite().all()) for latents in found if latents is not None)
 
-    def on(self, device: torch.device) -> Reached:
+    def on(self, device: torch.device) -> RunState:
         """The same with its latents, and what a scheduler has to go on with, on `device`."""
         latents = None if self.latents is None else self.latents.to(device)
-        return replace(self, latents=latents, scheduler=on_device(self.scheduler, device))
+        return replace(self, latents=latents, scheduler=move_to_device(self.scheduler, device))
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
@@ -69,14 +69,14 @@ class Reached:
         return {"begun": self.begun.state, "reached": {name: getattr(self, name) for name in names}}
 
     @staticmethod
-    def of(parts: Mapping[str, Mapping[str, Any]]) -> Reached:
-        return Reached(Begun.of(parts["begun"]), **parts["reached"])
+    def of(parts: Mapping[str, Mapping[str, Any]]) -> RunState:
+        return RunState(PhaseState.of(parts["begun"]), **parts["reached"])
 
 
-def on_device(value: Any, device: torch.device) -> Any:
+def move_to_device(value: Any, device: torch.device) -> Any:
     """A scheduler's state where its latents are; single numbers, as timesteps, stay on the CPU."""
     if isinstance(value, Mapping):
-        return {name: on_device(item, device) for name, item in value.items()}
+        return {name: move_to_device(item, device) for name, item in value.items()}
     if isinstance(value, list):
-        return [on_device(item, device) for item in value]
+        return [move_to_device(item, device) for item in value]
     return value.to(device) if getattr(value, "ndim", 0) else value

@@ -6,33 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.core.geometry import MOST_BEND, Size, bend
+from linfusion_cli.core.geometry import MAX_ASPECT_ERROR, Size, aspect_error
 from linfusion_cli.core.units import user_path
-from linfusion_cli.images.read.source import SourcePicture, inspect_source
+from linfusion_cli.images.read.source import SourceImage, inspect_source
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, kind_number
-from linfusion_cli.sampling.phases import spread
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.sampling.phases import broadcast_per_phase
+from linfusion_cli.settings.request import ImageRequest
 
 
 @dataclass(frozen=True)
-class FoundControl:
+class ControlNetSpec:
     """A ControlNet's folder, its picture, its scale, and what the picture shows, by a union model's number for it."""
 
     folder: Path
-    picture: SourcePicture
+    picture: SourceImage
     scale: float
     kind: int | None
 
 
 @dataclass(frozen=True)
-class Controls:
+class ControlNetSpecs:
     """The ControlNets of a request, and the indices of the phases in which they act."""
 
-    found: tuple[FoundControl, ...] = ()
+    found: tuple[ControlNetSpec, ...] = ()
     phases: frozenset[int] = frozenset()
 
-    def in_phase(self, index: int) -> tuple[FoundControl, ...]:
+    def in_phase(self, index: int) -> tuple[ControlNetSpec, ...]:
         """Those that act in the phase of this index."""
         return self.found if index in self.phases else ()
 
@@ -47,24 +47,24 @@ class Controls:
         return max((control.picture.held_bytes for control in self.found), default=0)
 
 
-def find_controls(request: PictureRequest, model: Model, phases: int) -> Controls:
+def find_controlnets(request: ImageRequest, model: Model, phases: int) -> ControlNetSpecs:
     """What `request` asks for, for `model` and so many phases.
 
     Raises Unavailable, DataError or InputMissing for what is not there or does not fit, and UsageError.
     """
     if not request.controlnet:
-        return Controls()
-    acting = acting_phases(request.control_phases, phases)
+        return ControlNetSpecs()
+    acting = parse_phases(request.control_phases, phases)
     folders = [find_controlnet(name, request.download) for name in request.controlnet]
     for folder in folders:
         check_fits(folder, model)
-    kinds = picture_kinds(request, folders)
-    scales = spread(request.control_scale, len(folders), "control_scale")
-    pictures = [checked_picture(name, request.size) for name in request.control_image]
-    return Controls(tuple(map(FoundControl, folders, pictures, scales, kinds)), acting)
+    kinds = match_control_types(request, folders)
+    scales = broadcast_per_phase(request.control_scale, len(folders), "control_scale")
+    pictures = [open_control_image(name, request.size) for name in request.control_image]
+    return ControlNetSpecs(tuple(map(ControlNetSpec, folders, pictures, scales, kinds)), acting)
 
 
-def acting_phases(written: tuple[str, ...], phases: int) -> frozenset[int]:
+def parse_phases(written: tuple[str, ...], phases: int) -> frozenset[int]:
     """The indices that `base`, `all` and numbers mean; raises UsageError for a phase that is not there."""
     indices: set[int] = set()
     for name in written:
@@ -75,7 +75,7 @@ def acting_phases(written: tuple[str, ...], phases: int) -> frozenset[int]:
     return frozenset(indices)
 
 
-def picture_kinds(request: PictureRequest, folders: list[Path]) -> list[int | None]:
+def match_control_types(request: ImageRequest, folders: list[Path]) -> list[int | None]:
     """The kind of each picture, None for ControlNets that know one only; raises UsageError where they do not match."""
     union = [is_union(folder) for folder in folders]
     if sum(union) != len(request.control_type):
@@ -87,10 +87,10 @@ def picture_kinds(request: PictureRequest, folders: list[Path]) -> list[int | No
     return [kind_number(folder, next(written)) if one else None for folder, one in zip(folders, union, strict=True)]
 
 
-def checked_picture(name: str, size: Size) -> SourcePicture:
+def open_control_image(name: str, size: Size) -> SourceImage:
     """The control picture `name`, for a picture of `size`; raises UsageError for other proportions."""
     picture = inspect_source(user_path(name))
-    if bend(picture.size, size) > MOST_BEND:
+    if aspect_error(picture.size, size) > MAX_ASPECT_ERROR:
         reason = f"--control-image {name} is {picture.size} and has not the proportions of {size}."
         raise UsageError(reason, "Crop it, or choose another --size: it would be stretched.", "control_image")
     return picture

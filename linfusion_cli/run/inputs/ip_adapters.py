@@ -8,24 +8,24 @@ import numpy as np
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.core.units import user_path
-from linfusion_cli.images.read.source import SourcePicture, inspect_source, oriented, source_rows
+from linfusion_cli.images.read.source import SourceImage, inspect_source, apply_orientation, source_rows
 from linfusion_cli.models.locate.ip_adapter import Adapter, find_adapter, find_encoder, read_adapter
-from linfusion_cli.sampling.phases import spread
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.sampling.phases import broadcast_per_phase
+from linfusion_cli.settings.request import ImageRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from PIL.Image import Image
 
-MOST_PX = 1 << 26  # of a picture that is listened to: it is held whole, and an encoder sees a few hundred pixels
+MAX_IMAGE_PX = 1 << 26  # of a picture that is listened to: it is held whole, and an encoder sees a few hundred pixels
 WHITE = (255, 255, 255)  # behind transparent parts
 
 
-def find_adapters(request: PictureRequest, family: str) -> list[Adapter]:
+def find_ip_adapters(request: ImageRequest, family: str) -> list[Adapter]:
     """The adapters of `request` for a model of `family`; raises Unavailable, DataError or InputMissing."""
     images = [inspect_picture(name) for name in request.ip_image]
-    scales = spread(request.ip_scale, len(images), "ip_scale")
+    scales = broadcast_per_phase(request.ip_scale, len(images), "ip_scale")
     found = []
     for name, image, scale in zip(request.ip_adapter, images, scales, strict=True):
         location = find_adapter(name, family, request.download)
@@ -35,20 +35,20 @@ def find_adapters(request: PictureRequest, family: str) -> list[Adapter]:
     return found
 
 
-def inspect_picture(name: str) -> SourcePicture:
+def inspect_picture(name: str) -> SourceImage:
     """The picture that --ip-image names; raises InputMissing or DataError."""
     picture = inspect_source(user_path(name))
-    if picture.size.area > MOST_PX:
-        reason = f"--ip-image {name} is {picture.size} px, and {MOST_PX >> 20} megapixels are listened to at most."
+    if picture.size.area > MAX_IMAGE_PX:
+        reason = f"--ip-image {name} is {picture.size} px, and {MAX_IMAGE_PX >> 20} megapixels are listened to at most."
         raise DataError(reason, "Make it smaller: the encoder sees a few hundred pixels of a side.")
     return picture
 
 
-def read_picture(picture: SourcePicture, notify: Callable[[str], None]) -> Image:
+def read_picture(picture: SourceImage, notify: Callable[[str], None]) -> Image:
     """All of it as it is to be seen, in sRGB of 8 bits, transparent parts white; raises DataError."""
     from PIL import Image
 
     rows = [np.rint(band * 255).astype(np.uint8) for band in source_rows(picture, WHITE, notify)]
     stored = np.concatenate(rows)
-    read = oriented(lambda top, bottom, left, right: stored[top:bottom, left:right], picture)
+    read = apply_orientation(lambda top, bottom, left, right: stored[top:bottom, left:right], picture)
     return Image.fromarray(read(0, picture.height_px, 0, picture.width_px))

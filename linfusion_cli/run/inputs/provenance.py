@@ -6,28 +6,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from linfusion_cli.models.cache import Shelf
+from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.models.files.digest import WeightsFile, digested
 from linfusion_cli.models.files.parts import PARTS, weights_files
 from linfusion_cli.models.locate.model import LINFUSION_WEIGHTS
-from linfusion_cli.run.inputs.resolve import Prepared
-from linfusion_cli.run.progress.recorder import Recorder
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.run.inputs.resolve import ResolvedRequest
+from linfusion_cli.run.progress.recorder import RunRecorder
+from linfusion_cli.settings.request import ImageRequest
 
 DTYPES = "dtypes"  # of metadata and checkpoints: the dtypes in which steps were computed
 WHOLE = "model"  # the use of a file that holds a whole model
 
 
-def hashed_weights(prepared: Prepared, recorder: Recorder, shelf: Shelf) -> list[WeightsFile]:
+def hash_weights(prepared: ResolvedRequest, recorder: RunRecorder, shelf: ModelCache) -> list[WeightsFile]:
     """All of them, with the time that it takes recorded: gigabytes are read, which loading then finds in memory.
 
     `shelf` has the hashes of the jobs before.
     """
     with recorder.stage("weights", "hash", None, 1, "hashes"):
-        return digested(weights_read(prepared), shelf.digests)
+        return digested(list_weights(prepared), shelf.digests)
 
 
-def weights_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
+def list_weights(prepared: ResolvedRequest) -> Iterator[tuple[str, Path]]:
     """Use and path of every file; raises DataError where a shard is missing."""
     model = prepared.model
     if model.file is not None:
@@ -50,7 +50,7 @@ def weights_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
     yield from pictures_read(prepared)
 
 
-def pictures_read(prepared: Prepared) -> Iterator[tuple[str, Path]]:
+def pictures_read(prepared: ResolvedRequest) -> Iterator[tuple[str, Path]]:
     """Use and path of every picture that goes in: other pixels under the same name are another request."""
     if prepared.picture is not None:
         yield "image", prepared.picture.path
@@ -63,16 +63,16 @@ def main_hash(weights: Sequence[WeightsFile]) -> str:
     return next((file.sha256 for file in weights if file.use in (WHOLE, "unet")), "")
 
 
-def named_weights(weights: Sequence[WeightsFile]) -> list[dict[str, str]]:
+def name_weights(weights: Sequence[WeightsFile]) -> list[dict[str, str]]:
     """As a picture's metadata have it."""
     return [{"file": file.name, "sha256": file.sha256} for file in weights]
 
 
 def made_with(
-    request: PictureRequest, weights: Sequence[WeightsFile], dtypes: Sequence[Mapping[str, Any]]
+    request: ImageRequest, weights: Sequence[WeightsFile], dtypes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The full request, its weights, and the dtypes that steps were computed in: what makes the same picture again."""
-    return request.to_json() | {"weights": named_weights(weights), DTYPES: list(dtypes)}
+    return request.to_json() | {"weights": name_weights(weights), DTYPES: list(dtypes)}
 
 
 def to_json(weights: Sequence[WeightsFile]) -> list[dict[str, Any]]:

@@ -9,29 +9,29 @@ from pathlib import Path
 from linfusion_cli import images
 from linfusion_cli.core.errors import UsageError, WriteFailed
 from linfusion_cli.core.fs import check_distinct
-from linfusion_cli.core.geometry import MOST_BEND, Size, base_size, bend, phase_sizes, upscale_sizes
+from linfusion_cli.core.geometry import MAX_ASPECT_ERROR, Size, base_size, aspect_error, phase_sizes, upscale_sizes
 from linfusion_cli.core.units import format_bytes
 from linfusion_cli.hardware.device import pick_device, pick_dtype
 from linfusion_cli.images.process.scratch import BYTES_PER_PX
-from linfusion_cli.images.read.source import SourcePicture
+from linfusion_cli.images.read.source import SourceImage
 from linfusion_cli.models.families.facts import ModelFacts, read_facts
 from linfusion_cli.models.files.parts import Model, Part
 from linfusion_cli.models.locate.base import base_here, find_base
 from linfusion_cli.models.locate.files import find_inversion, find_lora, split_token, split_weight
 from linfusion_cli.models.locate.ip_adapter import Adapter
 from linfusion_cli.models.locate.model import find_linfusion, find_model, find_vae
-from linfusion_cli.run.inputs.controlnets import Controls, find_controls
-from linfusion_cli.run.inputs.ip_adapters import find_adapters
+from linfusion_cli.run.inputs.controlnets import ControlNetSpecs, find_controlnets
+from linfusion_cli.run.inputs.ip_adapters import find_ip_adapters
 from linfusion_cli.run.inputs.phase_files import phase_path
 from linfusion_cli.run.inputs.prompt_checks import check_prompts
-from linfusion_cli.sampling.phases import Phase, Rungs, ladder
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.sampling.phases import Phase, PhaseSizes, build_phases
+from linfusion_cli.settings.request import ImageRequest
 
 JOURNAL_COPIES = 9  # one of what a phase began with; latents and three of a scheduler, old and new
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ResolvedRequest:
     """A request that nothing speaks against, and what it comes down to on this machine.
 
     `picture` is what grows, None where the base comes from noise. `linfusion` is None where no phase needs it;
@@ -39,9 +39,9 @@ class Prepared:
     their weights, `inversions` with their tokens, None for a file's own.
     """
 
-    request: PictureRequest
+    request: ImageRequest
     format: str
-    picture: SourcePicture | None
+    picture: SourceImage | None
     model: Model
     vae: Part
     linfusion: Path | None
@@ -51,7 +51,7 @@ class Prepared:
     adapters: list[Adapter]
     facts: ModelFacts
     phases: list[Phase]
-    controls: Controls
+    controls: ControlNetSpecs
 
     @property
     def is_reduced(self) -> bool:
@@ -77,7 +77,7 @@ class Prepared:
         return self.request.output.resolve().parent
 
 
-def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Prepared:
+def resolve_request(request: ImageRequest, picture: SourceImage | None = None) -> ResolvedRequest:
     """Settle what `request` means here; raises UsageError, Unavailable or DataError where it cannot be done."""
     check_prompts(request)
     file_format = images.format_for(request.output, request.format)
@@ -91,16 +91,16 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     ]
     facts = read_facts(model, vae)
     facts = facts if request.prediction_type == "auto" else facts.predicting(request.prediction_type)
-    adapters = find_adapters(request, facts.family)
-    phases = ladder(request, rungs(request, facts, picture))
-    controls = find_controls(request, model, len(phases))
+    adapters = find_ip_adapters(request, facts.family)
+    phases = build_phases(request, choose_sizes(request, facts, picture))
+    controls = find_controlnets(request, model, len(phases))
     linfusion = base = None
     used = any(phase.attention == "linear" for phase in phases)
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
     if used and linfusion is not None:
-        base = merged_base(request, model, linfusion, facts.family)
-    prepared = Prepared(
+        base = find_merge_base(request, model, linfusion, facts.family)
+    prepared = ResolvedRequest(
         request=request,
         format=file_format,
         picture=picture,
@@ -119,7 +119,7 @@ def prepare(request: PictureRequest, picture: SourcePicture | None = None) -> Pr
     return prepared
 
 
-def check_outputs(prepared: Prepared) -> None:
+def check_outputs(prepared: ResolvedRequest) -> None:
     """Raise UsageError where two of the files that the run writes would be one."""
     request = prepared.request
     files = {"--output": request.output, "--preview": request.preview, "--keep-latents": request.keep_latents}
@@ -128,7 +128,7 @@ def check_outputs(prepared: Prepared) -> None:
     check_distinct(files | phases)
 
 
-def merged_base(request: PictureRequest, model: Model, linfusion: Path, family: str) -> Path | None:
+def find_merge_base(request: ImageRequest, model: Model, linfusion: Path, family: str) -> Path | None:
     """The folder of the UNet from which `model` was tuned, where what that changed goes into LinFusion's weights.
 
     `auto` has it so for published weights where the base is here, as others may have been made for the model itself,
@@ -142,19 +142,19 @@ def merged_base(request: PictureRequest, model: Model, linfusion: Path, family: 
     return base_here(model, linfusion, family)
 
 
-def rungs(request: PictureRequest, facts: ModelFacts, picture: SourcePicture | None) -> Rungs:
+def choose_sizes(request: ImageRequest, facts: ModelFacts, picture: SourceImage | None) -> PhaseSizes:
     """The sizes of the request's ladder, from the base or from a picture up."""
     target, multiple = request.size, facts.multiple_px
     native = base_size(target, facts.native_px, multiple)
-    base = checked_base(request, multiple) or native
+    base = check_base_size(request, multiple) or native
     if picture is not None:
-        return Rungs(upscale_sizes(target, picture.size, base, multiple), picture.size, base, native, from_noise=False)
+        return PhaseSizes(upscale_sizes(target, picture.size, base, multiple), picture.size, base, native, from_noise=False)
     if request.upscaler == "none":
         base = target.rounded_up(multiple)
-    return Rungs(phase_sizes(target, base, multiple), base, base, native, from_noise=True)
+    return PhaseSizes(phase_sizes(target, base, multiple), base, base, native, from_noise=True)
 
 
-def checked_base(request: PictureRequest, multiple: int) -> Size | None:
+def check_base_size(request: ImageRequest, multiple: int) -> Size | None:
     """--base-size, if it is given; raises UsageError where it is none for this model or this picture."""
     base, target = request.base_size, request.size
     if base is None:
@@ -162,13 +162,13 @@ def checked_base(request: PictureRequest, multiple: int) -> Size | None:
     if base.rounded_up(multiple) != base:
         reason = f"--base-size {base} is not possible with this model."
         raise UsageError(reason, f"Use multiples of {multiple}.", "base_size")
-    if bend(base, target) > MOST_BEND:
+    if aspect_error(base, target) > MAX_ASPECT_ERROR:
         reason = f"--base-size {base} has not the proportions of {target}."
         raise UsageError(reason, "Choose one that has: the picture would be stretched.", "base_size")
     return base
 
 
-def check_disk(prepared: Prepared) -> None:
+def check_disk(prepared: ResolvedRequest) -> None:
     """Raise WriteFailed unless the output's disk has room for what the run writes."""
     folder, needed = prepared.folder, disk_bytes(prepared)
     free = shutil.disk_usage(folder).free
@@ -179,7 +179,7 @@ def check_disk(prepared: Prepared) -> None:
         )
 
 
-def disk_bytes(prepared: Prepared) -> int:
+def disk_bytes(prepared: ResolvedRequest) -> int:
     """The room the files may need, the picture that waits between two phases, and the journal."""
     request = prepared.request
     sizes = [request.size, *(saved_sizes(prepared) if request.save_phases else [])]
@@ -187,20 +187,20 @@ def disk_bytes(prepared: Prepared) -> int:
     return sum(needs) + scratch_bytes(prepared) + journal_bytes(prepared)
 
 
-def journal_bytes(prepared: Prepared) -> int:
+def journal_bytes(prepared: ResolvedRequest) -> int:
     """What the journal may take: the latents a phase began with and those it reached, with what its scheduler keeps,
     twice while a state is replaced."""
     facts, size = prepared.facts, prepared.phases[-1].size
     return JOURNAL_COPIES * 4 * facts.latent_channels * size.divided(facts.vae_factor).area
 
 
-def saved_sizes(prepared: Prepared) -> list[Size]:
+def saved_sizes(prepared: ResolvedRequest) -> list[Size]:
     """The pictures that --save-phases keeps: all but the last, which is the output unless that is reduced from it."""
     sizes = [phase.size for phase in prepared.phases]
     return sizes if prepared.is_reduced else sizes[:-1]
 
 
-def scratch_bytes(prepared: Prepared) -> int:
+def scratch_bytes(prepared: ResolvedRequest) -> int:
     """The largest picture that waits on disk: between phases, before the first, of a control, or to be reduced."""
     waiting = [size.area for size in saved_sizes(prepared)]
     if prepared.picture_size is not None:

@@ -5,25 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.core.geometry import Size, fitted
-from linfusion_cli.core.units import SMALLEST_PX
-from linfusion_cli.images.read.source import SourcePicture, inspect_source, transparent
+from linfusion_cli.core.geometry import Size, fit_size
+from linfusion_cli.core.units import MIN_PX
+from linfusion_cli.images.read.source import SourceImage, inspect_source, transparent
 from linfusion_cli.settings.request import UpscaleRequest
 
 
-def opened(request: UpscaleRequest) -> tuple[UpscaleRequest, SourcePicture]:
+def open_source(request: UpscaleRequest) -> tuple[UpscaleRequest, SourceImage]:
     """The request with the exact size of its result, and the picture it begins with.
 
     Raises UsageError for a size of other proportions, and what `inspect_source` raises.
     """
     picture = inspect_source(request.image)
-    size = fitted(request.size, picture.size)
+    size = fit_size(request.size, picture.size)
     if size is None:
-        matching = fitted(Size(*[max(request.size.pair)] * 2), picture.size)
+        matching = fit_size(Size(*[max(request.size.pair)] * 2), picture.size)
         reason = f"--size {request.size} has not the proportions of {request.image}, which is {picture.size}."
         raise UsageError(reason, f"Use --size {max(matching.pair)}, the longer side, or --size {matching}.", "size")
-    if min(size.pair) < SMALLEST_PX:
-        raise UsageError(f"{request.image} at --size {size} is too small.", f"Use {SMALLEST_PX} px or more.", "size")
+    if min(size.pair) < MIN_PX:
+        raise UsageError(f"{request.image} at --size {size} is too small.", f"Use {MIN_PX} px or more.", "size")
     if picture.has_alpha and request.background is None:
         raise transparent(request.image)
     return replace(request, size=size), picture

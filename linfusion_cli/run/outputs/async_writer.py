@@ -11,7 +11,7 @@ import numpy as np
 from linfusion_cli.images import RowSink
 
 
-class Writing:
+class AsyncWriter:
     """Takes rows and hands them to `sink` in order, one strip behind at most; `seconds` is what that took.
 
     What the sink raised is raised by the next call. Leaving the context waits for the strip under way.
@@ -37,7 +37,7 @@ class Writing:
         self._sink.write(rows)
         self.seconds += time.perf_counter() - began
 
-    def __enter__(self) -> Writing:
+    def __enter__(self) -> AsyncWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

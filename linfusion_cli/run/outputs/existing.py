@@ -9,32 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli import images
-from linfusion_cli.checkpoint.store import Damaged, Entry, Journal
+from linfusion_cli.checkpoint.store import DamagedCheckpoint, Checkpoint, CheckpointStore
 from linfusion_cli.core.errors import LinfusionError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.units import is_file
 from linfusion_cli.hardware.device import versions
-from linfusion_cli.images.read.source import SourcePicture
-from linfusion_cli.models.cache import Shelf
+from linfusion_cli.images.read.source import SourceImage
+from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.models.files.digest import WeightsFile
 from linfusion_cli.run.checkpoint import latents_file
-from linfusion_cli.run.checkpoint.manager import BESIDE, as_json, changes_since, journal_of
-from linfusion_cli.run.inputs.provenance import DTYPES, hashed_weights, made_with, to_json
-from linfusion_cli.run.inputs.resolve import prepare
-from linfusion_cli.run.progress.recorder import Recorder
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.run.checkpoint.manager import NON_IDENTITY_FIELDS, as_json, find_request_changes, find_store
+from linfusion_cli.run.inputs.provenance import DTYPES, hash_weights, made_with, to_json
+from linfusion_cli.run.inputs.resolve import resolve_request
+from linfusion_cli.run.progress.recorder import RunRecorder
+from linfusion_cli.settings.request import ImageRequest
 
 
 @dataclass(frozen=True)
-class Making:
+class Provenance:
     """What a run makes its files of: a request and weights; `dtypes` are those in which steps were computed.
 
     A file that names no prompts could be of others, unless it is `proven` by a journal that a run of this request was
     at work here.
     """
 
-    request: PictureRequest
+    request: ImageRequest
     weights: Sequence[WeightsFile]
     proven: bool
     dtypes: Sequence[Mapping[str, Any]] = ()
@@ -53,9 +53,9 @@ class Making:
         if path == self.request.keep_latents:
             found, expected = latents_file.made_with(path), self.told
         else:
-            found = picture_made_with(path, size)
-            expected = self.told if self.request.prompt_metadata else images.scrubbed(self.told)
-        return found is not None and decisive(found) == decisive(expected)
+            found = read_image_request(path, size)
+            expected = self.told if self.request.prompt_metadata else images.remove_prompts(self.told)
+        return found is not None and identity_fields(found) == identity_fields(expected)
 
     @property
     def told(self) -> dict[str, Any]:
@@ -64,62 +64,62 @@ class Making:
 
 
 @dataclass(frozen=True)
-class Made:
+class ExistingOutputs:
     """The files that a run of this very request has made; where those are all of them, the `report` that says so."""
 
     files: frozenset[Path] = frozenset()
     report: RunReport | None = None
 
 
-def made_before(
-    request: PictureRequest, picture: SourcePicture | None, recorder: Recorder, shelf: Shelf, keep_complete: bool
-) -> Made:
+def find_existing(
+    request: ImageRequest, picture: SourceImage | None, recorder: RunRecorder, shelf: ModelCache, keep_complete: bool
+) -> ExistingOutputs:
     """What there is, which is looked at with `keep_complete`, or where a run was killed: its journal is still there.
 
     Raises as `prepare` does.
     """
-    killed = journal_of(request).was_begun() and not (request.overwrite or request.fresh)
+    killed = find_store(request).was_begun() and not (request.overwrite or request.fresh)
     if not (keep_complete or killed) or not os.path.lexists(request.output):
-        return Made()
-    prepared = prepare(request, picture)
-    weights = hashed_weights(prepared, recorder, shelf)
-    making = Making(request, weights, read_of(journal_of(request), request) is not None)
-    wanted = files_of(request)
+        return ExistingOutputs()
+    prepared = resolve_request(request, picture)
+    weights = hash_weights(prepared, recorder, shelf)
+    making = Provenance(request, weights, read_checkpoint(find_store(request), request) is not None)
+    wanted = list_outputs(request)
     found = frozenset(path for path, size in wanted.items() if making.made(path, size))
     if found != wanted.keys():
-        return Made(found)
+        return ExistingOutputs(found)
     report = RunReport(request.to_json(), {}, {}, versions(), {}, to_json(weights), recorder.stages)
     report.already_complete = True
-    return Made(found, report)
+    return ExistingOutputs(found, report)
 
 
-def files_of(request: PictureRequest) -> dict[Path, Size]:
+def list_outputs(request: ImageRequest) -> dict[Path, Size]:
     """What there is when a run is over, but for the pictures of phases, and the size of each picture."""
     preview = Size(*images.preview_size(request.size.pair))
     files = {request.keep_latents: request.size, request.preview: preview, request.output: request.size}
     return {path: size for path, size in files.items() if path is not None}
 
 
-def clear_journal(request: PictureRequest) -> None:
+def remove_checkpoint(request: ImageRequest) -> None:
     """The files of `request` are complete: what a killed run of it has left goes. Raises TryAgain where one goes on."""
     with (
-        images.PendingFile(request.output, overwrite=True),  # takes over a temporary name, which goes
-        journal_of(request).held() as journal,
+        images.AtomicFile(request.output, overwrite=True),  # takes over a temporary name, which goes
+        find_store(request).held() as journal,
     ):
-        if not journal.exists() or read_of(journal, request) is not None:
+        if not journal.exists() or read_checkpoint(journal, request) is not None:
             journal.remove()
 
 
-def read_of(journal: Journal, request: PictureRequest) -> Entry | None:
+def read_checkpoint(journal: CheckpointStore, request: ImageRequest) -> Checkpoint | None:
     """What `journal` says, if it is whole and of this request."""
     try:
         entry = journal.read()
-    except Damaged:
+    except DamagedCheckpoint:
         return None
-    return None if entry is None or changes_since(entry, request) else entry
+    return None if entry is None or find_request_changes(entry, request) else entry
 
 
-def picture_made_with(path: Path, size: Size) -> Mapping[str, Any] | None:
+def read_image_request(path: Path, size: Size) -> Mapping[str, Any] | None:
     """What the picture at `path` says it was made with; None unless it is whole, and of this size."""
     if not is_file(path):  # a pipe would be waited for
         return None
@@ -130,6 +130,6 @@ def picture_made_with(path: Path, size: Size) -> Mapping[str, Any] | None:
         return None
 
 
-def decisive(told: Mapping[str, Any]) -> dict[str, Any]:
+def identity_fields(told: Mapping[str, Any]) -> dict[str, Any]:
     """What of that decides a file."""
-    return {name: value for name, value in told.items() if name not in (*BESIDE, DTYPES)}
+    return {name: value for name, value in told.items() if name not in (*NON_IDENTITY_FIELDS, DTYPES)}

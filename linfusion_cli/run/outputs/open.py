@@ -13,9 +13,9 @@ from linfusion_cli.core.errors import LinfusionError, WriteFailed
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.inputs.phase_files import phase_path
 from linfusion_cli.run.inputs.provenance import main_hash
-from linfusion_cli.run.inputs.resolve import Prepared, saved_sizes
-from linfusion_cli.run.outputs.existing import Making
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.run.inputs.resolve import ResolvedRequest, saved_sizes
+from linfusion_cli.run.outputs.existing import Provenance
+from linfusion_cli.settings.request import ImageRequest
 
 A1111_HASH_DIGITS = 10
 # What the schedulers are called in the A1111 layout.
@@ -32,7 +32,7 @@ SAMPLER_NAMES = {
 }
 
 
-class Outputs:
+class ImageAndPreview:
     """The picture's file and its preview as one RowSink. A preview that fails does not take the picture with it."""
 
     def __init__(self, picture: images.RowSink, preview: images.RowSink | None):
@@ -45,7 +45,7 @@ class Outputs:
             if self._preview:
                 self._preview.write(rows)
 
-    def retell(self, info: images.PictureInfo) -> None:
+    def retell(self, info: images.ImageInfo) -> None:
         self._picture.retell(info)
         with self._excused():
             if self._preview:
@@ -73,7 +73,7 @@ class Outputs:
 
 
 @contextmanager
-def held_picture(request: PictureRequest, made: Collection[Path]) -> Iterator[images.PendingFile]:
+def reserve_output(request: ImageRequest, made: Collection[Path]) -> Iterator[images.AtomicFile]:
     """The output from before any work; what is not complete at the end is gone.
 
     One that is among the files that were `made` before, of this very request, may be replaced.
@@ -87,23 +87,23 @@ def held_picture(request: PictureRequest, made: Collection[Path]) -> Iterator[im
 
 
 @contextmanager
-def opened_outputs(file: images.PendingFile, making: Making) -> Iterator[images.RowSink]:
+def open_outputs(file: images.AtomicFile, making: Provenance) -> Iterator[images.RowSink]:
     """What takes the rows of the picture, and of its preview; the files say what they were made of."""
     request = making.request
-    info = picture_info(making, request.size)
+    info = build_info(making, request.size)
     with ExitStack() as on_exit:
         picture, preview = _open_picture(request, file, request.size, info), None
         on_exit.callback(picture.abort)
         if request.preview:
             replaces = making.may_go(request.preview, Size(*images.preview_size(request.size.pair)))
-            pending = images.PendingFile(request.preview, replaces)
+            pending = images.AtomicFile(request.preview, replaces)
             preview = images.PreviewSink(pending, request.size.pair, request.bits, info)
             on_exit.callback(preview.abort)
-        yield Outputs(picture, preview)
+        yield ImageAndPreview(picture, preview)
 
 
 @contextmanager
-def opened_phases(prepared: Prepared, making: Making, first: int) -> Iterator[dict[int, images.RowSink]]:
+def open_phase_files(prepared: ResolvedRequest, making: Provenance, first: int) -> Iterator[dict[int, images.RowSink]]:
     """Of the phases whose pictures are to be kept, their files: held from now on, complete when the phase is.
 
     An earlier run has completed those before the phase `first`.
@@ -112,7 +112,7 @@ def opened_phases(prepared: Prepared, making: Making, first: int) -> Iterator[di
     try:
         if request.save_phases:
             for phase, size in list(zip(prepared.phases, saved_sizes(prepared), strict=False))[first:]:
-                path, info = phase_path(request.output, size), picture_info(making, size)
+                path, info = phase_path(request.output, size), build_info(making, size)
                 sinks[phase.index] = _open_picture(request, path, size, info, making.may_go(path, size))
         yield sinks
     finally:
@@ -120,27 +120,27 @@ def opened_phases(prepared: Prepared, making: Making, first: int) -> Iterator[di
             sink.abort()  # one that is complete stays
 
 
-def retell(prepared: Prepared, making: Making, output: images.RowSink, phases: Mapping[int, images.RowSink]) -> None:
+def update_metadata(prepared: ResolvedRequest, making: Provenance, output: images.RowSink, phases: Mapping[int, images.RowSink]) -> None:
     """Let the files that are not complete say what `making` says now, of which the dtypes may have changed.
 
     Raises WriteFailed.
     """
-    output.retell(picture_info(making, prepared.request.size))
+    output.retell(build_info(making, prepared.request.size))
     for index, sink in phases.items():
-        sink.retell(picture_info(making, prepared.phases[index].size))
+        sink.retell(build_info(making, prepared.phases[index].size))
 
 
-def held_latents(making: Making) -> AbstractContextManager[images.PendingFile | None]:
+def reserve_latents(making: Provenance) -> AbstractContextManager[images.AtomicFile | None]:
     """The file for finished latents, if they are to be kept."""
     path = making.request.keep_latents
-    return nullcontext() if path is None else images.PendingFile(path, making.may_go(path, making.request.size))
+    return nullcontext() if path is None else images.AtomicFile(path, making.may_go(path, making.request.size))
 
 
 def _open_picture(
-    request: PictureRequest,
-    target: Path | images.PendingFile,
+    request: ImageRequest,
+    target: Path | images.AtomicFile,
     size: Size,
-    info: images.PictureInfo,
+    info: images.ImageInfo,
     overwrite: bool = False,
 ) -> images.RowSink:
     return images.open_sink(
@@ -154,7 +154,7 @@ def _open_picture(
     )
 
 
-def picture_info(making: Making, size: Size) -> images.PictureInfo:
+def build_info(making: Provenance, size: Size) -> images.ImageInfo:
     """What a file of this size says of itself: the full request and its weights, and the same as others read it."""
     request, software = making.request, f"linfusion {__version__}"
     parameters = images.a1111_parameters(
@@ -170,5 +170,5 @@ def picture_info(making: Making, size: Size) -> images.PictureInfo:
         model_hash=main_hash(making.weights)[:A1111_HASH_DIGITS],
         more={} if request.clip_skip is None else {"Clip skip": request.clip_skip},
     )
-    info = images.PictureInfo(software, request.dpi, making.told, request.prompt, request.negative_prompt, parameters)
+    info = images.ImageInfo(software, request.dpi, making.told, request.prompt, request.negative_prompt, parameters)
     return info if request.prompt_metadata else images.without_prompt(info)

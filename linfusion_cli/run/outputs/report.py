@@ -7,10 +7,10 @@ from contextlib import suppress
 
 from linfusion_cli import images
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.settings.request import ImageRequest
 
 
-def finished(report: RunReport, request: PictureRequest, started: float) -> RunReport:
+def complete_report(report: RunReport, request: ImageRequest, started: float) -> RunReport:
     """The report of a run that began at `started`, whose file is complete."""
     report.output, report.size = str(request.output), request.size
     report.format = images.format_for(request.output, request.format)

@@ -16,10 +16,10 @@ from linfusion_cli.hardware.device import PeakMemory, free_memory
 if TYPE_CHECKING:
     import torch
 
-    from linfusion_cli.planning.estimate import Need
+    from linfusion_cli.planning.estimate import ResourceEstimate
 
 
-class Stage:
+class StageTimer:
     """A stretch of work that is going on: its clock, which can be paused, and how far it is.
 
     `is_cut_short` says that it ends before all its units are done.
@@ -48,7 +48,7 @@ class Stage:
         return time.perf_counter() - self._started - self._paused_sec
 
 
-class Recorder:
+class RunRecorder:
     """Collects the StageReports of one run; `device` is set once it is known."""
 
     def __init__(self, observer: Observer):
@@ -58,7 +58,7 @@ class Recorder:
         self._said: set[str] = set()
         self._repeats = False
 
-    def planned(self, need: Need, device_bytes: int | None) -> None:
+    def planned(self, need: ResourceEstimate, device_bytes: int | None) -> None:
         """Say what the run will take, before it starts."""
         self._observer(Planned(need.seconds, need.host_bytes, device_bytes))
 
@@ -85,9 +85,9 @@ class Recorder:
         total: int,
         unit: str,
         spent_sec: float = 0.0,
-        planned: Need | None = None,
+        planned: ResourceEstimate | None = None,
         done: int = 0,
-    ) -> Iterator[Stage]:
+    ) -> Iterator[StageTimer]:
         """Time and measure what happens within: `total` units of it, which the Stage is told of.
 
         `spent_sec` is what the stage took before, in pieces between others; an earlier run has `done` some units.
@@ -95,7 +95,7 @@ class Recorder:
         free_memory(self.device)
         peak = PeakMemory(self.device)
         self._observer(StageStarted(name, size, total, unit))
-        stage = Stage(self._observer)
+        stage = StageTimer(self._observer)
         if done:
             stage.advance(done)
         yield stage
@@ -107,7 +107,7 @@ class Recorder:
         self._observer(StageFinished(seconds, stage.is_cut_short))
 
 
-def with_plan(measured: StageReport, planned: Need, share: float) -> StageReport:
+def with_plan(measured: StageReport, planned: ResourceEstimate, share: float) -> StageReport:
     """What was measured, with what had been planned beside it, for the `share` of it that was done."""
     device = planned.device_bytes if measured.peak_device_bytes is not None else None
     return replace(

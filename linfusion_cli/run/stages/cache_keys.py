@@ -10,15 +10,15 @@ from torch import nn
 
 from linfusion_cli.core.units import is_file
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.models.cache import Shelf
+from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.models.files.digest import identity
-from linfusion_cli.models.load.controlnet import LoadedControl
+from linfusion_cli.models.load.controlnet import LoadedControlNet
 from linfusion_cli.models.load.parts import Vae
-from linfusion_cli.models.text.encode import ENCODERS, Encoder
-from linfusion_cli.planning.meta_model import ModelOutline
-from linfusion_cli.run.inputs.provenance import WHOLE, weights_read
-from linfusion_cli.run.inputs.resolve import Prepared
-from linfusion_cli.run.stages.context import Run
+from linfusion_cli.models.text.encode import ENCODERS, TextEncoder
+from linfusion_cli.planning.meta_model import MetaModel
+from linfusion_cli.run.inputs.provenance import WHOLE, list_weights
+from linfusion_cli.run.inputs.resolve import ResolvedRequest
+from linfusion_cli.run.stages.context import RunContext
 
 # What is kept under which name; text encoders have those of their parts.
 VAE, NETWORKS, OUTLINE = "vae", "networks", "outline"
@@ -32,10 +32,10 @@ class Networks:
 
     unet: UNet2DConditionModel
     linear: dict[str, LinearAttention]
-    controls: list[LoadedControl]
+    controls: list[LoadedControlNet]
 
 
-def networks_key(run: Run) -> Hashable:
+def networks_key(run: RunContext) -> Hashable:
     """All that decides the UNet with its linear attention, LoRAs, IP-Adapters and ControlNets."""
     prepared, request = run.prepared, run.prepared.request
     return (
@@ -48,27 +48,27 @@ def networks_key(run: Run) -> Hashable:
     )
 
 
-def outline_key(prepared: Prepared) -> Hashable:
+def outline_key(prepared: ResolvedRequest) -> Hashable:
     """All that decides the shapes of UNet, VAE and ControlNets: their files, of which configs and headers are read."""
     adapters, controls = prepared.adapters, prepared.controls.found
     parts = (prepared.linfusion, *(adapter.weights.file for adapter in adapters), *(found.folder for found in controls))
     return files_key(prepared, (*NETWORK_USES, "vae")), parts
 
 
-def vae_key(run: Run) -> Hashable:
+def vae_key(run: RunContext) -> Hashable:
     """All that decides the VAE."""
     return files_key(run.prepared, ("vae",)), run.plan.machine.vae_dtype, run.device
 
 
-def text_key(run: Run) -> Hashable:
+def text_key(run: RunContext) -> Hashable:
     """All that decides the text encoders."""
     prepared = run.prepared
     return files_key(prepared, TEXT_USES), tuple(prepared.loras), tuple(prepared.inversions), run.dtype
 
 
-def files_key(prepared: Prepared, uses: tuple[str, ...]) -> Hashable:
+def files_key(prepared: ResolvedRequest, uses: tuple[str, ...]) -> Hashable:
     """Files of these uses, the configs beside them, and those of the model: as they are now."""
-    files = [(use, path) for use, path in weights_read(prepared) if use in uses]
+    files = [(use, path) for use, path in list_weights(prepared) if use in uses]
     configs = [path.parent / "config.json" for _, path in files]
     configs += [prepared.vae.config, *(prepared.model.part(use).config for use in ("unet", *uses))]
     found = [identity(path) for path in dict.fromkeys(configs) if is_file(path)]
@@ -76,44 +76,44 @@ def files_key(prepared: Prepared, uses: tuple[str, ...]) -> Hashable:
     return prepared.model, weights, tuple(found)
 
 
-def to_host(shelf: Shelf, *others: nn.Module) -> int:
+def offload_all(shelf: ModelCache, *others: nn.Module) -> int:
     """Move all that is kept, and `others`, off the card, as between jobs -> the bytes it takes of the host's memory."""
-    kept = [*others, *(network for thing in shelf.things() for network in networks_in(thing))]
+    kept = [*others, *(network for thing in shelf.things() for network in list_networks(thing))]
     for network in kept:
         network.to("cpu")
-    return weights_bytes(kept)
+    return count_weight_bytes(kept)
 
 
-def move_networks_to_host(shelf: Shelf) -> None:
+def offload_networks(shelf: ModelCache) -> None:
     """Move the networks that are kept off the card: what is left of the run is decoding, which wants the room."""
     for thing in shelf.things():
-        for network in networks_in(thing) if isinstance(thing, Networks) else ():
+        for network in list_networks(thing) if isinstance(thing, Networks) else ():
             network.to("cpu")
 
 
-def settle_text(run: Run) -> None:
+def offload_text_encoders(run: RunContext) -> None:
     """Keep the text encoders, on the host, if the run has room for them beside all that it was planned with."""
-    encoders = [thing.network for thing in run.shelf.things() if isinstance(thing, Encoder)]
+    encoders = [thing.network for thing in run.shelf.things() if isinstance(thing, TextEncoder)]
     for encoder in encoders:
         encoder.to("cpu")
-    if run.plan.need.host_bytes + weights_bytes(encoders) > run.plan.machine.host_bytes:
+    if run.plan.need.host_bytes + count_weight_bytes(encoders) > run.plan.machine.host_bytes:
         run.shelf.drop(*ENCODERS)
 
 
-def networks_in(thing: Vae | Networks | Encoder | ModelOutline) -> list[nn.Module]:
+def list_networks(thing: Vae | Networks | TextEncoder | MetaModel) -> list[nn.Module]:
     """The networks that are kept as one thing, none for their outline, which has no weights."""
     match thing:
         case Networks(unet, linear, controls):
             of_controls = (network for control in controls for network in (control.net, *control.linear.values()))
             return [unet, *linear.values(), *of_controls]
-        case Encoder(network=network):
+        case TextEncoder(network=network):
             return [network]
-        case ModelOutline():
+        case MetaModel():
             return []
     return [thing]
 
 
-def weights_bytes(networks: Iterable[nn.Module]) -> int:
+def count_weight_bytes(networks: Iterable[nn.Module]) -> int:
     """What their weights take, those that several share once."""
     weights = {id(parameter): parameter for network in networks for parameter in network.parameters()}
     return sum(parameter.numel() * parameter.itemsize for parameter in weights.values())

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from linfusion_cli.images import RowSink
-from linfusion_cli.models.cache import Shelf
-from linfusion_cli.run.checkpoint.manager import Keeper
-from linfusion_cli.run.inputs.resolve import Prepared
-from linfusion_cli.run.progress.recorder import Recorder, Stage
+from linfusion_cli.models.cache import ModelCache
+from linfusion_cli.run.checkpoint.manager import CheckpointManager
+from linfusion_cli.run.inputs.resolve import ResolvedRequest
+from linfusion_cli.run.progress.recorder import RunRecorder, StageTimer
 
 if TYPE_CHECKING:
     import torch
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """A request that nothing speaks against, the plan to carry it out, and who records how that goes.
 
     On the `shelf` lies what a job before has loaded. `phase_sinks` are the files of the phases whose pictures are
     kept, by the phase's index. `retell` lets all files that are not complete say which dtypes steps had, as of now.
     """
 
-    prepared: Prepared
+    prepared: ResolvedRequest
     plan: Plan
-    recorder: Recorder
-    keeper: Keeper
-    shelf: Shelf = field(default_factory=lambda: Shelf(keeps=False))
+    recorder: RunRecorder
+    keeper: CheckpointManager
+    shelf: ModelCache = field(default_factory=lambda: ModelCache(keeps=False))
     phase_sinks: Mapping[int, RowSink] = field(default_factory=dict)
     retell: Callable[[], None] = lambda: None
 
@@ -44,12 +44,12 @@ class Run:
         """The UNet's and the text encoders'; the VAE has its own."""
         return self.plan.machine.dtype
 
-    def predicting(self, prediction_type: str) -> Run:
+    def predicting(self, prediction_type: str) -> RunContext:
         """This run with a model that predicts this."""
         prepared = replace(self.prepared, facts=self.prepared.facts.predicting(prediction_type))
         return replace(self, prepared=prepared)
 
-    def stage(self, kind: str, phase: int, done: int = 0) -> AbstractContextManager[Stage]:
+    def stage(self, kind: str, phase: int, done: int = 0) -> AbstractContextManager[StageTimer]:
         """Record a planned stage, of which an earlier run has `done` some: a denoising counts steps, all else rows."""
         planned = self.plan.stage(kind, phase)
         total, unit = (planned.steps, "steps") if planned.steps else (planned.size.height, "rows")

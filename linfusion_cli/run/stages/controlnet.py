@@ -9,39 +9,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linfusion_cli.core.geometry import bands
-from linfusion_cli.images.process.scratch import ScratchPicture
-from linfusion_cli.images.read.source import oriented, source_rows
+from linfusion_cli.core.geometry import split_rows
+from linfusion_cli.images.process.scratch import ScratchImage
+from linfusion_cli.images.read.source import apply_orientation, source_rows
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import mounted
-from linfusion_cli.models.load.controlnet import LoadedControl
-from linfusion_cli.run.inputs.controlnets import FoundControl
-from linfusion_cli.run.stages.context import Run
+from linfusion_cli.models.load.controlnet import LoadedControlNet
+from linfusion_cli.run.inputs.controlnets import ControlNetSpec
+from linfusion_cli.run.stages.context import RunContext
 from linfusion_cli.run.stages.convert import resized_reader
 from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.unet.controlnet import PICTURE_ROWS, StripControl, WholeControl, embedded_picture
+from linfusion_cli.unet.controlnet import PICTURE_ROWS, StripControlNet, WholeControlNet, embed_control_image
 
 BEHIND = (0, 0, 0)  # transparent parts of a control picture: black is "nothing here" in edges, poses and depths
 
 
 @dataclass(frozen=True)
-class ActingControl:
+class ControlNetRunner:
     """A ControlNet on the device, ready to run in `phase` after its picture."""
 
-    run: Run
+    run: RunContext
     phase: Phase
-    found: FoundControl
-    loaded: LoadedControl
+    found: ControlNetSpec
+    loaded: LoadedControlNet
 
-    def whole(self) -> WholeControl:
+    def whole(self) -> WholeControlNet:
         """To run in one piece."""
         with self._picture() as read:
-            picture = torch.cat([read(*band) for band in bands(self.phase.size.height, PICTURE_ROWS)])
+            picture = torch.cat([read(*band) for band in split_rows(self.phase.size.height, PICTURE_ROWS)])
         there = picture.to(self.run.device, self.run.dtype)
-        return WholeControl(self.loaded.net, self.found.scale, self.found.kind, there.permute(2, 0, 1)[None])
+        return WholeControlNet(self.loaded.net, self.found.scale, self.found.kind, there.permute(2, 0, 1)[None])
 
-    def in_strips(self, storage: Storage) -> StripControl:
+    def in_strips(self, storage: Storage) -> StripControlNet:
         """To run in strips, with maps in `storage`."""
         net, size = self.loaded.net, self.phase.size
         with self._picture() as read:
@@ -49,8 +49,8 @@ class ActingControl:
             def read_there(top: int, bottom: int) -> Tensor:
                 return storage.copies.to_device(read(top, bottom), self.run.dtype)[None]
 
-            picture = embedded_picture(net, read_there, size.height, size.width, storage)
-        return StripControl(net, self.found.scale, self.found.kind, picture)
+            picture = embed_control_image(net, read_there, size.height, size.width, storage)
+        return StripControlNet(net, self.found.scale, self.found.kind, picture)
 
     @contextmanager
     def _picture(self) -> Iterator[Callable[[int, int], Tensor]]:
@@ -58,11 +58,11 @@ class ActingControl:
         run, picture = self.run, self.found.picture
         with (
             run.recorder.stage("control", "read", self.phase.size, self.phase.size.height, "rows") as stage,
-            ScratchPicture(run.prepared.folder, *picture.stored_size.pair) as scratch,
+            ScratchImage(run.prepared.folder, *picture.stored_size.pair) as scratch,
         ):
             for rows in source_rows(picture, BEHIND, run.recorder.notice):
                 scratch.append(rows)
-            resized = resized_reader(oriented(scratch.read, picture), picture.size, run.prepared.shown(self.phase))
+            resized = resized_reader(apply_orientation(scratch.read, picture), picture.size, run.prepared.shown(self.phase))
 
             def read(top: int, bottom: int) -> Tensor:
                 rows = torch.from_numpy(resized(top, bottom, 0, self.phase.size.width))
@@ -72,17 +72,17 @@ class ActingControl:
             yield read
 
 
-def load_controls(run: Run, linear: Mapping[str, LinearAttention]) -> list[LoadedControl]:
+def load_controlnets(run: RunContext, linear: Mapping[str, LinearAttention]) -> list[LoadedControlNet]:
     """The ControlNets of the request on the CPU, each folder once; `linear` is the UNet's attention."""
     loaded: dict = {}
     for control in run.prepared.controls.found:
         if control.folder not in loaded:
-            loaded[control.folder] = LoadedControl.load(control.folder, linear, run.dtype)
+            loaded[control.folder] = LoadedControlNet.load(control.folder, linear, run.dtype)
     return [loaded[control.folder] for control in run.prepared.controls.found]
 
 
 @contextmanager
-def acting(run: Run, loaded: list[LoadedControl], phase: Phase, attention: str) -> Iterator[list[ActingControl]]:
+def activate_controlnets(run: RunContext, loaded: list[LoadedControlNet], phase: Phase, attention: str) -> Iterator[list[ControlNetRunner]]:
     """The ControlNets that act in `phase`, with this attention, on the device; afterwards all are off it."""
     with ExitStack() as stack:
         controls = []
@@ -91,5 +91,5 @@ def acting(run: Run, loaded: list[LoadedControl], phase: Phase, attention: str) 
             stack.callback(control.net.to, "cpu")
             stack.enter_context(mounted(control.net, control.linear if attention == "linear" else {}))
             control.net.to(run.device)
-            controls.append(ActingControl(run, phase, found, control))
+            controls.append(ControlNetRunner(run, phase, found, control))
         yield controls

@@ -10,63 +10,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion_cli.core.geometry import Size, bands
+from linfusion_cli.core.geometry import Size, split_rows
 from linfusion_cli.images import RowSink
-from linfusion_cli.images.process.quantise import quantised
-from linfusion_cli.images.process.resize import ReadRegion, resized_region
-from linfusion_cli.images.process.scratch import ScratchPicture
-from linfusion_cli.images.read.source import SourcePicture, oriented, source_rows
+from linfusion_cli.images.process.quantise import quantise
+from linfusion_cli.images.process.resize import ReadRegion, resize_region
+from linfusion_cli.images.process.scratch import ScratchImage
+from linfusion_cli.images.read.source import SourceImage, apply_orientation, source_rows
 from linfusion_cli.models.load.parts import Vae
-from linfusion_cli.run.outputs.async_writer import Writing
-from linfusion_cli.run.stages.context import Run
+from linfusion_cli.run.outputs.async_writer import AsyncWriter
+from linfusion_cli.run.stages.context import RunContext
 from linfusion_cli.sampling.noise import latent_noise
 from linfusion_cli.sampling.phases import Phase
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.settings.request import ImageRequest
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import DrawNoise, encode_rows
 
 BAND_PX = 256  # rows resized at a time when a base is reduced to a smaller target
 
 
-def enlarge(run: Run, vae: Vae, latents: Tensor, phase: Phase) -> Tensor:
+def upscale_latents(run: RunContext, vae: Vae, latents: Tensor, phase: Phase) -> Tensor:
     """Latents of the phase before `phase` -> latents of the same picture at the size of `phase`."""
     before = run.prepared.phases[phase.index - 1]
     if run.prepared.request.upscale_space == "latent":
         if run.plan.has("decode", before.index):
-            deque(decoded(run, vae, latents, before), maxlen=0)  # only to be kept
-        return enlarged_latents(latents, phase.size.divided(run.prepared.facts.vae_factor))
-    with waiting_picture(run, before.size, phase) as scratch:
-        for rows in decoded(run, vae, latents, before):
+            deque(decode_phase(run, vae, latents, before), maxlen=0)  # only to be kept
+        return interpolate_latents(latents, phase.size.divided(run.prepared.facts.vae_factor))
+    with scratch_image(run, before.size, phase) as scratch:
+        for rows in decode_phase(run, vae, latents, before):
             scratch.append(rows)
-        return encoded(run, vae, scratch.read, before.size, phase)
+        return encode_image(run, vae, scratch.read, before.size, phase)
 
 
-def enlarged_latents(latents: Tensor, size_lat: Size) -> Tensor:
+def interpolate_latents(latents: Tensor, size_lat: Size) -> Tensor:
     """`latents` [1, C, h, w] interpolated to `size_lat`, as DemoFusion's published code does."""
     return F.interpolate(latents, (size_lat.height, size_lat.width), mode="bicubic")
 
 
-def begun_with(run: Run, vae: Vae, picture: SourcePicture) -> Tensor:
+def encode_source(run: RunContext, vae: Vae, picture: SourceImage) -> Tensor:
     """The user's picture as latents of the first phase."""
     first, behind = run.prepared.phases[0], run.prepared.request.behind()
     stored, seen = picture.stored_size, picture.size
-    with waiting_picture(run, stored, first) as scratch:
+    with scratch_image(run, stored, first) as scratch:
         with run.recorder.stage("read", "read", seen, stored.height, "rows") as stage:
             done = 0
             for rows in source_rows(picture, behind, run.recorder.notice):
                 scratch.append(rows)
                 done += len(rows)
                 stage.advance(done)
-        return encoded(run, vae, oriented(scratch.read, picture), seen, first)
+        return encode_image(run, vae, apply_orientation(scratch.read, picture), seen, first)
 
 
-def waiting_picture(run: Run, size: Size, phase: Phase) -> ScratchPicture:
+def scratch_image(run: RunContext, size: Size, phase: Phase) -> ScratchImage:
     """Where a picture of this size waits until `phase` encodes it: in memory if the plan has room for it."""
     in_memory = run.plan.stage("encode", phase.index).waiting_bytes > 0
-    return ScratchPicture(None if in_memory else run.prepared.folder, size.width, size.height)
+    return ScratchImage(None if in_memory else run.prepared.folder, size.width, size.height)
 
 
-def decoded(run: Run, vae: Vae, latents: Tensor, phase: Phase) -> Iterator[np.ndarray]:
+def decode_phase(run: RunContext, vae: Vae, latents: Tensor, phase: Phase) -> Iterator[np.ndarray]:
     """The rows [rows, W, 3] of the picture that the `latents` of `phase` are, as float32 between 0 and 1.
 
     They go to the phase's own file too, if it has one.
@@ -76,7 +76,7 @@ def decoded(run: Run, vae: Vae, latents: Tensor, phase: Phase) -> Iterator[np.nd
         for rows in decode_rows(vae, latents, planned.mode, run.recorder.notice, planned.need.pinned_bytes):
             rows = rows.numpy()
             if sink is not None:
-                sink.write(numbers(run.prepared.request, rows, done))
+                sink.write(to_uint(run.prepared.request, rows, done))
             done += len(rows)
             stage.advance(done)
             with stage.paused():
@@ -85,12 +85,12 @@ def decoded(run: Run, vae: Vae, latents: Tensor, phase: Phase) -> Iterator[np.nd
             sink.close()
 
 
-def numbers(request: PictureRequest, rows: np.ndarray, top: int) -> np.ndarray:
+def to_uint(request: ImageRequest, rows: np.ndarray, top: int) -> np.ndarray:
     """Float rows, from row `top` of a picture on, as its file takes them."""
-    return quantised(rows, top, request.bits, request.seed if request.dither else None)
+    return quantise(rows, top, request.bits, request.seed if request.dither else None)
 
 
-def encoded(run: Run, vae: Vae, read: ReadRegion, size: Size, phase: Phase) -> Tensor:
+def encode_image(run: RunContext, vae: Vae, read: ReadRegion, size: Size, phase: Phase) -> Tensor:
     """The picture of `size` that `read` reads, enlarged to the size of `phase`, as latents [1, C, h, w]."""
     facts, done = run.prepared.facts, 0
     size_lat, planned = phase.size.divided(facts.vae_factor), run.plan.stage("encode", phase.index)
@@ -110,7 +110,7 @@ def encoded(run: Run, vae: Vae, read: ReadRegion, size: Size, phase: Phase) -> T
     return latents
 
 
-def _draw(run: Run, phase: int, size_lat: Size) -> DrawNoise | None:
+def _draw(run: RunContext, phase: int, size_lat: Size) -> DrawNoise | None:
     """The noise of a draw from the VAE's distribution, where one is wanted and not the mean."""
     request, channels = run.prepared.request, run.prepared.facts.latent_channels
     if request.vae_latents == "mean":
@@ -128,36 +128,36 @@ def resized_reader(read: ReadRegion, source: Size, target: Size) -> ReadRegion:
     def read_resized(top: int, bottom: int, left: int, right: int) -> np.ndarray:
         height, width = target.height, target.width
         inside = (min(top, height - 1), min(bottom, height), min(left, width - 1), min(right, width))
-        rows = resized_region(read, source.pair, target.pair, inside)
+        rows = resize_region(read, source.pair, target.pair, inside)
         missing = ((0, bottom - top - rows.shape[0]), (0, right - left - rows.shape[1]), (0, 0))
         return np.pad(rows, missing, mode="edge") if missing[0][1] or missing[1][1] else rows
 
     return read_resized
 
 
-def write(run: Run, vae: Vae, latents: Tensor, sink: RowSink) -> None:
+def write_output(run: RunContext, vae: Vae, latents: Tensor, sink: RowSink) -> None:
     """Decode `latents`, hand `sink` the rows at exactly the size asked for, and complete it.
 
     The last rows are written while the next are decoded.
     """
     request, top = run.prepared.request, 0
-    with Writing(sink) as writing:
-        for rows in finished_rows(run, vae, latents):
-            writing.take(numbers(request, rows, top))
+    with AsyncWriter(sink) as writing:
+        for rows in output_rows(run, vae, latents):
+            writing.take(to_uint(request, rows, top))
             top += len(rows)
         writing.finish()
     with run.recorder.stage("write", "write", request.size, 1, "file", spent_sec=writing.seconds):
         sink.close()
 
 
-def finished_rows(run: Run, vae: Vae, latents: Tensor) -> Iterator[np.ndarray]:
+def output_rows(run: RunContext, vae: Vae, latents: Tensor) -> Iterator[np.ndarray]:
     """The rows of the finished picture: cropped to the size asked for, or reduced to it if that is below the base."""
     phase, wanted = run.prepared.phases[-1], run.prepared.request.size
-    rows = decoded(run, vae, latents, phase)
-    yield from _reduced(run, rows, phase.size, wanted) if run.prepared.is_reduced else cropped(rows, wanted)
+    rows = decode_phase(run, vae, latents, phase)
+    yield from _downscale_rows(run, rows, phase.size, wanted) if run.prepared.is_reduced else crop_rows(rows, wanted)
 
 
-def cropped(rows: Iterator[np.ndarray], size: Size) -> Iterator[np.ndarray]:
+def crop_rows(rows: Iterator[np.ndarray], size: Size) -> Iterator[np.ndarray]:
     """The upper left `size` px of a picture given by `rows`, all of which are taken."""
     left = size.height
     for part in rows:
@@ -167,10 +167,10 @@ def cropped(rows: Iterator[np.ndarray], size: Size) -> Iterator[np.ndarray]:
             yield kept
 
 
-def _reduced(run: Run, rows: Iterator[np.ndarray], size: Size, wanted: Size) -> Iterator[np.ndarray]:
-    with ScratchPicture(run.prepared.folder, size.width, size.height) as scratch:
+def _downscale_rows(run: RunContext, rows: Iterator[np.ndarray], size: Size, wanted: Size) -> Iterator[np.ndarray]:
+    with ScratchImage(run.prepared.folder, size.width, size.height) as scratch:
         for part in rows:
             scratch.append(part)
         read = resized_reader(scratch.read, size, wanted)
-        for top, bottom in bands(wanted.height, BAND_PX):
+        for top, bottom in split_rows(wanted.height, BAND_PX):
             yield read(top, bottom, 0, wanted.width)

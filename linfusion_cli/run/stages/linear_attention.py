@@ -12,14 +12,14 @@ from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, keep_
 from linfusion_cli.mixers.linear.mount import self_attentions
 from linfusion_cli.mixers.linear.weights import load_weights, unused
 from linfusion_cli.models.locate.base import BaseWeights
-from linfusion_cli.run.stages.context import Run
+from linfusion_cli.run.stages.context import RunContext
 
 UNUSED = "{} of the layers in the LinFusion weights {} are not in this smaller model, and are not used."
 MERGED = "What the model's self-attention has changed since {} goes into LinFusion's weights (--linfusion-merge delta)."
 NOT_HEARD = "LinFusion's weights are used as published: what the model's self-attention has changed is not heard there."
 
 
-def load_linear(run: Run, unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
+def load_linear(run: RunContext, unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
     """UNet path -> module that phases may mount, on the CPU; {} where none needs it. LoRAs come on top of it."""
     prepared = run.prepared
     if prepared.linfusion is None:
@@ -28,11 +28,11 @@ def load_linear(run: Run, unet: UNet2DConditionModel) -> dict[str, LinearAttenti
     left = unused(prepared.linfusion, unet)
     if left:
         run.recorder.notice(UNUSED.format(left, prepared.linfusion))
-    merge(run, unet, linear, is_cut_down=bool(left))
+    merge_attention(run, unet, linear, is_cut_down=bool(left))
     return linear
 
 
-def merge(run: Run, unet: UNet2DConditionModel, linear: dict[str, LinearAttention], is_cut_down: bool) -> None:
+def merge_attention(run: RunContext, unet: UNet2DConditionModel, linear: dict[str, LinearAttention], is_cut_down: bool) -> None:
     """Let into `linear` what the request wants of the model's own attention, and say what was chosen for it.
 
     The layers of a model that was cut down need not be those of its base with the same names.

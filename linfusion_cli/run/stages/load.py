@@ -16,29 +16,29 @@ from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.models.adapters.ip_adapter import encode_pictures, load_adapters
 from linfusion_cli.models.adapters.lora import merge_lora
 from linfusion_cli.models.adapters.textual_inversion import read_inversions
-from linfusion_cli.models.cache import Shelf
-from linfusion_cli.models.load.controlnet import LoadedControl
+from linfusion_cli.models.cache import ModelCache
+from linfusion_cli.models.load.controlnet import LoadedControlNet
 from linfusion_cli.models.load.parts import Vae, load_unet, load_vae
-from linfusion_cli.models.text.encode import Conditioning, Encoder, TextChanges, encode_prompts
+from linfusion_cli.models.text.encode import Conditioning, TextEncoder, TextEncoderChanges, encode_prompts
 from linfusion_cli.planning.machine import cpu_notice
-from linfusion_cli.run.checkpoint.manager import Keeper
-from linfusion_cli.run.checkpoint.state import Reached
+from linfusion_cli.run.checkpoint.manager import CheckpointManager
+from linfusion_cli.run.checkpoint.state import RunState
 from linfusion_cli.run.inputs.ip_adapters import read_picture
 from linfusion_cli.run.inputs.prompt_checks import literal_notice
-from linfusion_cli.run.inputs.resolve import Prepared
-from linfusion_cli.run.progress.recorder import Recorder
+from linfusion_cli.run.inputs.resolve import ResolvedRequest
+from linfusion_cli.run.progress.recorder import RunRecorder
 from linfusion_cli.run.stages.cache_keys import (
     NETWORKS,
     VAE,
     Networks,
     networks_key,
-    settle_text,
+    offload_text_encoders,
     text_key,
-    to_host,
+    offload_all,
     vae_key,
 )
-from linfusion_cli.run.stages.context import Run
-from linfusion_cli.run.stages.controlnet import load_controls
+from linfusion_cli.run.stages.context import RunContext
+from linfusion_cli.run.stages.controlnet import load_controlnets
 from linfusion_cli.run.stages.linear_attention import load_linear
 from linfusion_cli.run.stages.plan import plan_run
 
@@ -55,19 +55,19 @@ class Models:
     linear: dict[str, LinearAttention]
     vae: Vae
     conditioning: Conditioning
-    controls: list[LoadedControl]
+    controls: list[LoadedControlNet]
 
 
-def begin(prepared: Prepared, recorder: Recorder, keeper: Keeper, shelf: Shelf) -> Run:
+def start_run(prepared: ResolvedRequest, recorder: RunRecorder, keeper: CheckpointManager, shelf: ModelCache) -> RunContext:
     """Settle how this run works: as the one that it goes on with, if there is room; raises DoesNotFit.
 
     What it can use of the `shelf` stays there.
     """
     freeze_imports()
     torch.set_num_threads(keeper.threads or THREADS)  # sums depend on how they are shared out
-    plan = plan_run(prepared, keeper.executed, to_host(shelf), shelf, keeper.least_dtype)
-    run = Run(prepared, plan, recorder, keeper, shelf)
-    keeper.describe = partial(described, run)
+    plan = plan_run(prepared, keeper.executed, offload_all(shelf), shelf, keeper.least_dtype)
+    run = RunContext(prepared, plan, recorder, keeper, shelf)
+    keeper.describe = partial(describe_state, run)
     shelf.expect(NETWORKS, partial(networks_key, run))
     shelf.expect(VAE, partial(vae_key, run))
     recorder.device = run.device
@@ -79,7 +79,7 @@ def begin(prepared: Prepared, recorder: Recorder, keeper: Keeper, shelf: Shelf) 
     return run
 
 
-def described(run: Run, reached: Reached) -> str:
+def describe_state(run: RunContext, reached: RunState) -> str:
     """How far `reached` is, in words."""
     phase = run.prepared.phases[reached.begun.phase]
     if reached.is_done:
@@ -97,7 +97,7 @@ def freeze_imports() -> None:
     gc.freeze()
 
 
-def read_prompts(run: Run) -> Conditioning:
+def read_prompts(run: RunContext) -> Conditioning:
     """Both prompts, and pictures, as the UNet hears them; their encoders are off the device when this returns.
 
     A batch keeps text encoders where the run has room for them beside all else that it was planned with. Raises
@@ -106,7 +106,7 @@ def read_prompts(run: Run) -> Conditioning:
     request, prepared = run.prepared.request, run.prepared
     prompts = request.prompt, request.negative_prompt
     with run.recorder.stage("prompt", "text", None, 1, "prompts"):
-        changes = TextChanges(prepared.loras, read_inversions(prepared.inversions), request.clip_skip)
+        changes = TextEncoderChanges(prepared.loras, read_inversions(prepared.inversions), request.clip_skip)
         conditioning = encode_prompts(
             prepared.model, prepared.facts, *prompts, run.dtype, run.device, changes, partial(encoder, run)
         )
@@ -116,7 +116,7 @@ def read_prompts(run: Run) -> Conditioning:
         conditioning.check_finite()
     if literal := literal_notice(request):
         run.recorder.notice(literal)
-    settle_text(run)
+    offload_text_encoders(run)
     for prompt, end in conditioning.unheard.items():
         run.recorder.notice(UNHEARD.format(prompt, end))
     for token in conditioning.unused:
@@ -124,25 +124,25 @@ def read_prompts(run: Run) -> Conditioning:
     return conditioning
 
 
-def load(run: Run, vae: Vae, conditioning: Conditioning) -> Models:
+def load(run: RunContext, vae: Vae, conditioning: Conditioning) -> Models:
     """The UNet and its linear attention, on the CPU until a phase mounts what it needs, beside the `vae`."""
     with run.recorder.stage("models", "load", None, 1, "models"):
         networks = run.shelf.get(NETWORKS, partial(networks_key, run), partial(load_networks, run))
     return Models(networks.unet, networks.linear, vae, conditioning, networks.controls)
 
 
-def encoder(run: Run, part: str, load: Callable[[], Encoder]) -> Encoder:
+def encoder(run: RunContext, part: str, load: Callable[[], TextEncoder]) -> TextEncoder:
     """The text encoder that is the model's `part`, from the job before if that had the same."""
     return run.shelf.get(part, partial(text_key, run), load)
 
 
-def load_decoder(run: Run) -> Vae:
+def load_decoder(run: RunContext) -> Vae:
     """The VAE on the device."""
     with run.recorder.stage("vae", "load", None, 1, "models"):
-        return planned_vae(run)
+        return get_vae(run)
 
 
-def planned_vae(run: Run) -> Vae:
+def get_vae(run: RunContext) -> Vae:
     """The VAE on the device, loaded again if a job before went on in another dtype."""
     dtype, get = run.plan.machine.vae_dtype, partial(run.shelf.get, VAE, partial(vae_key, run))
     make = partial(load_vae, run.prepared.vae, dtype, run.device)
@@ -154,7 +154,7 @@ def planned_vae(run: Run) -> Vae:
     return vae.to(run.device)
 
 
-def load_networks(run: Run) -> Networks:
+def load_networks(run: RunContext) -> Networks:
     """The UNet, its linear attention and ControlNets on the CPU, with all that is to change them."""
     prepared = run.prepared
     unet = load_unet(prepared.model, run.dtype)
@@ -162,4 +162,4 @@ def load_networks(run: Run) -> Networks:
     for file, weight in prepared.loras:
         merge_lora(unet, linear, file, weight)
     load_adapters(unet, prepared.adapters)
-    return Networks(unet, linear, load_controls(run, linear))
+    return Networks(unet, linear, load_controlnets(run, linear))

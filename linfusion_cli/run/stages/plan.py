@@ -11,13 +11,13 @@ import torch
 
 from linfusion_cli.hardware.cuda import has_bfloat16, is_cuda
 from linfusion_cli.hardware.device import dtype_name
-from linfusion_cli.models.cache import Shelf
+from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.planning.machine import Machine, survey
-from linfusion_cli.planning.meta_model import ModelOutline
-from linfusion_cli.planning.plan import Plan, Wanted, executed_ways, make_plan
+from linfusion_cli.planning.meta_model import MetaModel
+from linfusion_cli.planning.plan import Plan, PlanInputs, recorded_strategies, make_plan
 from linfusion_cli.planning.speed import measured
 from linfusion_cli.run.checkpoint.dtype_history import WIDTHS
-from linfusion_cli.run.inputs.resolve import Prepared
+from linfusion_cli.run.inputs.resolve import ResolvedRequest
 from linfusion_cli.run.stages.cache_keys import OUTLINE, outline_key
 from linfusion_cli.run.stages.linear_attention import check_base
 from linfusion_cli.sampling.upscalers.pass_count import count_passes
@@ -25,10 +25,10 @@ from linfusion_cli.unet.check import check_control, check_supported
 
 
 def plan_run(
-    prepared: Prepared,
+    prepared: ResolvedRequest,
     executed: Sequence[Mapping[str, Any]] = (),
     kept_bytes: int = 0,
-    shelf: Shelf | None = None,
+    shelf: ModelCache | None = None,
     least_dtype: str | None = None,
 ) -> Plan:
     """The plan for a request, from the model's config files, or what a job before has made of them, on the `shelf`.
@@ -44,13 +44,13 @@ def plan_run(
     held_bytes = prepared.picture.held_bytes if prepared.picture else 0
     controls = prepared.controls
     controlled = (controls.phases, controls.held_bytes)
-    machine = widened(survey(request, kept_bytes), least_dtype)
-    before = executed_ways(executed, machine)
-    wanted = Wanted(request, facts, phases, passes, prepared.picture_size, held_bytes, *controlled, before)
+    machine = widen_dtype(survey(request, kept_bytes), least_dtype)
+    before = recorded_strategies(executed, machine)
+    wanted = PlanInputs(request, facts, phases, passes, prepared.picture_size, held_bytes, *controlled, before)
     folders = [control.folder for control in controls.found]
     parts = (prepared.model, prepared.linfusion, prepared.vae, prepared.adapters, folders)
-    outline = (shelf or Shelf(keeps=False)).get(
-        OUTLINE, partial(outline_key, prepared), partial(ModelOutline.read, *parts)
+    outline = (shelf or ModelCache(keeps=False)).get(
+        OUTLINE, partial(outline_key, prepared), partial(MetaModel.read, *parts)
     )
     if prepared.base is not None:
         check_base(prepared.base, outline.unet)
@@ -63,7 +63,7 @@ def plan_run(
     return make_plan(wanted, outline, machine)
 
 
-def widened(machine: Machine, least: str | None) -> Machine:
+def widen_dtype(machine: Machine, least: str | None) -> Machine:
     """`machine` with a dtype of the UNet and the text encoders that is no narrower than `least`, as far as it has one.
 
     The VAE keeps its own: it has another fallback.

@@ -14,15 +14,15 @@ from typing import TypeVar
 
 import torch
 
-from linfusion_cli.core.errors import DoesNotFit, NonFinite
+from linfusion_cli.core.errors import OutOfMemoryBudget, NonFinite
 from linfusion_cli.hardware.device import dtype_name, free_memory
 from linfusion_cli.models.load.parts import Vae
 from linfusion_cli.models.text.encode import ENCODERS
 from linfusion_cli.planning.plan import Plan
 from linfusion_cli.run.checkpoint.dtype_history import WIDTHS
-from linfusion_cli.run.checkpoint.state import Reached
-from linfusion_cli.run.stages.cache_keys import NETWORKS, to_host
-from linfusion_cli.run.stages.context import Run
+from linfusion_cli.run.checkpoint.state import RunState
+from linfusion_cli.run.stages.cache_keys import NETWORKS, offload_all
+from linfusion_cli.run.stages.context import RunContext
 from linfusion_cli.run.stages.load import Models, load, read_prompts
 from linfusion_cli.run.stages.plan import plan_run
 from linfusion_cli.sampling.phases import Phase
@@ -45,11 +45,11 @@ class NoRoom(NonFinite):
     The same command goes on from there where more memory may be used.
     """
 
-    exit_code = DoesNotFit.exit_code
+    exit_code = OutOfMemoryBudget.exit_code
 
 
 @contextmanager
-def explain_non_finite(run: Run, phase: Phase | None = None) -> Iterator[None]:
+def explain_non_finite(run: RunContext, phase: Phase | None = None) -> Iterator[None]:
     """Within, a NonFinite becomes one with the phase and the dtype in its message: Overflowed unless that is fp32."""
     try:
         yield
@@ -62,15 +62,15 @@ def explain_non_finite(run: Run, phase: Phase | None = None) -> Iterator[None]:
 
 
 @dataclass
-class Work:
+class PrecisionFallback:
     """A run and its models, both in the format in which it computes now."""
 
-    run: Run
+    run: RunContext
     vae: Vae
     _models: Models | None = None
     _repeats: bool = False
 
-    def done(self, compute: Callable[[Run, Models, Reached], Result], reached: Reached) -> Result:
+    def done(self, compute: Callable[[RunContext, Models, RunState], Result], reached: RunState) -> Result:
         """What `compute` makes of `reached`; after NaN or Inf, of the last state that was reached, in a wider format.
 
         Raises NonFinite where the widest gives NaN or Inf too, NoRoom where a wider one does not fit.
@@ -90,7 +90,7 @@ class Work:
                 self._models = load(self.run, self.vae, conditioning)
         return self._models
 
-    def _widened(self, failed: str, reached: Reached) -> Reached:
+    def _widened(self, failed: str, reached: RunState) -> RunState:
         """Go on from `reached` in the next wider format, models and plan included -> the same state, on the host."""
         if not reached.is_finite:
             raise NonFinite(failed, OTHER_SCHEDULER)
@@ -107,11 +107,11 @@ class Work:
         """How the run goes on in the next wider format, planned with no more on the device than at the beginning."""
         run, wider = self.run, WIDTHS[WIDTHS.index(dtype_name(self.run.dtype)) + 1]
         run.shelf.drop(NETWORKS, *ENCODERS)
-        kept_bytes = to_host(run.shelf, self.vae)
+        kept_bytes = offload_all(run.shelf, self.vae)
         free_memory(run.device)
         try:
             return plan_run(run.prepared, run.keeper.stages, kept_bytes, run.shelf, wider)
-        except DoesNotFit as error:
+        except OutOfMemoryBudget as error:
             raise NoRoom(NO_ROOM.format(failed, wider, error.message), error.way_out) from error
         finally:
             self.vae.to(run.device)

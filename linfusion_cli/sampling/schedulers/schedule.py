@@ -104,7 +104,7 @@ class Schedule:
         """
         if not prediction.isfinite().all():
             raise NonFinite(f"The model predicts NaN or Inf at step {step + 1} of {len(self)}.")
-        with noise_supplied(self.scheduler, lambda: self.draw(step)):
+        with supply_noise(self.scheduler, lambda: self.draw(step)):
             return self.scheduler.step(prediction, self.timesteps[step], latents).prev_sample
 
 
@@ -115,7 +115,7 @@ def attributes(scheduler: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def noise_supplied(scheduler: Any, draw: Callable[[], Tensor]) -> Iterator[None]:
+def supply_noise(scheduler: Any, draw: Callable[[], Tensor]) -> Iterator[None]:
     """Within, the noise that `scheduler` adds comes from `draw`.
 
     What it draws by itself would depend on how latents are cut. Few schedulers take noise as an argument, but all ask
@@ -145,7 +145,7 @@ def make_schedule(
     try:
         scheduler.set_timesteps(steps)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise too_many(name, steps) from error
+        raise too_many_steps(name, steps) from error
     count = len(scheduler.timesteps) if count is None else count
     begin = len(scheduler.timesteps) - count
     if begin and not SOLVERS[name].anywhere:
@@ -156,7 +156,7 @@ def make_schedule(
         scheduler.set_begin_index(begin)
     sigmas = noise_levels(scheduler)
     if steps > 1 and sigmas[0] <= sigmas[-1]:  # spread so thinly that all are the same
-        raise too_many(name, steps)
+        raise too_many_steps(name, steps)
     return Schedule(scheduler, scheduler.timesteps[begin:], sigmas[begin:], draw, attributes(scheduler))
 
 
@@ -174,7 +174,7 @@ def make_scheduler(name: str, config: Mapping[str, Any], spacing: str) -> Any:
         raise DataError(reason, "Download the model again.") from error
 
 
-def too_many(name: str, steps: int) -> UsageError:
+def too_many_steps(name: str, steps: int) -> UsageError:
     return UsageError(f"--steps {steps} is too many for --scheduler {name}.", "Use fewer steps.", "steps")
 
 
@@ -187,6 +187,6 @@ def noise_levels(scheduler: Any) -> list[float]:
     return ((1 - signal) / signal).sqrt().tolist()
 
 
-def no_noise(step: int) -> Tensor:
+def zero_noise(step: int) -> Tensor:
     """The Draw of a schedule that is only looked at."""
     return torch.zeros(())

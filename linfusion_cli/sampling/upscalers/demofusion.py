@@ -19,26 +19,26 @@ from linfusion_cli.sampling.schedulers.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Channels:
+class ChannelStatistics:
     """Mean and deviation (n - 1) of each channel of latents, both [1, C, 1, 1]."""
 
     mean: Tensor
     deviation: Tensor
 
     @staticmethod
-    def of(latents: Tensor) -> Channels:
+    def of(latents: Tensor) -> ChannelStatistics:
         """Of `latents` [1, C, h, w]."""
         deviation, mean = torch.std_mean(latents, dim=(0, 2, 3), keepdim=True)
-        return Channels(mean, deviation)
+        return ChannelStatistics(mean, deviation)
 
     def given_to(self, latents: Tensor) -> Tensor:
         """`latents` shifted and scaled to this mean and deviation; a channel without any keeps its own deviation."""
-        own, wanted = Channels.of(latents), self.to(latents.device)
+        own, wanted = ChannelStatistics.of(latents), self.to(latents.device)
         scale = torch.where(own.deviation > 0, wanted.deviation / own.deviation, torch.ones_like(own.deviation))
         return (latents - own.mean) * scale + wanted.mean
 
-    def to(self, device: torch.device) -> Channels:
-        return Channels(self.mean.to(device), self.deviation.to(device))
+    def to(self, device: torch.device) -> ChannelStatistics:
+        return ChannelStatistics(self.mean.to(device), self.deviation.to(device))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def cosines(timestep: float, training_steps: int, exponents: tuple[float, float,
 def demofusion(
     encoded: Tensor,
     noise: Tensor,
-    base: Channels,
+    base: ChannelStatistics,
     schedule: Schedule,
     predict: Predict,
     predict_dilated: Predict,
@@ -91,7 +91,7 @@ def demofusion(
         latents = torch.lerp(latents, schedule.noised(encoded, noise, step), skip)
         prediction = predict(schedule.scaled(latents, step), timestep)
         if method.is_dilated(at, schedule.training_steps):
-            smooth = Channels.of(latents).given_to(blurred(latents, 2 * method.dilation - 1, method.blur_sigma * blur))
+            smooth = ChannelStatistics.of(latents).given_to(blurred(latents, 2 * method.dilation - 1, method.blur_sigma * blur))
             prediction = torch.lerp(prediction, predict_dilated(schedule.scaled(smooth, step), timestep), dilated)
         latents = schedule.stepped(prediction, step, latents)
         if step == len(schedule) - 1:

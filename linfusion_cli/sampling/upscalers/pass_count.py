@@ -8,9 +8,9 @@ from typing import Any
 
 from linfusion_cli.sampling.guidance import where_guided
 from linfusion_cli.sampling.phases import Phase
-from linfusion_cli.sampling.schedulers.schedule import Draw, Schedule, make_schedule, no_noise
+from linfusion_cli.sampling.schedulers.schedule import Draw, Schedule, make_schedule, zero_noise
 from linfusion_cli.sampling.upscalers.demofusion import DemoFusion
-from linfusion_cli.settings.request import PictureRequest
+from linfusion_cli.settings.request import ImageRequest
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Passes:
 
 
 def phase_schedule(
-    request: PictureRequest, config: Mapping[str, Any], phase: Phase, draw: Draw = no_noise
+    request: ImageRequest, config: Mapping[str, Any], phase: Phase, draw: Draw = zero_noise
 ) -> Schedule | None:
     """The steps that `phase` runs, on the noise schedule in the model's `config`; None if there are none."""
     if phase.count == 0:
@@ -37,12 +37,12 @@ def phase_schedule(
     return make_schedule(request.scheduler, config, phase.steps, draw, count, request.timestep_spacing)
 
 
-def demofusion_of(request: PictureRequest, phase: Phase) -> DemoFusion:
+def demofusion_of(request: ImageRequest, phase: Phase) -> DemoFusion:
     """The numbers of the method for `phase`."""
     return DemoFusion(phase.dilation, request.cosine, request.blur_sigma, request.dilated_min)
 
 
-def count_passes(request: PictureRequest, config: Mapping[str, Any], phase: Phase) -> Passes:
+def count_passes(request: ImageRequest, config: Mapping[str, Any], phase: Phase) -> Passes:
     """How often `phase` runs the UNet; raises as `make_schedule` does."""
     schedule = phase_schedule(request, config, phase)
     if schedule is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from linfusion_cli.cli.output import log_file
-from linfusion_cli.core.errors import CannotCreate
+from linfusion_cli.core.errors import CannotCreateOutput
 
 LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d) (\d+) (.+)")
 
@@ -109,7 +109,7 @@ def test_a_log_that_cannot_be_opened_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")  # that nobody reads
     Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    with pytest.raises(CannotCreate, match="--log-file '"):
+    with pytest.raises(CannotCreateOutput, match="--log-file '"):
         log_file.begin(Path(name), print)
     assert Path("picture.png").stat().st_size == 16
 

@@ -14,14 +14,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from linfusion_cli.checkpoint.store import Entry, Journal
+from linfusion_cli.checkpoint.store import Checkpoint, CheckpointStore
 from linfusion_cli.mixers.linear import weights
 from linfusion_cli.models.adapters import ip_adapter
 from linfusion_cli.models.files.parts import Part
 from linfusion_cli.models.load import controlnet
 from linfusion_cli.models.load import parts as load_parts
 from linfusion_cli.models.text import encode
-from linfusion_cli.planning.meta_model import ModelOutline
+from linfusion_cli.planning.meta_model import MetaModel
 from linfusion_cli.run import pipeline
 from linfusion_cli.run.stages import linear_attention, load
 from tests.fake_card.device.tensor import CPU, FakeTensor
@@ -48,17 +48,17 @@ class Checkpoints:
     """What a journal has saved, in memory."""
 
     def __init__(self) -> None:
-        self.entry: Entry | None = None
+        self.entry: Checkpoint | None = None
         self.saved = 0
 
-    def save(self, journal: Journal, head: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
-        self.entry = Entry(dict(head), {name: on_cpu(part) for name, part in parts.items()})
+    def save(self, journal: CheckpointStore, head: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+        self.entry = Checkpoint(dict(head), {name: on_cpu(part) for name, part in parts.items()})
         self.saved += 1
 
-    def read(self, journal: Journal) -> Entry | None:
+    def read(self, journal: CheckpointStore) -> Checkpoint | None:
         return self.entry
 
-    def remove(self, journal: Journal) -> None:
+    def remove(self, journal: CheckpointStore) -> None:
         self.entry = None
 
 
@@ -82,10 +82,10 @@ def made_once(kind: type[nn.Module], part: Part) -> nn.Module:
     return load_parts.outline(kind, part)
 
 
-read_outline = cache(ModelOutline.read)
+read_outline = cache(MetaModel.read)
 
 
-def known_outline(model, linfusion, vae, adapters, controls) -> ModelOutline:
+def known_outline(model, linfusion, vae, adapters, controls) -> MetaModel:
     """As `ModelOutline.read`, once for all runs with the same networks."""
     return read_outline(model, linfusion, vae, Known(adapters), tuple(controls))
 
@@ -167,11 +167,11 @@ def stubbed(checkpoints: Checkpoints, sink: CountingSink) -> Iterator[None]:
     with ExitStack() as stack:
         for module in (load_parts, encode, ip_adapter, controlnet):
             stack.enter_context(patch.object(module, "load_part", fake_part))
-        stack.enter_context(patch.object(ModelOutline, "read", known_outline))
+        stack.enter_context(patch.object(MetaModel, "read", known_outline))
         stack.enter_context(patch.object(linear_attention, "load_weights", fake_linear))
         stack.enter_context(patch.object(load, "load_adapters", fake_adapters))
         stack.enter_context(patch.object(pipeline, "opened_outputs", opened))
         for name in ("save", "read", "remove"):
             method = getattr(checkpoints, name)
-            stack.enter_context(patch.object(Journal, name, lambda *args, method=method: method(*args)))
+            stack.enter_context(patch.object(CheckpointStore, name, lambda *args, method=method: method(*args)))
         yield

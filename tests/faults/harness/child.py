@@ -72,12 +72,12 @@ def with_time(note: Callable[[str], None]) -> Callable[[str], None]:
 def tell_events(note: Callable[[str], None]) -> None:
     """Note the events of the run: which stage begins, how far it is, and where it ends."""
     from linfusion_cli.core.events import Event, Observer, StageAdvanced, StageFinished, StageStarted
-    from linfusion_cli.run.progress.recorder import Recorder
+    from linfusion_cli.run.progress.recorder import RunRecorder
 
-    begin = Recorder.__init__
+    begin = RunRecorder.__init__
 
     @wraps(begin)
-    def begin_noting(self: Recorder, observer: Observer) -> None:
+    def begin_noting(self: RunRecorder, observer: Observer) -> None:
         begin(self, observer)
 
         def both(event: Event) -> None:
@@ -92,4 +92,4 @@ def tell_events(note: Callable[[str], None]) -> None:
 
         self._observer = both
 
-    Recorder.__init__ = begin_noting
+    RunRecorder.__init__ = begin_noting

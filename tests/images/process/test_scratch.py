@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from linfusion_cli.core.errors import WriteFailed
-from linfusion_cli.images.process.resize import resized_region
-from linfusion_cli.images.process.scratch import ScratchPicture
+from linfusion_cli.images.process.resize import resize_region
+from linfusion_cli.images.process.scratch import ScratchImage
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_regions_come_back_to_sixteen_bits_and_leave_no_file(tmp_path, in_memory):
     rows = np.random.default_rng(0).random((37, 21, 3), dtype=np.float32)
-    with ScratchPicture(None if in_memory else tmp_path, 21, 37) as scratch:
+    with ScratchImage(None if in_memory else tmp_path, 21, 37) as scratch:
         for top in range(0, 37, 10):
             scratch.append(rows[top : top + 10])
         assert not list(tmp_path.iterdir())
@@ -24,13 +24,13 @@ def test_regions_come_back_to_sixteen_bits_and_leave_no_file(tmp_path, in_memory
 def test_resizing_by_regions_is_resizing_the_whole(target):
     picture, source = np.random.default_rng(1).random((50, 70, 3), dtype=np.float32), (70, 50)
     read = lambda top, bottom, left, right: picture[top:bottom, left:right]  # noqa: E731
-    whole = resized_region(read, source, target, (0, target[1], 0, target[0]))
+    whole = resize_region(read, source, target, (0, target[1], 0, target[0]))
     assert whole.shape == (target[1], target[0], 3)
     for top in range(0, target[1], 7):
         bottom = min(top + 7, target[1])
         for left in range(0, target[0], 11):
             right = min(left + 11, target[0])
-            part = resized_region(read, source, target, (top, bottom, left, right))
+            part = resize_region(read, source, target, (top, bottom, left, right))
             np.testing.assert_allclose(part, whole[top:bottom, left:right], atol=2e-6)
 
 
@@ -41,12 +41,12 @@ def test_resizing_reads_only_what_it_needs():
         read.extend([bottom - top, right - left])
         return picture[top:bottom, left:right]
 
-    resized_region(reads, (1000, 1000), (2000, 2000), (500, 516, 0, 32))
+    resize_region(reads, (1000, 1000), (2000, 2000), (500, 516, 0, 32))
     assert read[0] <= 8 + 2 * 5 and read[1] <= 16 + 5
 
 
 def test_a_full_disk_is_a_failed_write(monkeypatch):
-    scratch = ScratchPicture(Path("/dev/shm"), 100, 100)
+    scratch = ScratchImage(Path("/dev/shm"), 100, 100)
     scratch._file.close()
     scratch._file = open("/dev/full", "r+b", buffering=0)  # noqa: PTH123, SIM115 - closed below, as close() would
     with pytest.raises(WriteFailed, match="No space left"), scratch:
@@ -55,17 +55,17 @@ def test_a_full_disk_is_a_failed_write(monkeypatch):
 
 def test_a_folder_that_refuses_is_a_failed_write(tmp_path):
     with pytest.raises(WriteFailed, match="could not be kept"):
-        ScratchPicture(tmp_path / "none", 1, 1)
+        ScratchImage(tmp_path / "none", 1, 1)
 
 
 def test_a_file_that_has_become_shorter_is_an_error(tmp_path):
-    with ScratchPicture(tmp_path, 3, 5) as scratch, pytest.raises(WriteFailed, match="shorter"):
+    with ScratchImage(tmp_path, 3, 5) as scratch, pytest.raises(WriteFailed, match="shorter"):
         scratch.append(np.zeros((5, 3, 3), np.float32))
         scratch._file.truncate(10)
         scratch.read(0, 5)
 
 
 def test_rows_that_are_not_there_are_an_error(tmp_path):
-    with ScratchPicture(tmp_path, 3, 5) as scratch, pytest.raises(ValueError, match="not all appended"):
+    with ScratchImage(tmp_path, 3, 5) as scratch, pytest.raises(ValueError, match="not all appended"):
         scratch.append(np.zeros((2, 3, 3), np.float32))
         scratch.read(1, 4)

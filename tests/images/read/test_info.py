@@ -6,7 +6,7 @@ import pytest
 import tifffile
 from PIL import Image, PngImagePlugin
 
-from linfusion_cli.core.errors import DataError, InputMissing
+from linfusion_cli.core.errors import DataError, InputNotFound
 from linfusion_cli.images import open_sink, read_info
 from tests.images.conftest import picture
 
@@ -15,11 +15,11 @@ FORMATS = ["tiff", "png", "jpeg"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    from linfusion_cli.images import PictureInfo
+    from linfusion_cli.images import ImageInfo
 
     folder = tmp_path_factory.mktemp("pictures")
     for format in FORMATS:
-        info = PictureInfo("s", 240, {"seed": 1}, "", "", "Steps: 1")
+        info = ImageInfo("s", 240, {"seed": 1}, "", "", "Steps: 1")
         sink = open_sink(folder / format, format, (700, 600), 8, info)
         sink.write(picture(700, 600))
         sink.close()
@@ -73,7 +73,7 @@ def test_tiles_past_the_end(tmp_path):
 
 
 def test_not_there(tmp_path):
-    with pytest.raises(InputMissing) as caught:
+    with pytest.raises(InputNotFound) as caught:
         read_info(tmp_path / "missing.png")
     assert caught.value.exit_code == 66
     with pytest.raises(DataError, match="folder"):

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.images import open_sink
-from linfusion_cli.images.read.source import inspect_source, oriented, source_rows
+from linfusion_cli.images.read.source import inspect_source, apply_orientation, source_rows
 from tests.images.conftest import picture
 from tests.images.sources import (
     FORMATS,
@@ -101,7 +101,7 @@ def test_every_orientation_is_seen_as_pillow_turns_it(tmp_path, format, orientat
     assert (found.height_px, found.width_px) == expected.shape[:2]
     assert (found.orientation, found.stored_size.pair) == (orientation, (WIDTH, HEIGHT))
     stored = read(path)
-    see = oriented(lambda top, bottom, left, right: stored[top:bottom, left:right].copy(), found)
+    see = apply_orientation(lambda top, bottom, left, right: stored[top:bottom, left:right].copy(), found)
     whole = see(0, found.height_px, 0, found.width_px)
     np.testing.assert_allclose(whole, expected, atol=2 if format == "jpeg" else 1e-4)
     for top, bottom, left, right in [(0, 1, 0, 1), (3, 40, 11, 12), (20, 70, 0, 65)]:

@@ -6,7 +6,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from linfusion_cli.core.errors import DataError, InputMissing, LinfusionError
+from linfusion_cli.core.errors import DataError, InputNotFound, LinfusionError
 from linfusion_cli.images.read.source import inspect_source, source_rows
 from tests.images.conftest import picture
 from tests.images.sources import (
@@ -48,7 +48,7 @@ def test_what_is_hardly_a_file_is_refused(tmp_path, content):
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
     for missing in (tmp_path / "missing.png", tmp_path / "missing" / "a.png"):
-        with pytest.raises(InputMissing) as caught:
+        with pytest.raises(InputNotFound) as caught:
             inspect_source(missing)
         assert caught.value.exit_code == 66
     with pytest.raises(DataError, match="folder"):

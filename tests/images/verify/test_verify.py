@@ -11,8 +11,8 @@ import pytest
 import tifffile
 from PIL import Image, PngImagePlugin
 
-from linfusion_cli.core.errors import DataError, InputMissing
-from linfusion_cli.images import PictureInfo, PreviewSink, open_sink, read_info, without_prompt
+from linfusion_cli.core.errors import DataError, InputNotFound
+from linfusion_cli.images import ImageInfo, PreviewSink, open_sink, read_info, without_prompt
 from linfusion_cli.images.verify.verify import verify_image
 from linfusion_cli.images.write import ifd, tiff
 from linfusion_cli.images.write.jpeg import segments
@@ -92,7 +92,7 @@ def test_what_looks_like_a_checksum_is_left_alone(tmp_path, info, format, length
 @pytest.mark.parametrize("format", ["tiff", "png", "jpeg"])
 def test_no_file_is_without_a_checksum(tmp_path, info, format):
     assert verify_image(written(tmp_path / "a", format, None, 8, without_prompt(info))).file_sha256
-    nothing = PictureInfo("s", 72.0, {}, "", "", "")
+    nothing = ImageInfo("s", 72.0, {}, "", "", "")
     found = verify_image(written(tmp_path / "a", format, None, 8, nothing))
     assert (found.request, len(found.file_sha256)) == ({}, 64)
     preview = PreviewSink(tmp_path / f"a.{format}", (60, 45), 16, info, max_side_px=20)
@@ -225,7 +225,7 @@ def test_a_picture_saved_again_with_its_old_request_is_refused(tmp_path, rewrite
 
 
 def test_not_there(tmp_path):
-    with pytest.raises(InputMissing):
+    with pytest.raises(InputNotFound):
         verify_image(tmp_path / "missing.tif")
 
 

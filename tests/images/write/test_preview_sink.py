@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linfusion_cli.core.errors import CannotCreate, UsageError
+from linfusion_cli.core.errors import CannotCreateOutput, UsageError
 from linfusion_cli.images import PreviewSink, read_info
 from tests.images.conftest import left_in, picture, write_unevenly
 
@@ -42,5 +42,5 @@ def test_checked_before_any_work(tmp_path, info):
     with pytest.raises(UsageError, match=".jpg"):
         PreviewSink(tmp_path / "a.gif", (10, 10), 8, info)
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(CannotCreate, match="exists"):
+    with pytest.raises(CannotCreateOutput, match="exists"):
         PreviewSink(tmp_path / "a.jpg", (10, 10), 8, info)

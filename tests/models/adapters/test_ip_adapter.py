@@ -17,9 +17,9 @@ from linfusion_cli.models.adapters.lora import merge_lora
 from linfusion_cli.models.files.parts import Model
 from linfusion_cli.models.locate.files import FoundFile
 from linfusion_cli.models.locate.ip_adapter import Adapter, AdapterFile, find_adapter, find_encoder, read_adapter
-from linfusion_cli.planning.meta_model import ModelOutline, count
+from linfusion_cli.planning.meta_model import MetaModel, count
 from linfusion_cli.strips.ops import StripSize
-from linfusion_cli.unet.estimate import Setting, reckon
+from linfusion_cli.unet.estimate import Setting, estimate_unet
 from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.models.adapters.test_lora import factors_for, in_kohya_layout, layers_in, write
 from tests.models.locate.test_model import put_in_hub
@@ -192,15 +192,15 @@ def test_half_precision_files_take_the_unet_s_precision(tmp_path, unet):
 @pytest.mark.parametrize("kind", ["plain", "plus", "full"])
 def test_a_plan_counts_the_adapter_s_weights_and_tokens(tmp_path, xl_model, unet, kind):
     file = write_adapter(tmp_path / "a.safetensors", unet, kind)
-    outline = ModelOutline.read(Model(xl_model), xl_model / "linfusion", None, [adapter(file), adapter(file)])
-    without = ModelOutline.read(Model(xl_model), xl_model / "linfusion")
+    outline = MetaModel.read(Model(xl_model), xl_model / "linfusion", None, [adapter(file), adapter(file)])
+    without = MetaModel.read(Model(xl_model), xl_model / "linfusion")
     own = sum(tensor.numel() for tensor in load_file(file).values())
     assert {parameter.device.type for parameter in outline.unet.parameters()} == {"meta"}
     assert count(outline.unet) - count(without.unet) == 2 * own
     assert outline.numbers("linear") - without.numbers("linear") == 2 * own
     more = 2 * {**TOKENS, "full": 257}[kind]  # of a full face: one for each patch of the published encoder
     settings = [Setting(StripSize(), "device", 1, 37, 53, 4, text_tokens=tokens) for tokens in (7, 7 + more)]
-    assert reckon(outline.unet, settings[0]).flops == reckon(without.unet, settings[1]).flops
+    assert estimate_unet(outline.unet, settings[0]).flops == estimate_unet(without.unet, settings[1]).flops
 
 
 def test_a_lora_changes_the_same_weights_before_and_after(tmp_path, unet):

@@ -9,7 +9,7 @@ from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.models.adapters.textual_inversion import read_inversion, read_inversions
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.text.encode import TextChanges, encode_prompts
+from linfusion_cli.models.text.encode import TextEncoderChanges, encode_prompts
 from tests.support.small_models import TEXT_WIDTH
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def write(folder, tensors, name="style.safetensors"):
 
 def hear(folder, prompt, *inversions, negative=""):
     """What we make of the prompts with textual inversions (file, token)."""
-    changes = TextChanges(inversions=read_inversions(inversions))
+    changes = TextEncoderChanges(inversions=read_inversions(inversions))
     facts = read_facts(Model(folder))
     return encode_prompts(Model(folder), facts, prompt, negative, torch.float32, CPU, changes)
 

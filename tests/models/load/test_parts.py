@@ -11,12 +11,12 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model, Part
 from linfusion_cli.models.load.parts import load_unet, load_vae
-from linfusion_cli.models.text.encode import SizeConditioning, encode_prompts
+from linfusion_cli.models.text.encode import TimeIds, encode_prompts
 from linfusion_cli.models.text.tokens import load_tokenizer, tokenize
 from tests.support.small_models import small_text_config, write_small_xl
 
 CPU = torch.device("cpu")
-TOLD = SizeConditioning(Size(640, 480), (8, 16), Size(320, 240))
+TOLD = TimeIds(Size(640, 480), (8, 16), Size(320, 240))
 PROMPT, NEGATIVE = "a [cat] with 😀 and ünïcode", "blurry"
 
 

@@ -9,7 +9,7 @@ from diffusers import ControlNetUnionModel
 
 from linfusion_cli.core.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.load.controlnet import LoadedControl
+from linfusion_cli.models.load.controlnet import LoadedControlNet
 from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, kind_number
 from tests.support.small_controlnets import small_control, small_union, write_control
 from tests.support.small_models import small_sd_unet, small_xl_unet
@@ -47,9 +47,9 @@ def test_a_folder_is_found_and_its_kind_told(plain, union):
 def test_it_is_loaded_as_it_was_written(kind, request, xl_model):
     folder = request.getfixturevalue(kind)
     check_fits(folder, Model(xl_model))
-    loaded = LoadedControl.load(folder, {}, torch.float32)
+    loaded = LoadedControlNet.load(folder, {}, torch.float32)
     expected = (small_union if kind == "union" else small_control)(small_xl_unet()).state_dict()
-    outline = LoadedControl.outline(folder, {})
+    outline = LoadedControlNet.outline(folder, {})
     assert {name: part.shape for name, part in outline.net.state_dict().items()} == {
         name: part.shape for name, part in expected.items()
     }
@@ -61,7 +61,7 @@ def test_a_union_model_under_the_name_that_its_makers_gave_it(union, tmp_path, x
     config = json.loads((folder / "config.json").read_text()) | {"_class_name": "ControlNetModel_Union"}
     (folder / "config.json").write_text(json.dumps(config))
     check_fits(folder, Model(xl_model))
-    assert is_union(folder) and type(LoadedControl.load(folder, {}, torch.float32).net) is ControlNetUnionModel
+    assert is_union(folder) and type(LoadedControlNet.load(folder, {}, torch.float32).net) is ControlNetUnionModel
 
 
 def test_what_is_not_there_is_unavailable(tmp_path):

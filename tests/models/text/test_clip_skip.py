@@ -7,14 +7,14 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.text.encode import TextChanges, encode_prompts, heard_layer
+from linfusion_cli.models.text.encode import TextEncoderChanges, encode_prompts, clip_layer_index
 
 CPU = torch.device("cpu")
 PROMPTS = "a hill", "a cat"
 
 
 def hear(folder, clip_skip):
-    changes = TextChanges(clip_skip=clip_skip)
+    changes = TextEncoderChanges(clip_skip=clip_skip)
     return encode_prompts(Model(folder), read_facts(Model(folder)), *PROMPTS, torch.float32, CPU, changes)
 
 
@@ -57,4 +57,4 @@ def test_more_layers_than_there_are_is_an_error(xl_model):
 
 
 def test_the_usual_layer_of_a_small_encoder_may_be_its_embedding():
-    assert heard_layer(None, True, "text_encoder", 1) == 2
+    assert clip_layer_index(None, True, "text_encoder", 1) == 2

@@ -14,7 +14,7 @@ from linfusion_cli.models.adapters.lora import merge_lora, merge_text_lora, text
 from linfusion_cli.models.adapters.lora_file import read_lora
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.text.encode import TextChanges, encode_prompts
+from linfusion_cli.models.text.encode import TextEncoderChanges, encode_prompts
 from tests.support.small_models import small_sd_unet
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def write(folder, tensors, **header):
 def hear(model, *loras):
     """What we make of the prompts with LoRAs (file, weight): a list of tensors."""
     facts = read_facts(model)
-    found = encode_prompts(model, facts, PROMPT, NEGATIVE, torch.float32, CPU, TextChanges(loras))
+    found = encode_prompts(model, facts, PROMPT, NEGATIVE, torch.float32, CPU, TextEncoderChanges(loras))
     both = (found.positive, found.negative)
     return [both[i].hidden for i in (0, 1)] + [half.pooled for half in both if half.pooled is not None]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from linfusion_cli.checkpoint.store import Journal
+from linfusion_cli.checkpoint.store import CheckpointStore
 from linfusion_cli.run.checkpoint import manager
-from linfusion_cli.run.checkpoint.state import Reached
+from linfusion_cli.run.checkpoint.state import RunState
 from linfusion_cli.sampling.schedulers.schedule import Schedule
 
 MORE = "\nSearch for `cudaErrorX' in https://docs.nvidia.com for more.\nCUDA kernel errors might be reported elsewhere."
@@ -25,9 +25,9 @@ class Card:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.error: BaseException | None = None
         self.fails_at, self.is_readable, self.steps = 0, True, 0
-        self._stepped, self._is_finite = Schedule.stepped, Reached.is_finite.fget
+        self._stepped, self._is_finite = Schedule.stepped, RunState.is_finite.fget
         monkeypatch.setattr(Schedule, "stepped", lambda *arguments: self._step(*arguments))
-        monkeypatch.setattr(Reached, "is_finite", property(self._finite))
+        monkeypatch.setattr(RunState, "is_finite", property(self._finite))
 
     def fail(self, error: BaseException | None, at: int = 0, is_readable: bool = True) -> None:
         """Of a run from now on, the step `at`, counted from 1 over all phases."""
@@ -39,7 +39,7 @@ class Card:
             raise self.error
         return self._stepped(*arguments)
 
-    def _finite(self, reached: Reached) -> bool:
+    def _finite(self, reached: RunState) -> bool:
         lies_on_card = not reached.is_done and reached.latents is not None
         if lies_on_card and not self.is_readable and self.steps >= self.fails_at:
             raise torch.AcceleratorError(f"{LOST}{MORE}")
@@ -191,7 +191,7 @@ def test_a_signal_that_comes_while_the_device_is_lost_is_a_signal(card, make, mo
 
 def test_a_state_that_cannot_be_read_leaves_the_one_before(card, make, expected, tmp_path):
     """Also where the loss shows only when the state is read, to be saved."""
-    written, saved = Journal.save, []
+    written, saved = CheckpointStore.save, []
 
     def save(journal, head, parts):
         saved.append(parts["reached"]["steps"])
@@ -200,7 +200,7 @@ def test_a_state_that_cannot_be_read_leaves_the_one_before(card, make, expected,
         written(journal, head, parts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "save", save)
+        patch.setattr(CheckpointStore, "save", save)
         code, err = make(*EVERY)
     assert code == 69 and "Saved: step 2 of 4 in phase base;" in last_line(err)
     assert make(*EVERY)[0] == 0

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from linfusion_cli.checkpoint.store import LOCK, Journal
-from linfusion_cli.core.errors import CannotCreate, Stopped, TryAgain, UsageError, WriteFailed
+from linfusion_cli.checkpoint.store import LOCK, CheckpointStore
+from linfusion_cli.core.errors import CannotCreateOutput, Stopped, TemporaryFailure, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice, StageAdvanced, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
@@ -208,7 +208,7 @@ def test_changed_weights_are_refused(make, xl_model, tmp_path):
 def test_the_plan_that_was_executed_is_executed_again(make, monkeypatch, tmp_path):
     with pytest.raises(Stopped):
         make(in_second_phase)
-    made = Journal(tmp_path / "a.png").read().head
+    made = CheckpointStore(tmp_path / "a.png").read().head
     monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(2, 128),))
     threads = torch.get_num_threads()
     monkeypatch.setattr(load, "THREADS", threads + 1)
@@ -256,9 +256,9 @@ def test_a_state_that_cannot_be_saved_does_not_end_the_run(make, tmp_path, monke
 
 
 def test_a_run_in_the_way_is_told(make, tmp_path):
-    journal = Journal(tmp_path / "a.png").folder
+    journal = CheckpointStore(tmp_path / "a.png").folder
     journal.mkdir()
-    with locked_elsewhere(journal / LOCK), pytest.raises(TryAgain, match="Another run is writing"):
+    with locked_elsewhere(journal / LOCK), pytest.raises(TemporaryFailure, match="Another run is writing"):
         make()
     make()
 
@@ -266,7 +266,7 @@ def test_a_run_in_the_way_is_told(make, tmp_path):
 def test_killed_after_the_rename_it_is_complete(make, tmp_path, monkeypatch):
     """The file has its name, and the journal could not go any more."""
     with monkeypatch.context() as patch:
-        patch.setattr(manager.Keeper, "complete", lambda self: None)
+        patch.setattr(manager.CheckpointManager, "complete", lambda self: None)
         make(preview=Path("small.jpg"))
     expected = files(tmp_path)
     listener = Listener()
@@ -274,13 +274,13 @@ def test_killed_after_the_rename_it_is_complete(make, tmp_path, monkeypatch):
     assert report.already_complete and files(tmp_path) == expected
     assert not (tmp_path / "a.png.linfusion").exists()
     json.dumps(report.to_json())
-    with pytest.raises(CannotCreate):
+    with pytest.raises(CannotCreateOutput):
         make(preview=Path("small.jpg"))
 
 
 def test_killed_before_its_preview_it_makes_both(make, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(manager.Keeper, "complete", lambda self: None)
+        patch.setattr(manager.CheckpointManager, "complete", lambda self: None)
         make(preview=Path("small.jpg"))
     expected = files(tmp_path)
     (tmp_path / "small.jpg").unlink()
@@ -292,7 +292,7 @@ def test_a_file_of_another_is_never_taken_for_ours(make, tmp_path):
     with pytest.raises(Stopped):
         make(stopping_at("write"))
     (tmp_path / "a.png").write_text("precious")
-    with pytest.raises(CannotCreate, match="exists"):
+    with pytest.raises(CannotCreateOutput, match="exists"):
         make()
     assert (tmp_path / "a.png").read_text() == "precious" and (tmp_path / "a.png.linfusion").exists()
 
@@ -327,13 +327,13 @@ def test_a_journal_that_cannot_be_used_is_set_aside(make, tmp_path, damage):
 def test_without_prompts_in_files_the_journal_proves_whose_they_are(make, tmp_path, monkeypatch):
     hidden = {"prompt_metadata": False, "preview": Path("small.png")}
     with monkeypatch.context() as patch:
-        patch.setattr(manager.Keeper, "complete", lambda self: None)
+        patch.setattr(manager.CheckpointManager, "complete", lambda self: None)
         make(**hidden)
-    journal = Journal(tmp_path / "a.png").read()
+    journal = CheckpointStore(tmp_path / "a.png").read()
     assert make(**hidden).already_complete
-    with Journal(tmp_path / "a.png").held() as left:
+    with CheckpointStore(tmp_path / "a.png").held() as left:
         left.save(journal.head, journal.parts)
-    with pytest.raises(CannotCreate):  # of the same settings, which are all that the file tells
+    with pytest.raises(CannotCreateOutput):  # of the same settings, which are all that the file tells
         make(prompt="a sea", **hidden)
 
 
@@ -357,7 +357,7 @@ def test_a_phase_s_picture_is_not_taken_for_the_picture(make, tmp_path):
     make(save_phases=True, output=Path("b.png"))
     (tmp_path / "b-64x64.png").rename(tmp_path / "a.png")
     (tmp_path / "a.png.linfusion").mkdir()  # as if a run had been killed here
-    with pytest.raises(CannotCreate):
+    with pytest.raises(CannotCreateOutput):
         make(save_phases=True)
 
 

@@ -4,16 +4,16 @@ import time
 
 import pytest
 
-from linfusion_cli.checkpoint.store import Journal
+from linfusion_cli.checkpoint.store import CheckpointStore
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.run.checkpoint.manager import Keeper
-from linfusion_cli.run.checkpoint.state import Reached
+from linfusion_cli.run.checkpoint.manager import CheckpointManager
+from linfusion_cli.run.checkpoint.state import RunState
 from linfusion_cli.settings.request import GenerateRequest
 
 STEP_SEC, STEPS = 1.0, 10_000
 
 
-class SlowJournal(Journal):
+class SlowJournal(CheckpointStore):
     """A journal on a disk on which every save takes `save_sec`, by a clock that nothing else but `now` advances."""
 
     def __init__(self, target, save_sec: float):
@@ -36,10 +36,10 @@ def saved(tmp_path, monkeypatch):
         request = GenerateRequest(
             prompt="a hill", size=Size(64, 64), output=output, model="demo", checkpoint_every=every_sec
         )
-        keeper = Keeper(journal, None, request)
+        keeper = CheckpointManager(journal, None, request)
         for step in range(1, STEPS + 1):
             journal.now += STEP_SEC
-            reached = Reached(steps=step)
+            reached = RunState(steps=step)
             keeper.border(reached) if step in borders else keeper.step(reached)
         assert keeper.saves.count == len(journal.saved_at)
         return journal

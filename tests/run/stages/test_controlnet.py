@@ -15,12 +15,12 @@ from diffusers import (
 )
 from PIL import Image
 
-from linfusion_cli.core.errors import DataError, InputMissing, Unavailable, UsageError
+from linfusion_cli.core.errors import DataError, InputNotFound, Unavailable, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
-from linfusion_cli.unet.predict import Whole
+from linfusion_cli.unet.predict import WholeUNet
 from tests.support.fakes import Listener
 from tests.support.small_controlnets import small_control, small_union, write_control
 from tests.support.small_models import small_sd_unet, small_xl_unet
@@ -161,7 +161,7 @@ def test_pictures_of_other_sizes_and_with_alpha_are_fitted(make, tmp_path, nets,
     [
         ({"control_image": ()}, UsageError, "--control-image"),
         ({"control_image": ("{a}", "{b}")}, UsageError, "--control-image"),
-        ({"control_image": ("nowhere.png",)}, InputMissing, "nowhere.png does not exist"),
+        ({"control_image": ("nowhere.png",)}, InputNotFound, "nowhere.png does not exist"),
         ({"control_image": ("{sd}/config.json",)}, DataError, "is not a PNG"),
         ({"control_image": ("{wide}",)}, UsageError, "has not the proportions of 64x64"),
         ({"controlnet": ("nobody/nothing",)}, Unavailable, "--controlnet nobody/nothing"),
@@ -213,7 +213,7 @@ def test_a_controlled_phase_in_strips_is_the_plain_forwards_with_the_same_attent
     """With the sides of a picture that is cropped, and another picture for each of two ControlNets."""
 
     def whole(run, unet, mode, phase, controls):
-        return [Whole(unet, times, [control.whole() for control in controls]) for times in (1, phase.dilation)]
+        return [WholeUNet(unet, times, [control.whole() for control in controls]) for times in (1, phase.dilation)]
 
     how = {"size": Size(124, 116), "controlnet": (nets["xl"], nets["union"]), "control_type": ("depth",)}
     how |= {"control_image": (pictures["large"], pictures["b"]), "control_phases": ("1",), "steps": (2,)}

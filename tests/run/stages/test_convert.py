@@ -13,8 +13,8 @@ from linfusion_cli.core.errors import DataError, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.images.process.scratch import ScratchPicture
-from linfusion_cli.run.outputs.async_writer import Writing
+from linfusion_cli.images.process.scratch import ScratchImage
+from linfusion_cli.run.outputs.async_writer import AsyncWriter
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.convert import resized_reader
 from linfusion_cli.settings.request import GenerateRequest
@@ -121,13 +121,13 @@ def test_a_draw_of_latents_is_another_picture_the_same_each_time(make, tmp_path)
 
 
 def test_a_picture_between_phases_waits_in_memory_if_there_is_room_and_is_the_same(make, tmp_path, monkeypatch):
-    seen, real = [], ScratchPicture.__init__
+    seen, real = [], ScratchImage.__init__
 
     def spy(self, folder, *size):
         seen.append(folder)
         real(self, folder, *size)
 
-    monkeypatch.setattr(ScratchPicture, "__init__", spy)
+    monkeypatch.setattr(ScratchImage, "__init__", spy)
     report = make("a.png")
     assert seen == [None]
     stages = {(stage["kind"], stage["phase"]): stage["waiting_bytes"] for stage in report.plan["stages"]}
@@ -152,7 +152,7 @@ def test_memory_that_runs_out_at_the_last_decode_is_told_and_the_file_is_complet
     from linfusion_cli.vae import streaming
 
     make("a.png")
-    real, failed = streaming.streamed, []
+    real, failed = streaming.stream, []
 
     def scarce(stages, read, length, height, step=None):
         for i, rows in enumerate(real(stages, read, length, height, step)):
@@ -183,13 +183,13 @@ class Sink:
 
 def test_what_the_sink_raises_in_its_thread_is_raised_by_the_next_call():
     sink = Sink()
-    with pytest.raises(WriteFailed, match="No space"), Writing(sink) as writing:
+    with pytest.raises(WriteFailed, match="No space"), AsyncWriter(sink) as writing:
         for number in range(10):
             writing.take(np.full((1, 1, 3), number))
     assert [int(rows[0, 0, 0]) for rows in sink.written] == [0, 1]
 
     sink = Sink()
-    with pytest.raises(WriteFailed, match="No space"), Writing(sink) as writing:
+    with pytest.raises(WriteFailed, match="No space"), AsyncWriter(sink) as writing:
         for number in range(3):
             writing.take(np.full((1, 1, 3), number))
         writing.finish()

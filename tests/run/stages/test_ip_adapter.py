@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from linfusion_cli.core.errors import DataError, InputMissing, Unavailable, UsageError
+from linfusion_cli.core.errors import DataError, InputNotFound, Unavailable, UsageError
 from linfusion_cli.core.events import StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images.read.source import inspect_source
@@ -17,7 +17,7 @@ from linfusion_cli.run.inputs import ip_adapters
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.settings.request import GenerateRequest
-from linfusion_cli.unet.predict import Whole
+from linfusion_cli.unet.predict import WholeUNet
 from tests.models.adapters.test_lora import factors_for, in_peft_layout, layers_in, write
 from tests.support.fakes import Listener
 from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
@@ -103,14 +103,14 @@ def test_strips_hear_what_the_plain_forward_hears(make, monkeypatch):
     wanted = {"attention": ("linear",), "size": Size(120, 104), "upscaler": "demofusion", "strength": (0.7,)}
     strips = make(*kinds, **wanted)
     monkeypatch.setattr(
-        denoise, "runners", lambda run, unet, mode, phase, _: [Whole(unet), Whole(unet, phase.dilation)]
+        denoise, "runners", lambda run, unet, mode, phase, _: [WholeUNet(unet), WholeUNet(unet, phase.dilation)]
     )
     assert np.abs(strips - make(*kinds, **wanted)).max() <= 1
 
 
 def test_both_halves_at_once_are_each_of_them(make, monkeypatch):
     in_turn = make("plus", "plain", family="sd", linfusion="none")
-    plain = denoise.guided_prediction
+    plain = denoise.guide_prediction
     monkeypatch.setattr(
         denoise, "guided_prediction", lambda run, heard, unet, _, how: plain(run, heard, unet, True, how)
     )
@@ -173,7 +173,7 @@ def test_the_encoder_s_own_way_to_take_pictures_counts(make, adapters, tmp_path)
     ("changed", "error", "says"),
     [
         ({"images": ()}, UsageError, "--ip-image is given 0 times, and --ip-adapter 1 times"),
-        ({"images": ("c.png",)}, InputMissing, "c.png does not exist"),
+        ({"images": ("c.png",)}, InputNotFound, "c.png does not exist"),
         ({"images": ("xl-plain.safetensors",)}, DataError, "is not a PNG"),
         ({"ip_adapter": ("/nowhere/a.safetensors",)}, Unavailable, "no such file or folder"),
         ({"ip_image_encoder": "/nowhere"}, Unavailable, "--ip-image-encoder /nowhere"),

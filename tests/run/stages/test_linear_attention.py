@@ -14,7 +14,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.mixers.linear.merge import PROJECTIONS
 from linfusion_cli.mixers.linear.weights import CONFIG_NAME, WEIGHTS_NAME, read_specs
 from linfusion_cli.models.locate.model import FAMILY_BASES, PUBLISHED_LINFUSION
-from linfusion_cli.run.inputs.resolve import prepare
+from linfusion_cli.run.inputs.resolve import resolve_request
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.plan import plan_run
 from linfusion_cli.settings.request import GenerateRequest
@@ -153,7 +153,7 @@ def test_a_base_of_another_make_is_refused_by_the_plan_already(request_for, base
     small_xl_unet((1, 1, 1)).save_pretrained(base / "unet")
     request = request_for(linfusion_merge="delta", linfusion_base=str(base))
     with pytest.raises(DataError, match=r"transformer_blocks.1.attn1.to_q.weight is no such tensor in the base"):
-        plan_run(prepare(request))
+        plan_run(resolve_request(request))
 
 
 def test_a_model_that_was_cut_down_uses_the_weights_of_the_whole_one(paint, xl_model, tmp_path):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linfusion_cli.checkpoint.store import Journal
+from linfusion_cli.checkpoint.store import CheckpointStore
 from linfusion_cli.core.errors import NonFinite, Stopped, UsageError
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware import device
 from linfusion_cli.images import read_info
-from linfusion_cli.run.pipeline import generate, make_picture
+from linfusion_cli.run.pipeline import generate, run_pipeline
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
 from tests.support.fakes import Listener
@@ -57,13 +57,13 @@ def forwards(monkeypatch):
 
         return run
 
-    for kind in (predict.Whole, predict.InStrips):
+    for kind in (predict.WholeUNet, predict.StripUNet):
         monkeypatch.setattr(kind, "_forward", counted(kind._forward))
     return found
 
 
 def saved(name: str = "a.png"):
-    return Journal(Path(name)).read()
+    return CheckpointStore(Path(name)).read()
 
 
 def rewrite_weights(model: Path) -> None:
@@ -172,13 +172,13 @@ def test_another_dtype_goes_on_and_every_file_says_which_steps_had_which(request
     assert any("float32 instead of bfloat16" in notice.text for notice in listener.of(Notice))
     told = read_info(Path("a.png")).request
     assert told["dtypes"] == report.to_json()["dtypes"] == expected and told["dtype"] == "float32"
-    from linfusion_cli.run.checkpoint.latents_file import kept_latents
+    from linfusion_cli.run.checkpoint.latents_file import open_latents
 
-    assert kept_latents(Path("a.safetensors")).made_with["dtypes"] == expected
+    assert open_latents(Path("a.safetensors")).made_with["dtypes"] == expected
     # The requested dtype identifies a request: the file is that of the second command, not of the first.
-    assert make_picture(again, None, {}, Listener(), keep_complete=True).already_complete
+    assert run_pipeline(again, None, {}, Listener(), keep_complete=True).already_complete
     with pytest.raises(Exception, match="exists"):
-        make_picture(request_of(), None, {}, Listener(), keep_complete=True)
+        run_pipeline(request_of(), None, {}, Listener(), keep_complete=True)
 
 
 def test_latents_that_an_older_version_saved_with_nan_are_set_aside(request_of, forwards):
@@ -187,7 +187,7 @@ def test_latents_that_an_older_version_saved_with_nan_are_set_aside(request_of, 
         generate(request_of(), {}, Listener())
     found = saved()
     found.parts["reached"]["latents"][0, 0, 0, 0] = math.nan
-    with Journal(Path("a.png")).held() as journal:
+    with CheckpointStore(Path("a.png")).held() as journal:
         journal.save(found.head, found.parts)
     forwards.bad, listener = (0, 0.0), Listener()
     assert generate(request_of(), {}, listener).resumed_from is None
