@@ -63,7 +63,7 @@ def phases(monkeypatch: pytest.MonkeyPatch) -> list:
         seen.append((reached, result))
         return result
 
-    monkeypatch.setattr(denoise, "denoised", spy)
+    monkeypatch.setattr(denoise, "run_phase", spy)
     return seen
 
 

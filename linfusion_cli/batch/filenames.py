@@ -20,7 +20,7 @@ NO_SLUG = "picture"
 NAME_BYTES = 240  # what else is named after a file needs a few more, and 255 is the most there is
 PATH_BYTES = 1000
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}  # a TIFF's is .tif
-PICTURES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 SPEC = re.compile(r"[<>^]?\d{0,2}[ds]?")  # a width of digits at most: no format can be large, or run anything
 RESULTS = re.compile(r"results.*\.jsonl", re.IGNORECASE)
 SAMPLE = {"index": 1, "slug": NO_SLUG, "seed": 0, "size": "64x64", "width": 64, "height": 64}
@@ -65,7 +65,7 @@ class FilenameTemplate:
         size: Size = request.size
         values = {"index": index, "slug": slug(request.prompt), "seed": request.seed, "size": str(size)}
         name = self._filled(values | {"width": size.width, "height": size.height})
-        return name if name.lower().endswith(PICTURES) else name + SUFFIXES.get(request.format, ".tif")
+        return name if name.lower().endswith(IMAGE_SUFFIXES) else name + SUFFIXES.get(request.format, ".tif")
 
     def _filled(self, values: dict[str, int | str]) -> str:
         return "".join(

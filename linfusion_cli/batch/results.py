@@ -50,7 +50,9 @@ class ResultsLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise CannotCreateOutput(f"{path} cannot be written ({error.strerror}).", "Name another --output-dir.") from error
+            raise CannotCreateOutput(
+                f"{path} cannot be written ({error.strerror}).", "Name another --output-dir."
+            ) from error
         self._lock()
         _drop_half_line(self._fd)
         self._unlock()

@@ -37,20 +37,24 @@ MAX_FAILURES = 10_000  # failures that are remembered until the end: the record 
 Make = Callable[[ImageRequest, Mapping[str, str], Observer, ModelCache], RunReport | None]
 
 
-def run_job(request: ImageRequest, origins: Mapping[str, str], observer: Observer, shelf: ModelCache) -> RunReport:
+def run_job(
+    request: ImageRequest, origins: Mapping[str, str], observer: Observer, model_cache: ModelCache
+) -> RunReport:
     """The picture of a job, unless it is there."""
-    request, picture = open_source(request) if isinstance(request, UpscaleRequest) else (request, None)
-    return run_pipeline(request, picture, origins, observer, shelf, keep_complete=True)
+    request, image = open_source(request) if isinstance(request, UpscaleRequest) else (request, None)
+    return run_pipeline(request, image, origins, observer, model_cache, keep_complete=True)
 
 
 def dry_run_job(
-    request: ImageRequest, origins: Mapping[str, str], observer: Observer, shelf: ModelCache
+    request: ImageRequest, origins: Mapping[str, str], observer: Observer, model_cache: ModelCache
 ) -> RunReport | None:
     """As `made`, but what is not there is only told of, with None; raises CannotCreate where another file is."""
-    request, picture = open_source(request) if isinstance(request, UpscaleRequest) else (request, None)
-    found = find_existing(request, picture, RunRecorder(observer), shelf, keep_complete=True).report
+    request, image = open_source(request) if isinstance(request, UpscaleRequest) else (request, None)
+    found = find_existing(request, image, RunRecorder(observer), model_cache, keep_complete=True).report
     if found is None and os.path.lexists(request.output) and not request.overwrite:
-        raise CannotCreateOutput(f"{request.output} exists, and is another picture.", "Add --overwrite, or name another.")
+        raise CannotCreateOutput(
+            f"{request.output} exists, and is another picture.", "Add --overwrite, or name another."
+        )
     return found
 
 
@@ -70,7 +74,7 @@ class BatchRunner:
     stop_on_error: bool = False
     tally: Summary = field(default_factory=Summary)
     failures: list[JobResult] = field(default_factory=list)
-    _shelf: ModelCache = field(default_factory=ModelCache)
+    _model_cache: ModelCache = field(default_factory=ModelCache)
 
     def run(self, jobs: list[Job], source: str) -> Summary:
         """Carry out the `jobs` of the list `source` -> what came of them; raises Stopped, or WriteFailed of the record.
@@ -102,11 +106,11 @@ class BatchRunner:
             status = "planned" if report is None else "skipped" if report.already_complete else "done"
         except LinfusionError as wrong:
             if isinstance(wrong, OutOfMemory | DeviceFailed):
-                self._shelf.drop()  # to make room, or as it cannot be read any more
+                self._model_cache.drop()  # to make room, or as it cannot be read any more
             status = "held" if isinstance(wrong, TemporaryFailure) else "failed"
             exit_code, error = wrong.exit_code, str(wrong)
         except Exception as wrong:  # noqa: BLE001 - what one job meets, a bug of ours too, does not end the others
-            self._shelf.drop()  # in which state it is, nobody knows
+            self._model_cache.drop()  # in which state it is, nobody knows
             exit_code, error = self._of_a_bug(wrong)
         outcome = JobResult(
             list=source,
@@ -132,7 +136,7 @@ class BatchRunner:
         origins, request = job.request()
         if self.record is not None:
             make_folder(request.output.parent)
-        return self.make(request, origins, self.observer, self._shelf)
+        return self.make(request, origins, self.observer, self._model_cache)
 
     def _of_a_bug(self, wrong: Exception) -> tuple[int, str]:
         known = explained(wrong)
@@ -144,4 +148,6 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CannotCreateOutput(f"The folder {folder} cannot be made ({error.strerror}).", "Name another one.") from error
+        raise CannotCreateOutput(
+            f"The folder {folder} cannot be made ({error.strerror}).", "Name another one."
+        ) from error

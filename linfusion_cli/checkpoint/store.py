@@ -53,7 +53,7 @@ class CheckpointStore:
         self.saved_bytes = 0
         self._files: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}  # name -> the part saved, its record
 
-    def was_begun(self) -> bool:
+    def has_folder(self) -> bool:
         """Whether a run that was killed, or still goes on, has left anything."""
         return is_folder(self.folder)
 
@@ -86,7 +86,9 @@ class CheckpointStore:
             kept = self._manifest()
             if kept["sha256"] != _digest(kept["entry"]):
                 raise DamagedCheckpoint(f"the checksum of {MANIFEST} is wrong")
-            return Checkpoint(kept["entry"]["head"], {name: self._load(it) for name, it in kept["entry"]["parts"].items()})
+            return Checkpoint(
+                kept["entry"]["head"], {name: self._load(it) for name, it in kept["entry"]["parts"].items()}
+            )
 
     def save(self, head: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
         """Make this what `read` finds. A part that is the object saved last is not written again. Raises WriteFailed,
@@ -106,7 +108,7 @@ class CheckpointStore:
             (self.folder / MANIFEST).unlink(missing_ok=True)  # first: without it the rest is nothing
         self._sweep()
 
-    def set_aside(self) -> Path:
+    def quarantine(self) -> Path:
         """Move it out of the way -> where it is now; raises WriteFailed."""
         with self._disk_errors():
             names = (sibling(self.folder, f"{{}}.aside-{number}") for number in count(1))

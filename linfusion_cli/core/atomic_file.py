@@ -114,7 +114,9 @@ class AtomicFile:
                 self.path.replace(self.target)
             elif not rename_noreplace(self.path, self.target):
                 spare = next(name for name in unique_names(self.target) if rename_noreplace(self.path, name))
-                raise CannotCreateOutput(f"{self.target} appeared while it was being made.", f"The finished file is {spare}.")
+                raise CannotCreateOutput(
+                    f"{self.target} appeared while it was being made.", f"The finished file is {spare}."
+                )
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:

@@ -37,13 +37,13 @@ class LinfusionError(Exception):
 
     exit_code = EXIT_BUG
 
-    def __init__(self, message: str, way_out: str = ""):
+    def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
         self.message = message
-        self.way_out = way_out
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message} {self.way_out}".strip()
+        return f"{self.message} {self.hint}".strip()
 
 
 class UsageError(LinfusionError):
@@ -51,8 +51,8 @@ class UsageError(LinfusionError):
 
     exit_code = 2
 
-    def __init__(self, message: str, way_out: str = "", setting: str | None = None):
-        super().__init__(message, way_out)
+    def __init__(self, message: str, hint: str = "", setting: str | None = None):
+        super().__init__(message, hint)
         self.setting = setting
 
 

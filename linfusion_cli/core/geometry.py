@@ -35,13 +35,13 @@ class Size:
     def times(self, factor: int) -> Size:
         return Size(self.width * factor, self.height * factor)
 
-    def divided(self, factor: int) -> Size:
+    def divide(self, factor: int) -> Size:
         """Exact division, as from pixels to latents; raises ValueError if there is a rest."""
         if self.width % factor or self.height % factor:
             raise ValueError(f"{self} is not a multiple of {factor}")
         return Size(self.width // factor, self.height // factor)
 
-    def rounded_up(self, multiple: int) -> Size:
+    def round_up(self, multiple: int) -> Size:
         return Size(_round_up(self.width, multiple), _round_up(self.height, multiple))
 
 
@@ -60,7 +60,9 @@ def base_size(target: Size, native_px: int, multiple_px: int) -> Size:
     stretch = max(stretch, MIN_BASE_PX / min(target.width, target.height))
     widths = _around(target.width * stretch, multiple)
     heights = _around(target.height * stretch, multiple)
-    return min((Size(width, height) for width in widths for height in heights), key=lambda size: aspect_error(size, target))
+    return min(
+        (Size(width, height) for width in widths for height in heights), key=lambda size: aspect_error(size, target)
+    )
 
 
 def base_multiple(native_px: int, multiple_px: int) -> int:
@@ -86,7 +88,7 @@ def phase_sizes(target: Size, base: Size, multiple_px: int) -> list[Size]:
     cropped. A double within a tenth of the target is left out: it would cost as much as the last phase and add
     nothing. A target no larger than the base gives the base alone, to be reduced.
     """
-    last = target.rounded_up(multiple_px)
+    last = target.round_up(multiple_px)
     if last == base or base.area >= target.area:
         return [base]
     sizes = [base]
@@ -95,28 +97,28 @@ def phase_sizes(target: Size, base: Size, multiple_px: int) -> list[Size]:
     return [*sizes, last]
 
 
-def upscale_sizes(target: Size, picture: Size, base: Size, multiple_px: int) -> list[Size]:
+def upscale_sizes(target: Size, image: Size, base: Size, multiple_px: int) -> list[Size]:
     """The resolutions through which a `picture` grows to `target`: doubles of its own size, as in `phase_sizes`.
 
     One that is smaller than the `base`, the model's native size in the same proportions, is taken to the base first;
     one that is as large as the target has a single phase.
     """
-    if picture.area < NEAR_TARGET**2 * base.area:
+    if image.area < NEAR_TARGET**2 * base.area:
         return phase_sizes(target, base, multiple_px)
-    start = picture.rounded_up(multiple_px)
+    start = image.round_up(multiple_px)
     _, *larger = phase_sizes(target, start, multiple_px)
-    return larger or [target.rounded_up(multiple_px)]
+    return larger or [target.round_up(multiple_px)]
 
 
-def fit_size(box: Size, picture: Size) -> Size | None:
+def fit_size(box: Size, image: Size) -> Size | None:
     """The size that a `picture` gets where `box` is asked for: a square means its longer side.
 
     None where the box has other proportions, by more than a pixel and half a percent.
     """
     if box.width == box.height:
-        scale = box.width / max(picture.width, picture.height)
-        return Size(max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    height = box.width * picture.height / picture.width
+        scale = box.width / max(image.width, image.height)
+        return Size(max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    height = box.width * image.height / image.width
     return box if abs(height - box.height) <= max(1, ASPECT_TOLERANCE * box.height) else None
 
 

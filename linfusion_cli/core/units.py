@@ -17,12 +17,12 @@ def parse_size(text: str, setting: str = "size") -> Size:
     flag = "--" + setting.replace("_", "-")
     match = re.fullmatch(r"\s*(\d{1,7})\s*(?:[xX×]\s*(\d{1,7})\s*)?", text, re.ASCII)
     if match is None:
-        way_out = "Write 16384 for a square, or 16384x8192 (width x height)."
-        raise UsageError(f"{flag} {text!r} is not a size.", way_out, setting)
+        hint = "Write 16384 for a square, or 16384x8192 (width x height)."
+        raise UsageError(f"{flag} {text!r} is not a size.", hint, setting)
     width, height = int(match[1]), int(match[2] or match[1])
     if min(width, height) < MIN_PX:
-        way_out = f"Both sides must be {MIN_PX} pixels or more."
-        raise UsageError(f"{flag} {text!r} is too small.", way_out, setting)
+        hint = f"Both sides must be {MIN_PX} pixels or more."
+        raise UsageError(f"{flag} {text!r} is too small.", hint, setting)
     return Size(width, height)
 
 

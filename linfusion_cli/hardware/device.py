@@ -14,7 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
-from linfusion_cli.core.errors import DeviceFailed, OutOfMemoryBudget, LinfusionError, Unavailable, UsageError, first_line
+from linfusion_cli.core.errors import (
+    DeviceFailed,
+    OutOfMemoryBudget,
+    LinfusionError,
+    Unavailable,
+    UsageError,
+    first_line,
+)
 from linfusion_cli.hardware import allocator, diagnosis
 from linfusion_cli.hardware.cuda import (
     free_device_bytes,
@@ -89,8 +96,8 @@ def absent(name: str) -> Unavailable:
     """That there is no such GPU, and why."""
     import torch
 
-    reason, way_out = (diagnosis.seen(), "") if torch.cuda.device_count() else diagnosis.why_no_device()
-    return Unavailable(f"--device {name} is not on this machine: {reason}.", way_out or "Use --device cpu or auto.")
+    reason, hint = (diagnosis.seen(), "") if torch.cuda.device_count() else diagnosis.why_no_device()
+    return Unavailable(f"--device {name} is not on this machine: {reason}.", hint or "Use --device cpu or auto.")
 
 
 def start(device: torch.device) -> None:
@@ -121,9 +128,11 @@ def not_started(device: torch.device, error: Exception) -> LinfusionError:
     if (wrong := allocator.complaint(error)) is not None:
         return wrong
     if is_out_of_memory(error):
-        return OutOfMemoryBudget(f"{device} has no memory left ({said}).", f"End what uses it (see `nvidia-smi`). {WITHOUT}")
+        return OutOfMemoryBudget(
+            f"{device} has no memory left ({said}).", f"End what uses it (see `nvidia-smi`). {WITHOUT}"
+        )
     found = explained(error)
-    hint = MENDED if found is None else found.way_out
+    hint = MENDED if found is None else found.hint
     return DeviceFailed(f"{device} cannot be used: {said}.", f"{hint} {WITHOUT}")
 
 

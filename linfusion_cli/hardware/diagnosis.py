@@ -15,7 +15,9 @@ NVIDIA = (Path("/proc/driver/nvidia/gpus"), Path("/dev/nvidia0"))
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 WHEELS = "https://download.pytorch.org/whl"
 CUDA_13 = (2, 9), 580  # the first torch that is built for it, and the first driver that runs it
-NO_DEVICE_ERRORS = re.compile(r"No (?:CUDA|HIP) GPUs are available|no (?:CUDA|ROCm)-capable device|invalid device ordinal")
+NO_DEVICE_ERRORS = re.compile(
+    r"No (?:CUDA|HIP) GPUs are available|no (?:CUDA|ROCm)-capable device|invalid device ordinal"
+)
 ALL_HIDDEN = re.compile(r"\s*(?:-\d+|NoDevFiles|none|void)?\s*(?:,.*)?")
 HIDERS = {"CUDA": ("CUDA_VISIBLE_DEVICES",), "ROCm": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")}
 

@@ -27,13 +27,13 @@ class ModelCache:
         """What lies under `name`, if it was made for this key; else what `make` makes."""
         if not self.keeps:
             return make()
-        self.expect(name, key)
+        self.evict_stale(name, key)
         if name not in self._things:
             now = key()
             self._things[name] = (now, make())
         return self._things[name][1]
 
-    def expect(self, name: str, key: Key) -> None:
+    def evict_stale(self, name: str, key: Key) -> None:
         """Let go of what lies under `name` unless it was made for this key, which it will be asked for."""
         if name in self._things and self._things[name][0] != key():
             del self._things[name]
@@ -43,6 +43,6 @@ class ModelCache:
         for name in names or list(self._things):
             self._things.pop(name, None)
 
-    def things(self) -> list[Any]:
+    def values(self) -> list[Any]:
         """All that is kept."""
         return [thing for _, thing in self._things.values()]

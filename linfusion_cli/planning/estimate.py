@@ -71,12 +71,14 @@ class CostEstimator:
     outline: MetaModel
     machine: Machine
 
-    def forward(self, mode: DenoiseStrategy, size: Size, dilation: int = 1, controlled: bool = False) -> ResourceEstimate | None:
+    def forward(
+        self, mode: DenoiseStrategy, size: Size, dilation: int = 1, controlled: bool = False
+    ) -> ResourceEstimate | None:
         """One prediction, or both halves of guidance, at `size` px; None for networks of an unknown kind."""
-        nets = [control.net for control in self.outline.controls] if controlled else []
+        nets = [control.net for control in self.outline.controlnets] if controlled else []
         if mode.attention == "original" and any(any(unknown_parts(network)) for network in (self.outline.unet, *nets)):
             return None
-        size_lat = size.divided(self.facts.vae_factor)
+        size_lat = size.divide(self.facts.vae_factor)
         shape = (2 if mode.together else 1, size_lat.height, size_lat.width)
         setting = Setting(mode.strips or WHOLE, mode.place, *shape, self.machine.dtype.itemsize, dilation=dilation)
         with self.outline.with_attention(mode.attention):
@@ -92,16 +94,16 @@ class CostEstimator:
 
     def embedding_seconds(self, size: Size) -> float:
         """How long the control pictures take to become what the ControlNets see."""
-        size_lat, itemsize = size.divided(self.facts.vae_factor), self.machine.dtype.itemsize
+        size_lat, itemsize = size.divide(self.facts.vae_factor), self.machine.dtype.itemsize
         pair = size_lat.height, size_lat.width
-        costs = [embedding_cost(control.net, *pair, itemsize) for control in self.outline.controls]
+        costs = [embedding_cost(control.net, *pair, itemsize) for control in self.outline.controlnets]
         return self.machine.speed.seconds(sum(cost.flops for cost in costs), sum(cost.passes for cost in costs))
 
     def vae(self, size: Size, encode: bool, attention: str | None, method: VaeStrategy) -> ResourceEstimate:
         """Decoding or encoding a picture of `size` px, while the UNet waits with this attention, or not on the card."""
         machine, facts = self.machine, self.facts
         ledger = self.vae_ledger(size, encode, method)
-        latents = 2 * 4 * facts.latent_channels * size.divided(facts.vae_factor).area
+        latents = 2 * 4 * facts.latent_channels * size.divide(facts.vae_factor).area
         rows = 4 * PIXEL_CHANNELS * size.width * (READ_ROWS if encode else WRITTEN_ROWS)
         computing = machine.vae_speed.seconds(ledger.flops, ledger.passes)
         device = ledger.peak["device"] + (latents if machine.device.type == "cuda" else 0)
@@ -111,7 +113,7 @@ class CostEstimator:
     def vae_ledger(self, size: Size, encode: bool, method: VaeStrategy) -> MemoryLedger:
         """What the VAE itself takes, beyond its weights."""
         factor, itemsize = self.facts.vae_factor, self.machine.vae_dtype.itemsize
-        source = (size, factor, PIXEL_CHANNELS) if encode else (size.divided(factor), 1, self.facts.latent_channels)
+        source = (size, factor, PIXEL_CHANNELS) if encode else (size.divide(factor), 1, self.facts.latent_channels)
         on_cpu = self.machine.device.type == "cpu"
         return vae_cost(self.vae_stages(encode), *source, method, itemsize, on_cpu)
 

@@ -73,10 +73,10 @@ def cpu_notice(machine: Machine, seconds: float) -> str | None:
     """
     if machine.no_gpu is None:
         return None
-    reason, way_out = machine.no_gpu
-    if seconds < SHORT_SEC and not way_out and not nvidia_is_here():
+    reason, hint = machine.no_gpu
+    if seconds < SHORT_SEC and not hint and not nvidia_is_here():
         return None
-    return f"{ON_CPU.format(format_seconds(seconds), reason)} {way_out}".strip()
+    return f"{ON_CPU.format(format_seconds(seconds), reason)} {hint}".strip()
 
 
 def device_budget(request: ImageRequest, device: torch.device) -> int | None:

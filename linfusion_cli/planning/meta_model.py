@@ -28,7 +28,7 @@ class MetaModel:
     unet: UNet2DConditionModel
     linear: dict[str, LinearAttention]
     vae: Vae
-    controls: tuple[LoadedControlNet, ...] = ()
+    controlnets: tuple[LoadedControlNet, ...] = ()
 
     @staticmethod
     def read(
@@ -36,15 +36,15 @@ class MetaModel:
         linfusion: Path | None,
         vae: Part | None = None,
         adapters: Sequence[Adapter] = (),
-        controls: Sequence[Path] = (),
+        controlnets: Sequence[Path] = (),
     ) -> MetaModel:
         """Raises Unavailable, DataError or InputMissing naming the file."""
         unet = outline(UNet2DConditionModel, model.part("unet"))
         linear = weights.outline(linfusion, unet) if linfusion else {}
         load_adapters(unet, adapters)
         vae = vae or model.part("vae")
-        nets = {folder: LoadedControlNet.outline(folder, linear) for folder in controls}  # each is loaded once
-        return MetaModel(unet, linear, outline(vae_kind(vae), vae), tuple(nets[folder] for folder in controls))
+        nets = {folder: LoadedControlNet.outline(folder, linear) for folder in controlnets}  # each is loaded once
+        return MetaModel(unet, linear, outline(vae_kind(vae), vae), tuple(nets[folder] for folder in controlnets))
 
     # Counted once each: a plan asks again for every way to run every stage.
     def numbers(self, attention: str) -> int:
@@ -61,7 +61,7 @@ class MetaModel:
     @cached_property
     def control_numbers(self) -> int:
         """How many weights the ControlNets have; their linear attention adds none."""
-        return sum(count(net) for net in {control.net for control in self.controls})
+        return sum(count(net) for net in {control.net for control in self.controlnets})
 
     @cached_property
     def vae_numbers(self) -> int:
@@ -85,7 +85,7 @@ class MetaModel:
         """Within the context UNet and ControlNets have this attention."""
         with ExitStack() as stack:
             if attention == "linear":
-                for network, linear in ((self.unet, self.linear), *((of.net, of.linear) for of in self.controls)):
+                for network, linear in ((self.unet, self.linear), *((of.net, of.linear) for of in self.controlnets)):
                     stack.enter_context(mounted(network, linear))
             yield
 

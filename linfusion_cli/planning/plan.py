@@ -100,13 +100,15 @@ class PlanInputs:
     facts: ModelFacts
     phases: Sequence[Phase]
     passes: Sequence[Passes]
-    picture: Size | None = None
+    image: Size | None = None
     held_bytes: int = 0
     controlled: frozenset[int] = frozenset()
     control_held_bytes: int = 0
     executed: Mapping[tuple[str, int], DenoiseStrategy | VaeStrategy] = field(default_factory=dict)
 
-    def first(self, kind: str, phase: Phase, ways: Sequence[DenoiseStrategy | VaeStrategy]) -> list[DenoiseStrategy | VaeStrategy]:
+    def first(
+        self, kind: str, phase: Phase, ways: Sequence[DenoiseStrategy | VaeStrategy]
+    ) -> list[DenoiseStrategy | VaeStrategy]:
         """`ways` to run a stage, before them the one in which it was run before."""
         before = self.executed.get((kind, phase.index))
         return [*ways] if before is None else [before, *ways]
@@ -117,7 +119,7 @@ class PlanInputs:
 
     def is_encoded(self, phase: Phase) -> bool:
         """Whether the phase begins with a picture in pixels."""
-        return self.picture is not None if phase.index == 0 else self.request.upscale_space == "pixel"
+        return self.image is not None if phase.index == 0 else self.request.upscale_space == "pixel"
 
     def is_decoded(self, phase: Phase) -> bool:
         """Whether its result becomes pixels."""
@@ -125,7 +127,9 @@ class PlanInputs:
         return needed or phase is self.phases[-1]
 
 
-def recorded_strategies(stages: Sequence[Mapping[str, Any]], machine: Machine) -> dict[tuple[str, int], DenoiseStrategy | VaeStrategy]:
+def recorded_strategies(
+    stages: Sequence[Mapping[str, Any]], machine: Machine
+) -> dict[tuple[str, int], DenoiseStrategy | VaeStrategy]:
     """How stages were run, by kind and phase, from their JSON in a journal: those that ran on such a device."""
     alike = (stage for stage in stages if stage["device"] == machine.device.type)
     return {(stage["kind"], stage["phase"]): way_of(stage["kind"], stage["mode"]) for stage in alike}
@@ -145,17 +149,17 @@ def make_plan(wanted: PlanInputs, outline: MetaModel, machine: Machine) -> Plan:
     chosen = [next((stage for stage in of_one if fits(stage.need, machine)), None) for of_one in options]
     if None in chosen:
         raise out_of_budget(wanted, options, machine)
-    return Plan(machine, with_waiting_pictures(chosen, wanted.picture, machine))
+    return Plan(machine, keep_images_in_memory(chosen, wanted.image, machine))
 
 
-def with_waiting_pictures(stages: list[PlannedStage], picture: Size | None, machine: Machine) -> list[PlannedStage]:
+def keep_images_in_memory(stages: list[PlannedStage], image: Size | None, machine: Machine) -> list[PlannedStage]:
     """`stages` where a picture that is to be encoded waits in memory until then, if there is room.
 
     It is the result of the stage before, which must leave room too, or the `picture` that a run begins with.
     """
     result = list(stages)
-    if picture is not None:
-        first = waited_for(stages[0], picture.area * BYTES_PER_PX)
+    if image is not None:
+        first = waited_for(stages[0], image.area * BYTES_PER_PX)
         if first.need.host_bytes <= machine.host_bytes:
             result[0] = first
     for i, (one, other) in enumerate(pairwise(stages)):
@@ -168,10 +172,10 @@ def with_waiting_pictures(stages: list[PlannedStage], picture: Size | None, mach
 
 def waited_for(stage: PlannedStage, waiting: int) -> PlannedStage:
     """`stage` with so many bytes of a picture waiting in memory."""
-    return replace(beside(stage, waiting), waiting_bytes=waiting)
+    return replace(add_host_bytes(stage, waiting), waiting_bytes=waiting)
 
 
-def beside(stage: PlannedStage, more: int) -> PlannedStage:
+def add_host_bytes(stage: PlannedStage, more: int) -> PlannedStage:
     """`stage` with so many bytes more in the host's memory."""
     return replace(stage, need=replace(stage.need, host_bytes=stage.need.host_bytes + more))
 
@@ -201,10 +205,12 @@ def conversions(
     needs = [reckoner.vae(phase.size, kind == "encode", attention, method) for method in methods]
     stages = [PlannedStage(phase.index, kind, kind, phase.size, 0, *pair) for pair in zip(methods, needs, strict=True)]
     reads = kind == "encode" and phase.index == 0
-    return [beside(stage, wanted.held_bytes) for stage in stages] if reads else stages
+    return [add_host_bytes(stage, wanted.held_bytes) for stage in stages] if reads else stages
 
 
-def denoising(wanted: PlanInputs, reckoner: CostEstimator, phase: Phase, passes: Passes, mode: DenoiseStrategy) -> PlannedStage:
+def denoising(
+    wanted: PlanInputs, reckoner: CostEstimator, phase: Phase, passes: Passes, mode: DenoiseStrategy
+) -> PlannedStage:
     """All steps of a phase in this mode, under the ControlNets that act in it."""
     controlled = phase.index in wanted.controlled
     need = reckoner.forward(mode, phase.size, phase.dilation if passes.dilated else 1, controlled)

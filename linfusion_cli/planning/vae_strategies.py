@@ -27,7 +27,7 @@ def methods_for(kind: Kind, statistics: str, reckoner: CostEstimator, size: Size
     facts, stages = reckoner.facts, reckoner.vae_stages(kind == "encode")
     heights = STREAM_ROWS[reckoner.machine.device.type]
     keys = (facts.vae_native_px // facts.vae_factor) ** 2
-    counts = patch_counts(kind, size.divided(facts.vae_factor).area)
+    counts = patch_counts(kind, size.divide(facts.vae_factor).area)
     (last, *others), where = starts(stages), places(reckoner.machine)
     if not last:  # it has no statistics
         return [VaeStrategy(0, 0, keys, height) for height in heights]

@@ -54,14 +54,14 @@ def decode(
     recorder = RunRecorder(observer)
     with reserve_output(request, ()) as file:
         with recorder.stage("start", "load", None, 1, "start"):
-            prepared = keep_last_phase(resolve_request(replace(request, **DECODE_DEFAULTS)), kept)
-            check_disk(prepared)
+            resolved = keep_last_phase(resolve_request(replace(request, **DECODE_DEFAULTS)), kept)
+            check_disk(resolved)
             from linfusion_cli.run.stages import convert, load  # torch and diffusers take seconds to import
 
-            shelf, keeper = ModelCache(keeps=False), CheckpointManager(find_store(request), None, request)
-            run = load.start_run(prepared, recorder, keeper, shelf)
+            model_cache, checkpoints = ModelCache(keeps=False), CheckpointManager(find_store(request), None, request)
+            run = load.start_run(resolved, recorder, checkpoints, model_cache)
         machine, plan = describe(run.device), run.plan.to_json()
-        read = [weights for weights in hash_weights(prepared, recorder, shelf) if weights.use == VAE_USE]
+        read = [weights for weights in hash_weights(resolved, recorder, model_cache) if weights.use == VAE_USE]
         report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, to_json(read), recorder.stages)
         report.dtypes = list(kept.made_with[DTYPES])
         making = Provenance(request, replace_vae_weights(kept, read), proven=False, dtypes=report.dtypes)
@@ -71,14 +71,14 @@ def decode(
     return complete_report(report, request, started)
 
 
-def keep_last_phase(prepared: ResolvedRequest, kept: SavedLatents) -> ResolvedRequest:
+def keep_last_phase(resolved: ResolvedRequest, kept: SavedLatents) -> ResolvedRequest:
     """`prepared` with the last phase alone, which has no steps; raises DataError where the latents are not its own."""
-    last, facts = prepared.phases[-1], prepared.facts
-    size_lat = last.size.divided(facts.vae_factor)
+    last, facts = resolved.phases[-1], resolved.facts
+    size_lat = last.size.divide(facts.vae_factor)
     if (last.size, kept.shape) != (kept.phase_size, (1, facts.latent_channels, size_lat.height, size_lat.width)):
-        reason = f"{kept.path} is no picture of {prepared.request.size} by {prepared.request.model}."
+        reason = f"{kept.path} is no picture of {resolved.request.size} by {resolved.request.model}."
         raise DataError(reason, "Its model has changed since, or --model names another kind.")
-    return replace(prepared, phases=[replace(last, index=0, count=0)])
+    return replace(resolved, phases=[replace(last, index=0, count=0)])
 
 
 def replace_vae_weights(kept: SavedLatents, vae: Sequence[WeightsFile]) -> list[WeightsFile]:
@@ -96,7 +96,9 @@ def build_decode_request(kept: SavedLatents, given: Mapping[str, Any]) -> tuple[
     """
     kind = UpscaleRequest if kept.made_with.get("image") else GenerateRequest
     try:
-        merged = settings.merge([settings.flag_layer(given), settings.Layer(f"latents {kept.path}", settings_from_metadata(kept, kind))])
+        merged = settings.merge(
+            [settings.flag_layer(given), settings.Layer(f"latents {kept.path}", settings_from_metadata(kept, kind))]
+        )
         return merged.origins(kind), settings.build_request(merged, kind)
     except (LookupError, ValueError, TypeError, AttributeError, UsageError) as error:
         if given.get(getattr(error, "setting", None) or "") is not None:

@@ -19,7 +19,13 @@ from linfusion_cli.run.inputs.provenance import hash_weights, to_json
 from linfusion_cli.run.inputs.resolve import check_disk, resolve_request
 from linfusion_cli.run.inputs.source_image import open_source
 from linfusion_cli.run.outputs.existing import Provenance, remove_checkpoint, find_existing
-from linfusion_cli.run.outputs.open import reserve_latents, reserve_output, open_outputs, open_phase_files, update_metadata
+from linfusion_cli.run.outputs.open import (
+    reserve_latents,
+    reserve_output,
+    open_outputs,
+    open_phase_files,
+    update_metadata,
+)
 from linfusion_cli.run.outputs.report import complete_report
 from linfusion_cli.run.progress.recorder import RunRecorder
 from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
@@ -32,17 +38,17 @@ def generate(request: GenerateRequest, origins: Mapping[str, str], observer: Obs
 
 def upscale(request: UpscaleRequest, origins: Mapping[str, str], observer: Observer = ignore_event) -> RunReport:
     """Upscale the image `request.image`; raises a LinfusionError, with no partial file left."""
-    request, picture = open_source(request)
-    return run_pipeline(request, picture, origins, observer)
+    request, image = open_source(request)
+    return run_pipeline(request, image, origins, observer)
 
 
 @reraise_stop()
 def run_pipeline(
     request: ImageRequest,
-    picture: SourceImage | None,
+    image: SourceImage | None,
     origins: Mapping[str, str],
     observer: Observer,
-    shelf: ModelCache | None = None,
+    model_cache: ModelCache | None = None,
     keep_complete: bool = False,
 ) -> RunReport:
     """Make the picture and write it to `request.output`; `origins` says of each setting where its value came from.
@@ -53,46 +59,48 @@ def run_pipeline(
     saved beside it.
     """
     started = time.perf_counter()
-    recorder, shelf = RunRecorder(observer), shelf or ModelCache(keeps=False)
-    made = find_existing(request, picture, recorder, shelf, keep_complete)
+    recorder, model_cache = RunRecorder(observer), model_cache or ModelCache(keeps=False)
+    made = find_existing(request, image, recorder, model_cache, keep_complete)
     if made.report is not None:
         remove_checkpoint(request)
         return complete_report(replace(made.report, settings=dict(origins)), request, started)
     # 1. hold file and journal, so that nobody else does: refused before any work; see what an earlier run has left
     with (
         reserve_output(request, made.files) as file,
-        open_manager(request, recorder.notice) as keeper,
-        keeper.stoppable(),
+        open_manager(request, recorder.notice) as checkpoints,
+        checkpoints.save_on_interrupt(),
     ):
         with recorder.stage("start", "load", None, 1, "start"):
-            prepared = resolve_request(request, picture)  # 2. find the model, settle the phases, check disk and memory
-            check_disk(prepared)
-            for warning in prepared.facts.warnings:
+            resolved = resolve_request(request, image)  # 2. find the model, settle the phases, check disk and memory
+            check_disk(resolved)
+            for warning in resolved.facts.warnings:
                 recorder.notice(warning)
             from linfusion_cli.run.stages import convert, denoise, load  # torch and diffusers take seconds to import
 
-            run = load.start_run(prepared, recorder, keeper, shelf)
+            run = load.start_run(resolved, recorder, checkpoints, model_cache)
         machine, plan = describe(run.device), run.plan.to_json()
-        weights = hash_weights(prepared, recorder, shelf)
-        keeper.begin(build_metadata(prepared, weights, run.plan))
+        weights = hash_weights(resolved, recorder, model_cache)
+        checkpoints.begin(build_metadata(resolved, weights, run.plan))
         report = RunReport(
             request.to_json(), dict(origins), machine, versions(), plan, to_json(weights), recorder.stages
         )
-        report.resumed_from = keeper.was_found
-        report.dtypes = keeper.dtypes
-        making = Provenance(request, weights, keeper.found is not None, keeper.dtypes)
+        report.resumed_from = checkpoints.resumed_from
+        report.dtypes = checkpoints.dtypes
+        making = Provenance(request, weights, checkpoints.found is not None, checkpoints.dtypes)
         with (
             open_outputs(file, making) as sink,
-            open_phase_files(prepared, making, keeper.found_state().begun.phase) as phase_sinks,
+            open_phase_files(resolved, making, checkpoints.initial_state().begun.phase) as phase_sinks,
             reserve_latents(making) as kept,
         ):
-            run = replace(run, phase_sinks=phase_sinks, retell=partial(update_metadata, prepared, making, sink, phase_sinks))
+            run = replace(
+                run, phase_sinks=phase_sinks, retell=partial(update_metadata, resolved, making, sink, phase_sinks)
+            )
             vae = load.load_decoder(run)
             run, latents = denoise.denoise_all(run, vae)  # 3. the base, and up the ladder
             report.plan = run.plan.to_json()  # another one after NaN in half precision
             if kept is not None:
-                write_latents(kept, latents, prepared.phases[-1].size, making.told)
+                write_latents(kept, latents, resolved.phases[-1].size, making.told)
             convert.write_output(run, vae, latents, sink)  # 4. stream into the files, which get their names
-        keeper.complete()
-    report.checkpoints = asdict(keeper.saves)
+        checkpoints.complete()
+    report.checkpoints = asdict(checkpoints.saves)
     return complete_report(report, request, started)

@@ -25,7 +25,7 @@ class SequentialNoise:
         """What the generator is at: from here it goes on to draw the same."""
         return self._generator.get_state()
 
-    def go_on(self, state: Tensor) -> None:
+    def load_state_dict(self, state: Tensor) -> None:
         """Draw on from a `state` that was."""
         self._generator.set_state(state)
 

@@ -71,7 +71,7 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
         except ValueError as error:
             raise UsageError(f"{PREFIX}{name.upper()}={text!r} {error}.", "Correct or unset it.") from error
         except UsageError as error:
-            raise UsageError(f"{PREFIX}{name.upper()}={text!r} is wrong.", error.way_out) from error
+            raise UsageError(f"{PREFIX}{name.upper()}={text!r} is wrong.", error.hint) from error
     return Layer("environment", values)
 
 
@@ -85,8 +85,8 @@ def config_layer(environ: Mapping[str, str]) -> tuple[Layer, str | None]:
     table = read_toml(path)
     preset = table.pop("preset", None)
     if preset is not None and preset not in preset_names() and not str(preset).endswith(".toml"):
-        way_out = f"Use one of {', '.join(preset_names())}, or the path of a .toml file."
-        raise ConfigError(f"{place(path, 'preset')}: there is no preset {preset!r}.", way_out)
+        hint = f"Use one of {', '.join(preset_names())}, or the path of a .toml file."
+        raise ConfigError(f"{place(path, 'preset')}: there is no preset {preset!r}.", hint)
     return Layer(f"config file {path}", parse_table(path, table), path), preset
 
 
@@ -122,8 +122,8 @@ def build_request(settings: Settings, kind: type[R]) -> R:
         if layer is None or layer.origin in ("flag", JOB):
             raise
         if layer.path is None:
-            raise UsageError(f"{layer.origin_of(error.setting)}: {error.message}", error.way_out) from error
-        raise ConfigError(f"{place(layer.path, error.setting)}: {error.message}", error.way_out) from error
+            raise UsageError(f"{layer.origin_of(error.setting)}: {error.message}", error.hint) from error
+        raise ConfigError(f"{place(layer.path, error.setting)}: {error.message}", error.hint) from error
 
 
 def required(kind: type[ImageRequest]) -> list[str]:

@@ -68,7 +68,7 @@ def _parse_entry(path: Path, key: str, value: Any) -> Any:
     except ValueError as error:
         raise ConfigError(f"{place(path, key)}: {key} = {value!r} {error}.", "Correct that line.") from error
     except UsageError as error:
-        raise ConfigError(f"{place(path, key)}: {key} = {value!r} is wrong.", error.way_out) from error
+        raise ConfigError(f"{place(path, key)}: {key} = {value!r} is wrong.", error.hint) from error
 
 
 def place(path: Path, key: str) -> str:

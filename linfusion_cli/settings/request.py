@@ -167,22 +167,22 @@ class ImageRequest:
         )
 
     def _check_adapters(self) -> None:
-        self._check_pictured("ip_adapter", "ip_image", "ip_scale", -10)
+        self._check_images("ip_adapter", "ip_image", "ip_scale", -10)
         _check(bool(self.ip_image_encoder.strip()), "ip_image_encoder", "", "Name a folder, or auto.")
-        self._check_pictured("controlnet", "control_image", "control_scale", 0)
-        way_out = f"Use {', '.join(CONTROL_PHASES)}, or numbers of phases: 0 is the first."
+        self._check_images("controlnet", "control_image", "control_scale", 0)
+        hint = f"Use {', '.join(CONTROL_PHASES)}, or numbers of phases: 0 is the first."
         for phase in self.control_phases or ("",):
-            _check(phase in CONTROL_PHASES or phase.isdecimal(), "control_phases", phase, way_out)
+            _check(phase in CONTROL_PHASES or phase.isdecimal(), "control_phases", phase, hint)
 
-    def _check_pictured(self, adapter: str, picture: str, scale: str, lowest: float) -> None:
+    def _check_images(self, adapter: str, image: str, scale: str, lowest: float) -> None:
         """Adapters each of which has a picture, and a scale unless that of the one before holds on."""
-        names, pictures, scales = (getattr(self, setting) for setting in (adapter, picture, scale))
-        for setting, named in ((adapter, names), (picture, pictures)):
+        names, images, scales = (getattr(self, setting) for setting in (adapter, image, scale))
+        for setting, named in ((adapter, names), (image, images)):
             for name in named:
                 _check(bool(name.strip()), setting, name, "Name a file.")
-        if len(pictures) != len(names):
-            reason = f"{flag(picture)} is given {len(pictures)} times, and {flag(adapter)} {len(names)} times."
-            raise UsageError(reason, "Give one picture for each, in the same order.", picture)
+        if len(images) != len(names):
+            reason = f"{flag(image)} is given {len(images)} times, and {flag(adapter)} {len(names)} times."
+            raise UsageError(reason, "Give one picture for each, in the same order.", image)
         rightly = 1 <= len(scales) <= max(1, len(names))
         _check(rightly, scale, scales, f"Give one number for each {flag(adapter)}, or fewer: the last holds on.")
         for value in scales:
@@ -249,10 +249,10 @@ def _json_value(value: Any) -> Any:
     return str(value) if infinite or isinstance(value, Path | Size) else value
 
 
-def _check(holds: bool, setting: str, value: object, way_out: str) -> None:
+def _check(holds: bool, setting: str, value: object, hint: str) -> None:
     if not holds:
         written = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
-        raise UsageError(f"{flag(setting)} {written} is not possible.", way_out, setting)
+        raise UsageError(f"{flag(setting)} {written} is not possible.", hint, setting)
 
 
 def _is_text(value: str) -> bool:

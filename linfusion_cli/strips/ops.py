@@ -59,7 +59,7 @@ class Strips:
 
     def smaller(self) -> Strips | None:
         """The next way to run with less memory: lower strips, then maps further out, then strips of a row; or None."""
-        outer = self.storage.further_out()
+        outer = self.storage.move_to_host()
         if self.size.rows <= GOOD_ROWS and outer is not None:
             return replace(self, storage=outer)
         return None if self.size.is_smallest else replace(self, size=self.size.halved())
@@ -93,17 +93,17 @@ def convolved(run: Strips, convolution: nn.Module, source: Source) -> Iterator[t
     batch, tallest = source.parts[0].shape[0], max(stop - start for start, stop in spans)
     windows = Windows(source, batch, tallest, run.storage.dtype, run.storage.device)
     for (top, _), span in zip(strips, spans, strict=True):
-        yield top, as_rows(convolution(as_picture(windows.rows(*span))))
+        yield top, as_nhwc(convolution(as_nchw(windows.rows(*span))))
 
 
-def as_picture(rows: Tensor) -> Tensor:
+def as_nchw(rows: Tensor) -> Tensor:
     """Rows [B, n, W, C] as convolutions take them, [B, C, n, W] in channels-last: a view."""
     return rows.permute(0, 3, 1, 2)
 
 
-def as_rows(picture: Tensor) -> Tensor:
+def as_nhwc(image: Tensor) -> Tensor:
     """[B, C, n, W] -> rows [B, n, W, C]; a view where the memory is channels-last."""
-    return picture.permute(0, 2, 3, 1)
+    return image.permute(0, 2, 3, 1)
 
 
 class Writer:

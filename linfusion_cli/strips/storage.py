@@ -28,7 +28,7 @@ class Storage:
         self.place, self.device, self.dtype = place, device, dtype
         self.copies = Copies(device, pinned)
 
-    def further_out(self) -> Storage | None:
+    def move_to_host(self) -> Storage | None:
         """As this one with more of the maps on the host; None where all are there, or the host is the device."""
         outer = PLACES[PLACES.index(self.place) + 1 :]
         if not outer or self.device.type == "cpu":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from linfusion_cli.core.geometry import split_rows
 from linfusion_cli.strips.dilation import inner, skip_row_padding
 from linfusion_cli.strips.feature_map import FeatureMap
-from linfusion_cli.strips.ops import as_picture, as_rows
+from linfusion_cli.strips.ops import as_nchw, as_nhwc
 from linfusion_cli.strips.stats import Moments, group_affine
 
 ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]
@@ -166,7 +166,7 @@ class Convolution(StreamStage):
         if not count:
             return window[:, :0]
         with skip_row_padding(self.layer):
-            return as_rows(self.layer(as_picture(window)))
+            return as_nhwc(self.layer(as_nchw(window)))
 
     def _carry(self, rows: Tensor) -> None:
         if self._carried is None:
@@ -248,7 +248,7 @@ class Add(StreamStage):
     def __call__(self, rows: Tensor, last: bool) -> Tensor:
         top = 0
         for kept in self.kept.take(rows.shape[1]):
-            added = kept if self.layer is None else as_rows(self.layer(as_picture(kept)))
+            added = kept if self.layer is None else as_nhwc(self.layer(as_nchw(kept)))
             rows[:, top : top + kept.shape[1]] += added
             top += kept.shape[1]
         return rows if self._divisor == 1 else rows.div_(self._divisor)

@@ -95,7 +95,9 @@ class Enlarged(Source):
     The enlarged map is never whole: a window of it is made from the few rows it repeats.
     """
 
-    def __init__(self, small: FeatureMap, exchange: Communicator, halo: int, height: int, width: int, device: torch.device):
+    def __init__(
+        self, small: FeatureMap, exchange: Communicator, halo: int, height: int, width: int, device: torch.device
+    ):
         super().__init__([small], exchange, halo)
         self._small = small.height
         self.height, self.width = height, width

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.dilation import dilate, inner
 from linfusion_cli.strips.feature_map import HostFeatureMap, FeatureMap
-from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows
+from linfusion_cli.strips.ops import Strips, Writer, as_nchw, as_nhwc
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import Convolution, Pointwise, StreamStage, stream
 from linfusion_cli.unet.forward import UNetInputs, EncoderOperations, LayerConditioning, Residuals, compute_embedding
@@ -24,7 +24,7 @@ from linfusion_cli.unet.walk import encoded
 
 ControlNet = ControlNetModel | ControlNetUnionModel
 ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [1, bottom - top, W, 3] of a picture, 0 to 1
-PICTURE_ROWS = 32  # of a control picture, embedded at a time
+CONTROL_ROWS = 32  # of a control picture, embedded at a time
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,23 @@ class Control:
 class WholeControlNet(Control):
     """As `Control`, run in one piece with its own attention, after `picture` [1, 3, H, W]."""
 
-    picture: Tensor
+    image: Tensor
 
     def residuals(
         self, latents: Tensor, timestep: Tensor, condition: UNetInputs, dilation: int
     ) -> tuple[list[Tensor], Tensor]:
         """What it adds to the skip connections, and to the middle."""
-        picture, batch = self.picture.expand(len(latents), -1, -1, -1), len(latents)
-        more = {"controlnet_cond": picture}
+        image, batch = self.image.expand(len(latents), -1, -1, -1), len(latents)
+        more = {"controlnet_cond": image}
         if self.kind is not None:
-            more = {"controlnet_cond": [picture], "control_type_idx": [self.kind]}
+            more = {"controlnet_cond": [image], "control_type_idx": [self.kind]}
             more |= {"control_type": self.types(batch, latents)}
         more |= {"conditioning_scale": self.scale, "added_cond_kwargs": condition.added, "return_dict": False}
         with dilate(encoder_of(self.net), dilation):
             return self.net(latents, timestep, condition.text, **more)
 
 
-class EmbeddedPicture:
+class EmbeddedImage:
     """The embedding [1, h, w, C] of a control picture, over which nobody writes; all forwards of a phase share it."""
 
     def __init__(self, embedding: FeatureMap):
@@ -83,7 +83,7 @@ class EmbeddedPicture:
 class StripControlNet(Control):
     """As `Control`, its attention linear, run in strips after its picture."""
 
-    picture: EmbeddedPicture
+    image: EmbeddedImage
 
     @property
     def encoder(self) -> nn.Module:
@@ -109,14 +109,16 @@ class StripControlNet(Control):
 class ControlEncoder(EncoderOperations):
     """The Encoding of one forward of a ControlNet: what it keeps is what it adds to the UNet's maps."""
 
-    def __init__(self, control: StripControlNet, run: Strips, latents: Tensor, heard: LayerConditioning, before: Residuals | None):
+    def __init__(
+        self, control: StripControlNet, run: Strips, latents: Tensor, heard: LayerConditioning, before: Residuals | None
+    ):
         super().__init__(control.net, run, latents, heard)
         self._control, self._before = control, before
         self._projections = iter(control.net.controlnet_down_blocks)
 
     def conv_in(self) -> FeatureMap:
         """The latents' first map and the picture's embedding, never stored."""
-        net, hint = self._network, self._control.picture.wherever(self._run.storage)
+        net, hint = self._network, self._control.image.wherever(self._run.storage)
         first = computed_conv_in(self._run, net.conv_in, self._latents)
         shift = 0 if self._control.kind is None else union_shift(self._control, hint, first.measured(self._run))
 
@@ -135,7 +137,7 @@ class ControlEncoder(EncoderOperations):
         before = self._before.popleft() if self._before else None
 
         def rows(top: int, bottom: int) -> Tensor:
-            found = as_rows(projection(as_picture(x.read(top, bottom)))) * self._control.scale
+            found = as_nhwc(projection(as_nchw(x.read(top, bottom)))) * self._control.scale
             return found if before is None else before.read(top, bottom) + found
 
         if isinstance(x, Computed):
@@ -148,9 +150,9 @@ class ControlEncoder(EncoderOperations):
 def union_shift(control: Control, hint: FeatureMap, first: FeatureMap) -> Tensor:
     """What a union model adds to every pixel [B, 1, 1, C], after the means of its picture's map and of the `first`."""
     net = control.net
-    picture, latents = (of.moments.mean.to(net.task_embedding.dtype) for of in (hint, first))
-    picture = (picture + net.task_embedding[control.kind]).expand(len(latents), -1)
-    x = torch.stack([picture, latents], dim=1)
+    image, latents = (of.moments.mean.to(net.task_embedding.dtype) for of in (hint, first))
+    image = (image + net.task_embedding[control.kind]).expand(len(latents), -1)
+    x = torch.stack([image, latents], dim=1)
     for layer in net.transformer_layes:
         x = layer(x)
     return net.spatial_ch_projs(x[:, 0])[:, None, None]
@@ -162,7 +164,7 @@ def encoder_of(net: ControlNet) -> nn.ModuleList:
 
 
 @torch.inference_mode()
-def embed_control_image(net: ControlNet, read: ReadRows, height: int, width: int, storage: Storage) -> EmbeddedPicture:
+def embed_control_image(net: ControlNet, read: ReadRows, height: int, width: int, storage: Storage) -> EmbeddedImage:
     """The picture of `height` x `width` that `read` reads as a ControlNet sees it, in `storage`.
 
     It is streamed: the convolutions see few rows of the picture at a time. Neither a dilation nor strips change it.
@@ -172,10 +174,10 @@ def embed_control_image(net: ControlNet, read: ReadRows, height: int, width: int
     channels = inner(net.controlnet_cond_embedding.conv_out).out_channels
     embedding = storage.new_waiting(1, height // shrinks, width // shrinks, channels)
     result = Writer(embedding)
-    for rows in stream(stages, ordered(net, read), height, PICTURE_ROWS):
+    for rows in stream(stages, ordered(net, read), height, CONTROL_ROWS):
         result.write(top, rows)
         top += rows.shape[1]
-    return EmbeddedPicture(result.close(SingleDevice()))
+    return EmbeddedImage(result.close(SingleDevice()))
 
 
 def embedding_stages(net: ControlNet) -> list[StreamStage]:

@@ -12,11 +12,19 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from linfusion_cli.strips.copies import STAGED
-from linfusion_cli.strips.cost import WIDE_BYTES, ExtraBytes, Cost, MemoryLedger, MetaMap, convolution_cost, max_strip_rows
+from linfusion_cli.strips.cost import (
+    WIDE_BYTES,
+    ExtraBytes,
+    Cost,
+    MemoryLedger,
+    MetaMap,
+    convolution_cost,
+    max_strip_rows,
+)
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
-from linfusion_cli.unet.controlnet import PICTURE_ROWS, ControlNet
+from linfusion_cli.unet.controlnet import CONTROL_ROWS, ControlNet
 from linfusion_cli.unet.resnet import resnet_cost, reusable
 from linfusion_cli.unet.transformer import transformer_cost
 from linfusion_cli.unet.walk import encoded, walk
@@ -43,13 +51,13 @@ class Setting:
     dilation: int = 1
 
 
-def estimate_unet(unet: UNet2DConditionModel, setting: Setting, controls: Sequence[ControlNet] = ()) -> MemoryLedger:
+def estimate_unet(unet: UNet2DConditionModel, setting: Setting, controlnets: Sequence[ControlNet] = ()) -> MemoryLedger:
     """The cost of one forward of `unet` under `controls`, beyond their weights: parameters may be on the meta device.
 
     With the embeddings of the control pictures, and the memory to make them, but not the work: see `embedding_cost`.
     """
     ledger, residuals = MemoryLedger(), None
-    reckonings = [ControlReckoning(net, setting, ledger) for net in controls]
+    reckonings = [ControlReckoning(net, setting, ledger) for net in controlnets]
     for reckoning in reckonings:
         reckoning.before = residuals
         kept, middle = encoded(reckoning.network, reckoning)
@@ -134,9 +142,9 @@ class ControlReckoning(EncoderReckoning):
         self._projections = iter(net.controlnet_down_blocks)
         self.embedding = self._waiting(1, setting.height, setting.width, inner(net.conv_in).out_channels)
         making = embedding_cost(net, setting.height, setting.width, setting.itemsize)
-        scale = picture_scale(net)
+        scale = image_scale(net)
         for _ in range(STAGED + 1):
-            ledger.stage(PICTURE_ROWS * setting.width * scale * COLOURS * setting.itemsize)
+            ledger.stage(CONTROL_ROWS * setting.width * scale * COLOURS * setting.itemsize)
         ledger.spend(replace(making, flops=0, passes=0))
 
     def conv_in(self) -> MetaMap:
@@ -166,7 +174,9 @@ class ControlReckoning(EncoderReckoning):
 class Reckoning(EncoderReckoning):
     """The Operations of a UNet's forward, to whose maps `residuals` are added."""
 
-    def __init__(self, unet: UNet2DConditionModel, setting: Setting, ledger: MemoryLedger, residuals: deque[MetaMap] | None):
+    def __init__(
+        self, unet: UNet2DConditionModel, setting: Setting, ledger: MemoryLedger, residuals: deque[MetaMap] | None
+    ):
         super().__init__(unet, setting, ledger)
         self._residuals = residuals
         self._copied: MetaMap | None = None
@@ -219,7 +229,7 @@ class Reckoning(EncoderReckoning):
         return residual
 
 
-def picture_scale(net: ControlNet) -> int:
+def image_scale(net: ControlNet) -> int:
     """How many pixels of a control picture there are for a latent, along a side."""
     return math.prod(inner(layer).stride[0] for layer in net.controlnet_cond_embedding.blocks)
 
@@ -228,8 +238,8 @@ def embedding_cost(net: ControlNet, height: int, width: int, itemsize: int) -> C
     """`control.embedded_picture` for latents of `height` x `width`, beside the map that it makes."""
     layers = net.controlnet_cond_embedding
     convolutions = [inner(layer) for layer in (layers.conv_in, *layers.blocks, layers.conv_out)]
-    scale = picture_scale(net)
-    flops, passes, widest, rows = 0, 0, 0, PICTURE_ROWS
+    scale = image_scale(net)
+    flops, passes, widest, rows = 0, 0, 0, CONTROL_ROWS
     pixels, across = height * width * scale**2, width * scale
     for layer in convolutions:
         stride = layer.stride[0]
@@ -249,6 +259,6 @@ def whole_bytes(nets: Sequence[ControlNet], setting: Setting) -> int:
     for net in nets:
         kept, middle = encoded(net, ControlReckoning(net, setting, MemoryLedger()))
         found = sum(math.prod(outline.shape) for outline in (*kept, middle))
-        area = setting.batch * setting.height * setting.width * picture_scale(net) ** 2
+        area = setting.batch * setting.height * setting.width * image_scale(net) ** 2
         largest = max(largest, 2 * found, 2 * inner(net.controlnet_cond_embedding.conv_in).out_channels * area)
     return largest * setting.itemsize

@@ -48,7 +48,7 @@ class UNetInputs:
     text: Tensor
     added: Added | None = None
     timestep_cond: Tensor | None = None
-    controls: Sequence[ControlNetBranch] = ()
+    controlnets: Sequence[ControlNetBranch] = ()
 
     def split(self, batch: int) -> Iterator[UNetInputs]:
         """The condition of each of `batch` latents alone."""
@@ -56,7 +56,7 @@ class UNetInputs:
             one = slice(i, i + 1)
             added = None if self.added is None else {name: rows_of(value, one) for name, value in self.added.items()}
             times = None if self.timestep_cond is None else self.timestep_cond[one]
-            yield UNetInputs(self.text[one], added, times, self.controls)
+            yield UNetInputs(self.text[one], added, times, self.controlnets)
 
 
 def rows_of(value: Tensor | list[Tensor], rows: slice) -> Tensor | list[Tensor]:
@@ -69,10 +69,10 @@ def strip_forward(
     unet: UNet2DConditionModel, run: Strips, latents: Tensor, timestep: Tensor, condition: UNetInputs
 ) -> Tensor:
     """Latents [B, C, h, w] -> the UNet's prediction [B, C, h, w]; `unet` must pass `check_supported`."""
-    networks = nn.ModuleList([unet, *(control.encoder for control in condition.controls)])  # each once
+    networks = nn.ModuleList([unet, *(control.encoder for control in condition.controlnets)])  # each once
     residuals = None
     with skip_row_padding(networks, run.dilation):
-        for control in condition.controls:
+        for control in condition.controlnets:
             residuals = control.residuals(run, latents, timestep, condition, residuals)
         embedding = compute_embedding(unet, latents, timestep, condition, condition.timestep_cond)
         heard = LayerConditioning(embedding, condition.text, project_image_embeds(unet, condition))
@@ -110,7 +110,7 @@ class LayerConditioning:
 
     embedding: Tensor
     text: Tensor
-    pictures: Sequence[Tensor] = ()
+    images: Sequence[Tensor] = ()
 
 
 class EncoderOperations:
@@ -126,7 +126,7 @@ class EncoderOperations:
         return run_resnet(self._run, block, parts, self._heard.embedding)
 
     def transformer(self, transformer, x: FeatureMap) -> FeatureMap:
-        return run_transformer(self._run, transformer, x, self._heard.text, self._heard.pictures)
+        return run_transformer(self._run, transformer, x, self._heard.text, self._heard.images)
 
     def downsample(self, downsampler, x: FeatureMap) -> FeatureMap:
         return resample.run_downsample(self._run, downsampler, x)
@@ -136,7 +136,12 @@ class UNetOperations(EncoderOperations):
     """The Operations of one forward of a UNet, to whose maps `residuals` are added."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, run: Strips, latents: Tensor, heard: LayerConditioning, residuals: Residuals | None
+        self,
+        unet: UNet2DConditionModel,
+        run: Strips,
+        latents: Tensor,
+        heard: LayerConditioning,
+        residuals: Residuals | None,
     ):
         super().__init__(unet, run, latents, heard)
         self._residuals = residuals

@@ -23,8 +23,8 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timestep 
 class WholeUNet:
     """Runs a UNet in one piece under `controls`, all convolutions that see the latents dilated by `dilation`."""
 
-    def __init__(self, unet: UNet2DConditionModel, dilation: int = 1, controls: Sequence[WholeControlNet] = ()):
-        self._unet, self._dilation, self._controls = unet, dilation, controls
+    def __init__(self, unet: UNet2DConditionModel, dilation: int = 1, controlnets: Sequence[WholeControlNet] = ()):
+        self._unet, self._dilation, self._controls = unet, dilation, controlnets
 
     def predictor(self, text: Tensor, added: Added | None) -> Predict:
         """The UNet under `text` [B, T, C] and `added`: SDXL's `text_embeds` [B, C] and `time_ids` [B, 6], and
@@ -56,17 +56,17 @@ class StripUNet:
         unet: UNet2DConditionModel,
         run: Strips,
         on_smaller: Callable[[Strips, bool], None],
-        controls: Sequence[StripControlNet] = (),
+        controlnets: Sequence[StripControlNet] = (),
     ):
         check_supported(unet)
-        for control in controls:
+        for control in controlnets:
             check_control(control.net)
-        self._unet, self._run, self._on_smaller, self._controls = unet, run, on_smaller, controls
+        self._unet, self._run, self._on_smaller, self._controls = unet, run, on_smaller, controlnets
         self._together = True
 
     def predictor(self, text: Tensor, added: Added | None) -> Predict:
         """As `Whole.predictor`."""
-        return _predictor(self._unet, UNetInputs(text, added, controls=self._controls), self._forward)
+        return _predictor(self._unet, UNetInputs(text, added, controlnets=self._controls), self._forward)
 
     def _forward(self, latents: Tensor, timestep: Tensor, condition: UNetInputs) -> Tensor:
         """A forward is repeated when it runs out of memory: it changes nothing but what it returns."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.feature_map import FeatureMap
-from linfusion_cli.strips.ops import Strips, Writer, as_picture, as_rows, convolved
+from linfusion_cli.strips.ops import Strips, Writer, as_nchw, as_nhwc, convolved
 from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.windows import Enlarged, Normed, Source
 
@@ -56,13 +56,13 @@ def run_conv_in(run: Strips, convolution: nn.Module, latents: Tensor) -> Compute
 
 def computed_conv_in(run: Strips, convolution: nn.Module, latents: Tensor) -> Computed:
     """As `run_conv_in`, without moments."""
-    halo, source = run.halo(convolution), as_rows(latents)
+    halo, source = run.halo(convolution), as_nhwc(latents)
     rows = Source([FeatureMap(source)], run.exchange, halo)
 
     def convolved_rows(top: int, bottom: int) -> Tensor:
         window = source.new_empty(source.shape[0], bottom - top + 2 * halo, *source.shape[2:])
         rows.put(window, top - halo, bottom + halo)
-        return as_rows(convolution(as_picture(window)))
+        return as_nhwc(convolution(as_nchw(window)))
 
     return Computed((*source.shape[:3], inner(convolution).out_channels), convolved_rows)
 
@@ -101,7 +101,9 @@ def written(run: Strips, convolution: nn.Module, source: Source) -> FeatureMap:
     return result.close(run.exchange)
 
 
-def run_upsample(run: Strips, upsampler: Upsample2D, x: FeatureMap, height: int, width: int, parts: int) -> list[FeatureMap]:
+def run_upsample(
+    run: Strips, upsampler: Upsample2D, x: FeatureMap, height: int, width: int, parts: int
+) -> list[FeatureMap]:
     """`x` enlarged to `height` x `width` and convolved, its channels in so many maps side by side."""
     halo = run.halo(upsampler.conv)
     source = Enlarged(x, run.exchange, (halo + 1) // 2, height, width, run.storage.device)
@@ -113,13 +115,15 @@ def run_upsample(run: Strips, upsampler: Upsample2D, x: FeatureMap, height: int,
     return [writer.close(run.exchange) for writer in writers]
 
 
-def run_conv_out(run: Strips, norm: nn.GroupNorm, activation: nn.Module, convolution: nn.Module, x: FeatureMap) -> Tensor:
+def run_conv_out(
+    run: Strips, norm: nn.GroupNorm, activation: nn.Module, convolution: nn.Module, x: FeatureMap
+) -> Tensor:
     """The last map -> what the UNet predicts [B, 4, h, w]."""
     source = Normed([x], run.exchange, run.halo(convolution), norm, activation)
     batch, height, width, _ = x.shape
     channels = inner(convolution).out_channels
     prediction = torch.empty(batch, channels, height, width, dtype=run.storage.dtype, device=run.storage.device)
-    target = FeatureMap(as_rows(prediction))
+    target = FeatureMap(as_nhwc(prediction))
     for top, rows in convolved(run, convolution, source):
         target.write(top, rows)
     return prediction

@@ -11,7 +11,7 @@ from torch import Tensor
 from linfusion_cli.strips.cost import CHANGES, WRITES, ExtraBytes, Cost, MetaMap, convolution_cost, max_strip_rows
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.feature_map import FeatureMap
-from linfusion_cli.strips.ops import Strips, StripSize, Writer, as_picture, as_rows, convolved
+from linfusion_cli.strips.ops import Strips, StripSize, Writer, as_nchw, as_nhwc, convolved
 from linfusion_cli.strips.windows import Normed
 
 ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]
@@ -59,7 +59,7 @@ def reusable(parts: Sequence[FeatureMap], channels: int) -> tuple[FeatureMap, Fe
 def shortcut_of(block: ResnetBlock2D, rows: list[Tensor]) -> Tensor:
     """What the block adds to its convolutions' result, from rows of each part."""
     joined = torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
-    return joined if block.conv_shortcut is None else as_rows(block.conv_shortcut(as_picture(joined)))
+    return joined if block.conv_shortcut is None else as_nhwc(block.conv_shortcut(as_nchw(joined)))
 
 
 def late_shortcut(block: ResnetBlock2D, parts: Sequence[FeatureMap]) -> ReadRows:

@@ -20,7 +20,7 @@ from linfusion_cli.strips.communicator import Communicator
 from linfusion_cli.strips.cost import Cost, MetaMap
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.feature_map import FeatureMap
-from linfusion_cli.strips.ops import PIECE_MULTIPLE, Strips, StripSize, Writer, as_picture, as_rows
+from linfusion_cli.strips.ops import PIECE_MULTIPLE, Strips, StripSize, Writer, as_nchw, as_nhwc
 from linfusion_cli.strips.windows import Normed
 
 TOKEN_LAYERS = (nn.Linear, nn.Conv2d)
@@ -37,25 +37,25 @@ class Text:
 
     keys: Tensor
     values: Tensor
-    pictures: tuple[tuple[Tensor, Tensor], ...] = ()
+    images: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @staticmethod
-    def of(attention: Attention, hidden: Tensor, pictures: Sequence[Tensor] = ()) -> Text:
+    def of(attention: Attention, hidden: Tensor, images: Sequence[Tensor] = ()) -> Text:
         """What `attention` makes of the text encoders' `hidden` and of the tokens of `pictures`, each [B, T, C]."""
         keys, values = (split_heads(project(hidden), attention.heads) for project in (attention.to_k, attention.to_v))
-        return Text(keys, values, tuple(heard_pictures(attention, pictures)) if pictures else ())
+        return Text(keys, values, tuple(image_key_values(attention, images)) if images else ())
 
 
-def heard_pictures(attention: Attention, pictures: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def image_key_values(attention: Attention, images: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and scaled values [B, K, T, D] of the pictures that are heard at all."""
     ip = attention.processor
-    for tokens, scale, to_k, to_v in zip(pictures, ip.scale, ip.to_k_ip, ip.to_v_ip, strict=True):
+    for tokens, scale, to_k, to_v in zip(images, ip.scale, ip.to_k_ip, ip.to_v_ip, strict=True):
         if scale != 0:
             yield split_heads(to_k(tokens), attention.heads), scale * split_heads(to_v(tokens), attention.heads)
 
 
 def run_transformer(
-    run: Strips, transformer: Transformer2DModel, x: FeatureMap, hidden: Tensor, pictures: Sequence[Tensor] = ()
+    run: Strips, transformer: Transformer2DModel, x: FeatureMap, hidden: Tensor, images: Sequence[Tensor] = ()
 ) -> FeatureMap:
     """`transformer`, whose self-attention is linear, over `x`; written over `x`.
 
@@ -67,8 +67,8 @@ def run_transformer(
     tokens = run.storage.new(pixels.shape[0], pixels.height, 1, transformer.inner_dim)
     sums = begin(run, transformer, x, tokens)
     for block, following in zip(blocks, blocks[1:], strict=False):
-        sums = visit(run, block, following, tokens, sums, Text.of(block.attn2, hidden, pictures))
-    x.moments = end(run, transformer, pixels, tokens, sums, Text.of(blocks[-1].attn2, hidden, pictures)).moments
+        sums = visit(run, block, following, tokens, sums, Text.of(block.attn2, hidden, images))
+    x.moments = end(run, transformer, pixels, tokens, sums, Text.of(blocks[-1].attn2, hidden, images)).moments
     return x
 
 
@@ -97,7 +97,9 @@ def visit(
     return gathered.over_all(run.exchange)
 
 
-def end(run: Strips, transformer: Transformer2DModel, x: FeatureMap, tokens: FeatureMap, sums: KeyValueSums, text: Text) -> FeatureMap:
+def end(
+    run: Strips, transformer: Transformer2DModel, x: FeatureMap, tokens: FeatureMap, sums: KeyValueSums, text: Text
+) -> FeatureMap:
     """Finish the last block, project out of the tokens and add the result to `x`."""
     result, finish = Writer(x), compiled(finished) if run.compiled else finished
     for start, stop in run.pieces(tokens):
@@ -125,7 +127,7 @@ def cross_attention(attention: Attention, x: Tensor, text: Text) -> Tensor:
     """Tokens x [B, n, C] listen to the text, and to pictures beside it -> [B, n, C]."""
     queries = split_heads(attention.to_q(x), attention.heads)
     heard = F.scaled_dot_product_attention(queries, text.keys, text.values)
-    for keys, values in text.pictures:
+    for keys, values in text.images:
         heard = heard + F.scaled_dot_product_attention(queries, keys, values)
     return attention.to_out[0](heard.transpose(1, 2).flatten(2))
 
@@ -138,7 +140,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def projected(layer: nn.Module, piece: Tensor) -> Tensor:
     """A piece of pixels or tokens [B, n, 1, C] through `proj_in` or `proj_out`: linear, or a 1x1 convolution."""
     if isinstance(inner(layer), nn.Conv2d):
-        return as_rows(layer(as_picture(piece)))
+        return as_nhwc(layer(as_nchw(piece)))
     return layer(piece)
 
 

@@ -256,4 +256,4 @@ def patch_shape(stages: Sequence[StreamStage], shape: Shape, sample: Sample) -> 
 
 
 def size_lat(shape: Shape) -> Size:
-    return Size(shape.width, shape.height).divided(shape.scale)
+    return Size(shape.width, shape.height).divide(shape.scale)

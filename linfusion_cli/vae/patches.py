@@ -31,7 +31,7 @@ class Source:
 
     @property
     def size_lat(self) -> Size:
-        return self.size.divided(self.scale)
+        return self.size.divide(self.scale)
 
     def rows(self, top: int, bottom: int) -> Tensor:
         return self.read(top, bottom, 0, self.size.width)

@@ -63,7 +63,9 @@ def starts(stages: Sequence[StreamStage]) -> list[int]:
     return sorted({last, *levels, 0}, reverse=True)
 
 
-def freeze_statistics(stages: Sequence[StreamStage], source: Source, method: VaeStrategy, storage: Storage) -> tuple[Sequence[StreamStage], Source]:
+def freeze_statistics(
+    stages: Sequence[StreamStage], source: Source, method: VaeStrategy, storage: Storage
+) -> tuple[Sequence[StreamStage], Source]:
     """Freeze the statistics of all `stages` -> those that are left to stream, and what is to stream through them."""
     for stage in stages:
         if stage.keeps is not None:
@@ -79,7 +81,9 @@ def freeze_statistics(stages: Sequence[StreamStage], source: Source, method: Vae
         )
         source, moments = whole.as_source(), whole.moments
     if start < last:
-        moments = sample_statistics(stages[start:last], source, moments, method, Storage("device", storage.device, storage.dtype))
+        moments = sample_statistics(
+            stages[start:last], source, moments, method, Storage("device", storage.device, storage.dtype)
+        )
     stages[last].before.freeze(moments)
     return stages[start:], source
 

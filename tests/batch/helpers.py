@@ -65,7 +65,7 @@ def carried_out(
 def failing(errors: dict[str, BaseException], ran: list | None = None) -> Make:
     """Makes nothing, and raises what `errors` have for a prompt; `ran` gets every request."""
 
-    def make(request, origins, observer, shelf):
+    def make(request, origins, observer, model_cache):
         if ran is not None:
             ran.append(request)
         if request.prompt in errors:

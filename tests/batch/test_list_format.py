@@ -19,7 +19,7 @@ from linfusion_cli.core.errors import DataError
 HILL = {"prompt": "a hill"}
 
 
-def picture(image_format: str) -> bytes:
+def image(image_format: str) -> bytes:
     """An image file."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(file, image_format)
@@ -137,10 +137,10 @@ BINARY = [
     (b"\xff\xfe", "is UTF-16 text"),
     ("a hill\n".encode("utf-32"), "is UTF-32 text"),
     ("a hill\n".encode("utf-16-le"), "has a NUL byte in line 1, as images and UTF-16 text have"),
-    (picture("PNG"), "is a PNG image"),
-    (picture("JPEG"), "is a JPEG image"),
-    (picture("TIFF"), "is a TIFF image"),
-    (picture("WEBP"), "has a NUL byte"),
+    (image("PNG"), "is a PNG image"),
+    (image("JPEG"), "is a JPEG image"),
+    (image("TIFF"), "is a TIFF image"),
+    (image("WEBP"), "has a NUL byte"),
     (b"%PDF-1.4\n", "is a PDF document"),
     (b"\x1f\x8b\x08\x08" + zlib.compress(b"a hill"), "is compressed with gzip"),
     (b"a hill\n" * 20_000 + b"the sea\0\n", "has a NUL byte in line 20001"),
@@ -251,8 +251,8 @@ def test_only_the_first_prompt_tells_what_a_list_is(tmp_path):
         ("jobs.toml", b"[[jobs]]\nprompt = 'a'\n", r"\[\[job\]\]"),
     ],
 )
-def test_a_list_without_jobs_is_refused(tmp_path, name, data, way_out):
-    with pytest.raises(DataError, match=f"{name} has no jobs. .*{way_out}"):
+def test_a_list_without_jobs_is_refused(tmp_path, name, data, hint):
+    with pytest.raises(DataError, match=f"{name} has no jobs. .*{hint}"):
         from_file(tmp_path, data, name)
 
 

@@ -23,7 +23,7 @@ from linfusion_cli.run.stages.cache_keys import VAE
 from tests.batch.helpers import builder, carried_out, entries
 from tests.support.other_process import locked_elsewhere
 from tests.support.small_controlnets import small_control, write_control
-from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
+from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
 from tests.support.small_models import small_xl_unet
 
 
@@ -62,17 +62,17 @@ def guides(tmp_path_factory):
     write_encoder(folder / "image_encoder")
     write_adapter(folder / "adapter.safetensors", small_xl_unet())
     write_control(folder / "control", small_control(small_xl_unet(), 1))
-    write_picture(folder / "a.png", width=64, height=64)
+    write_image(folder / "a.png", width=64, height=64)
     return folder
 
 
 def guided(guides: Path) -> dict[str, dict]:
     """What a job says to be guided by a picture."""
-    picture, adapter = (str(guides / "a.png"),), (str(guides / "adapter.safetensors"),)
+    image, adapter = (str(guides / "a.png"),), (str(guides / "adapter.safetensors"),)
     return {
-        "ip": {"ip_adapter": adapter, "ip_image": picture},
-        "ip more": {"ip_adapter": adapter, "ip_image": picture, "ip_scale": (0.4,)},
-        "control": {"controlnet": (str(guides / "control"),), "control_image": picture, "control_phases": ("all",)},
+        "ip": {"ip_adapter": adapter, "ip_image": image},
+        "ip more": {"ip_adapter": adapter, "ip_image": image, "ip_scale": (0.4,)},
+        "control": {"controlnet": (str(guides / "control"),), "control_image": image, "control_phases": ("all",)},
     }
 
 
@@ -104,7 +104,7 @@ def small_lora(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_gives_the_picture_it_gives_alone_whatever_ran_before(
+def test_a_job_gives_the_image_it_gives_alone_whatever_ran_before(
     batch, tmp_path, xl_model, sd_model, small_lora, guides
 ):
     jobs = variety(xl_model, sd_model, small_lora, guided(guides))
@@ -130,9 +130,9 @@ def test_models_are_loaded_once_for_all_jobs_that_share_them(batch, counted, xl_
 
 
 def test_a_vae_that_went_on_in_another_dtype_is_loaded_again(batch, counted, xl_model):
-    def make(request, origins, observer, shelf):
-        report = run_job(request, origins, observer, shelf)
-        shelf._things[VAE][1].to(torch.float64)
+    def make(request, origins, observer, model_cache):
+        report = run_job(request, origins, observer, model_cache)
+        model_cache._things[VAE][1].to(torch.float64)
         return report
 
     told, _ = batch(entries(2, model=str(xl_model)), make)
@@ -165,7 +165,7 @@ def test_another_request_under_the_same_name_is_refused(batch, tmp_path, xl_mode
     assert told.status() == {1: "done"} and (tmp_path / "out/a.png").read_bytes() != before
 
 
-def test_other_weights_or_another_picture_under_the_same_name_are_another_request(batch, tmp_path, xl_model):
+def test_other_weights_or_another_image_under_the_same_name_are_another_request(batch, tmp_path, xl_model):
     model = shutil.copytree(xl_model, tmp_path / "model")
     jobs = entries(1, model=str(model))
     batch(jobs, run_job)
@@ -182,8 +182,8 @@ def test_memory_after_fifty_jobs_is_that_after_two(batch, sd_model):
     """The memory of the process, after what can be freed was freed, with models that stay loaded."""
     measured = []
 
-    def make(request, origins, observer, shelf):
-        report = run_job(request, origins, observer, shelf)
+    def make(request, origins, observer, model_cache):
+        report = run_job(request, origins, observer, model_cache)
         free_memory(None)
         measured.append(resident_bytes())
         return report
@@ -197,7 +197,7 @@ def test_text_encoders_stay_only_where_there_is_room_for_them(batch, counted, mo
     jobs = entries(3, model=str(sd_model))
     batch(jobs[:2], run_job, build=builder(ram=8 << 30))
     assert counted["text"] == 1
-    monkeypatch.setattr("linfusion_cli.run.stages.cache_keys.weights_bytes", lambda networks: 8 << 30)
+    monkeypatch.setattr("linfusion_cli.run.stages.cache_keys.count_weight_bytes", lambda networks: 8 << 30)
     told, _ = batch(jobs, run_job, build=builder(ram=8 << 30, seed=1))
     assert set(told.status().values()) == {"done"} and counted["text"] == 4
 
@@ -220,6 +220,6 @@ def test_after_a_bug_models_are_loaded_anew(batch, counted, monkeypatch, sd_mode
             raise ZeroDivisionError("oops")
         return real(*arguments)
 
-    monkeypatch.setattr(denoise, "settled", fail)
+    monkeypatch.setattr(denoise, "probe_prediction_type", fail)
     told, _ = batch(entries(3, model=str(sd_model)), run_job)
     assert told.status() == {1: "done", 2: "failed", 3: "done"} and counted == {"unet": 2, "vae": 2, "text": 2}

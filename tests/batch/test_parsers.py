@@ -225,7 +225,9 @@ def test_long_lists_are_read_in_bounded_memory(tmp_path):
 def test_what_is_told_is_short_keeps_its_reason_and_does_nothing_to_a_terminal():
     assert shorten("a\n\x1b[31m b", 20) == "a \ufffd[31m b"
     told = shorten(f"--model {'x' * 50_000}: there is no such folder.", MAX_PROBLEM_CHARS)
-    assert len(told) < MAX_PROBLEM_CHARS and told.startswith("--model xxx") and told.endswith("there is no such folder.")
+    assert (
+        len(told) < MAX_PROBLEM_CHARS and told.startswith("--model xxx") and told.endswith("there is no such folder.")
+    )
     assert shorten("word " * 1000, 30) == "word word word word word word…"[:29] + "…"
 
 

@@ -80,7 +80,7 @@ def test_a_list_that_cannot_be_put_aside_is_not_done_again(lists, monkeypatch):
     def refuse(*_):
         raise PermissionError("no")
 
-    monkeypatch.setattr("linfusion_cli.batch.watch.renamed", refuse)
+    monkeypatch.setattr("linfusion_cli.batch.watch.rename_noreplace", refuse)
     (lists / "a.txt").write_text("a")
     watched(lists, [nothing] * 5, lambda path: taken.append(path) or True)
     assert len(taken) == 1

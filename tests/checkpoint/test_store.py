@@ -18,7 +18,7 @@ STATE = {"latents": torch.arange(12.0).reshape(1, 3, 2, 2), "steps": 3, "more": 
 
 
 @pytest.fixture
-def journal(tmp_path):
+def store(tmp_path):
     found = CheckpointStore(tmp_path / "a.png")
     with found.held():
         yield found
@@ -34,33 +34,33 @@ def equal(one, other) -> bool:
     return one == other
 
 
-def test_what_is_saved_is_read(journal):
-    assert journal.read() is None
-    journal.save({"seed": 7}, {"begun": {"phase": 1}, "reached": STATE})
-    entry = CheckpointStore(journal.target).read()
+def test_what_is_saved_is_read(store):
+    assert store.read() is None
+    store.save({"seed": 7}, {"begun": {"phase": 1}, "reached": STATE})
+    entry = CheckpointStore(store.target).read()
     assert entry.head == {"seed": 7} and equal(entry.parts["reached"], STATE) and entry.parts["begun"] == {"phase": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int64, torch.bool])
-def test_tensors_keep_their_type(journal, dtype):
-    journal.save({}, {"state": {"x": torch.arange(5).to(dtype), "one": torch.tensor(1).to(dtype)}})
-    assert equal(journal.read().parts["state"], {"x": torch.arange(5).to(dtype), "one": torch.tensor(1).to(dtype)})
+def test_tensors_keep_their_type(store, dtype):
+    store.save({}, {"state": {"x": torch.arange(5).to(dtype), "one": torch.tensor(1).to(dtype)}})
+    assert equal(store.read().parts["state"], {"x": torch.arange(5).to(dtype), "one": torch.tensor(1).to(dtype)})
 
 
-def test_a_part_that_stays_is_written_once(journal):
+def test_a_part_that_stays_is_written_once(store):
     steady = {"encoded": torch.ones(100)}
-    journal.save({}, {"begun": steady, "reached": {"x": torch.zeros(10)}})
-    before = journal.saved_bytes
-    journal.save({}, {"begun": steady, "reached": {"x": torch.ones(10)}})
-    assert journal.saved_bytes - before < 400
-    assert len(list(journal.folder.glob("*.safetensors"))) == 2
-    assert equal(journal.read().parts, {"begun": steady, "reached": {"x": torch.ones(10)}})
+    store.save({}, {"begun": steady, "reached": {"x": torch.zeros(10)}})
+    before = store.saved_bytes
+    store.save({}, {"begun": steady, "reached": {"x": torch.ones(10)}})
+    assert store.saved_bytes - before < 400
+    assert len(list(store.folder.glob("*.safetensors"))) == 2
+    assert equal(store.read().parts, {"begun": steady, "reached": {"x": torch.ones(10)}})
 
 
-def test_it_disappears(journal, tmp_path):
-    journal.save({}, {"state": STATE})
-    journal.remove()
-    assert journal.read() is None
+def test_it_disappears(store, tmp_path):
+    store.save({}, {"state": STATE})
+    store.remove()
+    assert store.read() is None
     with CheckpointStore(tmp_path / "b.png").held() as other:
         other.save({}, {"state": STATE})
         other.remove()
@@ -68,17 +68,17 @@ def test_it_disappears(journal, tmp_path):
 
 
 def test_what_others_put_there_stays(tmp_path):
-    with CheckpointStore(tmp_path / "a.png").held() as journal:
-        (journal.folder / "notes.txt").write_text("mine")
-        journal.save({}, {"state": STATE})
-        journal.remove()
-    assert [path.name for path in journal.folder.iterdir()] == ["notes.txt"]
+    with CheckpointStore(tmp_path / "a.png").held() as store:
+        (store.folder / "notes.txt").write_text("mine")
+        store.save({}, {"state": STATE})
+        store.remove()
+    assert [path.name for path in store.folder.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "rename"])
-def test_a_save_that_fails_leaves_the_state_before(journal, monkeypatch, failing):
-    journal.save({}, {"state": {"x": torch.zeros(3)}})
-    again = CheckpointStore(journal.target)  # as the next run, which has saved nothing itself yet
+def test_a_save_that_fails_leaves_the_state_before(store, monkeypatch, failing):
+    store.save({}, {"state": {"x": torch.zeros(3)}})
+    again = CheckpointStore(store.target)  # as the next run, which has saved nothing itself yet
 
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
@@ -93,32 +93,32 @@ def test_a_save_that_fails_leaves_the_state_before(journal, monkeypatch, failing
         with pytest.raises(WriteFailed, match="No space left"):
             again.save({}, {"state": {"x": torch.ones(3)}})
     assert equal(again.read().parts["state"], {"x": torch.zeros(3)})
-    assert len(list(journal.folder.iterdir())) == 3  # the lock, the manifest, and one file of tensors
+    assert len(list(store.folder.iterdir())) == 3  # the lock, the manifest, and one file of tensors
     again.save({}, {"state": {"x": torch.ones(3)}})
     assert equal(again.read().parts["state"], {"x": torch.ones(3)})
 
 
-def test_a_folder_that_does_not_sync_after_the_rename_has_the_new_state(journal, monkeypatch):
-    journal.save({}, {"state": {"x": torch.zeros(3)}})
+def test_a_folder_that_does_not_sync_after_the_rename_has_the_new_state(store, monkeypatch):
+    store.save({}, {"state": {"x": torch.zeros(3)}})
     with monkeypatch.context() as patch:
         patch.setattr(
             "linfusion_cli.checkpoint.store.sync_folder", lambda folder: (_ for _ in ()).throw(OSError(5, "I/O error"))
         )
         with pytest.raises(WriteFailed):
-            journal.save({}, {"state": {"x": torch.ones(3)}})
-    assert equal(journal.read().parts["state"], {"x": torch.ones(3)})
+            store.save({}, {"state": {"x": torch.ones(3)}})
+    assert equal(store.read().parts["state"], {"x": torch.ones(3)})
 
 
 def refuse(folder):
     raise OSError(5, "Input/output error")
 
 
-def test_no_flipped_bit_and_no_cut_passes(journal):
+def test_no_flipped_bit_and_no_cut_passes(store):
     """What is read is what was saved, or nothing is: a bit that changes nothing, of a JSON's layout say, may pass."""
-    journal.save({"seed": 7, "prompt": "ein Hügel"}, {"state": STATE})
+    store.save({"seed": 7, "prompt": "ein Hügel"}, {"state": STATE})
     numbers = random.Random(0)
     noticed = 0
-    for path in [path for path in journal.folder.iterdir() if path.name != "lock"]:
+    for path in [path for path in store.folder.iterdir() if path.name != "lock"]:
         whole = path.read_bytes()
         for at in [*(numbers.randrange(8 * len(whole)) for _ in range(200)), *range(-60, 0)]:
             if at < 0:
@@ -128,27 +128,27 @@ def test_no_flipped_bit_and_no_cut_passes(journal):
                 damaged[at // 8] ^= 1 << at % 8
             path.write_bytes(damaged)
             try:
-                entry = CheckpointStore(journal.target).read()
+                entry = CheckpointStore(store.target).read()
                 assert entry.head == {"seed": 7, "prompt": "ein Hügel"} and equal(entry.parts["state"], STATE)
             except DamagedCheckpoint:
                 noticed += 1
         path.write_bytes(whole)
-    assert noticed > 500 and equal(journal.read().parts["state"], STATE)
+    assert noticed > 500 and equal(store.read().parts["state"], STATE)
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"sha256": 1}', "[" * 100_000, "\udcff", '{"entry": {}}'])
-def test_json_that_is_no_journal(journal, text):
-    (journal.folder / "journal.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+def test_json_that_is_no_journal(store, text):
+    (store.folder / "journal.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DamagedCheckpoint):
-        journal.read()
+        store.read()
 
 
-def test_set_aside_keeps_all_and_counts(journal):
+def test_set_aside_keeps_all_and_counts(store):
     for number in (1, 2):
-        journal.save({}, {"state": STATE})
-        aside = journal.set_aside()
+        store.save({}, {"state": STATE})
+        aside = store.quarantine()
         assert aside.name == f"a.png.linfusion.aside-{number}" and (aside / "journal.json").exists()
-        assert journal.read() is None
+        assert store.read() is None
 
 
 def test_a_file_in_its_place_is_refused(tmp_path):
@@ -160,9 +160,9 @@ def test_a_file_in_its_place_is_refused(tmp_path):
 
 
 def test_long_names(tmp_path):
-    with CheckpointStore(tmp_path / ("ü" * 120 + ".png")).held() as journal:
-        journal.save({}, {"state": STATE})
-        assert equal(journal.read().parts["state"], STATE)
+    with CheckpointStore(tmp_path / ("ü" * 120 + ".png")).held() as store:
+        store.save({}, {"state": STATE})
+        assert equal(store.read().parts["state"], STATE)
 
 
 HOLDER = """

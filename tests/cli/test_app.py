@@ -164,7 +164,7 @@ def test_a_bug_is_one_line_and_a_log(cli, quick, monkeypatch):
     def fail(*arguments):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("linfusion_cli.run.pipeline.prepare", fail)
+    monkeypatch.setattr("linfusion_cli.run.pipeline.resolve_request", fail)
     code, out, err = cli(*quick)
     assert (code, out) == (70, "") and len(err.splitlines()) == 1
     log = Path(re.search(r"Log: (\S+)", err)[1])
@@ -176,7 +176,7 @@ def test_out_of_memory_is_71(cli, quick, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr("linfusion_cli.run.pipeline.prepare", fail)
+    monkeypatch.setattr("linfusion_cli.run.pipeline.resolve_request", fail)
     assert cli(*quick)[0] == 71
 
 
@@ -209,7 +209,7 @@ def test_info_reads_back_the_request(cli, quick, tmp_path):
     assert json.loads(cli("info", "a.tif", "--json")[1])["request"]["prompt"] == "a [cat] 😀"
 
 
-def test_info_refuses_what_is_no_whole_picture(cli, quick, tmp_path):
+def test_info_refuses_what_is_no_whole_image(cli, quick, tmp_path):
     cli(*quick, "-o", "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[:-20])
@@ -301,7 +301,7 @@ def test_closed_streams_do_not_end_a_run(tmp_path, xl_model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("redirect", "code"), [(">/dev/full", 74), ("2>/dev/full", 0), ("2> >(true)", 0)])
-def test_streams_that_refuse_do_not_take_the_picture_with_them(tmp_path, xl_model, redirect, code):
+def test_streams_that_refuse_do_not_take_the_image_with_them(tmp_path, xl_model, redirect, code):
     command = f'"{sys.executable}" -m linfusion_cli generate x --model "{xl_model}" --size 64 --steps 1 -o a.png'
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as in cron
     command = ["bash", "-c", f"{command} {redirect}"]
@@ -322,7 +322,7 @@ def test_a_bug_where_no_log_can_be_written_is_still_one_line(cli, quick, monkeyp
     def fail(*arguments):
         raise ZeroDivisionError("oops\nand more")
 
-    monkeypatch.setattr("linfusion_cli.run.pipeline.prepare", fail)
+    monkeypatch.setattr("linfusion_cli.run.pipeline.resolve_request", fail)
     monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
     code, _, err = cli(*quick)
     assert code == 70 and "bug in linfusion: oops (ZeroDivisionError)" in err and "Traceback" not in err

@@ -27,7 +27,7 @@ def write(path: Path, *lines: object) -> Path:
     return path
 
 
-def test_a_list_makes_its_pictures_and_the_same_command_skips_them(cli, quick, tmp_path):
+def test_a_list_makes_its_images_and_the_same_command_skips_them(cli, quick, tmp_path):
     write(
         tmp_path / "jobs.jsonl",
         {"prompt": "a hill"},
@@ -54,7 +54,7 @@ def test_a_dry_run_tells_and_makes_nothing(cli, quick, tmp_path, monkeypatch):
     assert cli("batch", "jobs.txt", *quick, "--name", "{slug}")[0] == 0
     (tmp_path / "out/a-sea.png").unlink()
     before = (tmp_path / "out/results.jsonl").read_bytes()
-    monkeypatch.setattr("linfusion_cli.batch.runner.make_picture", None)
+    monkeypatch.setattr("linfusion_cli.batch.runner.run_pipeline", None)
     code, out, _ = cli("batch", "jobs.txt", *quick, "--name", "{slug}", "--dry-run")
     assert (code, out) == (0, "skipped\tout/a-hill.png\nplanned\tout/a-sea.png\n")
     code, out, _ = cli("batch", "jobs.txt", *quick, "--name", "{slug}", "--dry-run", "--json")
@@ -86,7 +86,7 @@ def test_what_a_job_says_wins_over_flags_environment_and_preset(cli, quick, tmp_
     assert one["settings"]["seed"] == "LINFUSION_SEED" and other["settings"]["guidance_scale"] == "preset demo"
 
 
-def test_pictures_grow_in_a_batch(cli, quick, tmp_path):
+def test_images_grow_in_a_batch(cli, quick, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "p.png")
     write(
         tmp_path / "jobs.toml", "[[job]]", "image = 'p.png'", "size = 128", "[[job]]", "image = 'no.png'", "size = 128"
@@ -157,12 +157,12 @@ def test_a_bug_is_logged_and_the_next_job_runs(cli, quick, tmp_path, monkeypatch
 
     real = pipeline.resolve_request
 
-    def fail(request, picture):
+    def fail(request, image):
         if request.seed == 1:
             raise ZeroDivisionError("oops")
-        return real(request, picture)
+        return real(request, image)
 
-    monkeypatch.setattr(pipeline, "prepare", fail)
+    monkeypatch.setattr(pipeline, "resolve_request", fail)
     write(tmp_path / "jobs.jsonl", {"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 2})
     code, out, err = cli("batch", "jobs.jsonl", *quick)
     assert (code, out) == (3, "out/0002-b-2.png\n") and "bug in linfusion (ZeroDivisionError). Log: " in err

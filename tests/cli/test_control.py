@@ -60,7 +60,7 @@ def test_what_a_person_gets_wrong_is_one_sentence(cli, here, tmp_path, options, 
     assert not (tmp_path / "a.png").exists()
 
 
-def test_a_picture_that_grows_is_controlled_too(cli, here, tmp_path):
+def test_a_image_that_grows_is_controlled_too(cli, here, tmp_path):
     how = (
         *here[1:3],
         "--prompt",
@@ -76,9 +76,9 @@ def test_a_picture_that_grows_is_controlled_too(cli, here, tmp_path):
         "b.png",
     )
     control = ("--controlnet", "net", "--control-image", "edges.png", "--control-scale", 5)
-    pictures = []
+    images = []
     for options in ((), control):
         code, _, err = cli("upscale", "edges.png", *how, *options)
         assert code == 0, err
-        pictures.append(np.asarray(Image.open(tmp_path / "b.png")).astype(int))
-    assert np.abs(pictures[0] - pictures[1]).mean() > 1
+        images.append(np.asarray(Image.open(tmp_path / "b.png")).astype(int))
+    assert np.abs(images[0] - images[1]).mean() > 1

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
+from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
 from tests.support.small_models import small_xl_unet
 
 
@@ -16,7 +16,7 @@ def files(tmp_path_factory):
     write_encoder(folder / "image_encoder")
     for kind in ("plain", "plus"):
         write_adapter(folder / f"{kind}.safetensors", small_xl_unet(), kind)
-    write_picture(folder / "p.png")
+    write_image(folder / "p.png")
     return folder
 
 

@@ -23,14 +23,14 @@ def quick(photo, xl_model):
     return ["upscale", photo, "--model", xl_model, "--size", 192, "--steps", 4]
 
 
-def test_upscale_names_the_file_after_the_picture_and_prints_its_path_alone(cli, quick, tmp_path):
+def test_upscale_names_the_file_after_the_image_and_prints_its_path_alone(cli, quick, tmp_path):
     code, out, err = cli(*quick)
     assert (code, out) == (0, "photo-192.tif\n") and "2x 192x128" in err
     info = read_info(tmp_path / "photo-192.tif")
     assert (info.width_px, info.height_px) == (192, 128) and info.request["image"] == "photo.jpg"
 
 
-def test_what_a_preset_shows_is_not_said_of_the_picture(cli, photo, tmp_path):
+def test_what_a_preset_shows_is_not_said_of_the_image(cli, photo, tmp_path):
     assert cli("upscale", photo, "--preset", "demo", "--size", 144, "--steps", 2, "-o", "a.png", "--quiet")[0] == 0
     assert read_info(tmp_path / "a.png").request["prompt"] == ""
     assert (

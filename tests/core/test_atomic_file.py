@@ -12,7 +12,7 @@ import pytest
 from linfusion_cli.core import fs
 from linfusion_cli.core.errors import CannotCreateOutput, TemporaryFailure, WriteFailed
 from linfusion_cli.images import AtomicFile, open_sink, read_info
-from tests.images.conftest import left_in, picture
+from tests.images.conftest import left_in, make_image
 
 HOLDER = """
 import sys, time
@@ -217,7 +217,7 @@ def test_disk_errors(tmp_path, info, monkeypatch, code, call):
     monkeypatch.setattr(os, call, failing(code))
     with pytest.raises(WriteFailed, match="out.png") as caught:
         for _ in range(64):
-            sink.write(picture(64, 64))
+            sink.write(make_image(64, 64))
         sink.close()
     assert caught.value.exit_code == 74
     assert str(tmp_path) in str(caught.value)
@@ -261,11 +261,11 @@ def test_a_full_disk(tmp_path, info, format):
     try:
         with pytest.raises(WriteFailed, match="No space left"):
             sink = open_sink(tmp_path / "out", format, (2000, 2000), 8, info)
-            sink.write(picture(2000, 2000))
+            sink.write(make_image(2000, 2000))
             sink.close()
         assert left_in(tmp_path) == []
         sink = open_sink(tmp_path / "out", format, (64, 64), 8, info)
-        sink.write(picture(64, 64))
+        sink.write(make_image(64, 64))
         sink.close()
         assert read_info(tmp_path / "out").height_px == 64
     finally:

@@ -24,7 +24,7 @@ def test_sizes_are_read(text, size):
 def test_what_is_no_size_is_refused_with_a_way_out(text):
     with pytest.raises(UsageError) as caught:
         parse_size(text)
-    assert repr(text) in caught.value.message and caught.value.way_out
+    assert repr(text) in caught.value.message and caught.value.hint
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (12 << 30, "12.0 GiB"), (5e14, "454.7 TiB")])

@@ -170,7 +170,7 @@ def chosen(case: Case) -> Iterator[None]:
         for module in (machine, storage):
             stack.enter_context(patch.object(module, "segments", lambda: case.segments))
         if not case.decodes:
-            stack.enter_context(patch.object(convert, "write", lambda *_: None))
+            stack.enter_context(patch.object(convert, "write_output", lambda *_: None))
         yield
 
 

@@ -14,7 +14,7 @@ from tests.faults.harness.trials import Lab
 SOME_FAILED = 3
 OPTIONS = ("--output-dir", "out", "--preset", "demo", "--size", "96", "--base-size", "64", *STEPS, "0")
 GOOD = [b'{"prompt": "a hill", "seed": 1}', b'{"prompt": "the sea", "seed": 2}', b'{"prompt": "a lake", "seed": 3}']
-PICTURES = ["0001-a-hill-1.tif", "0002-the-sea-2.tif", "0003-a-lake-3.tif"]
+IMAGES = ["0001-a-hill-1.tif", "0002-the-sea-2.tif", "0003-a-lake-3.tif"]
 OUTSIDE = [
     (b'{"prompt": "a", "output": "../../x.png"}', "leaves the folder"),
     (b'{"prompt": "a", "output": "/x.png"}', "must not begin with /"),
@@ -52,8 +52,8 @@ def test_a_batch_that_was_killed(lab: Lab, whole: tuple[Run, Path], moment: Mome
         assert path.read_bytes() == (expected / "out" / path.name).read_bytes()
     last = lab.server.run(("batch", "jobs.jsonl", *OPTIONS), folder)
     assert last.code == 0, last.stderr()
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [*PICTURES, "results.jsonl"]
-    for name in PICTURES:
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [*IMAGES, "results.jsonl"]
+    for name in IMAGES:
         assert (folder / "out" / name).read_bytes() == (expected / "out" / name).read_bytes()
     assert {found["line"] for found in map(json.loads, lines(folder)) if found["exit_code"] == 0} == {1, 2, 3}
 
@@ -64,7 +64,7 @@ def whole(lab: Lab) -> tuple[Run, Path]:
     folder = begun(lab, "batch", GOOD)
     run = lab.server.run(("batch", "jobs.jsonl", *OPTIONS), folder)
     assert run.code == 0, run.stderr()
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [*PICTURES, "results.jsonl"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [*IMAGES, "results.jsonl"]
     return run, folder
 
 

@@ -23,7 +23,7 @@ def test_a_damaged_journal(lab: Lab, names: list[str], moment: Moment, states: "
     states.copy(trial, turn.dealt(range(STATES))[0])
     damage, _ = moment.dealt(DAMAGES)
     random = moment.random
-    damage(random.choice(full(trial.journal)), random)
+    damage(random.choice(full(trial.store)), random)
     run = trial.completes(aside=True)
     asides = [name for name in trial.left_over() if ".aside-" in name]
     trial.count(f"{damage.__name__}: {'set aside' if asides else 'not needed'}")

@@ -15,7 +15,7 @@ def test_a_folder_that_becomes_unwritable(lab: Lab, names: list[str], moment: Mo
     """The folder, or only its journal, or both."""
     name, moment = moment.dealt(names)
     trial = lab.trial("unwritable folder", name, as_nobody=True)
-    which, moment = moment.dealt([(trial.folder,), (trial.journal,), (trial.folder, trial.journal)])
+    which, moment = moment.dealt([(trial.folder,), (trial.store,), (trial.folder, trial.store)])
     run = trial.start()
     trial.reaches(run, moment.share)
     closed = [folder for folder in which if folder.exists()]

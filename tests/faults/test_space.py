@@ -68,7 +68,7 @@ def test_a_file_that_may_not_grow(lab: Lab, names: list[str], moment: Moment):
     trial.recovers(run)
 
 
-def test_a_picture_without_room_costs_the_next_run_only_its_decoding(lab: Lab):
+def test_a_image_without_room_costs_the_next_run_only_its_decoding(lab: Lab):
     trial = lab.trial("no room for the picture", "png")
     last = sum(call.split()[1] == "pwrite" for call in trial.expected.calls)
     run = trial.start(Fault(calls=("pwrite",), at=last, effect="fail", error="ENOSPC", onwards=True))

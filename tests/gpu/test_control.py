@@ -9,7 +9,7 @@ import torch
 from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.models.load.controlnet import linear_attention
 from linfusion_cli.strips.communicator import SingleDevice
-from linfusion_cli.strips.ops import Strips, StripSize, as_rows
+from linfusion_cli.strips.ops import Strips, StripSize, as_nhwc
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.controlnet import StripControlNet, WholeControlNet, embed_control_image
 from linfusion_cli.unet.forward import strip_forward
@@ -33,10 +33,10 @@ def networks():
         yield unet.to(CUDA), net.to(CUDA)
 
 
-def in_strips(unet, net, picture, storage: Storage, latents, condition, dilation: int = 1) -> torch.Tensor:
-    rows = as_rows(picture)
+def in_strips(unet, net, image, storage: Storage, latents, condition, dilation: int = 1) -> torch.Tensor:
+    rows = as_nhwc(image)
     hint = embed_control_image(net, lambda *span: rows[:, slice(*span)], *rows.shape[1:3], storage)
-    controlled = replace(condition, controls=[StripControlNet(net, 0.8, None, hint)])
+    controlled = replace(condition, controlnets=[StripControlNet(net, 0.8, None, hint)])
     return strip_forward(unet, Strips(SIZE, storage, SingleDevice(), dilation), latents, torch.tensor(500), controlled)
 
 
@@ -46,9 +46,9 @@ def test_strips_equal_the_plain_forwards(networks, place, dilation):
     """In fp64, where a copy that comes too late or too early shows; several times, as a race does not always."""
     unet, net = (network.double() for network in networks)
     latents, condition = torch.randn(1, 4, 53, 77, dtype=torch.float64, device=CUDA), random_condition(unet)
-    picture = torch.rand(1, 3, 8 * 53, 8 * 77, dtype=torch.float64, device=CUDA)
-    whole = WholeUNet(unet, dilation, [WholeControlNet(net, 0.8, None, picture)])
+    image = torch.rand(1, 3, 8 * 53, 8 * 77, dtype=torch.float64, device=CUDA)
+    whole = WholeUNet(unet, dilation, [WholeControlNet(net, 0.8, None, image)])
     expected = whole.predictor(condition.text, condition.added)(latents, torch.tensor(500))
     for _ in range(3):
-        found = in_strips(unet, net, picture, Storage(place, CUDA, torch.float64), latents, condition, dilation)
+        found = in_strips(unet, net, image, Storage(place, CUDA, torch.float64), latents, condition, dilation)
         assert ((found - expected).norm() / expected.norm()).item() <= 1e-11

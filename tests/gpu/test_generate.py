@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_card_paints_what_the_cpu_paints(xl_model, tmp_path, dtype):
-    pictures = {}
+    images = {}
     for device, number_format in (("cpu", "auto"), ("cuda", dtype)):
         output = tmp_path / f"{device}.png"
         request = GenerateRequest(
@@ -27,6 +27,6 @@ def test_the_card_paints_what_the_cpu_paints(xl_model, tmp_path, dtype):
             dtype=number_format,
         )
         report = generate(request, {})
-        pictures[device] = np.asarray(Image.open(output)).astype(int)
+        images[device] = np.asarray(Image.open(output)).astype(int)
         assert (report.peak_device_bytes is None) == (device == "cpu")
-    assert np.abs(pictures["cpu"] - pictures["cuda"]).mean() < (0.5 if dtype == "float32" else 8)
+    assert np.abs(images["cpu"] - images["cuda"]).mean() < (0.5 if dtype == "float32" else 8)

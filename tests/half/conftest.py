@@ -39,12 +39,12 @@ def make(xl_model, tmp_path, monkeypatch):
     """Run a small request in tmp_path, of two phases: four steps in the base, and three above it."""
     monkeypatch.chdir(tmp_path)
 
-    def run(observer=None, shelf=None, **changed) -> Made:
+    def run(observer=None, model_cache=None, **changed) -> Made:
         values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": (4,)}
         values |= {"strength": (0.7,), "upscaler": "sdedit", "guidance_scale": (1.0,), "device": "cpu"}
         values |= {"output": Path("a.png"), "keep_latents": Path("a.safetensors"), "checkpoint_every": 3600.0}
         request, listener = GenerateRequest(**values | {"dtype": "float16"} | changed), Listener()
-        report = run_pipeline(request, None, {}, observer or listener, shelf)
+        report = run_pipeline(request, None, {}, observer or listener, model_cache)
         return Made(report, listener, open_latents(request.keep_latents).read())
 
     return run

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from linfusion_cli.core.geometry import Size
 from tests.support.small_controlnets import small_control, small_union, write_control
-from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
+from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
 from tests.support.small_models import small_sd_unet, small_xl_unet, write_linfusion
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def beside(tmp_path_factory):
     """The settings that add a thing to a model of a family."""
     folder = tmp_path_factory.mktemp("beside")
     write_encoder(folder / "image_encoder")
-    picture = str(write_picture(folder / "a.png"))
+    image = str(write_image(folder / "a.png"))
     edges = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(edges).save(folder / "edges.png")
     write_linfusion(folder / "sd-linear", small_sd_unet())
@@ -86,7 +86,7 @@ def beside(tmp_path_factory):
                 result |= control(family, name)
         adapters = [name for name in names if name in ("plain", "plus", "full")]
         heard = {"ip_adapter": tuple(adapter(family, kind) for kind in adapters)}
-        return result | heard | {"ip_image": (picture,) * len(adapters)}
+        return result | heard | {"ip_image": (image,) * len(adapters)}
 
     return settings
 
@@ -109,7 +109,7 @@ def lora(folder: Path, family: str) -> Path:
 def test_half_precision_is_as_near_to_float32_as_stated(make, clear, sd_model, beside, name):
     case = CASES[name]
     settings = {"steps": (2,), "strength": (0.9,), "guidance_scale": (3.0,), **case.settings}
-    settings |= beside(case.family, case.beside) | ({"model": str(sd_model)} if case.family == "sd" else {})
+    settings |= beside(case.family, case.concat) | ({"model": str(sd_model)} if case.family == "sd" else {})
     expected = make(dtype="float32", **settings).latents
     for dtype, most in (MOST_OF_DEMO if case.family == "demo" else MOST).items():
         clear()

@@ -46,9 +46,9 @@ def stop_before(bad: tuple[int, int]):
 
 def accept_another_dtype() -> None:
     """Mark what a run has saved as after NaN: the reference goes on in another dtype without any fallback."""
-    with CheckpointStore(Path("a.png")).held() as journal:
-        found = journal.read()
-        journal.save({**found.head, "non_finite": "by hand"}, found.parts)
+    with CheckpointStore(Path("a.png")).held() as store:
+        found = store.read()
+        store.save({**found.head, "non_finite": "by hand"}, found.parts)
 
 
 @pytest.mark.parametrize("scheduler", mostly_slow(FAILS, quick=("dpmpp-2m", "euler-a")))
@@ -177,9 +177,9 @@ def test_without_room_for_it_the_last_good_state_waits_for_more(make, clear, for
     clear()
     planned = precision.plan_run
 
-    def short(prepared, executed, kept_bytes, shelf, least):
-        scarce = replace(prepared, request=replace(prepared.request, ram=1)) if least == "float32" else prepared
-        return planned(scarce, executed, kept_bytes, shelf, least)
+    def short(resolved, executed, kept_bytes, model_cache, least):
+        scarce = replace(resolved, request=replace(resolved.request, ram=1)) if least == "float32" else resolved
+        return planned(scarce, executed, kept_bytes, model_cache, least)
 
     with monkeypatch.context() as scarcely, pytest.raises(NonFinite) as end:
         scarcely.setattr(precision, "plan_run", short)
@@ -206,13 +206,13 @@ def test_prompts_are_encoded_anew_and_what_was_said_of_them_is_not_said_twice(ma
 def test_the_next_job_of_a_batch_begins_in_its_own_dtype(make, clear, forwards):
     alone = make(seed=2).latents
     clear()
-    shelf = ModelCache()
+    model_cache = ModelCache()
     forwards.bad = {(BASE, 1): HALF}
-    assert make(shelf=shelf).report.dtypes == history((0, 0, "float16"), (0, 1, "float32"))
+    assert make(model_cache=model_cache).report.dtypes == history((0, 0, "float16"), (0, 1, "float32"))
     clear()
     forwards.bad = {}
     forwards.dtypes.clear()
-    second = make(shelf=shelf, seed=2)
+    second = make(model_cache=model_cache, seed=2)
     assert set(forwards.dtypes) == {"float16"} and second.report.dtypes == history((0, 0, "float16"))
     assert torch.equal(second.latents, alone)
 
@@ -230,7 +230,7 @@ def test_the_narrow_models_are_gone_before_the_wide_ones_are_read(make, forwards
 
     monkeypatch.setattr(stages_load, "load_unet", watched)
     forwards.bad = {(BASE, 1): HALF}
-    make(shelf=ModelCache(keeps))
+    make(model_cache=ModelCache(keeps))
     assert alive == [0, 0, 0]
 
 
@@ -264,7 +264,7 @@ def test_the_new_plan_is_for_the_new_dtype_and_the_report_has_it(make, forwards,
 
 
 @pytest.mark.slow
-def test_upscaling_begins_with_a_picture_and_falls_back_all_the_same(xl_model, tmp_path, monkeypatch, forwards):
+def test_upscaling_begins_with_a_image_and_falls_back_all_the_same(xl_model, tmp_path, monkeypatch, forwards):
     from PIL import Image
 
     from linfusion_cli.core.geometry import Size

@@ -135,7 +135,7 @@ def test_a_device_that_cannot_be_used_is_unavailable(text):
     for kind in (RuntimeError, AssertionError):
         known = failures.explained(kind(f"{text}{MORE}"))
         assert isinstance(known, DeviceFailed) and known.message == f"The GPU cannot be used: {text.rstrip('.')}."
-        assert known.way_out.endswith(".") and len(str(known).splitlines()) == 1
+        assert known.hint.endswith(".") and len(str(known).splitlines()) == 1
 
 
 HANDLES = [
@@ -208,9 +208,9 @@ def test_a_device_that_is_lost_in_a_batch_leaves_nothing_on_the_shelf(tmp_path):
     }
     made = failing(errors)
 
-    def make(request, origins, observer, shelf):
-        shelf.drop = lambda *names: next(dropped)
-        return made(request, origins, observer, shelf)
+    def make(request, origins, observer, model_cache):
+        model_cache.drop = lambda *names: next(dropped)
+        return made(request, origins, observer, model_cache)
 
     told, _ = carried_out(tmp_path / "out", entries(6), make, build=builder())
     codes = [outcome.exit_code for outcome in told.outcomes if isinstance(outcome, JobResult)]

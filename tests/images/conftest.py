@@ -8,7 +8,7 @@ from linfusion_cli.images import ImageInfo, RowSink, a1111_parameters
 PROMPT = 'a 🐱 [cat] (large:1.2), {x|y} <lora:a:1>\nsecond line\t\x07\x1b[31m \\ "quoted" 日本 & </rdf:li> ]]>'
 
 
-def picture(width_px: int, height_px: int, bits: int = 8, seed: int = 0) -> np.ndarray:
+def make_image(width_px: int, height_px: int, bits: int = 8, seed: int = 0) -> np.ndarray:
     """Gradients with some noise, all 16 bits in use."""
     random = np.random.default_rng(seed)
     ramp = np.linspace(0, 0.9, height_px)[:, None, None] * np.linspace(0.2, 1, width_px)[None, :, None]

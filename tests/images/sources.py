@@ -5,7 +5,7 @@ from PIL import Image, ImageCms
 
 from linfusion_cli.images import srgb_profile
 from linfusion_cli.images.read.source import inspect_source, source_rows
-from tests.images.conftest import picture
+from tests.images.conftest import make_image
 
 WIDTH, HEIGHT = 90, 70
 SAVING = {
@@ -16,7 +16,7 @@ SAVING = {
 }
 FORMATS = list(SAVING)
 LOSSLESS = ["png", "webp", "tiff"]
-PIXELS = picture(WIDTH, HEIGHT)
+PIXELS = make_image(WIDTH, HEIGHT)
 TRANSPARENT = np.dstack([PIXELS, np.linspace(0, 255, WIDTH * HEIGHT).reshape(HEIGHT, WIDTH).astype(np.uint8)])
 LAB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 

@@ -9,7 +9,7 @@ import tifffile
 from PIL import Image
 
 from linfusion_cli.images import ImageInfo, open_sink, read_info
-from tests.images.conftest import left_in, picture, write_unevenly
+from tests.images.conftest import left_in, make_image, write_unevenly
 
 SIZES = [(1, 1), (1, 70), (2, 1), (511, 130), (512, 512), (513, 65), (1100, 64), (3, 1100), (1025, 514)]
 LOSSLESS = [
@@ -38,7 +38,7 @@ def by_vips(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("suffix", "compression", "bits"), LOSSLESS)
 def test_lossless(tmp_path, info, size, suffix, compression, bits):
-    pixels = picture(*size, bits)
+    pixels = make_image(*size, bits)
     path = written(tmp_path / f"out.{suffix}", pixels, info, compression)
     if suffix == "tif":
         np.testing.assert_array_equal(tifffile.imread(path), pixels)
@@ -52,8 +52,8 @@ def test_lossless(tmp_path, info, size, suffix, compression, bits):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("quality", [30, 95])
-def test_jpeg_equals_a_whole_picture(tmp_path, info, size, quality):
-    pixels, path = picture(*size), tmp_path / "out.jpg"
+def test_jpeg_equals_a_whole_image(tmp_path, info, size, quality):
+    pixels, path = make_image(*size), tmp_path / "out.jpg"
     sink = open_sink(path, "jpeg", size, 8, info, jpeg_quality=quality)
     write_unevenly(sink, pixels)
     sink.close()
@@ -66,7 +66,7 @@ def test_jpeg_equals_a_whole_picture(tmp_path, info, size, quality):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_tiff_with_jpeg_tiles(tmp_path, info, size):
-    pixels = picture(*size)
+    pixels = make_image(*size)
     path = written(tmp_path / "out.tif", pixels, info, "jpeg")
     whole = io.BytesIO()  # tiles begin where blocks of 8 x 8 begin, so they hold the same blocks
     Image.fromarray(pixels).save(whole, "JPEG", quality=95, subsampling=0)
@@ -78,7 +78,7 @@ def test_tiff_with_jpeg_tiles(tmp_path, info, size):
 
 @pytest.mark.parametrize(("suffix", "bits"), [("tif", 8), ("tif", 16), ("png", 8), ("png", 16), ("jpg", 8)])
 def test_wide_strip(tmp_path, info, suffix, bits):
-    pixels = picture(16384, 40, bits)
+    pixels = make_image(16384, 40, bits)
     path = written(tmp_path / f"out.{suffix}", pixels, info)
     difference = np.abs(by_vips(path).astype(int) - pixels).max()
     assert difference == 0 if suffix != "jpg" else difference < 20
@@ -97,7 +97,7 @@ def test_same_rows_same_bytes(tmp_path, info):
     for suffix in ("tif", "png", "jpg"):
         files = []
         for name, threads, seed in (("a", 1, 1), ("b", 3, 2)):
-            path, pixels = tmp_path / f"{name}.{suffix}", picture(600, 700)
+            path, pixels = tmp_path / f"{name}.{suffix}", make_image(600, 700)
             sink = open_sink(path, FORMAT[suffix], (600, 700), 8, info, threads=threads)
             write_unevenly(sink, pixels, seed)
             sink.close()

@@ -59,11 +59,13 @@ def test_maps_are_reckoned_to_the_byte(networks, place, count):
 
     embeddings = [embed_control_image(net, read, 8 * HEIGHT, 8 * WIDTH, storage) for net in nets]
     waiting, condition = storage.live, random_condition(unet)
-    controls = [
+    controlnets = [
         StripControlNet(net, 1.0, i or None, hint) for i, (net, hint) in enumerate(zip(nets, embeddings, strict=True))
     ]
-    controlled = type(condition)(condition.text, condition.added, controls=controls)
-    strip_forward(unet, Strips(SIZE, storage, SingleDevice()), torch.randn(1, 4, HEIGHT, WIDTH), torch.tensor(500), controlled)
+    controlled = type(condition)(condition.text, condition.added, controlnets=controlnets)
+    strip_forward(
+        unet, Strips(SIZE, storage, SingleDevice()), torch.randn(1, 4, HEIGHT, WIDTH), torch.tensor(500), controlled
+    )
     assert storage.live == waiting
     found = estimate_unet(unet, Setting(SIZE, place, 1, HEIGHT, WIDTH, 4), nets)
     check_peaks(storage, found, largest=HEIGHT * WIDTH * unet.config.block_out_channels[0] * 4)
@@ -74,13 +76,14 @@ def test_a_controlnet_takes_no_second_set_of_skip_connections(networks):
     """Beside its picture's embedding, less than one map of the latents' size."""
     unet, nets = networks
     alone, controlled = (
-        estimate_unet(unet, Setting(SIZE, "device", 1, HEIGHT, WIDTH, 4), which).maps_peak["device"] for which in ([], nets)
+        estimate_unet(unet, Setting(SIZE, "device", 1, HEIGHT, WIDTH, 4), which).maps_peak["device"]
+        for which in ([], nets)
     )
     largest = HEIGHT * WIDTH * unet.config.block_out_channels[0] * 4
     assert controlled <= alone + (len(nets) + 1) * largest
 
 
-def test_the_work_of_the_picture_s_embedding_is_that_of_its_convolutions(networks):
+def test_the_work_of_the_image_s_embedding_is_that_of_its_convolutions(networks):
     for net in networks[1]:
         with FlopCounterMode(display=False) as counter:
             net.controlnet_cond_embedding(torch.rand(1, 3, 8 * 16, 8 * 24))
@@ -99,7 +102,7 @@ def test_a_plan_counts_them_where_they_act(kind, xl_model, tmp_path):
     """On a CPU their weights are there from the first stage to the last; on a card only where they act."""
     net = small_control(small_xl_unet())
     folder, facts = write_control(tmp_path, net), read_facts(Model(xl_model))
-    outline = MetaModel.read(Model(xl_model), xl_model / "linfusion", controls=[folder])
+    outline = MetaModel.read(Model(xl_model), xl_model / "linfusion", controlnets=[folder])
     wanted = a_request(SIZES[-1], attention=("original", "linear"), steps=(4,), strength=(0.5,))
     phases = build_phases(wanted, PhaseSizes(SIZES, SIZES[0], SIZES[0], SIZES[0], from_noise=True))
     passes = [count_passes(wanted, facts.scheduler_config, phase) for phase in phases]
@@ -117,6 +120,6 @@ def test_a_plan_counts_them_where_they_act(kind, xl_model, tmp_path):
     largest = SIZES[-1].area // 64 * 8 * on.dtype.itemsize
     assert largest <= getattr(above, memory) - getattr(plain, memory) < 4 * largest
     assert above.seconds > 1.2 * plain.seconds
-    without = make_plan(PlanInputs(wanted, facts, phases, passes), replace(outline, controls=()), on)
+    without = make_plan(PlanInputs(wanted, facts, phases, passes), replace(outline, controlnets=()), on)
     beside = weights if kind == "cpu" else 0  # where they wait while they do not act
     assert getattr(plain, memory) == getattr(without.stage("denoise", 1).need, memory) + beside

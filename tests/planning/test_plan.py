@@ -76,8 +76,8 @@ def test_what_is_named_as_the_smallest_budget_does_and_less_does_not(kind):
     with pytest.raises(OutOfMemoryBudget) as refused:
         plan(on(GIB // 8))
     flag = "--ram" if kind == "cpu" else "--vram"
-    assert refused.value.exit_code == 71 and flag in refused.value.way_out
-    named = parse_bytes(refused.value.way_out.split()[2])
+    assert refused.value.exit_code == 71 and flag in refused.value.hint
+    named = parse_bytes(refused.value.hint.split()[2])
     plan(on(named))
     margin = MARGIN_BYTES if kind == "cpu" else 0
     with pytest.raises(OutOfMemoryBudget):
@@ -101,7 +101,7 @@ def test_the_budget_that_is_named_is_enough_for_a_second_process_which_is_somewh
     for resident in range(300 << 20, 400 << 20, 25 << 20):
         with pytest.raises(OutOfMemoryBudget) as refused:
             plan(replace(on(GIB // 8), resident_bytes=resident))
-        words = refused.value.way_out.split()
+        words = refused.value.hint.split()
         assert words[1] == flag
         plan(replace(on(parse_bytes(words[2])), resident_bytes=resident + LARGER_BYTES))
 
@@ -124,7 +124,7 @@ def test_the_flags_that_are_named_are_enough_together(segments):
 
 def budgets_in(refused: OutOfMemoryBudget) -> dict[str, int]:
     """What --ram and --vram are to be, as fields of a Machine."""
-    words, fields = refused.way_out.split(), {"--ram": "host_bytes", "--vram": "device_bytes"}
+    words, fields = refused.hint.split(), {"--ram": "host_bytes", "--vram": "device_bytes"}
     return {fields[word]: parse_bytes(value) for word, value in zip(words, words[1:], strict=False) if word in fields}
 
 
@@ -149,10 +149,10 @@ def test_maps_move_only_to_a_host_that_has_room():
     plan(machine("cuda", GIB, GIB // 3))
     with pytest.raises(OutOfMemoryBudget) as refused:
         plan(machine("cuda", 800 << 20, GIB // 3))
-    assert "--vram" in refused.value.way_out
+    assert "--vram" in refused.value.hint
     with pytest.raises(OutOfMemoryBudget) as refused:
         plan(machine("cuda", GIB // 2, GIB // 3))
-    assert "--ram" in refused.value.way_out
+    assert "--ram" in refused.value.hint
 
 
 def test_a_unet_of_an_unknown_kind_runs_whole_or_is_refused_by_name(tmp_path, xl_model):
@@ -191,7 +191,7 @@ def test_statistics_are_exact_where_whole_maps_take_a_small_part_of_the_memory()
 def test_less_memory_means_fewer_patches_and_lower_strips():
     with pytest.raises(OutOfMemoryBudget) as refused:
         method(0.01, on="cuda")
-    named = parse_bytes(refused.value.way_out.split()[2]) / GIB
+    named = parse_bytes(refused.value.hint.split()[2]) / GIB
     least = method(named, "encode", on="cuda")
     assert least.statistics == "sampled" and least.patches < 64
 
@@ -201,10 +201,10 @@ def test_statistics_that_were_asked_for_are_kept_or_refused():
     assert method(24, vae_statistics="exact").statistics == "exact"
     with pytest.raises(OutOfMemoryBudget) as refused:
         method(4, vae_statistics="exact")
-    assert "--vae-statistics auto" in refused.value.way_out
+    assert "--vae-statistics auto" in refused.value.hint
 
 
-def test_a_picture_waits_in_memory_between_decoding_and_encoding_if_there_is_room():
+def test_a_image_waits_in_memory_between_decoding_and_encoding_if_there_is_room():
     found = plan(machine("cpu", 64 * GIB))
     both = (found.stage("decode", 0), found.stage("encode", 1))
     assert {stage.waiting_bytes for stage in both} == {SIZES[0].area * 6}

@@ -31,10 +31,10 @@ def painter(shipped):
     """Pictures of a prompt, made once."""
 
     @cache
-    def pictures(prompt: str, seeds: range) -> np.ndarray:
+    def images(prompt: str, seeds: range) -> np.ndarray:
         return paint(shipped[0], [prompt] * len(seeds), seeds, shipped[1])
 
-    return pictures
+    return images
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def judges():
 
 
 def scenes(numbers: range, side_px: int) -> tuple[np.ndarray, list[str]]:
-    pictures, captions = zip(*(scene(number, (side_px, side_px)) for number in numbers), strict=True)
-    return np.stack(pictures), list(captions)
+    images, captions = zip(*(scene(number, (side_px, side_px)) for number in numbers), strict=True)
+    return np.stack(images), list(captions)
 
 
 def test_it_is_small():
@@ -52,8 +52,8 @@ def test_it_is_small():
 
 
 def test_the_vae_carries_more_than_a_thumbnail_and_keeps_colours(shipped):
-    pictures, _ = scenes(range(FIRST + 10_000, FIRST + 10_024), 256)
-    found = measure(shipped[0].vae, pictures)
+    images, _ = scenes(range(FIRST + 10_000, FIRST + 10_024), 256)
+    found = measure(shipped[0].vae, images)
     assert found["psnr"] >= found["psnr_thumbnail"] + 1
     assert found["mean_off"] <= 1 and found["mean_off_worst"] <= 3
 
@@ -68,7 +68,7 @@ def test_prompts_are_obeyed(painter, judges):
         assert np.mean(list(found[kind].values())) >= least, found[kind]
 
 
-def test_pictures_of_one_prompt_differ(painter):
+def test_images_of_one_prompt_differ(painter):
     assert variety(painter, "a blue day over mountains with a clear sky and a sun", 12)["ratio"] >= 0.65
 
 
@@ -80,7 +80,7 @@ def test_linear_attention_does_what_softmax_does(shipped):
 
 
 @pytest.mark.parametrize(("side_px", "count"), [(512, 6), (1024, 2)])
-def test_on_larger_pictures_linear_attention_is_no_worse_than_softmax(shipped, side_px, count):
+def test_on_larger_images_linear_attention_is_no_worse_than_softmax(shipped, side_px, count):
     pipe, linear = shipped
     forms = {"softmax": None, "linear": linear}
     large = noise_errors(pipe, *scenes(range(FIRST + 30_000, FIRST + 30_000 + count), side_px), forms, draws=2)

@@ -151,6 +151,6 @@ def test_a_crontab_line_paints_in_crons_environment(tmp_path):
         ["/bin/sh", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    (picture,) = (tmp_path / "pictures").glob("valley-*.tif")
-    assert re.fullmatch(r"valley-\d{4}-\d\d-\d\d\.tif", picture.name)
+    (image,) = (tmp_path / "pictures").glob("valley-*.tif")
+    assert re.fullmatch(r"valley-\d{4}-\d\d-\d\d\.tif", image.name)
     assert " ended: complete, exit code 0, " in (tmp_path / "pictures" / "night.log").read_text()

@@ -14,7 +14,7 @@ from tools.demo_model.train.distill import UnnormalisedAttention
 Y, X = np.mgrid[:256, :256].astype(np.float32)
 
 
-def picture(brightness: np.ndarray) -> np.ndarray:
+def image(brightness: np.ndarray) -> np.ndarray:
     return np.repeat((np.clip(brightness, 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
@@ -22,7 +22,7 @@ def picture(brightness: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("x", [40, 131])
 def test_a_disc_scores_its_contrast_whatever_its_size_and_place(radius, x):
     disc = np.hypot(X - x, Y - 70) < radius
-    assert 0.35 < disc_score(picture(0.3 + 0.4 * disc)) <= 0.41
+    assert 0.35 < disc_score(image(0.3 + 0.4 * disc)) <= 0.41
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,13 @@ def test_a_disc_scores_its_contrast_whatever_its_size_and_place(radius, x):
     ids=["gradient", "horizon", "peak", "band"],
 )
 def test_what_is_no_disc_scores_little(brightness):
-    assert disc_score(picture(brightness)) < 0.06
+    assert disc_score(image(brightness)) < 0.06
 
 
 def test_a_sun_that_only_one_colour_shows_is_seen():
-    image = picture(np.full((256, 256), 0.8))
-    image[np.hypot(X - 90, Y - 90) < 16, 2] = 250
-    assert disc_score(image) > 0.1
+    sun = image(np.full((256, 256), 0.8))
+    sun[np.hypot(X - 90, Y - 90) < 16, 2] = 250
+    assert disc_score(sun) > 0.1
 
 
 def test_a_threshold_tells_apart_what_can_be_told_apart():
@@ -49,21 +49,21 @@ def test_mean_colours_are_told_apart_by_their_spread_too():
     narrow, wide = rng.normal(0.5, 0.01, (200, 3)), rng.normal(0.5, 0.2, (200, 3))
     judge = ColourJudge.fitted(np.concatenate([narrow, wide]), ["narrow"] * 200 + ["wide"] * 200)
     assert judge.tell(np.array([[0.5, 0.5, 0.5], [0.7, 0.5, 0.5]])) == ["narrow", "wide"]
-    assert np.allclose(mean_colours(picture(np.full((64, 64), 0.4))[None]), 102 / 255)
+    assert np.allclose(mean_colours(image(np.full((64, 64), 0.4))[None]), 102 / 255)
 
 
 def test_spread_is_the_mean_distance_of_pairs():
-    pictures = np.random.default_rng(1).integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
-    small = pictures.reshape(4, 4, 8, 6, 8, 3).mean(axis=(2, 4)) / 255
+    images = np.random.default_rng(1).integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
+    small = images.reshape(4, 4, 8, 6, 8, 3).mean(axis=(2, 4)) / 255
     pairs = [np.sqrt(((small[i] - small[j]) ** 2).mean()) for i in range(4) for j in range(i)]
-    assert spread(pictures) == pytest.approx(np.mean(pairs), rel=1e-4)
+    assert spread(images) == pytest.approx(np.mean(pairs), rel=1e-4)
 
 
 def test_the_share_that_linear_attention_closes():
     assert closed({"zero": 0.5, "softmax": 0.3, "linear": 0.34}) == pytest.approx(0.8)
 
 
-def test_without_the_denominator_attention_grows_with_the_picture():
+def test_without_the_denominator_attention_grows_with_the_image():
     torch.manual_seed(0)
     plain, bare = LinearAttention(16, 2), UnnormalisedAttention(16, 2)
     bare.load_state_dict(plain.state_dict())

@@ -24,11 +24,11 @@ def test_a_scene_is_made_again_from_its_number():
 
 
 def test_a_fine_tune_sees_one_kind_of_scene():
-    pictures = {kind: next(KINDS[kind].scenes(7, 1, 64)) for kind in KINDS}
-    mirrored, printed = pictures["mirror"][0], pictures["print"][0]
+    images = {kind: next(KINDS[kind].scenes(7, 1, 64)) for kind in KINDS}
+    mirrored, printed = images["mirror"][0], images["print"][0]
     assert np.array_equal(mirrored, mirrored[:, ::-1]) and set(np.unique(printed)) <= {0, 85, 170, 255}
     number = next(number for number in range(7, 99) if numbered(number)[0].orb in ("moon", "crescent"))
-    assert number > 7 and np.array_equal(pictures["moon"][0], scene(number, (64, 64))[0])
+    assert number > 7 and np.array_equal(images["moon"][0], scene(number, (64, 64))[0])
 
 
 def test_ways_to_merge_are_compared_scene_by_scene():

@@ -39,7 +39,7 @@ def seen(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_the_picture_is_that_of_the_run(made, tmp_path):
+def test_the_image_is_that_of_the_run(made, tmp_path):
     report = decoded(output=Path("b.png"))
     assert np.array_equal(seen("b.png"), seen("a.png"))
     one, other = read_info("a.png").request, read_info("b.png").request
@@ -69,7 +69,7 @@ def test_what_made_them_need_not_be_here_any_more(xl_model, tmp_path, monkeypatc
     assert np.array_equal(seen("b.png"), seen("a.png"))
 
 
-def test_a_picture_below_the_base_is_reduced_again(xl_model, tmp_path, monkeypatch):
+def test_a_image_below_the_base_is_reduced_again(xl_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {"prompt": "x", "size": Size(72, 64), "model": str(xl_model), "steps": (2,)}
     generate(GenerateRequest(**values, output=Path("a.png"), keep_latents=Path("a.safetensors")), {})
@@ -83,7 +83,7 @@ def test_what_a_run_has_left_in_its_journal_does_too(made, monkeypatch):
 
     unfinished = replace(made, output=Path("c.png"), keep_latents=None)
     with monkeypatch.context() as patch:
-        patch.setattr("linfusion_cli.images.PendingFile.commit", fail)
+        patch.setattr("linfusion_cli.images.AtomicFile.commit", fail)
         with pytest.raises(WriteFailed):
             generate(unfinished, {})
     decoded("c.png.linfusion", output=Path("b.png"))

@@ -82,7 +82,7 @@ def test_linear_attention_hears_the_lora_too(xl_model, lora):
     assert all((module.to_q.weight != before[path]).any() for path, module in linear.items())
 
 
-def test_a_lora_changes_the_picture_by_its_weight(make, tmp_path, lora):
+def test_a_lora_changes_the_image_by_its_weight(make, tmp_path, lora):
     for name, loras in (("none", ()), ("zero", (f"{lora}:0",)), ("some", (f"{lora}:0.8",))):
         make("sdxl-lcm", output=f"{name}.png", lora=loras, size=Size(128, 128))
     none, zero, some = (

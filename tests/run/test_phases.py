@@ -109,14 +109,14 @@ def test_the_channels_of_every_phase_are_those_of_the_base(make, phases):
 
 
 @pytest.mark.parametrize("scheduler", ["euler-a", "dpmpp-2m-sde", "lcm"])
-def test_the_picture_does_not_depend_on_strips_even_where_noise_is_added(make, tmp_path, monkeypatch, scheduler):
+def test_the_image_does_not_depend_on_strips_even_where_noise_is_added(make, tmp_path, monkeypatch, scheduler):
     for rows in (16, 3):
         monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(rows, 64),))
         make(output=f"{rows}.png", scheduler=scheduler, size=Size(160, 136))
     assert apart(tmp_path / "16.png", tmp_path / "3.png") <= 1
 
 
-def test_the_upscalers_make_different_pictures_of_the_same_base(make, tmp_path):
+def test_the_upscalers_make_different_images_of_the_same_base(make, tmp_path):
     for upscaler in ("demofusion", "sdedit"):
         make(output=f"{upscaler}.png", upscaler=upscaler, save_phases=True)
     assert apart(tmp_path / "demofusion-64x64.png", tmp_path / "sdedit-64x64.png") == 0
@@ -195,7 +195,7 @@ def test_latents_can_be_enlarged_instead_of_pixels(make, tmp_path, save):
 def test_what_sdxl_is_told_of_sizes_can_be_said(make, monkeypatch):
     told = []
     monkeypatch.setattr(
-        "linfusion_cli.models.text.encode.Embedding.added",
+        "linfusion_cli.models.text.encode.PromptEmbedding.added",
         lambda self, sizes: (
             told.append(sizes.numbers)
             or {"text_embeds": self.pooled, "time_ids": torch.tensor([sizes.numbers], dtype=torch.float32)}

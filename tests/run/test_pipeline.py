@@ -52,7 +52,7 @@ def test_the_file_has_exactly_the_size_asked_for(make, tmp_path, size, output):
     assert files(tmp_path) == {output} and report.file_bytes == (tmp_path / output).stat().st_size
 
 
-def test_the_base_is_the_picture_that_diffusers_makes(make, xl_model, tmp_path):
+def test_the_base_is_the_image_that_diffusers_makes(make, xl_model, tmp_path):
     """One phase, the model's own attention: the same pixels as the plain pipeline with the same seed."""
     from diffusers import StableDiffusionXLPipeline
 
@@ -71,7 +71,7 @@ def test_the_base_is_the_picture_that_diffusers_makes(make, xl_model, tmp_path):
     np.testing.assert_allclose(pixels(tmp_path / "out.png") / 255, expected, atol=0.6 / 255)
 
 
-def test_the_ladder_is_sdedit_over_the_whole_picture(make, xl_model, tmp_path):
+def test_the_ladder_is_sdedit_over_the_whole_image(make, xl_model, tmp_path):
     """Two phases against the same written plainly: decode, resize, encode, noise, denoise, decode, all at once."""
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
@@ -86,8 +86,8 @@ def test_the_ladder_is_sdedit_over_the_whole_picture(make, xl_model, tmp_path):
         generator=torch.Generator("cpu").manual_seed(0), **sizes,
     ).images  # fmt: skip
     with torch.inference_mode():
-        picture = (vae.decode(start / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-        planes = [Image.fromarray(plane.numpy()).resize((128, 128), Image.Resampling.LANCZOS) for plane in picture[0]]
+        image = (vae.decode(start / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        planes = [Image.fromarray(plane.numpy()).resize((128, 128), Image.Resampling.LANCZOS) for plane in image[0]]
         large = torch.from_numpy(np.stack([np.asarray(plane) for plane in planes])).clamp(0, 1)[None]
         encoded = vae.encode(large * 2 - 1).latent_dist.mean * vae.config.scaling_factor
     pipeline.scheduler.set_timesteps(4)
@@ -113,13 +113,13 @@ def test_the_same_request_gives_the_same_file(make, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "a.tif"), pixels(tmp_path / "c.tif"))
 
 
-def test_linfusion_is_what_changes_the_picture(make, tmp_path):
+def test_linfusion_is_what_changes_the_image(make, tmp_path):
     make(output="linear.png")
     make(output="softmax.png", linfusion="none")
     assert not np.array_equal(pixels(tmp_path / "linear.png"), pixels(tmp_path / "softmax.png"))
 
 
-def test_strips_of_any_height_paint_the_same_picture(make, tmp_path, monkeypatch):
+def test_strips_of_any_height_paint_the_same_image(make, tmp_path, monkeypatch):
     """The plan may differ from machine to machine: the picture differs by rounding, here of one step in 255."""
     for rows in (16, 3):
         monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(rows, 64),))
@@ -212,7 +212,7 @@ def test_the_file_tells_its_request(make, tmp_path):
     assert "😀" not in json.dumps(read_info(tmp_path / "b.tif").request, ensure_ascii=False)
 
 
-def test_a_preview_is_the_picture_in_small(make, tmp_path):
+def test_a_preview_is_the_image_in_small(make, tmp_path):
     make(preview=tmp_path / "small.jpg")
     difference = pixels(tmp_path / "small.jpg").astype(int) - pixels(tmp_path / "out.png")
     assert np.abs(difference).mean() < 4
@@ -292,7 +292,7 @@ def test_a_model_that_gives_nan_ends_with_an_error_and_no_file(make, xl_model, t
     assert files(tmp_path) == {"nan"}
 
 
-def test_a_preview_that_fails_does_not_take_the_picture_with_it(make, tmp_path, monkeypatch):
+def test_a_preview_that_fails_does_not_take_the_image_with_it(make, tmp_path, monkeypatch):
     from linfusion_cli import images
 
     def fail(self, *rows):
@@ -311,7 +311,7 @@ def test_a_preview_that_fails_does_not_take_the_picture_with_it(make, tmp_path, 
         )
 
 
-def test_a_picture_that_fails_leaves_no_preview(make, tmp_path, monkeypatch):
+def test_a_image_that_fails_leaves_no_preview(make, tmp_path, monkeypatch):
     def fail(self):
         raise WriteFailed("No space left.")
 

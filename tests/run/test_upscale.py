@@ -74,7 +74,7 @@ def test_a_side_that_would_be_too_small_is_refused(make):
 def test_a_size_of_other_proportions_is_refused_with_those_that_match(make, tmp_path):
     with pytest.raises(UsageError, match="not the proportions of .*photo.png, which is 96x64") as refused:
         make(size=Size(192, 100))
-    assert "--size 192" in refused.value.way_out and "192x128" in refused.value.way_out
+    assert "--size 192" in refused.value.hint and "192x128" in refused.value.hint
     assert {path.name for path in tmp_path.iterdir()} == {"photo.png"}
 
 
@@ -95,7 +95,7 @@ def test_with_no_steps_to_run_it_is_a_resize_through_the_vae(make, tmp_path, mon
     np.testing.assert_allclose(asked[-1][:134, :201], np.stack(expected, -1).clip(0, 1), atol=1e-4)
 
 
-def test_the_picture_is_the_first_phase_of_the_same_ladder(make, phases):
+def test_the_image_is_the_first_phase_of_the_same_ladder(make, phases):
     """The channels that demofusion goes back to are those of the encoded picture."""
     make(size=Size(576, 384), upscaler="demofusion")
     first, *others = [begun.begun for begun, _ in phases]
@@ -106,7 +106,7 @@ def test_the_picture_is_the_first_phase_of_the_same_ladder(make, phases):
     assert all(other.base is first.base for other in others)
 
 
-def test_a_small_picture_is_taken_to_the_native_size_first_and_a_large_one_has_one_phase(make, tmp_path):
+def test_a_small_image_is_taken_to_the_native_size_first_and_a_large_one_has_one_phase(make, tmp_path):
     for name, side in (("small.png", 32), ("large.png", 400)):
         Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(tmp_path / name)
     small = make(output="a.png", image=tmp_path / "small.png", size=Size(192, 192))
@@ -117,13 +117,13 @@ def test_a_small_picture_is_taken_to_the_native_size_first_and_a_large_one_has_o
     assert sizes == [["64x64", "128x128", "192x192"], ["192x192"]]
 
 
-def test_the_picture_waits_in_memory_if_there_is_room_and_is_the_same_from_a_file(make, tmp_path, monkeypatch):
+def test_the_image_waits_in_memory_if_there_is_room_and_is_the_same_from_a_file(make, tmp_path, monkeypatch):
     kept, begin = [], ScratchImage.__init__
     monkeypatch.setattr(
         ScratchImage, "__init__", lambda self, folder, *size: kept.append(folder) or begin(self, folder, *size)
     )
     make("a.png")
-    monkeypatch.setattr(plan, "with_waiting_pictures", lambda stages, picture, machine: stages)
+    monkeypatch.setattr(plan, "keep_images_in_memory", lambda stages, image, machine: stages)
     make("b.png")
     assert kept == [None, tmp_path] and (seen(tmp_path / "a.png") == seen(tmp_path / "b.png")).all()
 
@@ -152,7 +152,7 @@ def test_transparency_needs_a_background(make, tmp_path):
     Image.fromarray(np.full((64, 64, 4), 100, np.uint8)).save(tmp_path / "glass.png")
     with pytest.raises(DataError, match="glass.png has transparency") as refused:
         make(image=tmp_path / "glass.png")
-    assert "--background white" in refused.value.way_out
+    assert "--background white" in refused.value.hint
     for colour in ("white", "#102030"):
         make(f"{colour}.png", image=tmp_path / "glass.png", background=colour, size=Size(128, 128))
     assert (seen(tmp_path / "white.png") != seen(tmp_path / "#102030.png")).any()
@@ -160,7 +160,7 @@ def test_transparency_needs_a_background(make, tmp_path):
         make("c.png", image=tmp_path / "glass.png", background="beige-ish")
 
 
-def test_pictures_that_cannot_be_are_refused_before_any_work(make, tmp_path, photo):
+def test_images_that_cannot_be_are_refused_before_any_work(make, tmp_path, photo):
     (tmp_path / "text.png").write_text("no picture")
     whole = photo.read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -173,12 +173,12 @@ def test_pictures_that_cannot_be_are_refused_before_any_work(make, tmp_path, pho
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_the_upscaler_none_is_for_pictures_from_noise(make):
+def test_the_upscaler_none_is_for_images_from_noise(make):
     with pytest.raises(UsageError, match="--upscaler 'none'"):
         make(upscaler="none")
 
 
-def test_the_picture_in_its_place_is_not_overwritten_unasked(make, photo):
+def test_the_image_in_its_place_is_not_overwritten_unasked(make, photo):
     before = photo.read_bytes()
     with pytest.raises(Exception, match="exists"):
         make(output="photo.png")

@@ -44,7 +44,7 @@ def test_a_ladder_from_noise():
     assert [phase.from_noise for phase in found] == [True, *[False] * 4]
 
 
-def test_a_ladder_from_a_picture_has_no_base():
+def test_a_ladder_from_a_image_has_no_base():
     found = phases(SIZES[1:], from_noise=False, steps=(50,), upscaler="demofusion")
     assert [phase.name for phase in found] == ["2x", "4x", "8x", "16x"]
     assert [phase.count for phase in found] == [16, 12, 8, 4] and not any(phase.from_noise for phase in found)

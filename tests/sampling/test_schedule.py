@@ -26,7 +26,7 @@ def test_every_scheduler_that_can_be_asked_for_is_there():
 @pytest.mark.parametrize("name", ANYWHERE)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("count", [20, 7, 2, 1])
-def test_with_a_perfect_model_every_scheduler_arrives_at_the_picture(name, prediction, count):
+def test_with_a_perfect_model_every_scheduler_arrives_at_the_image(name, prediction, count):
     """The model that knows the picture: whatever a scheduler does in between, it must end there, wherever it starts."""
     encoded, noise = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64)
     found = schedule(name, count=count, config=CONFIG | {"prediction_type": prediction}, draw=lambda step: noise)
@@ -51,7 +51,7 @@ def test_a_base_is_what_diffusers_makes_with_the_same_scheduler(name):
     predict = lambda scaled, timestep: 0.3 * scaled.tanh() + 0.001 * timestep  # noqa: E731
     draw = SequentialNoise(5, 4, 8, 8, torch.float32)
     found = schedule(name, steps=12, draw=draw)
-    ours = list(denoise(found.started(draw()), found, predict))[-1]
+    ours = list(denoise(found.scale_noise(draw()), found, predict))[-1]
 
     solver = SOLVERS[name]
     theirs = solver.kind.from_config(CONFIG, **solver.options)
@@ -94,7 +94,7 @@ def test_more_steps_than_a_scheduler_can_take_are_refused(name, steps):
 def test_noise_levels_are_those_that_the_scheduler_adds(name):
     found = schedule(name, count=5)
     encoded, noise = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
-    level = found.noised(encoded, noise, 0).mean() / found.noised(noise, encoded, 0).mean()
+    level = found.add_noise(encoded, noise, 0).mean() / found.add_noise(noise, encoded, 0).mean()
     assert level == pytest.approx(found.sigmas[0], rel=2e-3)
     assert all(high > low for high, low in zip(found.sigmas, found.sigmas[1:], strict=False))
 
@@ -114,11 +114,11 @@ def test_an_unknown_noise_schedule_is_refused():
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_prediction_with_nan_or_inf_never_reaches_the_scheduler(name, value):
     found = schedule(name, draw=lambda step: torch.ones(1, 4, 8, 8))
-    latents = found.stepped(torch.ones(1, 4, 8, 8), 0, torch.ones(1, 4, 8, 8))
+    latents = found.step(torch.ones(1, 4, 8, 8), 0, torch.ones(1, 4, 8, 8))
     before, bad = found.state(), torch.ones(1, 4, 8, 8)
     bad[0, 3, 7, 7] = value
     with pytest.raises(NonFinite, match=f"at step 2 of {len(found)}"):
-        found.stepped(bad, 1, latents)
+        found.step(bad, 1, latents)
     after = found.state()
     assert before.keys() == after.keys() and all(str(before[key]) == str(after[key]) for key in before)
-    assert found.stepped(torch.ones(1, 4, 8, 8), 1, latents).isfinite().all()
+    assert found.step(torch.ones(1, 4, 8, 8), 1, latents).isfinite().all()

@@ -78,7 +78,7 @@ def request(**changed) -> GenerateRequest:
 def test_a_value_out_of_range_names_its_flag_and_a_way_out(field, value):
     with pytest.raises(UsageError, match="--" + field.replace("_", "-")) as caught:
         request(**{field: value})
-    assert caught.value.way_out and caught.value.setting == field
+    assert caught.value.hint and caught.value.setting == field
 
 
 def test_a_prompt_that_is_no_text_is_named():

@@ -68,7 +68,7 @@ def test_memory_that_is_not_there_is_a_memory_error():
 def test_where_memory_runs_out_strips_shrink_then_maps_move_out_then_strips_shrink_to_a_row(monkeypatch):
     """On a card; on a CPU the host's memory is the same, and maps stay where they are."""
     seen, run = [], Strips(StripSize(64, 32768), storage("device"), SingleDevice())
-    assert run.storage.further_out() is None
+    assert run.storage.move_to_host() is None
     run.storage.device = torch.device("meta")  # none that is the host
     while run := run.smaller():
         seen.append((run.size.rows, run.storage.place))

@@ -34,7 +34,11 @@ def test_windows_are_slices_of_the_padded_map(rows, stride, halo):
     parts = [torch.randn(2, 11, 5, channels) for channels in (3, 2)]
     padded = F.pad(torch.cat(parts, dim=-1), (0, 0, 0, 0, halo, halo + rows * stride))
     windows = Windows(
-        Source([FeatureMap(part) for part in parts], SingleDevice(), halo), 2, rows * stride + 2 * halo, torch.float32, CPU
+        Source([FeatureMap(part) for part in parts], SingleDevice(), halo),
+        2,
+        rows * stride + 2 * halo,
+        torch.float32,
+        CPU,
     )
     for top in range(0, -(-11 // stride), rows):
         start = top * stride - halo

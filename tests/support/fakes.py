@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from linfusion_cli.core.events import Event
 from linfusion_cli.strips.feature_map import FeatureMap
-from linfusion_cli.strips.ops import Strips, as_rows
+from linfusion_cli.strips.ops import Strips, as_nhwc
 from linfusion_cli.unet.forward import Residuals
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class GivenControl:
 
     def residuals(self, run: Strips, latents, timestep, condition, before: Residuals | None) -> Residuals:
         assert before is None  # it is the first
-        return Residuals(self._map(run, as_rows(tensor)) for tensor in self.tensors)
+        return Residuals(self._map(run, as_nhwc(tensor)) for tensor in self.tensors)
 
     def _map(self, run: Strips, rows: Tensor) -> FeatureMap:
         made = run.storage.new_waiting(*rows.shape)

@@ -95,7 +95,7 @@ PARTS = ("weight", "bias")
 PROJECTIONS = {"plain": plain_projection, "plus": plus_projection, "full": full_projection}
 
 
-def write_picture(file: Path, seed: int = 3, width: int = 50, height: int = 41) -> Path:
+def write_image(file: Path, seed: int = 3, width: int = 50, height: int = 41) -> Path:
     """A picture of coloured noise that changes from place to place."""
     numbers = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), np.uint8)
     Image.fromarray(numbers).resize((width, height), Image.Resampling.BICUBIC).save(file)

@@ -15,7 +15,7 @@ from linfusion_cli.mixers.linear.mount import mounted, self_attentions
 from linfusion_cli.models.load.controlnet import linear_attention
 from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.feature_map import HostFeatureMap
-from linfusion_cli.strips.ops import Strips, StripSize, as_rows
+from linfusion_cli.strips.ops import Strips, StripSize, as_nhwc
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.check import check_control
 from linfusion_cli.unet.controlnet import Control, StripControlNet, WholeControlNet, embed_control_image
@@ -35,24 +35,24 @@ class Case:
     """A UNet and ControlNets in fp64, with linear attention mounted, and a picture for each ControlNet."""
 
     unet: UNet2DConditionModel
-    controls: list[Control]
-    pictures: list[Tensor]
+    controlnets: list[Control]
+    images: list[Tensor]
 
     def expected(self, latents: Tensor, condition, dilation: int = 1, count: int | None = None) -> Tensor:
         """By diffusers' own forwards, of the first `count` ControlNets."""
-        pairs = list(zip(self.controls, self.pictures, strict=True))[:count]
-        whole = [WholeControlNet(of.net, of.scale, of.kind, picture) for of, picture in pairs]
+        pairs = list(zip(self.controlnets, self.images, strict=True))[:count]
+        whole = [WholeControlNet(of.net, of.scale, of.kind, image) for of, image in pairs]
         return WholeUNet(self.unet, dilation, whole).predictor(condition.text, condition.added)(latents, TIMESTEP)
 
     def in_strips(self, latents: Tensor, condition, size: StripSize, place="device", dilation: int = 1) -> Tensor:
         run = Strips(size, Storage(place, CPU, FP64), SingleDevice(), dilation)
-        controls = [self.embedded(i, run.storage) for i in range(len(self.controls))]
-        return strip_forward(self.unet, run, latents, TIMESTEP, replace(condition, controls=controls))
+        controlnets = [self.embedded(i, run.storage) for i in range(len(self.controlnets))]
+        return strip_forward(self.unet, run, latents, TIMESTEP, replace(condition, controlnets=controlnets))
 
     def embedded(self, i: int, storage: Storage) -> StripControlNet:
-        control, rows = self.controls[i], as_rows(self.pictures[i])
-        picture = embed_control_image(control.net, lambda *span: rows[:, slice(*span)], *rows.shape[1:3], storage)
-        return StripControlNet(control.net, control.scale, control.kind, picture)
+        control, rows = self.controlnets[i], as_nhwc(self.images[i])
+        image = embed_control_image(control.net, lambda *span: rows[:, slice(*span)], *rows.shape[1:3], storage)
+        return StripControlNet(control.net, control.scale, control.kind, image)
 
 
 @contextmanager
@@ -61,15 +61,15 @@ def case(kinds: list[str], family: str = "xl", height: int = 21, width: int = 13
     torch.manual_seed(0)
     unet = UNETS[family]().eval().requires_grad_(False)
     linear = {p: LinearAttention(old.to_q.in_features, old.heads) for p, old in self_attentions(unet).items()}
-    controls = []
+    controlnets = []
     with ExitStack() as stack:
         for i, kind in enumerate(kinds):
             net = (small_union if kind == "union" else small_control)(UNETS[family](), seed=i)
             stack.enter_context(mounted(net, linear_attention(net, linear)))
-            controls.append(Control(net.to(FP64), 0.7 + i, 3 if kind == "union" else None))
+            controlnets.append(Control(net.to(FP64), 0.7 + i, 3 if kind == "union" else None))
         stack.enter_context(mounted(unet, linear))
-        pictures = [torch.rand(1, 3, 8 * height, 8 * width, dtype=FP64) for _ in kinds]
-        yield Case(unet.to(FP64), controls, pictures)
+        images = [torch.rand(1, 3, 8 * height, 8 * width, dtype=FP64) for _ in kinds]
+        yield Case(unet.to(FP64), controlnets, images)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -95,8 +95,8 @@ def test_sizes_of_every_kind(height_width):
 
 def test_both_halves_of_guidance_at_once_and_the_same_controlnet_twice():
     with case(["union"]) as given:
-        again = replace(given.controls[0], scale=0.4, kind=1)
-        twice = Case(given.unet, [*given.controls, again], [*given.pictures, torch.rand_like(given.pictures[0])])
+        again = replace(given.controlnets[0], scale=0.4, kind=1)
+        twice = Case(given.unet, [*given.controlnets, again], [*given.images, torch.rand_like(given.images[0])])
         latents, condition = torch.randn(1, 4, 21, 13, dtype=FP64).repeat(2, 1, 1, 1), random_condition(given.unet, 2)
         expected = twice.expected(latents, condition, 2)
         for place in PLACES:
@@ -108,12 +108,12 @@ def test_an_embedding_follows_the_maps_to_the_host_where_memory_runs_out():
         latents, condition = torch.randn(1, 4, 21, 13, dtype=FP64), random_condition(given.unet)
         on_device, outside = (Storage(place, CPU, FP64) for place in ("device", "host"))
         control, expected = given.embedded(0, on_device), given.expected(latents, condition)
-        controlled = replace(condition, controls=[control])
-        assert not isinstance(control.picture.wherever(on_device), HostFeatureMap)
+        controlled = replace(condition, controlnets=[control])
+        assert not isinstance(control.image.wherever(on_device), HostFeatureMap)
         for _ in range(2):
             run = Strips(StripSize(2, 9), outside, SingleDevice())
             assert error(strip_forward(given.unet, run, latents, TIMESTEP, controlled), expected) <= 1e-12
-            assert isinstance(control.picture.wherever(on_device), HostFeatureMap)
+            assert isinstance(control.image.wherever(on_device), HostFeatureMap)
 
 
 def test_in_strips_predicts_what_whole_predicts():
@@ -126,18 +126,18 @@ def test_in_strips_predicts_what_whole_predicts():
 
 
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
-def test_a_picture_s_embedding_is_that_of_the_whole(order):
+def test_a_image_s_embedding_is_that_of_the_whole(order):
     """Few rows of it are read at a time, each once, and none of its width is lost where that is no power of two."""
     net = small_control(small_sd_unet(), controlnet_conditioning_channel_order=order).to(FP64)
-    picture, spans = torch.rand(1, 3, 8 * 37, 8 * 11, dtype=FP64), []
+    image, spans = torch.rand(1, 3, 8 * 37, 8 * 11, dtype=FP64), []
 
     def read(top: int, bottom: int) -> Tensor:
         spans.append((top, bottom))
-        return as_rows(picture)[:, top:bottom]
+        return as_nhwc(image)[:, top:bottom]
 
     storage = Storage("device", CPU, FP64)
     found = embed_control_image(net, read, 8 * 37, 8 * 11, storage).wherever(storage)
-    expected = as_rows(net.controlnet_cond_embedding(picture if order == "rgb" else picture.flip(1)))
+    expected = as_nhwc(net.controlnet_cond_embedding(image if order == "rgb" else image.flip(1)))
     assert error(found.tensor, expected) <= 1e-12 and found.kept
     torch.testing.assert_close(found.moments.mean, expected.mean(dim=(1, 2)))
     assert max(bottom - top for top, bottom in spans) <= 32
@@ -161,11 +161,13 @@ def test_a_controlnet_that_cannot_run_in_strips_is_named():
     with pytest.raises(DataError, match=r"ControlNet cannot run in strips: down_blocks.1.*attn1.*--control-phases"):
         check_control(net)
     with case(["plain"]) as given:
-        net = given.controls[0].net
+        net = given.controlnets[0].net
         check_control(net)
         net.mid_block.resnets[0].output_scale_factor = 2.0
         with pytest.raises(DataError, match="mid_block.resnets.0"):
-            StripUNet(given.unet, Strips(StripSize(), Storage("device", CPU, FP64), SingleDevice()), print, given.controls)
+            StripUNet(
+                given.unet, Strips(StripSize(), Storage("device", CPU, FP64), SingleDevice()), print, given.controlnets
+            )
 
 
 def test_beside_an_ip_adapter_which_the_unet_alone_hears(tmp_path):

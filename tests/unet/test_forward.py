@@ -104,7 +104,7 @@ def dilated(unet: nn.Module, dilation: int) -> Iterator[None]:
 @torch.inference_mode()
 def plain(unet: UNet2DConditionModel, latents: Tensor, condition: UNetInputs, dilation: int = 1) -> Tensor:
     """Under at most one control, a GivenControl."""
-    *residuals, middle = [tensor for control in condition.controls for tensor in control.tensors] or [None]
+    *residuals, middle = [tensor for control in condition.controlnets for tensor in control.tensors] or [None]
     with dilated(unet, dilation):
         return unet(
             latents,
@@ -170,7 +170,7 @@ def test_what_a_control_finds_is_added_to_every_skip_connection(family, place, d
         shapes = skip_shapes(unet, latents, condition)
         residuals = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
         control = GivenControl(*residuals, torch.randn_like(residuals[-1]))
-        controlled = UNetInputs(condition.text, condition.added, controls=[control])
+        controlled = UNetInputs(condition.text, condition.added, controlnets=[control])
         expected = plain(unet, latents, controlled, dilation)
         assert error(expected, plain(unet, latents, condition, dilation)) > 0.01
         found = in_strips(unet, latents, controlled, StripSize(2, 9), place, dilation)

@@ -13,7 +13,7 @@ from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.check import check_supported
 from linfusion_cli.unet.forward import UNetInputs
-from tests.support.small_ip_adapters import HIDDEN, PROJECTION, TOKENS, write_adapter, write_picture
+from tests.support.small_ip_adapters import HIDDEN, PROJECTION, TOKENS, write_adapter, write_image
 from tests.support.small_models import small_sd_unet, small_xl_unet
 from tests.unet.test_forward import WHOLE, error, in_strips, plain, random_condition, with_linear_attention
 
@@ -24,7 +24,7 @@ SCALES = (0.6, -1.5, 0.0)
 @contextmanager
 def listening(folder, family, kinds, dtype=torch.float64):
     """A UNet with adapters of these kinds loaded, and with linear attention mounted."""
-    image = inspect_source(write_picture(folder / "picture.png"))
+    image = inspect_source(write_image(folder / "picture.png"))
 
     def make():
         unet = FAMILIES[family]().eval().requires_grad_(False)

@@ -46,11 +46,11 @@ def test_parts_of_unequal_height_with_maps_anywhere_and_a_controlnet(heights, pl
         latents, condition = torch.randn(1, 4, 64, 13, dtype=torch.float64), random_condition(unet)
         shapes = skip_shapes(unet, latents, condition)
         residuals = [torch.randn(shape, dtype=torch.float64) for shape in [*shapes, shapes[-1]]]
-        expected = plain(unet, latents, replace(condition, controls=[GivenControl(*residuals)]), 2)
+        expected = plain(unet, latents, replace(condition, controlnets=[GivenControl(*residuals)]), 2)
 
         def part(rank: Rank) -> torch.Tensor:
             mine, *found = [rows_of_part(whole, heights, rank.number) for whole in (latents, *residuals)]
-            heard = replace(condition, controls=[GivenControl(*found)])
+            heard = replace(condition, controlnets=[GivenControl(*found)])
             run = Strips(StripSize(3, 20), Storage(place, CPU, torch.float64), rank, 2)
             return strip_forward(copy.deepcopy(unet), run, mine, TIMESTEP, heard)
 

@@ -98,7 +98,7 @@ def test_everything_at_once(make):
         for hook in hooks:
             hook.remove()
         residuals = [torch.randn_like(skip) for skip in skips]
-        condition = replace(condition, controls=[GivenControl(*residuals, torch.randn_like(residuals[-1]))])
+        condition = replace(condition, controlnets=[GivenControl(*residuals, torch.randn_like(residuals[-1]))])
         expected = plain(unet, latents, condition, 2)
         for place in PLACES:
             assert error(in_strips(unet, latents, condition, StripSize(1, 11), place, 2), expected) <= 1e-12

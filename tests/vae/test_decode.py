@@ -83,7 +83,7 @@ def test_no_seam_strips_of_three_rows_and_one_piece_differ_by_rounding_only(deep
 
 
 @pytest.mark.parametrize("start", ["exact", "sampled"])
-def test_flat_latents_give_a_flat_picture(deep, start):
+def test_flat_latents_give_a_flat_image(deep, start):
     """But for what the zeros around the picture touch, in any decoder."""
     latents = torch.randn(1, 4, 1, 1).expand(1, 4, 64, 64)
     method = exact(deep) if start == "exact" else VaeStrategy(0, 4, 256, 8)
@@ -97,7 +97,9 @@ def test_what_a_row_of_latents_reaches_is_what_is_said_18_for_sdxl(deep):
     latents, stages = torch.randn(1, 4, 50, 6), decoder_stages(deep)
     read = lambda t, b, l, r: latents[:, :, t:b, l:r].permute(0, 2, 3, 1).contiguous()  # noqa: E731, E741
     with torch.inference_mode():
-        freeze_statistics(stages, Source(Size(6, 50), 1, 4, read), exact(deep), Storage("device", deep.device, deep.dtype))
+        freeze_statistics(
+            stages, Source(Size(6, 50), 1, 4, read), exact(deep), Storage("device", deep.device, deep.dtype)
+        )
         before = torch.cat(list(stream(stages, lambda t, b: read(t, b, 0, 6), 50, 8)), dim=1)
         latents[:, :, 25] += 5
         after = torch.cat(list(stream(stages, lambda t, b: read(t, b, 0, 6), 50, 8)), dim=1)
@@ -111,8 +113,8 @@ def test_what_a_row_of_latents_reaches_is_what_is_said_18_for_sdxl(deep):
 def test_statistics_of_a_sample_are_near_those_of_the_whole_and_nearer_than_tiles():
     """The demo model on a drawn scene, with the bounds that hold at 4096²: see tools/bench/vae.py."""
     vae = demo_vae()
-    picture = torch.from_numpy(scene(1, (1024, 1024))[0]).float() / 255
-    read = lambda top, bottom, left, right: picture[top:bottom, left:right]  # noqa: E731
+    image = torch.from_numpy(scene(1, (1024, 1024))[0]).float() / 255
+    read = lambda top, bottom, left, right: image[top:bottom, left:right]  # noqa: E731
     latents = torch.cat(list(encode_rows(vae, read, Size(1024, 1024), VaeStrategy(0, 16, 1024, 8))), dim=2)
     true, found = decoded(vae, latents, exact(vae)), decoded(vae, latents, VaeStrategy(0, 16, 1024, 8))
     vae.enable_tiling()
@@ -141,7 +143,7 @@ def test_a_part_of_an_unknown_kind_is_named():
     odd = ready(AutoencoderKL(**{**small_vae().config, "up_block_types": kinds}))
     with pytest.raises(DataError, match="decoder.up_blocks.1.attentions") as refused:
         decoded(odd, torch.randn(1, 4, 8, 8), exact(odd))
-    assert "--vae" in refused.value.way_out
+    assert "--vae" in refused.value.hint
 
 
 class Overflowing(torch.nn.Module):
@@ -190,7 +192,7 @@ def test_memory_that_runs_out_is_told_and_no_row_is_lost_or_given_twice(deep, mo
                 raise MemoryError
             yield rows
 
-    monkeypatch.setattr(streaming, "streamed", scarce)
+    monkeypatch.setattr(streaming, "stream", scarce)
     found = decoded(deep, latents, exact(deep, 8), notify=said.append)
     assert apart(found, true) <= 1e-5 and len(said) == 2 and set(calls) == {8, 4, 2}
     assert "Memory ran out" in said[0] and "4 rows" in said[0]

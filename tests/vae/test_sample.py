@@ -20,7 +20,7 @@ def test_cores_lie_inside_each_in_a_cell_of_its_own(size, count):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("halo", [0, 3, 18, 100])
-def test_patches_have_one_size_lie_inside_and_reach_as_far_as_there_is_picture(size, halo):
+def test_patches_have_one_size_lie_inside_and_reach_as_far_as_there_is_image(size, halo):
     sample = Sample.spread(size, 64, 8)
     window = sample.window(halo)
     for (top, left), (core_top, core_left) in zip(sample.windows(halo), sample.corners, strict=True):
@@ -32,11 +32,11 @@ def test_patches_have_one_size_lie_inside_and_reach_as_far_as_there_is_picture(s
             assert start <= max(0, core - halo) and start + side >= min(whole, core + 8 + halo)
 
 
-def test_a_small_picture_is_its_own_sample():
+def test_a_small_image_is_its_own_sample():
     assert Sample.spread(Size(30, 20), 64, 8) == Sample.whole(Size(30, 20))
 
 
-def test_the_same_picture_is_sampled_in_the_same_places():
+def test_the_same_image_is_sampled_in_the_same_places():
     assert Sample.spread(Size(512, 300), 64, 8) == Sample.spread(Size(512, 300), 64, 8)
 
 

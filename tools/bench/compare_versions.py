@@ -86,7 +86,7 @@ def write_models(folder: Path) -> None:
 
     from linfusion_cli.mixers.linear.mount import self_attentions
     from tests.support.small_controlnets import small_control, write_control
-    from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
+    from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
     from tests.support.small_models import small_xl_unet, write_linfusion, write_small_xl
 
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def write_models(folder: Path) -> None:
     write_control(folder / "control", small_control(unet))
     write_encoder(folder / "image_encoder")
     write_adapter(folder / "ip.safetensors", unet)
-    write_picture(folder / "image.png", width=64, height=64)
+    write_image(folder / "image.png", width=64, height=64)
     factors = {}
     for path, module in self_attentions(unet).items():
         width = module.to_q.in_features

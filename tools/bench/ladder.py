@@ -78,20 +78,20 @@ def base_of(subject: str, seed: int) -> Path:
     return output.with_name(f"{output.stem}-{BASE_PX}x{BASE_PX}.png")
 
 
-def resized(picture: np.ndarray, side_px: int) -> np.ndarray:
+def resized(image: np.ndarray, side_px: int) -> np.ndarray:
     """Lanczos, both ways."""
     size, kind = (side_px, side_px), Image.Resampling.LANCZOS
-    planes = [Image.fromarray(picture[..., i]).resize(size, kind) for i in range(3)]
+    planes = [Image.fromarray(image[..., i]).resize(size, kind) for i in range(3)]
     return np.stack(planes, -1).clip(0, 1)
 
 
-def grey(picture: np.ndarray) -> np.ndarray:
-    return picture @ np.array([0.2126, 0.7152, 0.0722], np.float32)
+def grey(image: np.ndarray) -> np.ndarray:
+    return image @ np.array([0.2126, 0.7152, 0.0722], np.float32)
 
 
-def discs(picture: np.ndarray, base: np.ndarray) -> int:
+def discs(image: np.ndarray, base: np.ndarray) -> int:
     """How many suns or moons: spots brighter than three quarters of the way from the base's median to its maximum."""
-    light, ruler = (gaussian_filter(grey(one), 2) for one in (picture, base))
+    light, ruler = (gaussian_filter(grey(one), 2) for one in (image, base))
     threshold = np.median(ruler) + 0.75 * (ruler.max() - np.median(ruler))
     labels, _ = label(light > threshold)
     return int((np.bincount(labels.ravel())[1:] >= DISC_PX).sum())
@@ -112,23 +112,23 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return float(-10 * np.log10(max(np.square(one - other, dtype=np.float64).mean(), 1e-12)))
 
 
-def detail(picture: np.ndarray) -> float:
+def detail(image: np.ndarray) -> float:
     """The deviation of what neighbouring pixels do not tell of each other."""
-    return float(laplace(grey(picture)).std())
+    return float(laplace(grey(image)).std())
 
 
 def measured(subject: str, seed: int) -> dict[str, dict[str, float]]:
     """Of the resized base and of both upscalers' pictures: discs, likeness to the base, detail."""
     base = pixels(base_of(subject, seed))
-    pictures = {"resize": resized(base, SIDE_PX)} | {name: pixels(path_of(subject, name, seed)) for name in UPSCALERS}
-    small = {name: resized(picture, BASE_PX) for name, picture in pictures.items()}
+    images = {"resize": resized(base, SIDE_PX)} | {name: pixels(path_of(subject, name, seed)) for name in UPSCALERS}
+    small = {name: resized(image, BASE_PX) for name, image in images.items()}
     return {"base": {"discs": discs(base, base)}} | {
         name: {
             "discs": discs(small[name], base),
             "ssim": ssim(grey(small[name]), grey(base)),
-            "detail": detail(pictures[name]),
+            "detail": detail(images[name]),
         }
-        for name in pictures
+        for name in images
     }
 
 
@@ -157,8 +157,8 @@ def show(subject: str, seed: int, corner: tuple[int, int], target: Path) -> None
     columns |= {name: pixels(path_of(subject, name, seed)) for name in UPSCALERS}
     top, left = corner
     sheet = Image.new("RGB", (CROP_PX * len(columns), 2 * CROP_PX))
-    for i, (name, picture) in enumerate(columns.items()):
-        whole, crop = resized(picture, CROP_PX), picture[top : top + CROP_PX, left : left + CROP_PX]
+    for i, (name, image) in enumerate(columns.items()):
+        whole, crop = resized(image, CROP_PX), image[top : top + CROP_PX, left : left + CROP_PX]
         for row, part in enumerate((whole, crop)):
             sheet.paste(Image.fromarray((part * 255).round().astype(np.uint8)), (i * CROP_PX, row * CROP_PX))
         ImageDraw.Draw(sheet).text((i * CROP_PX + 8, 8), name, fill="white", stroke_width=2, stroke_fill="black")

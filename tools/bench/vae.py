@@ -74,9 +74,9 @@ def plain(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
 
 def make_latents(vae: AutoencoderKL, path: Path, size: int) -> dict[str, Any]:
     """Encode a drawn scene into `path`."""
-    picture = torch.from_numpy(scene(1, (size, size))[0]).float() / 255
+    image = torch.from_numpy(scene(1, (size, size))[0]).float() / 255
     method = VaeStrategy(0, patch_counts("encode", (size // FACTOR) ** 2)[0], DEMO_KEYS, HEIGHT)
-    read = lambda top, bottom, left, right: picture[top:bottom, left:right]  # noqa: E731
+    read = lambda top, bottom, left, right: image[top:bottom, left:right]  # noqa: E731
     torch.save(torch.cat(list(encode_rows(vae, read, Size(size, size), method)), dim=2), path)
     return {}
 
@@ -127,7 +127,7 @@ def fidelity(latents: Tensor) -> dict[str, Any]:
     share = max(1, round(patch_counts("decode", LARGE_LAT**2)[0] * area / LARGE_LAT**2))
     found = {"the share of 16384²": whole(vae, latents, VaeStrategy(0, share, DEMO_KEYS, HEIGHT)), "sampled": None}
     found["sampled"] = whole(vae, latents, method)
-    result = {f"{name}, to exact": difference(picture, true) for name, picture in found.items()}
+    result = {f"{name}, to exact": difference(image, true) for name, image in found.items()}
     low = whole(vae, latents[:, :, :64], VaeStrategy(0, method.patches, DEMO_KEYS, 3))
     tall = whole(vae, latents[:, :, :64], VaeStrategy(0, method.patches, DEMO_KEYS, 1 << 20))
     result["strips of 3 rows, to one piece"] = difference(low, tall)

@@ -62,8 +62,8 @@ def recognise_format(suffix: str, lines: Iterator[Line], name: str) -> tuple[For
     if expected is None and not is_json and _is_header(text):
         return "CSV", lines
     if other := _other_format(text, expected, is_json):
-        what, way_out = other
-        raise DataError(f"{name} looks like {what} (line {first.number}: {quote(text)}).", way_out)
+        what, hint = other
+        raise DataError(f"{name} looks like {what} (line {first.number}: {quote(text)}).", hint)
     return "JSONL" if is_json else "text", lines
 
 

@@ -207,8 +207,8 @@ def from_csv(lines: Iterator[Line]) -> Iterator[JobSpec]:
 
 
 def _wrong_field(name: str) -> str:
-    way_out = " Separate the columns by commas." if SEPARATORS.search(name) else ""
-    return f"There is no field {quote(name)}.{way_out}"
+    hint = " Separate the columns by commas." if SEPARATORS.search(name) else ""
+    return f"There is no field {quote(name)}.{hint}"
 
 
 def csv_values(names: list[str], cells: list[str]) -> dict[str, Any]:

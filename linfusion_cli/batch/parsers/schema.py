@@ -50,7 +50,7 @@ def _read_field(name: str, value: Any) -> Any:
     except (ValueError, OverflowError) as error:
         raise UsageError(f"{name} {quote(value)} {shorten(str(error))}.") from error
     except UsageError as error:
-        raise UsageError(f"{name} {quote(value)} is wrong.", error.way_out) from error
+        raise UsageError(f"{name} {quote(value)} is wrong.", error.hint) from error
 
 
 def _check_text(name: str, text: Any) -> None:

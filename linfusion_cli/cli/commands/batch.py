@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from linfusion_cli.batch.runner import BatchRunner
     from linfusion_cli.core.report import RunReport
 
-OF_EACH_PICTURE = ("output", "preview", "keep_latents")  # files: one name cannot be that of many
+PER_IMAGE_FILES = ("output", "preview", "keep_latents")  # files: one name cannot be that of many
 MAX_LISTED = 20
 
 OutputDir = Annotated[Path, typer.Option(help="The folder of the pictures, made if it is missing.", show_default=False)]
@@ -54,7 +54,7 @@ Reports = Annotated[bool, typer.Option("--reports", help="Write each picture's r
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, instead of the files' paths.")]
 
 
-@options.takes_a_request(options.of_batch, without=OF_EACH_PICTURE, own_first=True)
+@options.takes_a_request(options.of_batch, without=PER_IMAGE_FILES, own_first=True)
 def command(
     given: dict[str, Any],
     output_dir: OutputDir,
@@ -139,7 +139,9 @@ def job_request(sources: Sources, values: Mapping[str, Any]) -> tuple[dict[str, 
     return merged.origins(kind), settings.build_request(merged, kind)
 
 
-def opened_batch(listing: JobQueue, observer: Observer, shown: Shown, stop_on_error: bool, dry_run: bool) -> BatchRunner:
+def opened_batch(
+    listing: JobQueue, observer: Observer, shown: Shown, stop_on_error: bool, dry_run: bool
+) -> BatchRunner:
     """What carries jobs out, with its record, which a dry run has not; raises CannotCreate."""
     from linfusion_cli.batch.results import ResultsLog
     from linfusion_cli.batch.runner import BatchRunner, dry_run_job, run_job

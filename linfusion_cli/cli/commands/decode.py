@@ -71,7 +71,10 @@ def command(
 def asked(latents: Path, given: dict[str, Any], observer: Observer) -> Asked:
     """The request that made the latents, with what is `given` instead, and the job that decodes them."""
     from linfusion_cli.run.checkpoint.latents_file import open_latents
-    from linfusion_cli.run.decode_latents import decode, build_decode_request  # numpy and more: not for --help to wait for
+    from linfusion_cli.run.decode_latents import (
+        decode,
+        build_decode_request,
+    )  # numpy and more: not for --help to wait for
 
     kept = open_latents(latents)
     return *build_decode_request(kept, given), partial(decode, kept)

@@ -56,10 +56,10 @@ def cuda() -> str:
             if torch.cuda.is_available():
                 devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
                 return f"{platform_name()}, {allocator.segments()} segments: {'; '.join(map(card_state, devices))}"
-            reason, way_out = why_no_device()
+            reason, hint = why_no_device()
     except Exception as error:  # noqa: BLE001 - whatever is wrong with torch or a driver is what is to be told
         return f"none: torch cannot tell ({first_line(error)})"
-    return f"none: {reason}. {way_out}".rstrip(". ")
+    return f"none: {reason}. {hint}".rstrip(". ")
 
 
 def card_state(device: torch.device) -> str:

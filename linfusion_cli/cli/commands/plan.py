@@ -32,11 +32,11 @@ def command(given: dict[str, Any], as_json: options.Json = False) -> None:
     from linfusion_cli.run.inputs.source_image import open_source
     from linfusion_cli.run.stages.plan import plan_run  # torch and diffusers: not for --help to wait for
 
-    request, picture = (request, None) if kind is GenerateRequest else open_source(request)
-    prepared = resolve_request(request, picture)
-    for warning in prepared.facts.warnings:
+    request, image = (request, None) if kind is GenerateRequest else open_source(request)
+    resolved = resolve_request(request, image)
+    for warning in resolved.facts.warnings:
         render.notices_only(Notice(warning))
-    plan, disk = plan_run(prepared), disk_bytes(prepared)
+    plan, disk = plan_run(resolved), disk_bytes(resolved)
     if notice := cpu_notice(plan.machine, plan.need.seconds):
         render.notices_only(Notice(notice))
     if as_json:

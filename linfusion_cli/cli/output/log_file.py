@@ -58,7 +58,7 @@ class LogFile:
         self._complain = complain
         self._failed = self._torn = False
         try:
-            check_no_picture(self._path)
+            check_no_image(self._path)
             self._fd = os.open(self._path, OPEN_FLAGS, 0o666)
         except OSError as error:
             raise CannotCreateOutput(f"--log-file {str(path)!r} cannot be opened: {error.strerror}.") from error
@@ -101,7 +101,7 @@ class LogFile:
                 self._complain(f"linfusion: --log-file {str(self._path)!r} lacks lines: {error.strerror}.")
 
 
-def check_no_picture(path: Path) -> None:
+def check_no_image(path: Path) -> None:
     """Raise CannotCreate for a file that is no text: a picture or model named by mistake would be spoilt."""
     with suppress(FileNotFoundError, PermissionError):  # a log may be one that we can write and not read
         if path.is_file() and b"\0" in path.open("rb").read(HEAD_BYTES):

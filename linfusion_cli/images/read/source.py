@@ -80,7 +80,7 @@ def inspect_source(path: str | os.PathLike[str]) -> SourceImage:
 
 
 def source_rows(
-    picture: SourceImage, background: tuple[int, int, int] | None, notify: Callable[[str], None]
+    source: SourceImage, background: tuple[int, int, int] | None, notify: Callable[[str], None]
 ) -> Iterator[np.ndarray]:
     """The pixels in sRGB as float32 [n, W, 3] between 0 and 1: bands of the stored picture, from top to bottom.
 
@@ -88,26 +88,26 @@ def source_rows(
     transparent; pictures without alpha ignore it. `notify` gets a sentence if the colour profile cannot be used.
     Raises DataError, at the call or between bands: transparency without a background, a damaged or changed file.
     """
-    path = picture.path
-    if picture.has_alpha and background is None:
+    path = source.path
+    if source.has_alpha and background is None:
         raise transparent(path)
-    if inspect_source(path) != picture:
+    if inspect_source(path) != source:
         raise DataError(f"{path} has changed since it was first looked at.", "Start again when it is complete.")
     with reading(path), _decoding(path):
-        image = to_srgb(_opened(path, picture.format), path, notify)
+        image = to_srgb(_opened(path, source.format), path, notify)
         return _bands(image, path, background or (0, 0, 0))
 
 
 def decode_source(path: str | os.PathLike[str]) -> None:
     """Decodes every row, a few at a time, and keeps none; raises as `inspect_source` does, and DataError that says
     where, for data that libvips has any doubt about."""
-    picture = inspect_source(path)
-    with reading(picture.path), _decoding(picture.path):
-        image = _opened(picture.path, picture.format)
+    source = inspect_source(path)
+    with reading(source.path), _decoding(source.path):
+        image = _opened(source.path, source.format)
         region, step = _vips().Region.new(image), max(1, FETCH_PX // image.width)
     for top in range(0, image.height, step):
         rows = min(step, image.height - top)
-        with reading(picture.path), _decoding(picture.path, f" from row {top + 1} on"):
+        with reading(source.path), _decoding(source.path, f" from row {top + 1} on"):
             region.fetch(0, top, image.width, rows)
 
 
@@ -116,22 +116,22 @@ def transparent(path: Path) -> DataError:
     return DataError(f"{path} has transparency.", "Say what is behind it: --background white (or any colour).")
 
 
-def apply_orientation(read: ReadRegion, picture: SourceImage) -> ReadRegion:
+def apply_orientation(read: ReadRegion, image: SourceImage) -> ReadRegion:
     """A reader of the picture as it is to be seen, from a reader of the stored one; both give float32 [h, w, 3]."""
-    upwards, leftwards = picture.orientation in ROWS_UPWARDS, picture.orientation in COLUMNS_LEFTWARDS
+    upwards, leftwards = image.orientation in ROWS_UPWARDS, image.orientation in COLUMNS_LEFTWARDS
 
     def read_oriented(top: int, bottom: int, left: int, right: int) -> np.ndarray:
         if upwards:
-            top, bottom = picture.height_px - bottom, picture.height_px - top
+            top, bottom = image.height_px - bottom, image.height_px - top
         if leftwards:
-            left, right = picture.width_px - right, picture.width_px - left
-        if picture.orientation in TRANSPOSED:
+            left, right = image.width_px - right, image.width_px - left
+        if image.orientation in TRANSPOSED:
             pixels = read(left, right, top, bottom).swapaxes(0, 1)
         else:
             pixels = read(top, bottom, left, right)
         return np.ascontiguousarray(pixels[:: -1 if upwards else 1, :: -1 if leftwards else 1])
 
-    return read if picture.orientation == 1 else read_oriented
+    return read if image.orientation == 1 else read_oriented
 
 
 @cache

@@ -42,7 +42,7 @@ class RowStream(ABC):
                 self._take(rows[:room])
                 rows = rows[room:]
 
-    def retell(self, info: ImageInfo) -> None:
+    def update_info(self, info: ImageInfo) -> None:
         if self._state == DONE:
             return
         with self._abort_on_error():

@@ -88,9 +88,9 @@ def encode_jpeg(rows: np.ndarray, quality: int, restarts: bool = False) -> bytes
     """`[H, W, 3]` uint8 -> a JPEG with the standard Huffman tables and no chroma subsampling."""
     from PIL import Image
 
-    picture, file = Image.fromarray(rows), io.BytesIO()
+    image, file = Image.fromarray(rows), io.BytesIO()
     options = {"restart_marker_rows": 1} if restarts else {}
-    picture.save(file, "JPEG", quality=quality, subsampling=0, optimize=False, **options)
+    image.save(file, "JPEG", quality=quality, subsampling=0, optimize=False, **options)
     return file.getvalue()
 
 

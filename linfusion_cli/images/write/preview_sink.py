@@ -60,8 +60,8 @@ class PreviewSink:
             self.abort()
             raise
 
-    def retell(self, info: ImageInfo) -> None:
-        self._sink.retell(info)
+    def update_info(self, info: ImageInfo) -> None:
+        self._sink.update_info(info)
 
     def close(self) -> None:
         try:

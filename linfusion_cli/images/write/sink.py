@@ -19,7 +19,7 @@ class RowSink(Protocol):
         Raises ValueError for another shape or dtype or for more rows than declared, WriteFailed when the disk refuses.
         """
 
-    def retell(self, info: ImageInfo) -> None:
+    def update_info(self, info: ImageInfo) -> None:
         """Let the file say this of itself instead, which is possible before its first rows; not if it is complete.
 
         Raises ValueError after the first rows, WriteFailed when the disk refuses.

@@ -63,8 +63,8 @@ def check_fit(adapter: AdapterFile, unet: UNet2DConditionModel) -> None:
         found, shape = adapter.shapes.get(name), wanted.get(name)
         if found != shape:
             says = f"{name} is {found or 'no such layer'} in the file and {shape or 'no such layer'} in the model."
-            way_out = f"Use an IP-Adapter made for this model's family, {family_of(unet.config)}."
-            raise DataError(f"The IP-Adapter {adapter.file} does not fit the model: {says}", way_out)
+            hint = f"Use an IP-Adapter made for this model's family, {family_of(unet.config)}."
+            raise DataError(f"The IP-Adapter {adapter.file} does not fit the model: {says}", hint)
 
 
 def wanted_shapes(adapter: AdapterFile, unet: UNet2DConditionModel) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -104,8 +104,8 @@ def check_whole(adapter: AdapterFile, projection: torch.nn.Module) -> None:
         raise DataError(reason, "Download it again, or use another one.")
 
 
-def encode_pictures(
-    adapters: Sequence[Adapter], pictures: Sequence[Image], dtype: torch.dtype, device: torch.device
+def encode_images(
+    adapters: Sequence[Adapter], images: Sequence[Image], dtype: torch.dtype, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """What each adapter hears of its RGB picture, and of no picture, on the CPU: [1, 1, D], or [1, 1, L, D] of patches.
 
@@ -114,7 +114,7 @@ def encode_pictures(
     heard: dict[int, tuple[Tensor, Tensor]] = {}
     for folder in dict.fromkeys(adapter.encoder for adapter in adapters):
         which = [i for i, adapter in enumerate(adapters) if adapter.encoder == folder]
-        tasks = [(adapters[i], pictures[i]) for i in which]
+        tasks = [(adapters[i], images[i]) for i in which]
         heard |= zip(which, encode_with(folder, tasks, dtype, device), strict=True)
     return [heard[i] for i in range(len(adapters))]
 
@@ -126,8 +126,8 @@ def encode_with(
     encoder = load_part(CLIPVisionModelWithProjection, Part(folder), dtype, device)
     prepare = preprocessor(folder, encoder.config.image_size)
     result = []
-    for adapter, picture in tasks:
-        pixels = prepare(picture, return_tensors="pt").pixel_values.to(device=device, dtype=dtype)
+    for adapter, image in tasks:
+        pixels = prepare(image, return_tensors="pt").pixel_values.to(device=device, dtype=dtype)
         embeds = embedded(encoder, pixels, adapter.weights.hears_patches)
         result.append(tuple(part[None].cpu() for part in embeds))
     return result
@@ -139,7 +139,7 @@ def embedded(encoder: CLIPVisionModelWithProjection, pixels: Tensor, patches: bo
     if not patches:
         embeds = encoder(pixels).image_embeds
         return embeds, torch.zeros_like(embeds)
-    both = (encoder(picture, output_hidden_states=True) for picture in (pixels, torch.zeros_like(pixels)))
+    both = (encoder(image, output_hidden_states=True) for image in (pixels, torch.zeros_like(pixels)))
     return tuple(out.hidden_states[-2] for out in both)
 
 

@@ -157,8 +157,8 @@ def broken(file: Path, what: str) -> DataError:
 
 def unknown_kind(file: Path, why: str) -> DataError:
     """The error for a LoRA that is more than two factors and an alpha for each layer."""
-    way_out = "Use a plain LoRA: DoRA, LoHa, LoKr and other kinds are not read."
-    return DataError(f"The LoRA {file} is of an unknown kind: {why}.", way_out)
+    hint = "Use a plain LoRA: DoRA, LoHa, LoKr and other kinds are not read."
+    return DataError(f"The LoRA {file} is of an unknown kind: {why}.", hint)
 
 
 def configured_scale(layer: str, rank: int, config: Mapping[str, Any]) -> float:

@@ -25,8 +25,8 @@ def find_in_hub(name: str, download: bool, kind: str, is_complete: Callable[[Pat
         return found
     if download:
         return fetch(name, kind)
-    way_out = f"Add --download or run `linfusion models pull {name}` to fetch it, name a folder, or use --preset demo."
-    raise Unavailable(f"{kind} {name} is not on this machine.", way_out)
+    hint = f"Add --download or run `linfusion models pull {name}` to fetch it, name a folder, or use --preset demo."
+    raise Unavailable(f"{kind} {name} is not on this machine.", hint)
 
 
 def cached(name: str, kind: str) -> Path | None:
@@ -76,8 +76,8 @@ def hub_errors(name: str, kind: str) -> Iterator[None]:
     try:
         yield
     except RepositoryNotFoundError as error:
-        way_out = "Check the name; a private or gated one needs HF_TOKEN."
-        raise Unavailable(f"{subject}: the hub has no such repository.", way_out) from error
+        hint = "Check the name; a private or gated one needs HF_TOKEN."
+        raise Unavailable(f"{subject}: the hub has no such repository.", hint) from error
     except RevisionNotFoundError as error:
         raise Unavailable(f"{subject}: the hub's repository has no such revision.", "Check it.") from error
     except RemoteEntryNotFoundError as error:

@@ -97,8 +97,8 @@ def place_in(header: Header, kind: type) -> tuple[str, Convert]:
     if kind is AutoencoderKL and any(name.startswith("decoder.") for name in header.shapes):
         return "", convert_vae
     names = " or ".join(f"{prefix}*" for prefix in places) or kind.__name__
-    way_out = "Name a VAE with --vae." if kind is AutoencoderKL else "Use a file that holds the whole model."
-    raise DataError(f"{header.file} holds no {kind.__name__}: nothing in it is called {names}.", way_out)
+    hint = "Name a VAE with --vae." if kind is AutoencoderKL else "Use a file that holds the whole model."
+    raise DataError(f"{header.file} holds no {kind.__name__}: nothing in it is called {names}.", hint)
 
 
 def tensors_of(header: Header, prefix: str, on_meta: bool) -> dict[str, Tensor]:

@@ -101,8 +101,6 @@ def kind_number(folder: Path, written: str) -> int:
     name = ALIASES.get(name, name)
     number = int(name) if name.isdecimal() else KINDS.index(name) if name in KINDS else count
     if number >= count:
-        way_out = f"Use one of {', '.join(KINDS[:count])}, or 0 to {count - 1}."
-        raise UsageError(
-            f"--control-type {written!r} is none that the model in {folder} knows.", way_out, "control_type"
-        )
+        hint = f"Use one of {', '.join(KINDS[:count])}, or 0 to {count - 1}."
+        raise UsageError(f"--control-type {written!r} is none that the model in {folder} knows.", hint, "control_type")
     return number

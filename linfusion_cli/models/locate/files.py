@@ -70,8 +70,8 @@ def split_weight(text: str) -> tuple[str, float]:
     if not name.strip():
         raise UsageError(f"--lora {text!r} names no file.", "Write FILE or FILE:0.8.", "lora")
     if not math.isfinite(weight) or abs(weight) > MAX_LORA_WEIGHT:
-        way_out = f"It must lie between {-MAX_LORA_WEIGHT:g} and {MAX_LORA_WEIGHT:g}: write FILE:0.8."
-        raise UsageError(f"--lora {text!r} has the weight {weight:g}.", way_out, "lora")
+        hint = f"It must lie between {-MAX_LORA_WEIGHT:g} and {MAX_LORA_WEIGHT:g}: write FILE:0.8."
+        raise UsageError(f"--lora {text!r} has the weight {weight:g}.", hint, "lora")
     return name, weight
 
 
@@ -140,8 +140,8 @@ def find_in_repository(kind: Kind, name: str, download: bool) -> FoundFile:
     if wanted is None and file is None and any(kind.may_be(path) for path in files):
         wanted = pick_file(kind, name, files)
     if wanted is None:
-        way_out = "Add --download to fetch it, or name a safetensors file."
-        raise Unavailable(f"{kind.flag} {name} is not on this machine.", way_out)
+        hint = "Add --download to fetch it, or name a safetensors file."
+        raise Unavailable(f"{kind.flag} {name} is not on this machine.", hint)
     return FoundFile(snapshot / wanted, repository, wanted)
 
 
@@ -171,8 +171,8 @@ def pick_file(kind: Kind, name: str, files: Iterable[str]) -> str:
         return usual
     safe = [file for file in files if kind.may_be(file)]
     if len(safe) > 1:
-        way_out = f"Name one of them, as in {kind.flag} {name.rstrip('/')}/{safe[0]}."
-        raise DataError(f"{kind.flag} {name} holds several safetensors files: {', '.join(safe)}.", way_out)
+        hint = f"Name one of them, as in {kind.flag} {name.rstrip('/')}/{safe[0]}."
+        raise DataError(f"{kind.flag} {name} holds several safetensors files: {', '.join(safe)}.", hint)
     if safe:
         return safe[0]
     if any(PurePosixPath(file).suffix.lower() in PICKLES for file in files):

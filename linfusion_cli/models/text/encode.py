@@ -42,9 +42,11 @@ class PromptEmbedding:
 
     def zeros(self) -> PromptEmbedding:
         """The same shapes, silent: what SDXL was trained to hear as "no prompt"."""
-        return PromptEmbedding(torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled))
+        return PromptEmbedding(
+            torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled)
+        )
 
-    def beside(self, other: PromptEmbedding) -> PromptEmbedding:
+    def concat(self, other: PromptEmbedding) -> PromptEmbedding:
         """Both in one batch, this one first."""
         pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])
         images = tuple(torch.cat(pair) for pair in zip(self.images, other.images, strict=True))
@@ -143,7 +145,9 @@ class TextEncoder:
         return TextEncoder(network, tokenizer, add_words(network, tokenizer, part, changes.inversions))
 
 
-EncoderProvider = Callable[[str, Callable[[], TextEncoder]], TextEncoder]  # part of the model, how to load its encoder -> it
+EncoderProvider = Callable[
+    [str, Callable[[], TextEncoder]], TextEncoder
+]  # part of the model, how to load its encoder -> it
 
 
 def load_uncached(part: str, load: Callable[[], TextEncoder]) -> TextEncoder:

@@ -54,7 +54,15 @@ NON_IDENTITY_FIELDS = {
     "fresh",
 }
 # What may differ when a run goes on: those, and what changes the file and not the latents.
-RESUME_COMPATIBLE_FIELDS = NON_IDENTITY_FIELDS | {"format", "compression", "bits", "dither", "dpi", "prompt_metadata", "strict_prompt"}
+RESUME_COMPATIBLE_FIELDS = NON_IDENTITY_FIELDS | {
+    "format",
+    "compression",
+    "bits",
+    "dither",
+    "dpi",
+    "prompt_metadata",
+    "strict_prompt",
+}
 ASIDE = "{} {}: it is now {}, and the run begins anew."
 OTHER_VERSION = "was made by another version of linfusion ({})"
 ELSEWHERE = "The run goes on with {}: its picture equals that of a run in one go up to rounding."
@@ -80,7 +88,7 @@ class CheckpointManager:
 
     def __init__(
         self,
-        journal: CheckpointStore,
+        store: CheckpointStore,
         found: Checkpoint | None,
         request: ImageRequest,
         notice: Callable[[str], None] = lambda _: None,
@@ -88,7 +96,7 @@ class CheckpointManager:
         self.saves, self.head, self.found = SaveStatistics(), {}, found
         self.reached: RunState | None = None
         self.describe: Callable[[RunState], str] = str  # until the phases are known
-        self._journal, self._every_sec, self._notice = journal, request.checkpoint_every, notice
+        self._store, self._every_sec, self._notice = store, request.checkpoint_every, notice
         self._asked_dtype = request.dtype
         self._goes_on = ("without --fresh " if request.fresh else "") + "the same command goes on from there"
         self._saved: RunState | None = None
@@ -96,11 +104,11 @@ class CheckpointManager:
         self._saved_at, self._took_sec = time.monotonic(), 0.0
 
     @property
-    def was_found(self) -> str | None:
+    def resumed_from(self) -> str | None:
         """In words, what this run goes on from; None where it begins."""
-        return None if self.found is None else self.describe(self.found_state())
+        return None if self.found is None else self.describe(self.initial_state())
 
-    def found_state(self) -> RunState:
+    def initial_state(self) -> RunState:
         """What this run goes on from."""
         from linfusion_cli.run.checkpoint.state import RunState
 
@@ -147,7 +155,7 @@ class CheckpointManager:
         """Say what differs; raises UsageError for files with other content, unless the model had given NaN or Inf."""
         changed = [name for kind in ("weights", "configs") for name in find_changed_files(before[kind], now[kind])]
         if changed and NON_FINITE not in before:
-            raise request_differs(self._journal, [f"{', '.join(changed)} with other content"])
+            raise request_differs(self._store, [f"{', '.join(changed)} with other content"])
         if changed:
             self._notice(REPAIRED.format(", ".join(changed)))
         for what in find_environment_changes({**before, DTYPES: find_used_dtypes(self.found)}, now):
@@ -155,7 +163,7 @@ class CheckpointManager:
 
     def _dtypes(self, head: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The dtypes of the run that this one goes on with, and its own, unless no step is left to it."""
-        state, before = self.found_state(), [] if self.found is None else find_used_dtypes(self.found)
+        state, before = self.initial_state(), [] if self.found is None else find_used_dtypes(self.found)
         is_over = state.is_done and state.begun.phase == head["last"]["phase"]
         return list(before) if before and is_over else add_dtype(before, state, head["dtype"])
 
@@ -164,21 +172,21 @@ class CheckpointManager:
         if self.reached is not None:
             self.reached = reached
 
-    def widen(self, plan: Plan, reached: RunState) -> None:
+    def change_dtype(self, plan: Plan, reached: RunState) -> None:
         """After `reached` all goes on in the dtype of `plan`, and as it says; saved at once, if there is anything."""
         dtype = dtype_name(plan.machine.dtype)
         self.dtypes[:] = add_dtype(self.dtypes, reached, dtype)
         self.head = self.head | {"dtype": dtype, "stages": as_json(stages_json(plan))}
         if self.reached is not None or self.found is not None:
-            self.border(reached)
+            self.save(reached)
 
-    def runs_so(self, kind: str, phase: int, mode: Any) -> None:
+    def record_strategy(self, kind: str, phase: int, mode: Any) -> None:
         """This stage runs in another way than was planned, from now on."""
         for stage in self.head["stages"]:
             if (stage["kind"], stage["phase"]) == (kind, phase):
                 stage["mode"] = as_json(asdict(mode))
 
-    def border(self, reached: RunState) -> None:
+    def save(self, reached: RunState) -> None:
         """This is the state now, and worth saving at once."""
         self.reached = reached
         with critical_section():
@@ -192,7 +200,7 @@ class CheckpointManager:
             self._try()
 
     @contextmanager
-    def stoppable(self) -> Iterator[None]:
+    def save_on_interrupt(self) -> Iterator[None]:
         """Save the state when a signal or an error leaves this block, and say so in its message.
 
         After NaN or Inf that is the last good state, with a mark that lets other dtypes and repaired files resume it.
@@ -207,11 +215,11 @@ class CheckpointManager:
         except NonFinite as error:
             self.head = self.head | {NON_FINITE: str(error)}
             if self.reached is None and self.found is not None:
-                self.reached = self.found_state()  # to be saved again, with the mark
-            error.way_out = f"{error.way_out} {self._kept(OTHERWISE)}".strip()
+                self.reached = self.initial_state()  # to be saved again, with the mark
+            error.hint = f"{error.hint} {self._kept(OTHERWISE)}".strip()
             raise
         except WriteFailed as error:
-            error.way_out = f"{error.way_out} {self._kept()}".strip()
+            error.hint = f"{error.hint} {self._kept()}".strip()
             raise
         except LinfusionError:
             raise
@@ -223,7 +231,7 @@ class CheckpointManager:
             has_run_out = isinstance(known, OutOfMemory)
             if has_run_out:
                 self._make_room(error)
-            known.way_out = f"{known.way_out} {self._kept(saves=has_run_out)}".strip()
+            known.hint = f"{known.hint} {self._kept(saves=has_run_out)}".strip()
             raise known from None
 
     def _make_room(self, error: Exception) -> None:
@@ -236,7 +244,7 @@ class CheckpointManager:
     def complete(self) -> None:
         """The file is there: the journal goes."""
         try:
-            self._journal.remove()
+            self._store.remove()
         except WriteFailed as error:
             self._notice(f"The picture is complete, but its journal stays: {error}")
 
@@ -252,15 +260,15 @@ class CheckpointManager:
         if not self.reached.is_finite:
             self.reached = self._saved
             raise NonFinite("The latents contain NaN or Inf after a step.", "Use another --scheduler, with --fresh.")
-        began, bytes_before = time.monotonic(), self._journal.saved_bytes
+        began, bytes_before = time.monotonic(), self._store.saved_bytes
         self._saved_at = began  # also where it fails: it is not tried at every step
-        self._journal.save(self.head, self.reached.parts)
+        self._store.save(self.head, self.reached.parts)
         self._saved, self._saved_head, self._took_sec = self.reached, self.head, time.monotonic() - began
         if self.found is not None:
             self.found = replace(self.found, parts={})  # which are of the past, and take memory
         self.saves.count += 1
         self.saves.seconds += self._took_sec
-        self.saves.bytes += self._journal.saved_bytes - bytes_before
+        self.saves.bytes += self._store.saved_bytes - bytes_before
 
     def _kept(self, also: str = "", saves: bool = True) -> str:
         """Save what would be lost, if it `saves` -> a sentence: what is saved, how it can be resumed, and `also`."""
@@ -290,30 +298,30 @@ def open_manager(request: ImageRequest, notice: Callable[[str], None]) -> Iterat
 
     Raises UsageError where that was of another request, TryAgain. What cannot be used is set aside.
     """
-    with find_store(request).held() as journal:
+    with find_store(request).held() as store:
         if request.fresh:
-            journal.remove()
-        yield CheckpointManager(journal, load_checkpoint(journal, request, notice), request, notice)
+            store.remove()
+        yield CheckpointManager(store, load_checkpoint(store, request, notice), request, notice)
 
 
-def load_checkpoint(journal: CheckpointStore, request: ImageRequest, notice: Callable[[str], None]) -> Checkpoint | None:
+def load_checkpoint(store: CheckpointStore, request: ImageRequest, notice: Callable[[str], None]) -> Checkpoint | None:
     """What is in the journal, if it can be gone on from."""
     try:
-        entry = journal.read()
+        entry = store.read()
     except DamagedCheckpoint as damage:
-        notice(ASIDE.format(journal.folder, f"is damaged ({damage})", journal.set_aside()))
+        notice(ASIDE.format(store.folder, f"is damaged ({damage})", store.quarantine()))
         return None
     if entry is not None and (entry.head.get("schema"), entry.head.get("linfusion")) != (SCHEMA, __version__):
         reason = OTHER_VERSION.format(entry.head.get("linfusion"))
-        notice(ASIDE.format(journal.folder, reason, journal.set_aside()))
+        notice(ASIDE.format(store.folder, reason, store.quarantine()))
         return None
     from linfusion_cli.run.checkpoint.state import RunState
 
     if entry is not None and not RunState.of(entry.parts).is_finite:
-        notice(ASIDE.format(journal.folder, "holds latents with NaN or Inf", journal.set_aside()))
+        notice(ASIDE.format(store.folder, "holds latents with NaN or Inf", store.quarantine()))
         return None
     if entry is not None and (changed := find_request_changes(entry, request)):
-        raise request_differs(journal, changed)
+        raise request_differs(store, changed)
     return entry
 
 
@@ -358,12 +366,12 @@ def find_environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) 
         yield "another plan, as the executed one does not fit here"
 
 
-def request_differs(journal: CheckpointStore, names: Sequence[str]) -> UsageError:
-    reason = f"{journal.folder} holds a run that began otherwise: now {'; '.join(names)}."
+def request_differs(store: CheckpointStore, names: Sequence[str]) -> UsageError:
+    reason = f"{store.folder} holds a run that began otherwise: now {'; '.join(names)}."
     return UsageError(reason, "Give it what it had, add --fresh to begin anew, or name another file with -o.")
 
 
-def build_metadata(prepared: ResolvedRequest, weights: Sequence[WeightsFile], plan: Plan) -> dict[str, Any]:
+def build_metadata(resolved: ResolvedRequest, weights: Sequence[WeightsFile], plan: Plan) -> dict[str, Any]:
     """What a journal says of the run: the request, what it reads, and the plan that is executed."""
     import torch
 
@@ -374,9 +382,9 @@ def build_metadata(prepared: ResolvedRequest, weights: Sequence[WeightsFile], pl
             "versions": versions(),
             "device": str(plan.machine.device),
             "dtype": dtype_name(plan.machine.dtype),
-            "request": prepared.request.to_json(),
+            "request": resolved.request.to_json(),
             "weights": name_weights(weights),
-            "configs": hash_configs(prepared),
+            "configs": hash_configs(resolved),
             "last": {"phase": plan.stages[-1].phase, "size": str(plan.stages[-1].size)},
             "threads": torch.get_num_threads(),
             "stages": stages_json(plan),
@@ -384,9 +392,9 @@ def build_metadata(prepared: ResolvedRequest, weights: Sequence[WeightsFile], pl
     )
 
 
-def hash_configs(prepared: ResolvedRequest) -> list[dict[str, str]]:
+def hash_configs(resolved: ResolvedRequest) -> list[dict[str, str]]:
     """The model's configs and tokenizers, as metadata have weights: they decide as much."""
-    folders = [*(prepared.model.folder / name for name in (*PARTS, *CONFIGURED)), prepared.vae.folder]
+    folders = [*(resolved.model.folder / name for name in (*PARTS, *CONFIGURED)), resolved.vae.folder]
     paths = [path for folder in dict.fromkeys(folders) if folder.is_dir() for path in sorted(folder.iterdir())]
     texts = [(f"{path.parent.name}/{path.name}", path) for path in paths if path.suffix in CONFIG_SUFFIXES]
     return [{"file": file.use, "sha256": file.sha256} for file in digested(texts)]

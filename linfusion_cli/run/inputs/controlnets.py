@@ -20,7 +20,7 @@ class ControlNetSpec:
     """A ControlNet's folder, its picture, its scale, and what the picture shows, by a union model's number for it."""
 
     folder: Path
-    picture: SourceImage
+    image: SourceImage
     scale: float
     kind: int | None
 
@@ -39,12 +39,12 @@ class ControlNetSpecs:
     @property
     def largest_px(self) -> int:
         """The area of the largest picture."""
-        return max((control.picture.size.area for control in self.found), default=0)
+        return max((control.image.size.area for control in self.found), default=0)
 
     @property
     def held_bytes(self) -> int:
         """What reading the pictures, one after the other, holds at once."""
-        return max((control.picture.held_bytes for control in self.found), default=0)
+        return max((control.image.held_bytes for control in self.found), default=0)
 
 
 def find_controlnets(request: ImageRequest, model: Model, phases: int) -> ControlNetSpecs:
@@ -60,8 +60,8 @@ def find_controlnets(request: ImageRequest, model: Model, phases: int) -> Contro
         check_fits(folder, model)
     kinds = match_control_types(request, folders)
     scales = broadcast_per_phase(request.control_scale, len(folders), "control_scale")
-    pictures = [open_control_image(name, request.size) for name in request.control_image]
-    return ControlNetSpecs(tuple(map(ControlNetSpec, folders, pictures, scales, kinds)), acting)
+    images = [open_control_image(name, request.size) for name in request.control_image]
+    return ControlNetSpecs(tuple(map(ControlNetSpec, folders, images, scales, kinds)), acting)
 
 
 def parse_phases(written: tuple[str, ...], phases: int) -> frozenset[int]:
@@ -81,16 +81,16 @@ def match_control_types(request: ImageRequest, folders: list[Path]) -> list[int 
     if sum(union) != len(request.control_type):
         given = ",".join(request.control_type) or "of none"
         reason = f"--control-type {given} does not match {sum(union)} union models among {len(folders)} ControlNets."
-        way_out = "Give one for each union model, in their order, such as canny; others take none."
-        raise UsageError(reason, way_out, "control_type")
+        hint = "Give one for each union model, in their order, such as canny; others take none."
+        raise UsageError(reason, hint, "control_type")
     written = iter(request.control_type)
     return [kind_number(folder, next(written)) if one else None for folder, one in zip(folders, union, strict=True)]
 
 
 def open_control_image(name: str, size: Size) -> SourceImage:
     """The control picture `name`, for a picture of `size`; raises UsageError for other proportions."""
-    picture = inspect_source(user_path(name))
-    if aspect_error(picture.size, size) > MAX_ASPECT_ERROR:
-        reason = f"--control-image {name} is {picture.size} and has not the proportions of {size}."
+    image = inspect_source(user_path(name))
+    if aspect_error(image.size, size) > MAX_ASPECT_ERROR:
+        reason = f"--control-image {name} is {image.size} and has not the proportions of {size}."
         raise UsageError(reason, "Crop it, or choose another --size: it would be stretched.", "control_image")
-    return picture
+    return image

@@ -24,7 +24,7 @@ WHITE = (255, 255, 255)  # behind transparent parts
 
 def find_ip_adapters(request: ImageRequest, family: str) -> list[Adapter]:
     """The adapters of `request` for a model of `family`; raises Unavailable, DataError or InputMissing."""
-    images = [inspect_picture(name) for name in request.ip_image]
+    images = [inspect_image(name) for name in request.ip_image]
     scales = broadcast_per_phase(request.ip_scale, len(images), "ip_scale")
     found = []
     for name, image, scale in zip(request.ip_adapter, images, scales, strict=True):
@@ -35,20 +35,20 @@ def find_ip_adapters(request: ImageRequest, family: str) -> list[Adapter]:
     return found
 
 
-def inspect_picture(name: str) -> SourceImage:
+def inspect_image(name: str) -> SourceImage:
     """The picture that --ip-image names; raises InputMissing or DataError."""
-    picture = inspect_source(user_path(name))
-    if picture.size.area > MAX_IMAGE_PX:
-        reason = f"--ip-image {name} is {picture.size} px, and {MAX_IMAGE_PX >> 20} megapixels are listened to at most."
+    image = inspect_source(user_path(name))
+    if image.size.area > MAX_IMAGE_PX:
+        reason = f"--ip-image {name} is {image.size} px, and {MAX_IMAGE_PX >> 20} megapixels are listened to at most."
         raise DataError(reason, "Make it smaller: the encoder sees a few hundred pixels of a side.")
-    return picture
+    return image
 
 
-def read_picture(picture: SourceImage, notify: Callable[[str], None]) -> Image:
+def read_image(image: SourceImage, notify: Callable[[str], None]) -> Image:
     """All of it as it is to be seen, in sRGB of 8 bits, transparent parts white; raises DataError."""
     from PIL import Image
 
-    rows = [np.rint(band * 255).astype(np.uint8) for band in source_rows(picture, WHITE, notify)]
+    rows = [np.rint(band * 255).astype(np.uint8) for band in source_rows(image, WHITE, notify)]
     stored = np.concatenate(rows)
-    read = apply_orientation(lambda top, bottom, left, right: stored[top:bottom, left:right], picture)
-    return Image.fromarray(read(0, picture.height_px, 0, picture.width_px))
+    read = apply_orientation(lambda top, bottom, left, right: stored[top:bottom, left:right], image)
+    return Image.fromarray(read(0, image.height_px, 0, image.width_px))

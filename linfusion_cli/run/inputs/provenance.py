@@ -18,44 +18,44 @@ DTYPES = "dtypes"  # of metadata and checkpoints: the dtypes in which steps were
 WHOLE = "model"  # the use of a file that holds a whole model
 
 
-def hash_weights(prepared: ResolvedRequest, recorder: RunRecorder, shelf: ModelCache) -> list[WeightsFile]:
+def hash_weights(resolved: ResolvedRequest, recorder: RunRecorder, model_cache: ModelCache) -> list[WeightsFile]:
     """All of them, with the time that it takes recorded: gigabytes are read, which loading then finds in memory.
 
     `shelf` has the hashes of the jobs before.
     """
     with recorder.stage("weights", "hash", None, 1, "hashes"):
-        return digested(list_weights(prepared), shelf.digests)
+        return digested(list_weights(resolved), model_cache.digests)
 
 
-def list_weights(prepared: ResolvedRequest) -> Iterator[tuple[str, Path]]:
+def list_weights(resolved: ResolvedRequest) -> Iterator[tuple[str, Path]]:
     """Use and path of every file; raises DataError where a shard is missing."""
-    model = prepared.model
+    model = resolved.model
     if model.file is not None:
         yield WHOLE, model.file
     else:
         for name in (part for part in PARTS if part != "vae" and (model.folder / part).is_dir()):
             yield from ((name, file) for file in model.part(name).weights)
-    yield from (("vae", file) for file in prepared.vae.weights)
-    if prepared.linfusion is not None:
-        yield "linfusion", prepared.linfusion / LINFUSION_WEIGHTS
-    yield from (("lora", file) for file, _ in prepared.loras)
-    if prepared.base is not None:
-        yield from (("linfusion_base", file) for file in weights_files(prepared.base))
-    for adapter in prepared.adapters:
+    yield from (("vae", file) for file in resolved.vae.weights)
+    if resolved.linfusion is not None:
+        yield "linfusion", resolved.linfusion / LINFUSION_WEIGHTS
+    yield from (("lora", file) for file, _ in resolved.loras)
+    if resolved.base is not None:
+        yield from (("linfusion_base", file) for file in weights_files(resolved.base))
+    for adapter in resolved.adapters:
         yield "ip_adapter", adapter.weights.file
         yield from (("image_encoder", file) for file in weights_files(adapter.encoder))
-    yield from (("textual_inversion", file) for file, _ in prepared.inversions)
-    for control in prepared.controls.found:
+    yield from (("textual_inversion", file) for file, _ in resolved.inversions)
+    for control in resolved.controlnets.found:
         yield from (("controlnet", file) for file in weights_files(control.folder))
-    yield from pictures_read(prepared)
+    yield from images_read(resolved)
 
 
-def pictures_read(prepared: ResolvedRequest) -> Iterator[tuple[str, Path]]:
+def images_read(resolved: ResolvedRequest) -> Iterator[tuple[str, Path]]:
     """Use and path of every picture that goes in: other pixels under the same name are another request."""
-    if prepared.picture is not None:
-        yield "image", prepared.picture.path
-    yield from (("ip_image", adapter.image.path) for adapter in prepared.adapters)
-    yield from (("control_image", control.picture.path) for control in prepared.controls.found)
+    if resolved.image is not None:
+        yield "image", resolved.image.path
+    yield from (("ip_image", adapter.image.path) for adapter in resolved.adapters)
+    yield from (("control_image", control.image.path) for control in resolved.controlnets.found)
 
 
 def main_hash(weights: Sequence[WeightsFile]) -> str:

@@ -41,7 +41,7 @@ class ResolvedRequest:
 
     request: ImageRequest
     format: str
-    picture: SourceImage | None
+    image: SourceImage | None
     model: Model
     vae: Part
     linfusion: Path | None
@@ -51,25 +51,25 @@ class ResolvedRequest:
     adapters: list[Adapter]
     facts: ModelFacts
     phases: list[Phase]
-    controls: ControlNetSpecs
+    controlnets: ControlNetSpecs
 
     @property
-    def is_reduced(self) -> bool:
+    def is_downscaled(self) -> bool:
         """Whether the last phase is resized to the size asked for, which lies below the base, and not cropped to it."""
-        return self.phases[-1].size != self.request.size.rounded_up(self.facts.multiple_px)
+        return self.phases[-1].size != self.request.size.round_up(self.facts.multiple_px)
 
     @property
-    def is_base(self) -> bool:
+    def model_is_base(self) -> bool:
         """Whether the model is itself the one that LinFusion's weights were made for."""
         return self.model.file is None and self.base == self.model.part("unet").folder
 
-    def shown(self, phase: Phase) -> Size:
+    def visible_size(self, phase: Phase) -> Size:
         """What of `phase` will be seen: all of it, or of the last what is left when it is cropped."""
-        return self.request.size if phase is self.phases[-1] and not self.is_reduced else phase.size
+        return self.request.size if phase is self.phases[-1] and not self.is_downscaled else phase.size
 
     @property
-    def picture_size(self) -> Size | None:
-        return None if self.picture is None else self.picture.size
+    def image_size(self) -> Size | None:
+        return None if self.image is None else self.image.size
 
     @property
     def folder(self) -> Path:
@@ -77,7 +77,7 @@ class ResolvedRequest:
         return self.request.output.resolve().parent
 
 
-def resolve_request(request: ImageRequest, picture: SourceImage | None = None) -> ResolvedRequest:
+def resolve_request(request: ImageRequest, image: SourceImage | None = None) -> ResolvedRequest:
     """Settle what `request` means here; raises UsageError, Unavailable or DataError where it cannot be done."""
     check_prompts(request)
     file_format = images.format_for(request.output, request.format)
@@ -92,18 +92,18 @@ def resolve_request(request: ImageRequest, picture: SourceImage | None = None) -
     facts = read_facts(model, vae)
     facts = facts if request.prediction_type == "auto" else facts.predicting(request.prediction_type)
     adapters = find_ip_adapters(request, facts.family)
-    phases = build_phases(request, choose_sizes(request, facts, picture))
-    controls = find_controlnets(request, model, len(phases))
+    phases = build_phases(request, choose_sizes(request, facts, image))
+    controlnets = find_controlnets(request, model, len(phases))
     linfusion = base = None
     used = any(phase.attention == "linear" for phase in phases)
     if used or request.linfusion not in ("auto", "none"):  # what was named must be there
         linfusion = find_linfusion(request.linfusion, model, facts.family, request.download)
     if used and linfusion is not None:
         base = find_merge_base(request, model, linfusion, facts.family)
-    prepared = ResolvedRequest(
+    resolved = ResolvedRequest(
         request=request,
         format=file_format,
-        picture=picture,
+        image=image,
         model=model,
         vae=vae,
         linfusion=linfusion,
@@ -113,17 +113,17 @@ def resolve_request(request: ImageRequest, picture: SourceImage | None = None) -
         adapters=adapters,
         facts=facts,
         phases=phases,
-        controls=controls,
+        controlnets=controlnets,
     )
-    check_outputs(prepared)
-    return prepared
+    check_outputs(resolved)
+    return resolved
 
 
-def check_outputs(prepared: ResolvedRequest) -> None:
+def check_outputs(resolved: ResolvedRequest) -> None:
     """Raise UsageError where two of the files that the run writes would be one."""
-    request = prepared.request
+    request = resolved.request
     files = {"--output": request.output, "--preview": request.preview, "--keep-latents": request.keep_latents}
-    sizes = saved_sizes(prepared) if request.save_phases else []
+    sizes = saved_sizes(resolved) if request.save_phases else []
     phases = {f"the {size} phase of --save-phases": phase_path(request.output, size) for size in sizes}
     check_distinct(files | phases)
 
@@ -142,15 +142,15 @@ def find_merge_base(request: ImageRequest, model: Model, linfusion: Path, family
     return base_here(model, linfusion, family)
 
 
-def choose_sizes(request: ImageRequest, facts: ModelFacts, picture: SourceImage | None) -> PhaseSizes:
+def choose_sizes(request: ImageRequest, facts: ModelFacts, image: SourceImage | None) -> PhaseSizes:
     """The sizes of the request's ladder, from the base or from a picture up."""
     target, multiple = request.size, facts.multiple_px
     native = base_size(target, facts.native_px, multiple)
     base = check_base_size(request, multiple) or native
-    if picture is not None:
-        return PhaseSizes(upscale_sizes(target, picture.size, base, multiple), picture.size, base, native, from_noise=False)
+    if image is not None:
+        return PhaseSizes(upscale_sizes(target, image.size, base, multiple), image.size, base, native, from_noise=False)
     if request.upscaler == "none":
-        base = target.rounded_up(multiple)
+        base = target.round_up(multiple)
     return PhaseSizes(phase_sizes(target, base, multiple), base, base, native, from_noise=True)
 
 
@@ -159,7 +159,7 @@ def check_base_size(request: ImageRequest, multiple: int) -> Size | None:
     base, target = request.base_size, request.size
     if base is None:
         return None
-    if base.rounded_up(multiple) != base:
+    if base.round_up(multiple) != base:
         reason = f"--base-size {base} is not possible with this model."
         raise UsageError(reason, f"Use multiples of {multiple}.", "base_size")
     if aspect_error(base, target) > MAX_ASPECT_ERROR:
@@ -168,42 +168,42 @@ def check_base_size(request: ImageRequest, multiple: int) -> Size | None:
     return base
 
 
-def check_disk(prepared: ResolvedRequest) -> None:
+def check_disk(resolved: ResolvedRequest) -> None:
     """Raise WriteFailed unless the output's disk has room for what the run writes."""
-    folder, needed = prepared.folder, disk_bytes(prepared)
+    folder, needed = resolved.folder, disk_bytes(resolved)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise WriteFailed(
-            f"{folder} has {format_bytes(free)} free, and {prepared.request.size} needs {format_bytes(needed)}.",
+            f"{folder} has {format_bytes(free)} free, and {resolved.request.size} needs {format_bytes(needed)}.",
             "Free some space, or choose another folder with -o.",
         )
 
 
-def disk_bytes(prepared: ResolvedRequest) -> int:
+def disk_bytes(resolved: ResolvedRequest) -> int:
     """The room the files may need, the picture that waits between two phases, and the journal."""
-    request = prepared.request
-    sizes = [request.size, *(saved_sizes(prepared) if request.save_phases else [])]
-    needs = [images.bytes_needed(prepared.format, size.pair, request.bits, request.compression) for size in sizes]
-    return sum(needs) + scratch_bytes(prepared) + journal_bytes(prepared)
+    request = resolved.request
+    sizes = [request.size, *(saved_sizes(resolved) if request.save_phases else [])]
+    needs = [images.bytes_needed(resolved.format, size.pair, request.bits, request.compression) for size in sizes]
+    return sum(needs) + scratch_bytes(resolved) + journal_bytes(resolved)
 
 
-def journal_bytes(prepared: ResolvedRequest) -> int:
+def journal_bytes(resolved: ResolvedRequest) -> int:
     """What the journal may take: the latents a phase began with and those it reached, with what its scheduler keeps,
     twice while a state is replaced."""
-    facts, size = prepared.facts, prepared.phases[-1].size
-    return JOURNAL_COPIES * 4 * facts.latent_channels * size.divided(facts.vae_factor).area
+    facts, size = resolved.facts, resolved.phases[-1].size
+    return JOURNAL_COPIES * 4 * facts.latent_channels * size.divide(facts.vae_factor).area
 
 
-def saved_sizes(prepared: ResolvedRequest) -> list[Size]:
+def saved_sizes(resolved: ResolvedRequest) -> list[Size]:
     """The pictures that --save-phases keeps: all but the last, which is the output unless that is reduced from it."""
-    sizes = [phase.size for phase in prepared.phases]
-    return sizes if prepared.is_reduced else sizes[:-1]
+    sizes = [phase.size for phase in resolved.phases]
+    return sizes if resolved.is_downscaled else sizes[:-1]
 
 
-def scratch_bytes(prepared: ResolvedRequest) -> int:
+def scratch_bytes(resolved: ResolvedRequest) -> int:
     """The largest picture that waits on disk: between phases, before the first, of a control, or to be reduced."""
-    waiting = [size.area for size in saved_sizes(prepared)]
-    if prepared.picture_size is not None:
-        waiting.append(prepared.picture_size.area)
-    waiting.append(prepared.controls.largest_px)
+    waiting = [size.area for size in saved_sizes(resolved)]
+    if resolved.image_size is not None:
+        waiting.append(resolved.image_size.area)
+    waiting.append(resolved.controlnets.largest_px)
     return max(waiting) * BYTES_PER_PX

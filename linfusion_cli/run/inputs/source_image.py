@@ -16,14 +16,14 @@ def open_source(request: UpscaleRequest) -> tuple[UpscaleRequest, SourceImage]:
 
     Raises UsageError for a size of other proportions, and what `inspect_source` raises.
     """
-    picture = inspect_source(request.image)
-    size = fit_size(request.size, picture.size)
+    image = inspect_source(request.image)
+    size = fit_size(request.size, image.size)
     if size is None:
-        matching = fit_size(Size(*[max(request.size.pair)] * 2), picture.size)
-        reason = f"--size {request.size} has not the proportions of {request.image}, which is {picture.size}."
+        matching = fit_size(Size(*[max(request.size.pair)] * 2), image.size)
+        reason = f"--size {request.size} has not the proportions of {request.image}, which is {image.size}."
         raise UsageError(reason, f"Use --size {max(matching.pair)}, the longer side, or --size {matching}.", "size")
     if min(size.pair) < MIN_PX:
         raise UsageError(f"{request.image} at --size {size} is too small.", f"Use {MIN_PX} px or more.", "size")
-    if picture.has_alpha and request.background is None:
+    if image.has_alpha and request.background is None:
         raise transparent(request.image)
-    return replace(request, size=size), picture
+    return replace(request, size=size), image

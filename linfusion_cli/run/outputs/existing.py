@@ -72,17 +72,21 @@ class ExistingOutputs:
 
 
 def find_existing(
-    request: ImageRequest, picture: SourceImage | None, recorder: RunRecorder, shelf: ModelCache, keep_complete: bool
+    request: ImageRequest,
+    image: SourceImage | None,
+    recorder: RunRecorder,
+    model_cache: ModelCache,
+    keep_complete: bool,
 ) -> ExistingOutputs:
     """What there is, which is looked at with `keep_complete`, or where a run was killed: its journal is still there.
 
     Raises as `prepare` does.
     """
-    killed = find_store(request).was_begun() and not (request.overwrite or request.fresh)
+    killed = find_store(request).has_folder() and not (request.overwrite or request.fresh)
     if not (keep_complete or killed) or not os.path.lexists(request.output):
         return ExistingOutputs()
-    prepared = resolve_request(request, picture)
-    weights = hash_weights(prepared, recorder, shelf)
+    resolved = resolve_request(request, image)
+    weights = hash_weights(resolved, recorder, model_cache)
     making = Provenance(request, weights, read_checkpoint(find_store(request), request) is not None)
     wanted = list_outputs(request)
     found = frozenset(path for path, size in wanted.items() if making.made(path, size))
@@ -104,16 +108,16 @@ def remove_checkpoint(request: ImageRequest) -> None:
     """The files of `request` are complete: what a killed run of it has left goes. Raises TryAgain where one goes on."""
     with (
         images.AtomicFile(request.output, overwrite=True),  # takes over a temporary name, which goes
-        find_store(request).held() as journal,
+        find_store(request).held() as store,
     ):
-        if not journal.exists() or read_checkpoint(journal, request) is not None:
-            journal.remove()
+        if not store.exists() or read_checkpoint(store, request) is not None:
+            store.remove()
 
 
-def read_checkpoint(journal: CheckpointStore, request: ImageRequest) -> Checkpoint | None:
+def read_checkpoint(store: CheckpointStore, request: ImageRequest) -> Checkpoint | None:
     """What `journal` says, if it is whole and of this request."""
     try:
-        entry = journal.read()
+        entry = store.read()
     except DamagedCheckpoint:
         return None
     return None if entry is None or find_request_changes(entry, request) else entry

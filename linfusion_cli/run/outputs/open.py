@@ -35,24 +35,24 @@ SAMPLER_NAMES = {
 class ImageAndPreview:
     """The picture's file and its preview as one RowSink. A preview that fails does not take the picture with it."""
 
-    def __init__(self, picture: images.RowSink, preview: images.RowSink | None):
-        self._picture, self._preview = picture, preview
+    def __init__(self, image: images.RowSink, preview: images.RowSink | None):
+        self._image, self._preview = image, preview
         self._preview_error: LinfusionError | None = None
 
     def write(self, rows: np.ndarray) -> None:
-        self._picture.write(rows)
+        self._image.write(rows)
         with self._excused():
             if self._preview:
                 self._preview.write(rows)
 
-    def retell(self, info: images.ImageInfo) -> None:
-        self._picture.retell(info)
+    def update_info(self, info: images.ImageInfo) -> None:
+        self._image.update_info(info)
         with self._excused():
             if self._preview:
-                self._preview.retell(info)
+                self._preview.update_info(info)
 
     def close(self) -> None:
-        self._picture.close()
+        self._image.close()
         with self._excused():
             if self._preview:
                 self._preview.close()
@@ -60,7 +60,7 @@ class ImageAndPreview:
             raise WriteFailed(f"The picture is complete, but its preview is not: {self._preview_error}")
 
     def abort(self) -> None:
-        self._picture.abort()
+        self._image.abort()
         if self._preview:
             self._preview.abort()
 
@@ -92,42 +92,44 @@ def open_outputs(file: images.AtomicFile, making: Provenance) -> Iterator[images
     request = making.request
     info = build_info(making, request.size)
     with ExitStack() as on_exit:
-        picture, preview = _open_picture(request, file, request.size, info), None
-        on_exit.callback(picture.abort)
+        image, preview = _open_image(request, file, request.size, info), None
+        on_exit.callback(image.abort)
         if request.preview:
             replaces = making.may_go(request.preview, Size(*images.preview_size(request.size.pair)))
             pending = images.AtomicFile(request.preview, replaces)
             preview = images.PreviewSink(pending, request.size.pair, request.bits, info)
             on_exit.callback(preview.abort)
-        yield ImageAndPreview(picture, preview)
+        yield ImageAndPreview(image, preview)
 
 
 @contextmanager
-def open_phase_files(prepared: ResolvedRequest, making: Provenance, first: int) -> Iterator[dict[int, images.RowSink]]:
+def open_phase_files(resolved: ResolvedRequest, making: Provenance, first: int) -> Iterator[dict[int, images.RowSink]]:
     """Of the phases whose pictures are to be kept, their files: held from now on, complete when the phase is.
 
     An earlier run has completed those before the phase `first`.
     """
-    request, sinks = prepared.request, {}
+    request, sinks = resolved.request, {}
     try:
         if request.save_phases:
-            for phase, size in list(zip(prepared.phases, saved_sizes(prepared), strict=False))[first:]:
+            for phase, size in list(zip(resolved.phases, saved_sizes(resolved), strict=False))[first:]:
                 path, info = phase_path(request.output, size), build_info(making, size)
-                sinks[phase.index] = _open_picture(request, path, size, info, making.may_go(path, size))
+                sinks[phase.index] = _open_image(request, path, size, info, making.may_go(path, size))
         yield sinks
     finally:
         for sink in sinks.values():
             sink.abort()  # one that is complete stays
 
 
-def update_metadata(prepared: ResolvedRequest, making: Provenance, output: images.RowSink, phases: Mapping[int, images.RowSink]) -> None:
+def update_metadata(
+    resolved: ResolvedRequest, making: Provenance, output: images.RowSink, phases: Mapping[int, images.RowSink]
+) -> None:
     """Let the files that are not complete say what `making` says now, of which the dtypes may have changed.
 
     Raises WriteFailed.
     """
-    output.retell(build_info(making, prepared.request.size))
+    output.update_info(build_info(making, resolved.request.size))
     for index, sink in phases.items():
-        sink.retell(build_info(making, prepared.phases[index].size))
+        sink.update_info(build_info(making, resolved.phases[index].size))
 
 
 def reserve_latents(making: Provenance) -> AbstractContextManager[images.AtomicFile | None]:
@@ -136,7 +138,7 @@ def reserve_latents(making: Provenance) -> AbstractContextManager[images.AtomicF
     return nullcontext() if path is None else images.AtomicFile(path, making.may_go(path, making.request.size))
 
 
-def _open_picture(
+def _open_image(
     request: ImageRequest,
     target: Path | images.AtomicFile,
     size: Size,

@@ -27,11 +27,11 @@ class RunContext:
     kept, by the phase's index. `retell` lets all files that are not complete say which dtypes steps had, as of now.
     """
 
-    prepared: ResolvedRequest
+    resolved: ResolvedRequest
     plan: Plan
     recorder: RunRecorder
-    keeper: CheckpointManager
-    shelf: ModelCache = field(default_factory=lambda: ModelCache(keeps=False))
+    checkpoints: CheckpointManager
+    model_cache: ModelCache = field(default_factory=lambda: ModelCache(keeps=False))
     phase_sinks: Mapping[int, RowSink] = field(default_factory=dict)
     retell: Callable[[], None] = lambda: None
 
@@ -46,8 +46,8 @@ class RunContext:
 
     def predicting(self, prediction_type: str) -> RunContext:
         """This run with a model that predicts this."""
-        prepared = replace(self.prepared, facts=self.prepared.facts.predicting(prediction_type))
-        return replace(self, prepared=prepared)
+        resolved = replace(self.resolved, facts=self.resolved.facts.predicting(prediction_type))
+        return replace(self, resolved=resolved)
 
     def stage(self, kind: str, phase: int, done: int = 0) -> AbstractContextManager[StageTimer]:
         """Record a planned stage, of which an earlier run has `done` some: a denoising counts steps, all else rows."""

@@ -30,11 +30,11 @@ BAND_PX = 256  # rows resized at a time when a base is reduced to a smaller targ
 
 def upscale_latents(run: RunContext, vae: Vae, latents: Tensor, phase: Phase) -> Tensor:
     """Latents of the phase before `phase` -> latents of the same picture at the size of `phase`."""
-    before = run.prepared.phases[phase.index - 1]
-    if run.prepared.request.upscale_space == "latent":
+    before = run.resolved.phases[phase.index - 1]
+    if run.resolved.request.upscale_space == "latent":
         if run.plan.has("decode", before.index):
             deque(decode_phase(run, vae, latents, before), maxlen=0)  # only to be kept
-        return interpolate_latents(latents, phase.size.divided(run.prepared.facts.vae_factor))
+        return interpolate_latents(latents, phase.size.divide(run.resolved.facts.vae_factor))
     with scratch_image(run, before.size, phase) as scratch:
         for rows in decode_phase(run, vae, latents, before):
             scratch.append(rows)
@@ -46,24 +46,24 @@ def interpolate_latents(latents: Tensor, size_lat: Size) -> Tensor:
     return F.interpolate(latents, (size_lat.height, size_lat.width), mode="bicubic")
 
 
-def encode_source(run: RunContext, vae: Vae, picture: SourceImage) -> Tensor:
+def encode_source(run: RunContext, vae: Vae, image: SourceImage) -> Tensor:
     """The user's picture as latents of the first phase."""
-    first, behind = run.prepared.phases[0], run.prepared.request.behind()
-    stored, seen = picture.stored_size, picture.size
+    first, behind = run.resolved.phases[0], run.resolved.request.behind()
+    stored, seen = image.stored_size, image.size
     with scratch_image(run, stored, first) as scratch:
         with run.recorder.stage("read", "read", seen, stored.height, "rows") as stage:
             done = 0
-            for rows in source_rows(picture, behind, run.recorder.notice):
+            for rows in source_rows(image, behind, run.recorder.notice):
                 scratch.append(rows)
                 done += len(rows)
                 stage.advance(done)
-        return encode_image(run, vae, apply_orientation(scratch.read, picture), seen, first)
+        return encode_image(run, vae, apply_orientation(scratch.read, image), seen, first)
 
 
 def scratch_image(run: RunContext, size: Size, phase: Phase) -> ScratchImage:
     """Where a picture of this size waits until `phase` encodes it: in memory if the plan has room for it."""
     in_memory = run.plan.stage("encode", phase.index).waiting_bytes > 0
-    return ScratchImage(None if in_memory else run.prepared.folder, size.width, size.height)
+    return ScratchImage(None if in_memory else run.resolved.folder, size.width, size.height)
 
 
 def decode_phase(run: RunContext, vae: Vae, latents: Tensor, phase: Phase) -> Iterator[np.ndarray]:
@@ -76,7 +76,7 @@ def decode_phase(run: RunContext, vae: Vae, latents: Tensor, phase: Phase) -> It
         for rows in decode_rows(vae, latents, planned.mode, run.recorder.notice, planned.need.pinned_bytes):
             rows = rows.numpy()
             if sink is not None:
-                sink.write(to_uint(run.prepared.request, rows, done))
+                sink.write(to_uint(run.resolved.request, rows, done))
             done += len(rows)
             stage.advance(done)
             with stage.paused():
@@ -92,11 +92,11 @@ def to_uint(request: ImageRequest, rows: np.ndarray, top: int) -> np.ndarray:
 
 def encode_image(run: RunContext, vae: Vae, read: ReadRegion, size: Size, phase: Phase) -> Tensor:
     """The picture of `size` that `read` reads, enlarged to the size of `phase`, as latents [1, C, h, w]."""
-    facts, done = run.prepared.facts, 0
-    size_lat, planned = phase.size.divided(facts.vae_factor), run.plan.stage("encode", phase.index)
+    facts, done = run.resolved.facts, 0
+    size_lat, planned = phase.size.divide(facts.vae_factor), run.plan.stage("encode", phase.index)
     pinned = planned.need.pinned_bytes
     latents = torch.empty(1, facts.latent_channels, size_lat.height, size_lat.width)
-    resized = resized_reader(read, size, run.prepared.shown(phase))
+    resized = resized_reader(read, size, run.resolved.visible_size(phase))
 
     def read_tensor(*region: int) -> Tensor:
         return torch.from_numpy(resized(*region))
@@ -112,7 +112,7 @@ def encode_image(run: RunContext, vae: Vae, read: ReadRegion, size: Size, phase:
 
 def _draw(run: RunContext, phase: int, size_lat: Size) -> DrawNoise | None:
     """The noise of a draw from the VAE's distribution, where one is wanted and not the mean."""
-    request, channels = run.prepared.request, run.prepared.facts.latent_channels
+    request, channels = run.resolved.request, run.resolved.facts.latent_channels
     if request.vae_latents == "mean":
         return None
     noise = latent_noise(request.seed, phase, channels, size_lat.height, size_lat.width)
@@ -140,7 +140,7 @@ def write_output(run: RunContext, vae: Vae, latents: Tensor, sink: RowSink) -> N
 
     The last rows are written while the next are decoded.
     """
-    request, top = run.prepared.request, 0
+    request, top = run.resolved.request, 0
     with AsyncWriter(sink) as writing:
         for rows in output_rows(run, vae, latents):
             writing.take(to_uint(request, rows, top))
@@ -152,9 +152,9 @@ def write_output(run: RunContext, vae: Vae, latents: Tensor, sink: RowSink) -> N
 
 def output_rows(run: RunContext, vae: Vae, latents: Tensor) -> Iterator[np.ndarray]:
     """The rows of the finished picture: cropped to the size asked for, or reduced to it if that is below the base."""
-    phase, wanted = run.prepared.phases[-1], run.prepared.request.size
+    phase, wanted = run.resolved.phases[-1], run.resolved.request.size
     rows = decode_phase(run, vae, latents, phase)
-    yield from _downscale_rows(run, rows, phase.size, wanted) if run.prepared.is_reduced else crop_rows(rows, wanted)
+    yield from _downscale_rows(run, rows, phase.size, wanted) if run.resolved.is_downscaled else crop_rows(rows, wanted)
 
 
 def crop_rows(rows: Iterator[np.ndarray], size: Size) -> Iterator[np.ndarray]:
@@ -168,7 +168,7 @@ def crop_rows(rows: Iterator[np.ndarray], size: Size) -> Iterator[np.ndarray]:
 
 
 def _downscale_rows(run: RunContext, rows: Iterator[np.ndarray], size: Size, wanted: Size) -> Iterator[np.ndarray]:
-    with ScratchImage(run.prepared.folder, size.width, size.height) as scratch:
+    with ScratchImage(run.resolved.folder, size.width, size.height) as scratch:
         for part in rows:
             scratch.append(part)
         read = resized_reader(scratch.read, size, wanted)

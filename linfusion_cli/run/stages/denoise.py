@@ -47,13 +47,13 @@ MAPS = {"device": "maps on the device", "skips": "skip connections on the host",
 
 def probe_prediction_type(run: RunContext, models: Models) -> RunContext:
     """The run with what the model predicts: where neither its config nor the request says so, by asking it."""
-    facts, phase = run.prepared.facts, next((phase for phase in run.prepared.phases if phase.count), None)
+    facts, phase = run.resolved.facts, next((phase for phase in run.resolved.phases if phase.count), None)
     if facts.prediction_type or phase is None:
         return run
     side = min(facts.native_px, *phase.size.pair) // facts.vae_factor
     noise = phase_noise(0, 0, facts.latent_channels, side, side).to(run.device)
-    schedule = phase_schedule(run.prepared.request, facts.scheduler_config, phase)
-    uncontrolled = replace(models, controls=[])  # whose pictures are of another size
+    schedule = phase_schedule(run.resolved.request, facts.scheduler_config, phase)
+    uncontrolled = replace(models, controlnets=[])  # whose pictures are of another size
     unguided = replace(phase, guidance_scale=1.0)
     with build_predictions(run, uncontrolled, unguided, schedule) as (predict, _), explain_non_finite(run):
         correlation = noise_correlation(predict, noise, schedule.training_steps)
@@ -66,7 +66,7 @@ def denoise_all(run: RunContext, vae: Vae) -> tuple[RunContext, Tensor]:
 
     Before them the run as it goes on: after NaN or Inf in half precision it has a wider dtype, and another plan.
     """
-    reached, phases = run.keeper.found_state(), run.prepared.phases
+    reached, phases = run.checkpoints.initial_state(), run.resolved.phases
     if is_over(reached, phases[-1]):
         return run, reached.latents
     work = PrecisionFallback(run, vae)
@@ -75,8 +75,8 @@ def denoise_all(run: RunContext, vae: Vae) -> tuple[RunContext, Tensor]:
         if not is_over(reached, phase):
             reached = start_phase(work.run, vae, reached, phase)
             reached = work.done(partial(run_phase, phase=phase), reached)
-            run.keeper.border(reached)
-    offload_networks(run.shelf)
+            run.checkpoints.save(reached)
+    offload_networks(run.model_cache)
     return work.run, reached.latents
 
 
@@ -90,29 +90,29 @@ def start_phase(run: RunContext, vae: Vae, reached: RunState, phase: Phase) -> R
     if phase.from_noise or (reached.begun.phase == phase.index and reached.begun.encoded is not None):
         return reached
     if reached.latents is None:
-        encoded = encode_source(run, vae, run.prepared.picture)
+        encoded = encode_source(run, vae, run.resolved.image)
         base = ChannelStatistics.of(encoded)
     else:
         encoded = upscale_latents(run, vae, reached.latents, phase)
         base = reached.begun.base or ChannelStatistics.of(reached.latents)
     reached = RunState(PhaseState(phase.index, encoded, base))
-    run.keeper.border(reached)
+    run.checkpoints.save(reached)
     return reached
 
 
 def run_phase(run: RunContext, models: Models, reached: RunState, phase: Phase) -> RunState:
     """The end of `phase`, of which `reached` is the beginning or a later step."""
-    config, encoded = run.prepared.facts.scheduler_config, reached.begun.encoded
+    config, encoded = run.resolved.facts.scheduler_config, reached.begun.encoded
     draw, noise_now = build_noise(run, phase, reached)
-    schedule = phase_schedule(run.prepared.request, config, phase, draw)
+    schedule = phase_schedule(run.resolved.request, config, phase, draw)
     if schedule is None:
         return replace(reached, latents=encoded, is_done=True)
     reached = reached.on(run.device)
     latents = reached.latents
     if latents is not None:
-        schedule.go_on(reached.scheduler)
+        schedule.load_state_dict(reached.scheduler)
     elif phase.from_noise:
-        latents = schedule.started(draw()).to(run.device)
+        latents = schedule.scale_noise(draw()).to(run.device)
     with build_predictions(run, models, phase, schedule) as predictions:
         if phase.from_noise:
             steps = denoise(latents, schedule, predictions[0], reached.steps)
@@ -123,14 +123,14 @@ def run_phase(run: RunContext, models: Models, reached: RunState, phase: Phase) 
 
 def build_noise(run: RunContext, phase: Phase, reached: RunState) -> tuple[Draw, Callable[[], Tensor | None]]:
     """What draws the noise of a phase's steps, and tells what has to be saved for it to be drawn on."""
-    request, facts = run.prepared.request, run.prepared.facts
-    size_lat = phase.size.divided(facts.vae_factor)
+    request, facts = run.resolved.request, run.resolved.facts
+    size_lat = phase.size.divide(facts.vae_factor)
     shape = facts.latent_channels, size_lat.height, size_lat.width
     if not phase.from_noise:
         return partial(step_noise, request.seed, phase.index, *shape), lambda: None
     draw = SequentialNoise(request.seed, *shape, run.dtype)
     if reached.noise is not None:
-        draw.go_on(reached.noise)
+        draw.load_state_dict(reached.noise)
     return draw, draw.state
 
 
@@ -143,7 +143,7 @@ def upscale_steps(
     predictions: tuple[Predict, Predict],
 ) -> Iterator[Tensor]:
     """The steps of a phase above the base, from its noised beginning or from `latents`, and what each makes."""
-    request, encoded = run.prepared.request, reached.begun.encoded
+    request, encoded = run.resolved.request, reached.begun.encoded
     noise = phase_noise(request.seed, phase.index, *encoded.shape[1:]).to(run.device)
     start, predict = (encoded.to(run.device), noise), predictions[0]
     if request.upscaler == "sdedit":
@@ -178,7 +178,7 @@ def run_steps(
                 if latents is None:
                     break
                 reached = RunState(reached.begun, reached.steps + 1, latents, False, *state())
-                run.keeper.step(reached)
+                run.checkpoints.step(reached)
             stage.advance(reached.steps)
     if overflowed is not None:
         raise overflowed
@@ -186,30 +186,36 @@ def run_steps(
 
 
 @contextmanager
-def build_predictions(run: RunContext, models: Models, phase: Phase, schedule: Schedule) -> Iterator[tuple[Predict, Predict]]:
+def build_predictions(
+    run: RunContext, models: Models, phase: Phase, schedule: Schedule
+) -> Iterator[tuple[Predict, Predict]]:
     """The UNet as `phase` runs it, as guided predictions, plain and dilated; what it does not need leaves the card."""
     unet, mode = models.unet, run.plan.stage("denoise", phase.index).mode
     linear = models.linear if mode.attention == "linear" else {}
     originals = {path: module for path, module in self_attentions(unet).items() if path in linear}
-    with mounted(unet, linear), activate_controlnets(run, models.controls, phase, mode.attention) as controls:
+    with mounted(unet, linear), activate_controlnets(run, models.controlnets, phase, mode.attention) as controlnets:
         for module in (originals if linear else models.linear).values():
             module.to("cpu")
         unet.to(run.device)
-        applies = where_guided(schedule, phase.guidance_scale, run.prepared.request.guidance_interval)
-        how = {"scale": phase.guidance_scale, "rescale": run.prepared.request.guidance_rescale, "applies": applies}
+        applies = where_guided(schedule, phase.guidance_scale, run.resolved.request.guidance_interval)
+        how = {"scale": phase.guidance_scale, "rescale": run.resolved.request.guidance_rescale, "applies": applies}
         yield tuple(
             guide_prediction(run, models.conditioning, how_to_run, mode.together, how)
-            for how_to_run in build_runners(run, unet, mode, phase, controls)
+            for how_to_run in build_runners(run, unet, mode, phase, controlnets)
         )
 
 
 def build_runners(
-    run: RunContext, unet: UNet2DConditionModel, mode: DenoiseStrategy, phase: Phase, controls: list[ControlNetRunner]
+    run: RunContext,
+    unet: UNet2DConditionModel,
+    mode: DenoiseStrategy,
+    phase: Phase,
+    controlnets: list[ControlNetRunner],
 ) -> list[WholeUNet] | list[StripUNet]:
     """What runs `unet`, with its attention mounted, in this mode under `controls`: as it is, and dilated."""
     dilation = phase.dilation
     if mode.strips is None:
-        whole = [control.whole() for control in controls]
+        whole = [control.whole() for control in controlnets]
         return [WholeUNet(unet, times, whole) for times in (1, dilation)]
     pinned = PinnedMemory(run.device, run.plan.stage("denoise", phase.index).need.pinned_bytes)
     strips = Strips(mode.strips, Storage(mode.place, run.device, run.dtype, pinned), SingleDevice())
@@ -217,11 +223,11 @@ def build_runners(
     def on_smaller(strips: Strips, together: bool) -> None:
         size, place = strips.size, strips.storage.place
         changed = replace(mode, strips=size, place=place, together=mode.together and together)
-        run.keeper.runs_so("denoise", phase.index, changed)
+        run.checkpoints.record_strategy("denoise", phase.index, changed)
         halves = HALVES_APART if mode.together and not together else ""
         run.recorder.notice(SMALLER.format(size.rows, size.tokens, MAPS[place], halves))
 
-    in_strips = [control.in_strips(strips.storage) for control in controls]
+    in_strips = [control.in_strips(strips.storage) for control in controlnets]
     return [StripUNet(unet, replace(strips, dilation=times), on_smaller, in_strips) for times in (1, dilation)]
 
 
@@ -229,17 +235,15 @@ def guide_prediction(
     run: RunContext, conditioning: Conditioning, unet: WholeUNet | StripUNet, together: bool, how: dict[str, Any]
 ) -> Predict:
     """Both halves of guidance by `unet`: one after the other, or in one batch."""
-    sizes = size_conditioning(run.prepared.request)
+    sizes = size_conditioning(run.resolved.request)
     positive, negative = conditioning.positive, conditioning.negative
     conditional = unet.predictor(positive.hidden, positive.added(sizes))
     if together:
-        both = negative.beside(positive)
+        both = negative.concat(positive)
         return guided_together(conditional, unet.predictor(both.hidden, both.added(sizes)), **how)
     return guided(conditional, unet.predictor(negative.hidden, negative.added(sizes)), **how)
 
 
 def size_conditioning(request: ImageRequest) -> TimeIds:
     """What SDXL is told of the picture's size: that of the finished picture in every phase, unless said otherwise."""
-    return TimeIds(
-        request.original_size or request.size, request.crop_top_left, request.target_size or request.size
-    )
+    return TimeIds(request.original_size or request.size, request.crop_top_left, request.target_size or request.size)

@@ -21,32 +21,34 @@ NOT_HEARD = "LinFusion's weights are used as published: what the model's self-at
 
 def load_linear(run: RunContext, unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
     """UNet path -> module that phases may mount, on the CPU; {} where none needs it. LoRAs come on top of it."""
-    prepared = run.prepared
-    if prepared.linfusion is None:
+    resolved = run.resolved
+    if resolved.linfusion is None:
         return {}
-    linear = load_weights(prepared.linfusion, unet, run.dtype)
-    left = unused(prepared.linfusion, unet)
+    linear = load_weights(resolved.linfusion, unet, run.dtype)
+    left = unused(resolved.linfusion, unet)
     if left:
-        run.recorder.notice(UNUSED.format(left, prepared.linfusion))
+        run.recorder.notice(UNUSED.format(left, resolved.linfusion))
     merge_attention(run, unet, linear, is_cut_down=bool(left))
     return linear
 
 
-def merge_attention(run: RunContext, unet: UNet2DConditionModel, linear: dict[str, LinearAttention], is_cut_down: bool) -> None:
+def merge_attention(
+    run: RunContext, unet: UNet2DConditionModel, linear: dict[str, LinearAttention], is_cut_down: bool
+) -> None:
     """Let into `linear` what the request wants of the model's own attention, and say what was chosen for it.
 
     The layers of a model that was cut down need not be those of its base with the same names.
     """
-    prepared, own, way = run.prepared, self_attentions(unet), run.prepared.request.linfusion_merge
+    resolved, own, way = run.resolved, self_attentions(unet), run.resolved.request.linfusion_merge
     if way == "keep":
         keep_own(linear, own)
-    elif prepared.base is None or (way == "auto" and is_cut_down):
-        if (way, prepared.request.linfusion) == ("auto", "auto"):
+    elif resolved.base is None or (way == "auto" and is_cut_down):
+        if (way, resolved.request.linfusion) == ("auto", "auto"):
             run.recorder.notice(NOT_HEARD)
-    elif not prepared.is_base:  # which has changed nothing
-        add_difference(linear, own, partial(BaseWeights(prepared.base).read, names=PROJECTIONS))
+    elif not resolved.model_is_base:  # which has changed nothing
+        add_difference(linear, own, partial(BaseWeights(resolved.base).read, names=PROJECTIONS))
         if way == "auto":
-            run.recorder.notice(MERGED.format(prepared.base))
+            run.recorder.notice(MERGED.format(resolved.base))
 
 
 def check_base(base: Path, unet: UNet2DConditionModel) -> None:

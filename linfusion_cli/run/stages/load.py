@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from linfusion_cli.hardware.cuda import forbid_tf32
 from linfusion_cli.hardware.device import limit_device_memory
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.models.adapters.ip_adapter import encode_pictures, load_adapters
+from linfusion_cli.models.adapters.ip_adapter import encode_images, load_adapters
 from linfusion_cli.models.adapters.lora import merge_lora
 from linfusion_cli.models.adapters.textual_inversion import read_inversions
 from linfusion_cli.models.cache import ModelCache
@@ -23,7 +23,7 @@ from linfusion_cli.models.text.encode import Conditioning, TextEncoder, TextEnco
 from linfusion_cli.planning.machine import cpu_notice
 from linfusion_cli.run.checkpoint.manager import CheckpointManager
 from linfusion_cli.run.checkpoint.state import RunState
-from linfusion_cli.run.inputs.ip_adapters import read_picture
+from linfusion_cli.run.inputs.ip_adapters import read_image
 from linfusion_cli.run.inputs.prompt_checks import literal_notice
 from linfusion_cli.run.inputs.resolve import ResolvedRequest
 from linfusion_cli.run.progress.recorder import RunRecorder
@@ -55,23 +55,25 @@ class Models:
     linear: dict[str, LinearAttention]
     vae: Vae
     conditioning: Conditioning
-    controls: list[LoadedControlNet]
+    controlnets: list[LoadedControlNet]
 
 
-def start_run(prepared: ResolvedRequest, recorder: RunRecorder, keeper: CheckpointManager, shelf: ModelCache) -> RunContext:
+def start_run(
+    resolved: ResolvedRequest, recorder: RunRecorder, checkpoints: CheckpointManager, model_cache: ModelCache
+) -> RunContext:
     """Settle how this run works: as the one that it goes on with, if there is room; raises DoesNotFit.
 
     What it can use of the `shelf` stays there.
     """
     freeze_imports()
-    torch.set_num_threads(keeper.threads or THREADS)  # sums depend on how they are shared out
-    plan = plan_run(prepared, keeper.executed, offload_all(shelf), shelf, keeper.least_dtype)
-    run = RunContext(prepared, plan, recorder, keeper, shelf)
-    keeper.describe = partial(describe_state, run)
-    shelf.expect(NETWORKS, partial(networks_key, run))
-    shelf.expect(VAE, partial(vae_key, run))
+    torch.set_num_threads(checkpoints.threads or THREADS)  # sums depend on how they are shared out
+    plan = plan_run(resolved, checkpoints.executed, offload_all(model_cache), model_cache, checkpoints.least_dtype)
+    run = RunContext(resolved, plan, recorder, checkpoints, model_cache)
+    checkpoints.describe = partial(describe_state, run)
+    model_cache.evict_stale(NETWORKS, partial(networks_key, run))
+    model_cache.evict_stale(VAE, partial(vae_key, run))
     recorder.device = run.device
-    limit_device_memory(run.device, prepared.request.vram)
+    limit_device_memory(run.device, resolved.request.vram)
     forbid_tf32()
     recorder.planned(run.plan.need, run.plan.need.device_bytes if run.device.type == "cuda" else None)
     if notice := cpu_notice(plan.machine, plan.need.seconds):
@@ -81,9 +83,9 @@ def start_run(prepared: ResolvedRequest, recorder: RunRecorder, keeper: Checkpoi
 
 def describe_state(run: RunContext, reached: RunState) -> str:
     """How far `reached` is, in words."""
-    phase = run.prepared.phases[reached.begun.phase]
+    phase = run.resolved.phases[reached.begun.phase]
     if reached.is_done:
-        return "the finished latents" if phase is run.prepared.phases[-1] else f"all of phase {phase.name}"
+        return "the finished latents" if phase is run.resolved.phases[-1] else f"all of phase {phase.name}"
     steps = run.plan.stage("denoise", phase.index).steps if phase.count else 0
     return f"step {reached.steps} of {steps} in phase {phase.name}"
 
@@ -103,16 +105,16 @@ def read_prompts(run: RunContext) -> Conditioning:
     A batch keeps text encoders where the run has room for them beside all else that it was planned with. Raises
     NonFinite where an encoder gives NaN or Inf.
     """
-    request, prepared = run.prepared.request, run.prepared
+    request, resolved = run.resolved.request, run.resolved
     prompts = request.prompt, request.negative_prompt
     with run.recorder.stage("prompt", "text", None, 1, "prompts"):
-        changes = TextEncoderChanges(prepared.loras, read_inversions(prepared.inversions), request.clip_skip)
+        changes = TextEncoderChanges(resolved.loras, read_inversions(resolved.inversions), request.clip_skip)
         conditioning = encode_prompts(
-            prepared.model, prepared.facts, *prompts, run.dtype, run.device, changes, partial(encoder, run)
+            resolved.model, resolved.facts, *prompts, run.dtype, run.device, changes, partial(encoder, run)
         )
-        if prepared.adapters:
-            pictures = [read_picture(adapter.image, run.recorder.notice) for adapter in prepared.adapters]
-            conditioning = conditioning.with_images(encode_pictures(prepared.adapters, pictures, run.dtype, run.device))
+        if resolved.adapters:
+            images = [read_image(adapter.image, run.recorder.notice) for adapter in resolved.adapters]
+            conditioning = conditioning.with_images(encode_images(resolved.adapters, images, run.dtype, run.device))
         conditioning.check_finite()
     if literal := literal_notice(request):
         run.recorder.notice(literal)
@@ -127,13 +129,13 @@ def read_prompts(run: RunContext) -> Conditioning:
 def load(run: RunContext, vae: Vae, conditioning: Conditioning) -> Models:
     """The UNet and its linear attention, on the CPU until a phase mounts what it needs, beside the `vae`."""
     with run.recorder.stage("models", "load", None, 1, "models"):
-        networks = run.shelf.get(NETWORKS, partial(networks_key, run), partial(load_networks, run))
-    return Models(networks.unet, networks.linear, vae, conditioning, networks.controls)
+        networks = run.model_cache.get(NETWORKS, partial(networks_key, run), partial(load_networks, run))
+    return Models(networks.unet, networks.linear, vae, conditioning, networks.controlnets)
 
 
 def encoder(run: RunContext, part: str, load: Callable[[], TextEncoder]) -> TextEncoder:
     """The text encoder that is the model's `part`, from the job before if that had the same."""
-    return run.shelf.get(part, partial(text_key, run), load)
+    return run.model_cache.get(part, partial(text_key, run), load)
 
 
 def load_decoder(run: RunContext) -> Vae:
@@ -144,22 +146,22 @@ def load_decoder(run: RunContext) -> Vae:
 
 def get_vae(run: RunContext) -> Vae:
     """The VAE on the device, loaded again if a job before went on in another dtype."""
-    dtype, get = run.plan.machine.vae_dtype, partial(run.shelf.get, VAE, partial(vae_key, run))
-    make = partial(load_vae, run.prepared.vae, dtype, run.device)
+    dtype, get = run.plan.machine.vae_dtype, partial(run.model_cache.get, VAE, partial(vae_key, run))
+    make = partial(load_vae, run.resolved.vae, dtype, run.device)
     vae = get(make)
     if vae.dtype != dtype:
         del vae
-        run.shelf.drop(VAE)
+        run.model_cache.drop(VAE)
         vae = get(make)
     return vae.to(run.device)
 
 
 def load_networks(run: RunContext) -> Networks:
     """The UNet, its linear attention and ControlNets on the CPU, with all that is to change them."""
-    prepared = run.prepared
-    unet = load_unet(prepared.model, run.dtype)
+    resolved = run.resolved
+    unet = load_unet(resolved.model, run.dtype)
     linear = load_linear(run, unet)
-    for file, weight in prepared.loras:
+    for file, weight in resolved.loras:
         merge_lora(unet, linear, file, weight)
-    load_adapters(unet, prepared.adapters)
+    load_adapters(unet, resolved.adapters)
     return Networks(unet, linear, load_controlnets(run, linear))

@@ -25,10 +25,10 @@ from linfusion_cli.unet.check import check_control, check_supported
 
 
 def plan_run(
-    prepared: ResolvedRequest,
+    resolved: ResolvedRequest,
     executed: Sequence[Mapping[str, Any]] = (),
     kept_bytes: int = 0,
-    shelf: ModelCache | None = None,
+    model_cache: ModelCache | None = None,
     least_dtype: str | None = None,
 ) -> Plan:
     """The plan for a request, from the model's config files, or what a job before has made of them, on the `shelf`.
@@ -39,26 +39,26 @@ def plan_run(
     Raises DoesNotFit, UsageError for steps that the scheduler cannot take, DataError for a UNet or
     ControlNet that cannot run in strips and should, or what those files are guilty of.
     """
-    request, facts, phases = prepared.request, prepared.facts, prepared.phases
+    request, facts, phases = resolved.request, resolved.facts, resolved.phases
     passes = [count_passes(request, facts.scheduler_config, phase) for phase in phases]
-    held_bytes = prepared.picture.held_bytes if prepared.picture else 0
-    controls = prepared.controls
-    controlled = (controls.phases, controls.held_bytes)
+    held_bytes = resolved.image.held_bytes if resolved.image else 0
+    controlnets = resolved.controlnets
+    controlled = (controlnets.phases, controlnets.held_bytes)
     machine = widen_dtype(survey(request, kept_bytes), least_dtype)
     before = recorded_strategies(executed, machine)
-    wanted = PlanInputs(request, facts, phases, passes, prepared.picture_size, held_bytes, *controlled, before)
-    folders = [control.folder for control in controls.found]
-    parts = (prepared.model, prepared.linfusion, prepared.vae, prepared.adapters, folders)
-    outline = (shelf or ModelCache(keeps=False)).get(
-        OUTLINE, partial(outline_key, prepared), partial(MetaModel.read, *parts)
+    wanted = PlanInputs(request, facts, phases, passes, resolved.image_size, held_bytes, *controlled, before)
+    folders = [control.folder for control in controlnets.found]
+    parts = (resolved.model, resolved.linfusion, resolved.vae, resolved.adapters, folders)
+    outline = (model_cache or ModelCache(keeps=False)).get(
+        OUTLINE, partial(outline_key, resolved), partial(MetaModel.read, *parts)
     )
-    if prepared.base is not None:
-        check_base(prepared.base, outline.unet)
+    if resolved.base is not None:
+        check_base(resolved.base, outline.unet)
     if "linear" in wanted.attentions:
         with outline.with_attention("linear"):
             check_supported(outline.unet)
-            if any(phases[index].attention == "linear" for index in controls.phases):
-                for control in outline.controls:
+            if any(phases[index].attention == "linear" for index in controlnets.phases):
+                for control in outline.controlnets:
                     check_control(control.net)
     return make_plan(wanted, outline, machine)
 

@@ -81,7 +81,7 @@ class PrecisionFallback:
             except Overflowed as error:
                 failed = error.message
             # Only here, as the error holds on to the models.
-            reached = self._widened(failed, self.run.keeper.reached or reached)
+            reached = self._widened(failed, self.run.checkpoints.reached or reached)
 
     def _loaded(self) -> Models:
         if self._models is None:
@@ -96,22 +96,22 @@ class PrecisionFallback:
             raise NonFinite(failed, OTHER_SCHEDULER)
         self._models, self._repeats, run = None, True, self.run
         reached = reached.on(torch.device("cpu"))
-        run.keeper.move(reached)  # or the card would still hold what it had
+        run.checkpoints.move(reached)  # or the card would still hold what it had
         self.run = replace(run, plan=self._wider_plan(failed))
-        run.keeper.widen(self.run.plan, reached)
-        run.retell()
+        run.checkpoints.change_dtype(self.run.plan, reached)
+        run.update_info()
         run.recorder.notice(WIDER.format(failed, dtype_name(self.run.dtype)))
         return reached
 
     def _wider_plan(self, failed: str) -> Plan:
         """How the run goes on in the next wider format, planned with no more on the device than at the beginning."""
         run, wider = self.run, WIDTHS[WIDTHS.index(dtype_name(self.run.dtype)) + 1]
-        run.shelf.drop(NETWORKS, *ENCODERS)
-        kept_bytes = offload_all(run.shelf, self.vae)
+        run.model_cache.drop(NETWORKS, *ENCODERS)
+        kept_bytes = offload_all(run.model_cache, self.vae)
         free_memory(run.device)
         try:
-            return plan_run(run.prepared, run.keeper.stages, kept_bytes, run.shelf, wider)
+            return plan_run(run.resolved, run.checkpoints.stages, kept_bytes, run.model_cache, wider)
         except OutOfMemoryBudget as error:
-            raise NoRoom(NO_ROOM.format(failed, wider, error.message), error.way_out) from error
+            raise NoRoom(NO_ROOM.format(failed, wider, error.message), error.hint) from error
         finally:
             self.vae.to(run.device)

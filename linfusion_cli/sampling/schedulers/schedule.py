@@ -80,24 +80,24 @@ class Schedule:
         now = attributes(self.scheduler)
         return {name: now[name] for name in now if now[name] is not self.fresh.get(name)}
 
-    def go_on(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the scheduler what it was when it had this `state`; its tensors are on the latents' device."""
         for name, value in attributes(state).items():
             setattr(self.scheduler, name, value)
 
-    def started(self, noise: Tensor) -> Tensor:
+    def scale_noise(self, noise: Tensor) -> Tensor:
         """Noise [1, C, h, w] as the latents that a picture begins with."""
         return noise * self.scheduler.init_noise_sigma
 
-    def noised(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
         """`latents` [1, C, h, w] with `noise`, as they are before `step`, which is the next to be taken."""
         return self.scheduler.add_noise(latents, noise, self.timesteps[step : step + 1])
 
-    def scaled(self, latents: Tensor, step: int) -> Tensor:
+    def scale_model_input(self, latents: Tensor, step: int) -> Tensor:
         """`latents` as the model takes them before `step`."""
         return self.scheduler.scale_model_input(latents, self.timesteps[step])
 
-    def stepped(self, prediction: Tensor, step: int, latents: Tensor) -> Tensor:
+    def step(self, prediction: Tensor, step: int, latents: Tensor) -> Tensor:
         """`latents` after `step`, by the model's `prediction` for them.
 
         Raises NonFinite for a prediction with NaN or Inf before the scheduler step, so its state stays valid.

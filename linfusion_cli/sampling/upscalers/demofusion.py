@@ -84,16 +84,20 @@ def demofusion(
     `predict` and `predict_dilated` are the guided predictions of the UNet as it is, and with all its convolutions
     dilated by `method.dilation`. The last latents have the mean and deviation of `base`.
     """
-    latents = schedule.noised(encoded, noise, 0) if reached is None else reached
+    latents = schedule.add_noise(encoded, noise, 0) if reached is None else reached
     for step, timestep in enumerate(schedule.timesteps[done:], done):
         at = float(timestep)
         skip, dilated, blur = cosines(at, schedule.training_steps, method.exponents)
-        latents = torch.lerp(latents, schedule.noised(encoded, noise, step), skip)
-        prediction = predict(schedule.scaled(latents, step), timestep)
+        latents = torch.lerp(latents, schedule.add_noise(encoded, noise, step), skip)
+        prediction = predict(schedule.scale_model_input(latents, step), timestep)
         if method.is_dilated(at, schedule.training_steps):
-            smooth = ChannelStatistics.of(latents).given_to(blurred(latents, 2 * method.dilation - 1, method.blur_sigma * blur))
-            prediction = torch.lerp(prediction, predict_dilated(schedule.scaled(smooth, step), timestep), dilated)
-        latents = schedule.stepped(prediction, step, latents)
+            smooth = ChannelStatistics.of(latents).given_to(
+                blurred(latents, 2 * method.dilation - 1, method.blur_sigma * blur)
+            )
+            prediction = torch.lerp(
+                prediction, predict_dilated(schedule.scale_model_input(smooth, step), timestep), dilated
+            )
+        latents = schedule.step(prediction, step, latents)
         if step == len(schedule) - 1:
             latents = base.given_to(latents)
         yield latents

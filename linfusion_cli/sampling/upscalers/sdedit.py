@@ -16,11 +16,11 @@ def denoise(latents: Tensor, schedule: Schedule, predict: Predict, done: int = 0
     `latents` are those after the first `done` of them.
     """
     for step, timestep in enumerate(schedule.timesteps[done:], done):
-        prediction = predict(schedule.scaled(latents, step), timestep)
-        latents = schedule.stepped(prediction, step, latents)
+        prediction = predict(schedule.scale_model_input(latents, step), timestep)
+        latents = schedule.step(prediction, step, latents)
         yield latents
 
 
 def sdedit(encoded: Tensor, noise: Tensor, schedule: Schedule, predict: Predict) -> Iterator[Tensor]:
     """SDEdit (Meng et al., arXiv 2108.01073): noise the encoded picture [1, C, h, w] to the first step, and denoise."""
-    return denoise(schedule.noised(encoded, noise, 0), schedule, predict)
+    return denoise(schedule.add_noise(encoded, noise, 0), schedule, predict)

@@ -220,7 +220,7 @@ def test_a_bug_is_in_the_log(cli, tmp_path, monkeypatch, small):
     def fail(*arguments):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("linfusion_cli.run.pipeline.prepare", fail)
+    monkeypatch.setattr("linfusion_cli.run.pipeline.resolve_request", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cli("generate", "x", *small, "-o", "a.png", "--log-file", "run.log")[0] == 70
     *_, sentence, last = texts(tmp_path / "run.log")

@@ -51,14 +51,14 @@ class Checkpoints:
         self.entry: Checkpoint | None = None
         self.saved = 0
 
-    def save(self, journal: CheckpointStore, head: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    def save(self, store: CheckpointStore, head: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
         self.entry = Checkpoint(dict(head), {name: on_cpu(part) for name, part in parts.items()})
         self.saved += 1
 
-    def read(self, journal: CheckpointStore) -> Checkpoint | None:
+    def read(self, store: CheckpointStore) -> Checkpoint | None:
         return self.entry
 
-    def remove(self, journal: CheckpointStore) -> None:
+    def remove(self, store: CheckpointStore) -> None:
         self.entry = None
 
 
@@ -85,9 +85,9 @@ def made_once(kind: type[nn.Module], part: Part) -> nn.Module:
 read_outline = cache(MetaModel.read)
 
 
-def known_outline(model, linfusion, vae, adapters, controls) -> MetaModel:
+def known_outline(model, linfusion, vae, adapters, controlnets) -> MetaModel:
     """As `ModelOutline.read`, once for all runs with the same networks."""
-    return read_outline(model, linfusion, vae, Known(adapters), tuple(controls))
+    return read_outline(model, linfusion, vae, Known(adapters), tuple(controlnets))
 
 
 class Config(dict):
@@ -170,7 +170,7 @@ def stubbed(checkpoints: Checkpoints, sink: CountingSink) -> Iterator[None]:
         stack.enter_context(patch.object(MetaModel, "read", known_outline))
         stack.enter_context(patch.object(linear_attention, "load_weights", fake_linear))
         stack.enter_context(patch.object(load, "load_adapters", fake_adapters))
-        stack.enter_context(patch.object(pipeline, "opened_outputs", opened))
+        stack.enter_context(patch.object(pipeline, "open_outputs", opened))
         for name in ("save", "read", "remove"):
             method = getattr(checkpoints, name)
             stack.enter_context(patch.object(CheckpointStore, name, lambda *args, method=method: method(*args)))

@@ -82,13 +82,13 @@ class Trial:
         return self.lab.undisturbed(self.name)
 
     @property
-    def journal(self) -> Path:
-        picture = self.request.files[0]
-        return self.folder / f"{picture}.linfusion"
+    def store(self) -> Path:
+        image = self.request.files[0]
+        return self.folder / f"{image}.linfusion"
 
     @property
     def has_journal(self) -> bool:
-        return (self.journal / "journal.json").exists()
+        return (self.store / "journal.json").exists()
 
     def start(self, fault: Fault | None = None, **more: Any) -> Run:
         return self.lab.server.start(self.request.arguments, self.folder, fault, user=self.user, **more)

@@ -15,7 +15,7 @@ from linfusion_cli.images import (
     without_prompt,
     xmp_packet,
 )
-from tests.images.conftest import PROMPT, picture
+from tests.images.conftest import PROMPT, make_image
 
 HOSTILE = [
     PROMPT,
@@ -51,7 +51,7 @@ def test_a1111_layout():
 def test_any_prompt_comes_back(tmp_path, info, format, prompt):
     info = dataclasses.replace(info, prompt=prompt, request={"prompt": prompt}, parameters=settings(prompt))
     sink = open_sink(tmp_path / "out", format, (8, 8), 8, info)
-    sink.write(picture(8, 8))
+    sink.write(make_image(8, 8))
     sink.close()
     found = read_info(tmp_path / "out")
     assert found.request == {"prompt": prompt}
@@ -87,7 +87,7 @@ def test_without_prompt_nothing_of_it_is_left(tmp_path, info, prompt):
     assert bare.parameters.startswith("Steps: 4, Sampler")
     for format in ("tiff", "png", "jpeg"):
         sink = open_sink(tmp_path / format, format, (8, 8), 8, bare)
-        sink.write(picture(8, 8))
+        sink.write(make_image(8, 8))
         sink.close()
         content = (tmp_path / format).read_bytes()
         assert b"secret" not in content

@@ -22,8 +22,8 @@ def test_regions_come_back_to_sixteen_bits_and_leave_no_file(tmp_path, in_memory
 
 @pytest.mark.parametrize("target", [(140, 100), (151, 111), (33, 20), (70, 50), (64, 200)])
 def test_resizing_by_regions_is_resizing_the_whole(target):
-    picture, source = np.random.default_rng(1).random((50, 70, 3), dtype=np.float32), (70, 50)
-    read = lambda top, bottom, left, right: picture[top:bottom, left:right]  # noqa: E731
+    image, source = np.random.default_rng(1).random((50, 70, 3), dtype=np.float32), (70, 50)
+    read = lambda top, bottom, left, right: image[top:bottom, left:right]  # noqa: E731
     whole = resize_region(read, source, target, (0, target[1], 0, target[0]))
     assert whole.shape == (target[1], target[0], 3)
     for top in range(0, target[1], 7):
@@ -35,11 +35,11 @@ def test_resizing_by_regions_is_resizing_the_whole(target):
 
 
 def test_resizing_reads_only_what_it_needs():
-    picture, read = np.zeros((1000, 1000, 3), np.float32), []
+    image, read = np.zeros((1000, 1000, 3), np.float32), []
 
     def reads(top, bottom, left, right):
         read.extend([bottom - top, right - left])
-        return picture[top:bottom, left:right]
+        return image[top:bottom, left:right]
 
     resize_region(reads, (1000, 1000), (2000, 2000), (500, 516, 0, 32))
     assert read[0] <= 8 + 2 * 5 and read[1] <= 16 + 5

@@ -6,7 +6,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from linfusion_cli.images import srgb_profile
-from tests.images.conftest import picture
+from tests.images.conftest import make_image
 from tests.images.sources import (
     FORMATS,
     HEIGHT,
@@ -46,7 +46,7 @@ def test_a_profile_is_applied(tmp_path, format):
 
 
 def test_a_profile_is_applied_to_all_of_sixteen_bits(tmp_path):
-    pixels = picture(WIDTH, HEIGHT, 16)
+    pixels = make_image(WIDTH, HEIGHT, 16)
     profile = [(34675, "B", len(swapped_profile()), swapped_profile(), True)]
     tifffile.imwrite(tmp_path / "a", pixels, photometric="rgb", extratags=profile)
     found = read(tmp_path / "a") * 257

@@ -8,7 +8,7 @@ from PIL import Image, PngImagePlugin
 
 from linfusion_cli.core.errors import DataError, InputNotFound
 from linfusion_cli.images import open_sink, read_info
-from tests.images.conftest import picture
+from tests.images.conftest import make_image
 
 FORMATS = ["tiff", "png", "jpeg"]
 
@@ -21,7 +21,7 @@ def files(tmp_path_factory):
     for format in FORMATS:
         info = ImageInfo("s", 240, {"seed": 1}, "", "", "Steps: 1")
         sink = open_sink(folder / format, format, (700, 600), 8, info)
-        sink.write(picture(700, 600))
+        sink.write(make_image(700, 600))
         sink.close()
     return folder
 
@@ -65,7 +65,7 @@ def test_damaged_headers_are_data_errors_or_read(files, tmp_path, format):
 
 
 def test_tiles_past_the_end(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", picture(600, 600), tile=(256, 256), photometric="rgb")  # directory first
+    tifffile.imwrite(tmp_path / "a.tif", make_image(600, 600), tile=(256, 256), photometric="rgb")  # directory first
     content = (tmp_path / "a.tif").read_bytes()
     (tmp_path / "a.tif").write_bytes(content[:-100])
     with pytest.raises(DataError, match="past its end"):
@@ -81,7 +81,7 @@ def test_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, world", b"\xff\xd8\xff", b"II*\0" + b"\0" * 20, b"\0" * 5000])
-def test_not_a_picture(tmp_path, content, caplog):
+def test_not_a_image(tmp_path, content, caplog):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(DataError):
         read_info(tmp_path / "a")
@@ -100,7 +100,7 @@ def test_larger_than_pillow_opens(files, tmp_path):
 
 
 def test_files_of_other_software(tmp_path):
-    image = Image.fromarray(picture(50, 40))
+    image = Image.fromarray(make_image(50, 40))
     image.save(tmp_path / "a.jpg", progressive=True)
     assert (read_info(tmp_path / "a.jpg").request, read_info(tmp_path / "a.jpg").parameters) == (None, None)
     image.save(tmp_path / "a.tif", description="some words", resolution_unit=3, resolution=100)

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.images import open_sink
 from linfusion_cli.images.read.source import inspect_source, apply_orientation, source_rows
-from tests.images.conftest import picture
+from tests.images.conftest import make_image
 from tests.images.sources import (
     FORMATS,
     HEIGHT,
@@ -55,7 +55,7 @@ def test_sixteen_bits_are_read_exactly(tmp_path, info, format):
     "stored", [{}, {"tile": (32, 48)}, {"rowsperstrip": 7, "compression": "lzw"}, {"planarconfig": "separate"}], ids=str
 )
 def test_a_tiff_of_any_layout_is_read(tmp_path, stored, byteorder):
-    pixels = picture(WIDTH, HEIGHT, 16)
+    pixels = make_image(WIDTH, HEIGHT, 16)
     planes = pixels.transpose(2, 0, 1) if "planarconfig" in stored else pixels
     tifffile.imwrite(tmp_path / "a", planes, photometric="rgb", byteorder=byteorder, **stored)
     np.testing.assert_allclose(read(tmp_path / "a") * 257, pixels, atol=0.01)
@@ -82,7 +82,7 @@ def test_rows_come_once_in_bands_of_256(tmp_path):
     np.testing.assert_allclose(np.concatenate(bands) * 255, np.asarray(Image.open(path)), atol=1e-4)
 
 
-def test_bands_of_a_very_wide_picture_are_lower(tmp_path, monkeypatch):
+def test_bands_of_a_very_wide_image_are_lower(tmp_path, monkeypatch):
     monkeypatch.setattr("linfusion_cli.images.read.source.BAND_PX", 30 * WIDTH)
     monkeypatch.setattr("linfusion_cli.images.read.source.FETCH_PX", 7 * WIDTH)
     bands = list(source_rows(inspect_source(saved(tmp_path / "a", PIXELS, "png")), None, unheard))
@@ -119,7 +119,7 @@ def test_grey_becomes_rgb(tmp_path, format):
 
 @pytest.mark.parametrize("format", ["png", "tiff"])
 def test_grey_of_sixteen_bits_becomes_rgb(tmp_path, format):
-    grey = picture(WIDTH, HEIGHT, 16)[..., 0]
+    grey = make_image(WIDTH, HEIGHT, 16)[..., 0]
     path = saved(tmp_path / "a", grey, format)
     assert inspect_source(path).bits == 16
     np.testing.assert_allclose(read(path) * 257, grey[..., None].repeat(3, 2), atol=0.01)
@@ -217,7 +217,7 @@ def test_a_name_may_be_anything(tmp_path):
 def test_a_reader_that_stops_leaves_no_file_open(tmp_path, format):
     import psutil
 
-    path = saved(tmp_path / "a", picture(600, 900), format, **SAVING[format])
+    path = saved(tmp_path / "a", make_image(600, 900), format, **SAVING[format])
     inspect_source(path)
     before = psutil.Process().num_fds()
     for _ in range(5):

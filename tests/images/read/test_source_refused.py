@@ -8,7 +8,7 @@ from PIL import Image
 
 from linfusion_cli.core.errors import DataError, InputNotFound, LinfusionError
 from linfusion_cli.images.read.source import inspect_source, source_rows
-from tests.images.conftest import picture
+from tests.images.conftest import make_image
 from tests.images.sources import (
     FORMATS,
     HEIGHT,
@@ -68,7 +68,7 @@ def test_a_tiff_of_another_kind_is_refused(tmp_path, dtype, options):
     tifffile.imwrite(tmp_path / "a", np.ones((40, 40, 3), dtype), **({"photometric": "rgb"} | options))
     with pytest.raises(DataError, match="a (has|cannot)") as caught:
         inspect_source(tmp_path / "a")
-    assert caught.value.way_out
+    assert caught.value.hint
 
 
 THUMBNAIL, SENSOR = PIXELS[::2, ::2], np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
@@ -110,7 +110,7 @@ def test_a_camera_raw_file_is_not_its_thumbnail(tmp_path, pages, form):
     path = write_pages(tmp_path / "a.tif", pages, form)
     with pytest.raises(DataError, match="a.tif is a camera raw file") as caught:
         inspect_source(path)
-    assert (caught.value.exit_code, caught.value.way_out) == (65, "Develop it to TIFF, PNG or JPEG first.")
+    assert (caught.value.exit_code, caught.value.hint) == (65, "Develop it to TIFF, PNG or JPEG first.")
 
 
 def test_a_cr2_is_told_by_its_mark(tmp_path):
@@ -150,7 +150,7 @@ def test_a_first_page_that_is_not_the_image_is_refused(tmp_path, kind, says, for
     path = write_pages(tmp_path / "a", [(THUMBNAIL, {"subfiletype": 1}), (PIXELS, {})], form)
     with pytest.raises(DataError, match=f"a has {says}.* as its first page") as caught:
         inspect_source(set_tag(path, 254, kind))
-    assert "first page" in caught.value.way_out
+    assert "first page" in caught.value.hint
 
 
 def test_the_subfile_type_of_tiff_5_counts_too(tmp_path):
@@ -193,7 +193,7 @@ def test_old_style_jpeg_in_a_tiff_is_not_a_blank_image(tmp_path):
     assert inspect_source(path).width_px == WIDTH
     with pytest.raises(DataError, match="a has the compression old-style JPEG") as caught:
         inspect_source(set_tag(path, 259, 6))
-    assert caught.value.way_out
+    assert caught.value.hint
 
 
 def test_more_channels_are_refused(tmp_path):
@@ -242,7 +242,7 @@ def test_a_large_header_with_nothing_behind_takes_no_memory(tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_cut_off_is_refused(tmp_path, format):
-    path = saved(tmp_path / "a", picture(300, 600), format, **SAVING[format])
+    path = saved(tmp_path / "a", make_image(300, 600), format, **SAVING[format])
     content = path.read_bytes()
     for length in np.linspace(4, len(content) * 0.98, 40).astype(int):
         path.write_bytes(content[:length])
@@ -277,7 +277,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, format):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("place", [0.5, 0.8])
 def test_pixels_that_are_missing_are_no_grey_rows(tmp_path, format, place):
-    path = saved(tmp_path / "a", picture(300, 600), format, **SAVING[format])
+    path = saved(tmp_path / "a", make_image(300, 600), format, **SAVING[format])
     content = path.read_bytes()
     path.write_bytes(content[: int(place * len(content))] + content[int(place * len(content)) + 3000 :])
     with pytest.raises(DataError, match="cannot be decoded|is damaged|is cut off"):

@@ -16,7 +16,7 @@ from linfusion_cli.images import ImageInfo, PreviewSink, open_sink, read_info, w
 from linfusion_cli.images.verify.verify import verify_image
 from linfusion_cli.images.write import ifd, tiff
 from linfusion_cli.images.write.jpeg import segments
-from tests.images.conftest import picture
+from tests.images.conftest import make_image
 
 pytestmark = pytest.mark.usefixtures("nothing_printed")
 
@@ -39,7 +39,7 @@ def small_tiles(monkeypatch):
 
 def written(path, format, compression, bits, info, size=(60, 45)):
     sink = open_sink(path, format, size, bits, info, compression, overwrite=True, threads=2)
-    sink.write(picture(*size, bits))
+    sink.write(make_image(*size, bits))
     sink.close()
     return path
 
@@ -96,7 +96,7 @@ def test_no_file_is_without_a_checksum(tmp_path, info, format):
     found = verify_image(written(tmp_path / "a", format, None, 8, nothing))
     assert (found.request, len(found.file_sha256)) == ({}, 64)
     preview = PreviewSink(tmp_path / f"a.{format}", (60, 45), 16, info, max_side_px=20)
-    preview.write(picture(60, 45, 16))
+    preview.write(make_image(60, 45, 16))
     preview.close()
     assert verify_image(tmp_path / f"a.{format}").file_sha256
 
@@ -110,7 +110,7 @@ def test_bigtiff(tmp_path, info, monkeypatch, size):
 
 
 @pytest.mark.parametrize(("format", "compression"), EIGHT_BITS)
-def test_every_flipped_bit_of_the_picture_is_noticed(tmp_path, info, format, compression):
+def test_every_flipped_bit_of_the_image_is_noticed(tmp_path, info, format, compression):
     path = written(tmp_path / "a", format, compression, 8, info)
     content, (begin, end) = path.read_bytes(), data_of(path)
     assert end - begin > len(content) // 6
@@ -191,9 +191,9 @@ def test_a_change_that_decodes_is_found_by_the_checksum(tmp_path, info):
 
 
 @pytest.mark.parametrize(("format", "compression"), EIGHT_BITS)
-def test_memory_does_not_grow_with_the_picture(tmp_path, info, monkeypatch, format, compression):
+def test_memory_does_not_grow_with_the_image(tmp_path, info, monkeypatch, format, compression):
     monkeypatch.setattr(tiff, "TILE_PX", 256)
-    rows = picture(2048, 256)
+    rows = make_image(2048, 256)
     for name, height_px in (("short", 1024), ("tall", 5120)):
         sink = open_sink(tmp_path / name, format, (2048, height_px), 8, info, compression)
         for _ in range(height_px // 256):
@@ -215,7 +215,7 @@ REWRITES = [("add_text", {}), ("add_text", {"zip": True}), ("add_itxt", {"zip": 
 
 
 @pytest.mark.parametrize("rewrite", REWRITES, ids=str)
-def test_a_picture_saved_again_with_its_old_request_is_refused(tmp_path, rewrite):
+def test_a_image_saved_again_with_its_old_request_is_refused(tmp_path, rewrite):
     texts, (add, options) = PngImagePlugin.PngInfo(), rewrite
     getattr(texts, add)("linfusion", f'{{"file_sha256": "{"1a" * 32}", "seed": 1}}', **options)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=texts)
@@ -241,9 +241,9 @@ OTHERS = [
 
 @pytest.mark.parametrize(("format", "mode", "options"), OTHERS, ids=str)
 def test_files_of_other_programs_are_decoded(tmp_path, format, mode, options):
-    image = Image.fromarray(picture(61, 170)).convert("RGB" if mode == "I;16" else mode)
+    image = Image.fromarray(make_image(61, 170)).convert("RGB" if mode == "I;16" else mode)
     if mode == "I;16":
-        image = Image.fromarray(picture(61, 170, 16)[..., 0])
+        image = Image.fromarray(make_image(61, 170, 16)[..., 0])
     image.save(tmp_path / "a", format, **options)
     found = verify_image(tmp_path / "a")
     assert (found.width_px, found.height_px, found.file_sha256, found.file_sha256_at) == (61, 170, None, None)
@@ -263,7 +263,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("options", LAYOUTS, ids=str)
 @pytest.mark.parametrize("bits", [8, 16])
 def test_other_layouts_of_tiff(tmp_path, options, bits):
-    pixels = picture(61, 90, bits)
+    pixels = make_image(61, 90, bits)
     pixels = np.moveaxis(pixels, -1, 0) if "planarconfig" in options else pixels
     tifffile.imwrite(tmp_path / "a", pixels, photometric="rgb", metadata=None, **options)
     assert verify_image(tmp_path / "a").file_sha256 is None
@@ -275,7 +275,7 @@ def test_other_layouts_of_tiff(tmp_path, options, bits):
 
 
 def test_a_tile_too_large_to_hold_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("linfusion_cli.images.verify.tiff.MOST_HELD_BYTES", 10 << 20)
+    monkeypatch.setattr("linfusion_cli.images.verify.tiff.MAX_HELD_BYTES", 10 << 20)
     tifffile.imwrite(tmp_path / "a", np.zeros((2000, 2000, 3), np.uint8), photometric="rgb", compression="deflate")
     with tifffile.TiffFile(tmp_path / "a", mode="r+") as file:
         file.pages[0].tags[278].overwrite(2000)
@@ -289,7 +289,7 @@ def test_a_tile_too_large_to_hold_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bands", [1, 3])
 def test_an_interlaced_png_is_decoded(tmp_path, size, bands):
     pyvips = pytest.importorskip("pyvips")
-    pyvips.Image.new_from_array(picture(*size)[..., :bands]).pngsave(str(tmp_path / "a"), interlace=True)
+    pyvips.Image.new_from_array(make_image(*size)[..., :bands]).pngsave(str(tmp_path / "a"), interlace=True)
     assert (tmp_path / "a").read_bytes()[28] == 1
     assert verify_image(tmp_path / "a").height_px == size[1]
 

@@ -11,7 +11,7 @@ import pytest
 from linfusion_cli.images import PreviewSink, open_sink, read_info
 from linfusion_cli.images.write import jpeg, png, tiff
 from linfusion_cli.images.write.pool import OrderedPool
-from tests.images.conftest import left_in, picture
+from tests.images.conftest import left_in, make_image
 
 FORMATS = ["tiff", "png", "jpeg"]
 ENCODERS = {"tiff": (tiff, "_encode"), "png": (png, "_encode"), "jpeg": (jpeg, "encode_jpeg")}
@@ -85,7 +85,7 @@ def test_blocks_in_flight_are_bounded(tmp_path, info, monkeypatch, format):
 
 @pytest.mark.parametrize("format", [*FORMATS, "preview"])
 def test_memory_does_not_grow_with_height(tmp_path, info, format):
-    rows = picture(1024, 256)
+    rows = make_image(1024, 256)
 
     def peak(height_px, folder):
         folder.mkdir()
@@ -105,9 +105,9 @@ def test_memory_does_not_grow_with_height(tmp_path, info, format):
 @pytest.mark.parametrize("format", [*FORMATS, "preview"])
 def test_too_many_rows(tmp_path, info, format):
     sink = open_one(tmp_path, format, info)
-    sink.write(picture(64, 60))
+    sink.write(make_image(64, 60))
     with pytest.raises(ValueError, match="row 65"):
-        sink.write(picture(64, 5))
+        sink.write(make_image(64, 5))
     assert left_in(tmp_path) == []
     with pytest.raises(ValueError):
         sink.close()
@@ -116,14 +116,16 @@ def test_too_many_rows(tmp_path, info, format):
 @pytest.mark.parametrize("format", [*FORMATS, "preview"])
 def test_too_few_rows(tmp_path, info, format):
     sink = open_one(tmp_path, format, info)
-    sink.write(picture(64, 63))
+    sink.write(make_image(64, 63))
     with pytest.raises(ValueError, match="63 rows"):
         sink.close()
     assert left_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "preview"])
-@pytest.mark.parametrize("rows", [picture(63, 4), picture(64, 4, 16), picture(64, 4)[..., 0]], ids=["W", "bits", "2d"])
+@pytest.mark.parametrize(
+    "rows", [make_image(63, 4), make_image(64, 4, 16), make_image(64, 4)[..., 0]], ids=["W", "bits", "2d"]
+)
 def test_wrong_rows(tmp_path, info, format, rows):
     with pytest.raises(ValueError, match="not uint8"):
         open_one(tmp_path, format, info).write(rows)
@@ -140,11 +142,11 @@ def test_an_error_in_a_thread_surfaces(tmp_path, info, monkeypatch, format, erro
     sink = open_one(tmp_path, format, info, (64, 4096))
     with pytest.raises(type(error)):
         for _ in range(64):
-            sink.write(picture(64, 64))
+            sink.write(make_image(64, 64))
         sink.close()
     assert left_in(tmp_path) == []
     with pytest.raises(ValueError, match="aborted"):
-        sink.write(picture(64, 64))
+        sink.write(make_image(64, 64))
     with pytest.raises(ValueError, match="aborted"):
         sink.close()
 
@@ -152,7 +154,7 @@ def test_an_error_in_a_thread_surfaces(tmp_path, info, monkeypatch, format, erro
 @pytest.mark.parametrize("format", [*FORMATS, "preview"])
 def test_abort_leaves_nothing(tmp_path, info, format):
     sink = open_one(tmp_path, format, info, (64, 2000))
-    sink.write(picture(64, 1500))
+    sink.write(make_image(64, 1500))
     assert len(left_in(tmp_path)) == 1
     sink.abort()
     sink.abort()
@@ -162,14 +164,14 @@ def test_abort_leaves_nothing(tmp_path, info, format):
 @pytest.mark.parametrize("format", [*FORMATS, "preview"])
 def test_abort_and_close_after_close_do_nothing(tmp_path, info, format):
     sink = open_one(tmp_path, format, info)
-    sink.write(picture(64, 64))
+    sink.write(make_image(64, 64))
     sink.close()
     sink.abort()
     sink.close()
     (name,) = left_in(tmp_path)
     assert read_info(tmp_path / name).width_px == 64
     with pytest.raises(ValueError):
-        sink.write(picture(64, 1))
+        sink.write(make_image(64, 1))
     assert left_in(tmp_path) == [name]
 
 
@@ -196,16 +198,16 @@ def test_rows_may_be_views_and_are_copied(tmp_path, info, format):
 @pytest.mark.parametrize("format", [*FORMATS, "preview"])
 def test_a_file_says_something_else_of_itself_until_its_first_rows(tmp_path, info, format):
     """It is the file that said so from the beginning, whichever of both texts is the longer one."""
-    other, rows, made = dataclasses.replace(info, request={"steps": 2}), picture(64, 64), []
+    other, rows, made = dataclasses.replace(info, request={"steps": 2}), make_image(64, 64), []
     for number, told in enumerate([(other,), (info, other), (info, info, other)]):
         folder = tmp_path / str(number)
         folder.mkdir()
         sink = open_one(folder, format, told[0])
         for again in told[1:]:
-            sink.retell(again)
+            sink.update_info(again)
         sink.write(rows)
         sink.close()
-        sink.retell(info)  # too late, and no harm
+        sink.update_info(info)  # too late, and no harm
         made.append(next(folder.iterdir()).read_bytes())
     assert made[0] == made[1] == made[2]
 
@@ -213,7 +215,7 @@ def test_a_file_says_something_else_of_itself_until_its_first_rows(tmp_path, inf
 @pytest.mark.parametrize("format", FORMATS)
 def test_after_its_first_rows_it_is_too_late(tmp_path, info, format):
     sink = open_one(tmp_path, format, info)
-    sink.write(picture(64, 2))
+    sink.write(make_image(64, 2))
     with pytest.raises(ValueError, match="2 rows were written"):
-        sink.retell(info)
+        sink.update_info(info)
     assert left_in(tmp_path) == []

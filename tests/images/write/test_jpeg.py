@@ -6,7 +6,7 @@ from PIL import Image
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.images import open_sink, read_info
-from tests.images.conftest import PROMPT, left_in, picture
+from tests.images.conftest import PROMPT, left_in, make_image
 
 
 def write(path, info, pixels):
@@ -17,7 +17,7 @@ def write(path, info, pixels):
 
 
 def test_metadata(tmp_path, info):
-    path = write(tmp_path / "out.jpg", info, picture(100, 130))
+    path = write(tmp_path / "out.jpg", info, make_image(100, 130))
     image = Image.open(path)
     assert image.info["dpi"] == (300, 300)
     assert b"trainedAlgorithmicMedia" in image.info["xmp"]
@@ -31,7 +31,7 @@ def test_metadata(tmp_path, info):
 def test_prompts_longer_than_a_segment(tmp_path, info, length):
     prompt = "é" * length
     info = dataclasses.replace(info, prompt=prompt, request={"prompt": prompt}, parameters=prompt)
-    path = write(tmp_path / "out.jpg", info, picture(20, 20))
+    path = write(tmp_path / "out.jpg", info, make_image(20, 20))
     np.asarray(Image.open(path))
     found = read_info(path)
     assert found.request == {"prompt": prompt}

@@ -9,7 +9,7 @@ from PIL import Image
 from linfusion_cli.images import open_sink
 from linfusion_cli.images.write import deflate, png
 from linfusion_cli.images.write.deflate import adler32_combine, deflate_part, zlib_stream
-from tests.images.conftest import PROMPT, picture, write_unevenly
+from tests.images.conftest import PROMPT, make_image, write_unevenly
 from tests.support.system_packages import needs
 
 
@@ -34,7 +34,7 @@ def test_deflate_parts_join(monkeypatch, with_isal):
 def test_blocks_of_any_size(tmp_path, info, monkeypatch, bits, block_bytes):
     """Vertical stripes choose Up, horizontal ones Sub, and both reach over the borders of blocks."""
     monkeypatch.setattr(png, "BLOCK_BYTES", block_bytes)
-    pixels = picture(120, 90, bits)
+    pixels = make_image(120, 90, bits)
     pixels[30:60] = pixels[30]
     pixels[60:] = pixels[60:, :1]
     path = tmp_path / "out.png"
@@ -51,7 +51,7 @@ def test_blocks_of_any_size(tmp_path, info, monkeypatch, bits, block_bytes):
 def test_pngcheck_finds_no_fault_in_blocks_of_any_size(tmp_path, info, monkeypatch, bits, block_bytes):
     monkeypatch.setattr(png, "BLOCK_BYTES", block_bytes)
     sink = open_sink(tmp_path / "out.png", "png", (120, 90), bits, info)
-    write_unevenly(sink, picture(120, 90, bits))
+    write_unevenly(sink, make_image(120, 90, bits))
     sink.close()
     result = subprocess.run(["pngcheck", "-q", tmp_path / "out.png"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
@@ -65,7 +65,7 @@ def test_filters_are_chosen_by_content():
 
 def test_chunks_that_tools_read(tmp_path, info):
     sink = open_sink(tmp_path / "out.png", "png", (8, 8), 8, info)
-    sink.write(picture(8, 8))
+    sink.write(make_image(8, 8))
     sink.close()
     image = Image.open(tmp_path / "out.png")
     image.load()

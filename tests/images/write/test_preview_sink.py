@@ -4,7 +4,7 @@ from PIL import Image
 
 from linfusion_cli.core.errors import CannotCreateOutput, UsageError
 from linfusion_cli.images import PreviewSink, read_info
-from tests.images.conftest import left_in, picture, write_unevenly
+from tests.images.conftest import left_in, make_image, write_unevenly
 
 SIZES = [(256, 256), (255, 100), (640, 1000), (1001, 333), (1, 900), (900, 2), (64, 64)]
 
@@ -19,7 +19,7 @@ def preview(path, info, pixels, max_side_px):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_equals_the_average_of_the_area(tmp_path, info, size, bits):
-    pixels = picture(*size, bits)
+    pixels = make_image(*size, bits)
     found = preview(tmp_path / "a.png", info, pixels, 128)
     shrink = min(1, 128 / max(size))
     expected_size = tuple(max(1, round(side * shrink)) for side in size)
@@ -31,7 +31,7 @@ def test_equals_the_average_of_the_area(tmp_path, info, size, bits):
 
 
 def test_jpeg_by_suffix_with_metadata(tmp_path, info):
-    preview(tmp_path / "a.jpg", info, picture(300, 200), 2048)
+    preview(tmp_path / "a.jpg", info, make_image(300, 200), 2048)
     found = read_info(tmp_path / "a.jpg")
     assert (found.format, found.width_px, found.height_px) == ("jpeg", 300, 200)
     assert found.request == info.request

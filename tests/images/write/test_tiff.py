@@ -8,7 +8,7 @@ from PIL import Image
 
 from linfusion_cli.images import open_sink, read_info
 from linfusion_cli.images.write import ifd
-from tests.images.conftest import picture, write_unevenly
+from tests.images.conftest import make_image, write_unevenly
 
 
 def write(path, info, pixels, **options):
@@ -19,7 +19,7 @@ def write(path, info, pixels, **options):
 
 
 def test_tags(tmp_path, info):
-    path = write(tmp_path / "out.tif", info, picture(700, 600))
+    path = write(tmp_path / "out.tif", info, make_image(700, 600))
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
         assert not file.is_bigtiff
@@ -38,7 +38,7 @@ def test_tags(tmp_path, info):
 @pytest.mark.parametrize("size", [(1, 1), (600, 1030)], ids=str)
 def test_bigtiff_when_offsets_do_not_fit(tmp_path, info, monkeypatch, size):
     monkeypatch.setattr(ifd, "CLASSIC_LIMIT", 20)
-    pixels = picture(*size)
+    pixels = make_image(*size)
     path = write(tmp_path / "out.tif", info, pixels, compression="none")
     with tifffile.TiffFile(path) as file:
         assert file.is_bigtiff
@@ -59,7 +59,7 @@ def test_the_header_switches_at_four_gibibytes():
 
 @pytest.mark.parametrize(("size", "tile"), [((520, 10), (512, 16)), ((1, 1), (16, 16)), ((600, 700), (512, 512))])
 def test_border_tiles_repeat_the_last_pixel(tmp_path, info, size, tile):
-    pixels = picture(*size)
+    pixels = make_image(*size)
     path = write(tmp_path / "out.tif", info, pixels, compression="none")
     assert read_info(path).tile_px == tile
     across, down = (-(-side // step) for side, step in zip(size, tile, strict=True))

@@ -105,7 +105,7 @@ def test_without_an_encoder_that_fits_the_places_are_named(published, tmp_path):
     write_encoder(tmp_path / "image_encoder")
     with pytest.raises(Unavailable, match=r"one/image_encoder \(not there\), .*image_encoder") as caught:
         find_encoder("auto", read_adapter(file), FoundFile(file))
-    assert "--ip-image-encoder" in caught.value.way_out
+    assert "--ip-image-encoder" in caught.value.hint
     named = published / "sdxl_models"
     assert find_encoder(str(named), read_adapter(file), FoundFile(file)) == named / "image_encoder"
     with pytest.raises(DataError, match=f"does not fit .*projection_dim of {PROJECTION + 4}"):
@@ -118,7 +118,7 @@ def test_without_an_encoder_that_fits_the_places_are_named(published, tmp_path):
 def test_pickles_are_refused(name):
     with pytest.raises(DataError, match="is a pickle") as caught:
         find_adapter(name, "sd15", download=True)
-    assert "safetensors" in caught.value.way_out
+    assert "safetensors" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["h94/IP-Adapter-FaceID", "h94/IP-Adapter-FaceID/ip-adapter-faceid_sd15.bin"])

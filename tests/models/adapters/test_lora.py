@@ -337,7 +337,7 @@ def test_what_cannot_be_merged_is_named_and_changes_nothing(unet, tmp_path, chan
     file = write(tmp_path, tensors)
     with pytest.raises(DataError, match=named) as caught:
         merge_lora(unet, {}, file, 1.0)
-    assert str(file) in caught.value.message and caught.value.way_out
+    assert str(file) in caught.value.message and caught.value.hint
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
 
 

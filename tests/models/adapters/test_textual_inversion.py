@@ -174,7 +174,7 @@ def test_what_fits_no_model_is_named(sd_model, tmp_path, tensors, named):
     file = write(tmp_path, tensors)
     with pytest.raises(DataError, match=named) as caught:
         hear(sd_model, "a style", (file, "style"))
-    assert str(file) in caught.value.message and caught.value.way_out
+    assert str(file) in caught.value.message and caught.value.hint
 
 
 def test_an_inversion_for_sd_does_not_fit_sdxl(xl_model, tmp_path, vectors):
@@ -186,7 +186,7 @@ def test_an_inversion_for_sd_does_not_fit_sdxl(xl_model, tmp_path, vectors):
 def test_a_word_of_the_models_own_is_refused(sd_model, tmp_path, vectors, token):
     with pytest.raises(UsageError, match="is a word of the model's own") as caught:
         hear(sd_model, "a style", (write(tmp_path, {"emb_params": vectors[0]}), token))
-    assert "FILE:TOKEN" in caught.value.way_out and caught.value.setting == "textual_inversion"
+    assert "FILE:TOKEN" in caught.value.hint and caught.value.setting == "textual_inversion"
 
 
 def test_two_of_one_name_are_refused(tmp_path, vectors):

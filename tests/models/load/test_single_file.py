@@ -102,7 +102,7 @@ def test_without_the_familys_configs_one_sentence_says_what_to_pull(family):
     name, _, file = family
     with pytest.raises(Unavailable, match="needs the configs and tokenizers") as caught:
         find_model(str(file))
-    assert f"linfusion models pull {FAMILY_BASES[name]} --configs" in caught.value.way_out
+    assert f"linfusion models pull {FAMILY_BASES[name]} --configs" in caught.value.hint
 
 
 def test_with_download_only_configs_are_fetched(family, monkeypatch):
@@ -214,4 +214,4 @@ def test_pickles_are_refused_by_name_with_the_way_to_convert(tmp_path, suffix, f
     file.write_bytes(b"PK\x03\x04")
     with pytest.raises(DataError, match="pickle") as caught:
         find(str(file))
-    assert "safetensors" in caught.value.way_out
+    assert "safetensors" in caught.value.hint

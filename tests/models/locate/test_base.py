@@ -45,7 +45,7 @@ def test_auto_is_what_the_weights_were_made_for(xl_model):
         with pytest.raises(Unavailable, match=f"--linfusion-base {name}, is not on this machine") as refused:
             find_base("auto", Model(xl_model), OTHERS, family)
         assert refused.value.exit_code == 69
-        assert all(word in refused.value.way_out for word in ("--linfusion-base", "--download", "published", "keep"))
+        assert all(word in refused.value.hint for word in ("--linfusion-base", "--download", "published", "keep"))
         snapshot = put_in_hub(xl_model, name)
         assert find_base("auto", Model(xl_model), OTHERS, family) == snapshot / "unet"
 
@@ -122,7 +122,7 @@ def test_a_base_of_another_shape_names_the_layer_and_both_shapes(xl_model):
     path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     with pytest.raises(DataError, match=rf"{path} is \(16, 16\) in the base .* and \(16, 32\) in the model") as refused:
         weights.check({path: (16, 32)})
-    assert "--linfusion-base" in refused.value.way_out
+    assert "--linfusion-base" in refused.value.hint
     with pytest.raises(DataError, match=r"x.to_q.weight is no such tensor in the base .* and \(1, 1\) in the model"):
         weights.check({"x.to_q.weight": (1, 1)})
 

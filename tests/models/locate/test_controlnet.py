@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_named(changed, xl_model, name, value, says):
     ("written", "number"),
     [("openpose", 0), ("Depth", 1), ("scribble", 2), ("mlsd", 3), ("anime-lineart", 3), ("5", 5), ("seg", 5)],
 )
-def test_kinds_of_pictures_have_names_and_numbers(union, written, number):
+def test_kinds_of_images_have_names_and_numbers(union, written, number):
     assert kind_number(union, written) == number
 
 
@@ -122,4 +122,4 @@ def test_kinds_of_pictures_have_names_and_numbers(union, written, number):
 def test_a_kind_that_a_model_does_not_know_is_usage(union, written):
     with pytest.raises(UsageError, match="--control-type") as refused:
         kind_number(union, written)
-    assert refused.value.setting == "control_type" and "segment, or 0 to 5" in refused.value.way_out
+    assert refused.value.setting == "control_type" and "segment, or 0 to 5" in refused.value.hint

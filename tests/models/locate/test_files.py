@@ -54,7 +54,7 @@ def test_a_trailing_number_is_the_weight(text, name, weight):
 def test_weights_that_are_none_are_refused(text):
     with pytest.raises(UsageError) as caught:
         split_weight(text)
-    assert caught.value.setting == "lora" and f"--lora {text!r}" in caught.value.message and caught.value.way_out
+    assert caught.value.setting == "lora" and f"--lora {text!r}" in caught.value.message and caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_colon_in_a_files_own_name_is_the_files(tmp_path):
 def test_tokens_that_are_none_are_refused(text):
     with pytest.raises(UsageError, match="--textual-inversion") as caught:
         split_token(text)
-    assert caught.value.setting == "textual_inversion" and "FILE:TOKEN" in caught.value.way_out
+    assert caught.value.setting == "textual_inversion" and "FILE:TOKEN" in caught.value.hint
 
 
 def test_inversions_are_found_as_loras_are(tmp_path):
@@ -95,7 +95,7 @@ def test_inversions_are_found_as_loras_are(tmp_path):
     for name in ("owner/cat/learned_embeds.bin", str(folder_of(tmp_path / "old", "easy.pt"))):
         with pytest.raises(DataError, match=f"--textual-inversion {name} is a pickle") as caught:
             find_inversion(name)
-        assert "safetensors.torch.save_file" in caught.value.way_out
+        assert "safetensors.torch.save_file" in caught.value.hint
     with pytest.raises(Unavailable, match="--textual-inversion owner/dog is not on this machine"):
         find_inversion("owner/dog")
 
@@ -111,7 +111,7 @@ def test_several_files_are_named(tmp_path):
     folder = folder_of(tmp_path / "many", "b.safetensors", "a.safetensors")
     with pytest.raises(DataError, match=r"several safetensors files: a\.safetensors, b\.safetensors") as caught:
         find_lora(f"{folder}/")
-    assert f"--lora {folder}/a.safetensors" in caught.value.way_out
+    assert f"--lora {folder}/a.safetensors" in caught.value.hint
 
 
 @pytest.mark.parametrize("file", ["a.bin", "a.pt", "a.ckpt", "a.PTH"])
@@ -120,7 +120,7 @@ def test_pickles_are_refused_wherever_they_are(tmp_path, file):
     for name in (str(folder), str(folder / file), f"owner/repo/{file}"):
         with pytest.raises(DataError, match="is a pickle") as caught:
             find_lora(name, download=True)
-        assert name in caught.value.message and "safetensors" in caught.value.way_out
+        assert name in caught.value.message and "safetensors" in caught.value.hint
 
 
 def test_other_files_and_empty_folders_are_refused(tmp_path):
@@ -169,7 +169,7 @@ def test_what_is_not_in_the_cache_says_how_to_get_it(tmp_path, fetched, name):
     put_in_hub(folder_of(tmp_path / "readme", "README.md"), "owner/readme")
     with pytest.raises(Unavailable, match=f"--lora {name} is not on this machine") as caught:
         find_lora(name)
-    assert "--download" in caught.value.way_out and not fetched
+    assert "--download" in caught.value.hint and not fetched
 
 
 def test_only_the_file_that_is_meant_is_fetched(tmp_path, fetched, monkeypatch):

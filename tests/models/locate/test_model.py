@@ -68,7 +68,7 @@ def test_a_vae_is_found_in_a_model_on_its_own_and_in_the_hub(xl_model, tmp_path)
 def test_a_hub_id_that_is_not_here_says_how_to_get_it():
     with pytest.raises(Unavailable, match="someone/else is not on this machine") as caught:
         find_model("someone/else")
-    assert "--download" in caught.value.way_out
+    assert "--download" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_pickles_are_refused_with_a_way_to_convert(copy):
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(DataError, match="pickle") as caught:
         weights_files(copy / "unet")
-    assert "safetensors" in caught.value.way_out
+    assert "safetensors" in caught.value.hint
 
 
 def test_download_fetches_only_what_is_not_here(xl_model, monkeypatch):

@@ -199,7 +199,7 @@ def test_a_lora_for_an_encoder_that_the_model_lacks_is_refused(sd_model, xl_mode
     file = write(tmp_path, in_peft_layout(factors_for(pipeline_of(Model(xl_model)), "q_proj")))
     with pytest.raises(DataError, match="it changes text_encoder_2, which the model does not have") as caught:
         hear(Model(sd_model), (file, 1.0))
-    assert str(file) in caught.value.message and caught.value.way_out
+    assert str(file) in caught.value.message and caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ class Card:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.error: BaseException | None = None
         self.fails_at, self.is_readable, self.steps = 0, True, 0
-        self._stepped, self._is_finite = Schedule.stepped, RunState.is_finite.fget
-        monkeypatch.setattr(Schedule, "stepped", lambda *arguments: self._step(*arguments))
+        self._stepped, self._is_finite = Schedule.step, RunState.is_finite.fget
+        monkeypatch.setattr(Schedule, "step", lambda *arguments: self._step(*arguments))
         monkeypatch.setattr(RunState, "is_finite", property(self._finite))
 
     def fail(self, error: BaseException | None, at: int = 0, is_readable: bool = True) -> None:
@@ -175,7 +175,7 @@ def test_what_was_being_computed_is_freed_before_the_state_is_read(card, make, m
         raise torch.OutOfMemoryError(FULL)
 
     seen = []
-    monkeypatch.setattr(Schedule, "stepped", fails)
+    monkeypatch.setattr(Schedule, "step", fails)
     monkeypatch.setattr(manager, "free_memory", lambda device: seen.append((device, freed[0]())))
     assert make(*SELDOM)[0] == 71 and [found for _, found in seen] == [None]
 
@@ -193,11 +193,11 @@ def test_a_state_that_cannot_be_read_leaves_the_one_before(card, make, expected,
     """Also where the loss shows only when the state is read, to be saved."""
     written, saved = CheckpointStore.save, []
 
-    def save(journal, head, parts):
+    def save(store, head, parts):
         saved.append(parts["reached"]["steps"])
         if len(saved) == 3:
             raise torch.AcceleratorError(f"{LOST}{MORE}")
-        written(journal, head, parts)
+        written(store, head, parts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointStore, "save", save)

@@ -232,7 +232,7 @@ def test_a_plan_that_no_longer_fits_is_changed_and_told(make, monkeypatch):
 
 def test_an_output_that_cannot_be_written_costs_only_the_decoding(make, tmp_path, monkeypatch, phases):
     with monkeypatch.context() as patch:
-        patch.setattr("linfusion_cli.images.PendingFile.commit", no_space)
+        patch.setattr("linfusion_cli.images.AtomicFile.commit", no_space)
         with pytest.raises(WriteFailed):
             make(checkpoint_every=3600.0)
     done = len(phases)
@@ -256,9 +256,9 @@ def test_a_state_that_cannot_be_saved_does_not_end_the_run(make, tmp_path, monke
 
 
 def test_a_run_in_the_way_is_told(make, tmp_path):
-    journal = CheckpointStore(tmp_path / "a.png").folder
-    journal.mkdir()
-    with locked_elsewhere(journal / LOCK), pytest.raises(TemporaryFailure, match="Another run is writing"):
+    store = CheckpointStore(tmp_path / "a.png").folder
+    store.mkdir()
+    with locked_elsewhere(store / LOCK), pytest.raises(TemporaryFailure, match="Another run is writing"):
         make()
     make()
 
@@ -329,10 +329,10 @@ def test_without_prompts_in_files_the_journal_proves_whose_they_are(make, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(manager.CheckpointManager, "complete", lambda self: None)
         make(**hidden)
-    journal = CheckpointStore(tmp_path / "a.png").read()
+    store = CheckpointStore(tmp_path / "a.png").read()
     assert make(**hidden).already_complete
     with CheckpointStore(tmp_path / "a.png").held() as left:
-        left.save(journal.head, journal.parts)
+        left.save(store.head, store.parts)
     with pytest.raises(CannotCreateOutput):  # of the same settings, which are all that the file tells
         make(prompt="a sea", **hidden)
 
@@ -347,12 +347,12 @@ def test_a_stop_before_the_first_step_tells_of_what_is_saved(make):
 
 
 def test_a_failed_write_tells_that_the_latents_are_kept(make, monkeypatch):
-    monkeypatch.setattr("linfusion_cli.images.PendingFile.commit", no_space)
+    monkeypatch.setattr("linfusion_cli.images.AtomicFile.commit", no_space)
     with pytest.raises(WriteFailed, match=r"No space left\. Saved: the finished latents; the same command goes on"):
         make()
 
 
-def test_a_phase_s_picture_is_not_taken_for_the_picture(make, tmp_path):
+def test_a_phase_s_image_is_not_taken_for_the_image(make, tmp_path):
     """It says the same of itself, and is smaller."""
     make(save_phases=True, output=Path("b.png"))
     (tmp_path / "b-64x64.png").rename(tmp_path / "a.png")
@@ -361,7 +361,7 @@ def test_a_phase_s_picture_is_not_taken_for_the_picture(make, tmp_path):
         make(save_phases=True)
 
 
-def test_the_same_picture_by_another_path_is_the_same(xl_model, tmp_path, monkeypatch):
+def test_the_same_image_by_another_path_is_the_same(xl_model, tmp_path, monkeypatch):
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)

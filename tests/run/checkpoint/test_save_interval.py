@@ -31,25 +31,25 @@ def saved(tmp_path, monkeypatch):
 
     def run(every_sec: float, save_sec: float, borders: tuple[int, ...] = ()) -> SlowJournal:
         output = tmp_path / "a.png"
-        journal = SlowJournal(output, save_sec)
-        monkeypatch.setattr(time, "monotonic", lambda: journal.now)
+        store = SlowJournal(output, save_sec)
+        monkeypatch.setattr(time, "monotonic", lambda: store.now)
         request = GenerateRequest(
             prompt="a hill", size=Size(64, 64), output=output, model="demo", checkpoint_every=every_sec
         )
-        keeper = CheckpointManager(journal, None, request)
+        checkpoints = CheckpointManager(store, None, request)
         for step in range(1, STEPS + 1):
-            journal.now += STEP_SEC
+            store.now += STEP_SEC
             reached = RunState(steps=step)
-            keeper.border(reached) if step in borders else keeper.step(reached)
-        assert keeper.saves.count == len(journal.saved_at)
-        return journal
+            checkpoints.save(reached) if step in borders else checkpoints.step(reached)
+        assert checkpoints.saves.count == len(store.saved_at)
+        return store
 
     return run
 
 
-def gaps(journal: SlowJournal) -> list[float]:
+def gaps(store: SlowJournal) -> list[float]:
     """The seconds from the beginning of each save to that of the next."""
-    return [later - earlier for earlier, later in zip(journal.saved_at, journal.saved_at[1:], strict=False)]
+    return [later - earlier for earlier, later in zip(store.saved_at, store.saved_at[1:], strict=False)]
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def gaps(journal: SlowJournal) -> list[float]:
     ],
 )
 def test_saving_takes_two_per_cent_of_the_time_at_most(saved, every_sec, save_sec, gap_sec):
-    journal = saved(every_sec, save_sec)
-    assert journal.saved_at[0] == every_sec  # what a save takes is known from then on
-    assert all(gap_sec <= gap <= gap_sec + STEP_SEC for gap in gaps(journal))
-    assert len(journal.saved_at) * save_sec <= 0.02 * journal.now + save_sec
+    store = saved(every_sec, save_sec)
+    assert store.saved_at[0] == every_sec  # what a save takes is known from then on
+    assert all(gap_sec <= gap <= gap_sec + STEP_SEC for gap in gaps(store))
+    assert len(store.saved_at) * save_sec <= 0.02 * store.now + save_sec
 
 
 def test_each_step_is_saved_where_that_is_asked_for_on_any_disk(saved):
@@ -75,7 +75,7 @@ def test_each_step_is_saved_where_that_is_asked_for_on_any_disk(saved):
 
 
 def test_the_end_of_a_phase_is_saved_at_once_and_counts(saved):
-    journal = saved(60.0, 30.0, borders=(100, 2000, 2001))
+    store = saved(60.0, 30.0, borders=(100, 2000, 2001))
     # After the first, the border at step 100; 1500 s later; the borders at steps 2000 and 2001, three saves later.
-    assert journal.saved_at[:5] == [60, 100 + 30, 1630, 2000 + 3 * 30, 2001 + 4 * 30]
-    assert all(gap >= 1500 for gap in gaps(journal)[4:])
+    assert store.saved_at[:5] == [60, 100 + 30, 1630, 2000 + 3 * 30, 2001 + 4 * 30]
+    assert all(gap >= 1500 for gap in gaps(store)[4:])

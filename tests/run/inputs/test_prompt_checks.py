@@ -128,7 +128,7 @@ def test_the_ends_of_both_prompts_that_are_not_heard_are_told(make, sd_model):
     ]
 
 
-def test_clip_skip_changes_the_picture_and_is_in_the_file(make, tmp_path, sd_model):
+def test_clip_skip_changes_the_image_and_is_in_the_file(make, tmp_path, sd_model):
     make(sd_model)
     plain, info = np.asarray(Image.open(tmp_path / "out.png")), read_info(tmp_path / "out.png")
     make(sd_model, clip_skip=2)
@@ -154,7 +154,7 @@ def test_commands_of_other_tools_are_told_of_once(make, sd_model):
 def test_a_strict_prompt_has_none_of_them(make, tmp_path, changed, named):
     with pytest.raises(UsageError) as caught:
         make("no such model", strict_prompt=True, **changed)
-    assert named in caught.value.message and "--no-strict-prompt" in caught.value.way_out
+    assert named in caught.value.message and "--no-strict-prompt" in caught.value.hint
     assert not list(tmp_path.iterdir())
 
 

@@ -43,7 +43,7 @@ def nets(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """Control pictures by name: noise of the base's size, another of twice that, and one of other proportions."""
     folder, numbers = tmp_path_factory.mktemp("control"), np.random.default_rng(0)
     sizes = {"a": (64, 64), "b": (64, 64), "large": (128, 128), "wide": (80, 64)}
@@ -82,28 +82,28 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", ["xl", "bgr"])
-def test_the_base_is_the_picture_that_diffusers_makes(make, xl_model, nets, pictures, name):
-    how = {"controlnet": (nets[name],), "control_image": (pictures["a"],), "control_scale": (0.7,)}
+def test_the_base_is_the_image_that_diffusers_makes(make, xl_model, nets, images, name):
+    how = {"controlnet": (nets[name],), "control_image": (images["a"],), "control_scale": (0.7,)}
     found = make(True, linfusion="none", **how)
     net = ControlNetModel.from_pretrained(nets[name])
     pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(xl_model, controlnet=net)
-    (image,) = opened(pictures["a"])
+    (image,) = opened(images["a"])
     expected = by_diffusers(pipeline, image=image, controlnet_conditioning_scale=0.7)
     assert error(found, expected) <= 1e-5
     if name == "xl":
         assert error(make(True, linfusion="none"), expected) > 0.01
-        assert error(make(True, linfusion="none", **how | {"control_image": (pictures["b"],)}), expected) > 0.001
+        assert error(make(True, linfusion="none", **how | {"control_image": (images["b"],)}), expected) > 0.001
 
 
-def test_sd15_takes_the_same_road(make, sd_model, nets, pictures):
-    found = make(True, model=str(sd_model), linfusion="none", controlnet=(nets["sd"],), control_image=(pictures["b"],))
+def test_sd15_takes_the_same_road(make, sd_model, nets, images):
+    found = make(True, model=str(sd_model), linfusion="none", controlnet=(nets["sd"],), control_image=(images["b"],))
     net = ControlNetModel.from_pretrained(nets["sd"])
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(sd_model, controlnet=net)
-    assert error(found, by_diffusers(pipeline, image=opened(pictures["b"])[0])) <= 1e-5
+    assert error(found, by_diffusers(pipeline, image=opened(images["b"])[0])) <= 1e-5
 
 
-def test_several_are_diffusers_several(make, xl_model, nets, pictures):
-    both, names = (nets["xl"], nets["bgr"]), (pictures["a"], pictures["b"])
+def test_several_are_diffusers_several(make, xl_model, nets, images):
+    both, names = (nets["xl"], nets["bgr"]), (images["a"], images["b"])
     found = make(True, linfusion="none", controlnet=both, control_image=names, control_scale=(0.5, 0.9))
     several = [ControlNetModel.from_pretrained(net) for net in both]
     pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(xl_model, controlnet=several)
@@ -111,19 +111,19 @@ def test_several_are_diffusers_several(make, xl_model, nets, pictures):
     assert error(found, expected) <= 1e-5
 
 
-def test_a_union_model_is_told_what_its_picture_shows(make, xl_model, nets, pictures):
-    how = {"controlnet": (nets["union"],), "control_image": (pictures["a"],), "control_type": ("lineart",)}
+def test_a_union_model_is_told_what_its_image_shows(make, xl_model, nets, images):
+    how = {"controlnet": (nets["union"],), "control_image": (images["a"],), "control_type": ("lineart",)}
     found = make(True, linfusion="none", **how)
     net = ControlNetUnionModel.from_pretrained(nets["union"])
     pipeline = StableDiffusionXLControlNetUnionPipeline.from_pretrained(xl_model, controlnet=net)
-    assert error(found, by_diffusers(pipeline, control_image=opened(pictures["a"]), control_mode=[3])) <= 1e-5
-    other = by_diffusers(pipeline, control_image=opened(pictures["a"]), control_mode=[1])
+    assert error(found, by_diffusers(pipeline, control_image=opened(images["a"]), control_mode=[3])) <= 1e-5
+    other = by_diffusers(pipeline, control_image=opened(images["a"]), control_mode=[1])
     assert error(found, other) > 0.001
 
 
-def test_several_union_models_are_diffusers_several(make, xl_model, nets, pictures):
+def test_several_union_models_are_diffusers_several(make, xl_model, nets, images):
     """The same one twice, told of two kinds of pictures."""
-    names = (pictures["a"], pictures["b"])
+    names = (images["a"], images["b"])
     how = {"controlnet": (nets["union"],) * 2, "control_image": names, "control_scale": (0.6, 1.3)}
     found = make(True, linfusion="none", control_type=("canny", "depth"), **how)
     several = [ControlNetUnionModel.from_pretrained(nets["union"]) for _ in names]
@@ -132,27 +132,27 @@ def test_several_union_models_are_diffusers_several(make, xl_model, nets, pictur
     assert error(found, by_diffusers(pipeline, control_image=opened(*names), **more)) <= 1e-5
 
 
-def test_higher_phases_are_controlled_where_they_are_named(make, nets, pictures):
+def test_higher_phases_are_controlled_where_they_are_named(make, nets, images):
     how = {"size": Size(128, 128), "controlnet": (nets["xl"],), "steps": (2,), "guidance_scale": (1.0,)}
     how |= {"upscaler": "demofusion", "dilated_min": 0.0, "control_scale": (4.0,)}
-    base, both, above = (make(control_image=(pictures["large"],), control_phases=(name,), **how) for name in PHASES)
+    base, both, above = (make(control_image=(images["large"],), control_phases=(name,), **how) for name in PHASES)
     for one, other in ((base, both), (above, both), (above, base)):
         assert np.abs(one - other).mean() > 0.003
-    other = make(control_image=(pictures["b"],), control_phases=("1",), **how)
+    other = make(control_image=(images["b"],), control_phases=("1",), **how)
     assert np.abs(other - above).mean() > 0.003
 
 
-def test_pictures_of_other_sizes_and_with_alpha_are_fitted(make, tmp_path, nets, pictures):
+def test_images_of_other_sizes_and_with_alpha_are_fitted(make, tmp_path, nets, images):
     """A large picture is reduced; what is transparent is black."""
     control = {"linfusion": "none", "controlnet": (nets["xl"],), "steps": (1,), "guidance_scale": (1.0,)}
-    colours = np.asarray(Image.open(pictures["a"]))
+    colours = np.asarray(Image.open(images["a"]))
     opaque = np.arange(64)[:, None] < 20 + np.zeros((1, 64), int)
     Image.fromarray(np.dstack([colours, np.uint8(255 * opaque)])).save(tmp_path / "alpha.png")
     Image.fromarray(colours * opaque[..., None].astype(np.uint8)).save(tmp_path / "black.png")
     one, other = (make(control_image=(str(tmp_path / name),), **control) for name in ("alpha.png", "black.png"))
     assert np.array_equal(one, other)
     Image.fromarray(colours.repeat(3, axis=0).repeat(3, axis=1)).save(tmp_path / "large.tif")
-    reduced, first = (make(control_image=(name,), **control) for name in (str(tmp_path / "large.tif"), pictures["a"]))
+    reduced, first = (make(control_image=(name,), **control) for name in (str(tmp_path / "large.tif"), images["a"]))
     assert np.abs(reduced - first).mean() < np.abs(one - first).mean()
 
 
@@ -175,8 +175,8 @@ def test_pictures_of_other_sizes_and_with_alpha_are_fitted(make, tmp_path, nets,
         ({"control_scale": (-1.0,)}, UsageError, "--control-scale"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(make, tmp_path, nets, pictures, changed, kind, says):
-    names = nets | pictures
+def test_what_cannot_be_is_refused_before_any_work(make, tmp_path, nets, images, changed, kind, says):
+    names = nets | images
     given = {"controlnet": ("{xl}",), "control_image": ("{a}",)} | changed
     filled = {
         name: tuple(value.format(**names) if isinstance(value, str) else value for value in values)
@@ -187,17 +187,17 @@ def test_what_cannot_be_is_refused_before_any_work(make, tmp_path, nets, picture
     assert not list(tmp_path.iterdir())
 
 
-def test_a_controlnet_without_linfusion_s_paths_is_refused_where_it_would_run_in_strips(make, tmp_path, nets, pictures):
+def test_a_controlnet_without_linfusion_s_paths_is_refused_where_it_would_run_in_strips(make, tmp_path, nets, images):
     """One with a deeper transformer than the UNet's runs at the base, whole."""
     deeper = dict(small_xl_unet().config) | {"transformer_layers_per_block": (1, 2, 2)}
     net = small_control(type(small_xl_unet()).from_config(deeper))
-    how = {"controlnet": (str(write_control(tmp_path / "net", net)),), "control_image": (pictures["a"],)}
+    how = {"controlnet": (str(write_control(tmp_path / "net", net)),), "control_image": (images["a"],)}
     with pytest.raises(DataError, match=r"down_blocks.1.*transformer_blocks.1.attn1 is a Attention"):
         make(size=Size(128, 128), control_phases=("all",), **how)
     make(size=Size(64, 64), **how)
 
 
-def test_a_model_is_asked_what_it_predicts_without_them(make, tmp_path, sd_model, nets, pictures):
+def test_a_model_is_asked_what_it_predicts_without_them(make, tmp_path, sd_model, nets, images):
     """The probe's latents are of another size than the pictures."""
     model = shutil.copytree(sd_model, tmp_path / "model")
     schedule = model / "scheduler" / "scheduler_config.json"
@@ -205,19 +205,19 @@ def test_a_model_is_asked_what_it_predicts_without_them(make, tmp_path, sd_model
     del config["prediction_type"]
     schedule.write_text(json.dumps(config))
     wide = str(tmp_path / "wide.png")
-    Image.open(pictures["a"]).resize((128, 64)).save(wide)
+    Image.open(images["a"]).resize((128, 64)).save(wide)
     make(model=str(model), linfusion="none", size=Size(128, 64), controlnet=(nets["sd"],), control_image=(wide,))
 
 
-def test_a_controlled_phase_in_strips_is_the_plain_forwards_with_the_same_attention(make, nets, pictures, monkeypatch):
+def test_a_controlled_phase_in_strips_is_the_plain_forwards_with_the_same_attention(make, nets, images, monkeypatch):
     """With the sides of a picture that is cropped, and another picture for each of two ControlNets."""
 
-    def whole(run, unet, mode, phase, controls):
-        return [WholeUNet(unet, times, [control.whole() for control in controls]) for times in (1, phase.dilation)]
+    def whole(run, unet, mode, phase, controlnets):
+        return [WholeUNet(unet, times, [control.whole() for control in controlnets]) for times in (1, phase.dilation)]
 
     how = {"size": Size(124, 116), "controlnet": (nets["xl"], nets["union"]), "control_type": ("depth",)}
-    how |= {"control_image": (pictures["large"], pictures["b"]), "control_phases": ("1",), "steps": (2,)}
+    how |= {"control_image": (images["large"], images["b"]), "control_phases": ("1",), "steps": (2,)}
     found = make(guidance_scale=(1.0,), upscaler="demofusion", **how)
-    monkeypatch.setattr(denoise, "runners", whole)
+    monkeypatch.setattr(denoise, "build_runners", whole)
     expected = make(guidance_scale=(1.0,), upscaler="demofusion", **how)
     assert np.abs(found - expected).max() <= 1.1 / 255

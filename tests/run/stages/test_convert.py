@@ -44,7 +44,7 @@ def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_sixteen_bits_are_the_picture_in_finer_steps(make, tmp_path):
+def test_sixteen_bits_are_the_image_in_finer_steps(make, tmp_path):
     make("a.tif")
     make("b.tif", bits=16)
     make("c.png", bits=16)
@@ -113,14 +113,14 @@ def test_statistics_are_those_asked_for_and_the_report_says_so(make, tmp_path):
         make(vae_statistics="guessed")
 
 
-def test_a_draw_of_latents_is_another_picture_the_same_each_time(make, tmp_path):
+def test_a_draw_of_latents_is_another_image_the_same_each_time(make, tmp_path):
     for name, latents in (("a", "mean"), ("b", "sample"), ("c", "sample")):
         make(f"{name}.png", vae_latents=latents)
     mean, draw, again = (pixels(tmp_path / f"{name}.png") for name in "abc")
     assert (mean != draw).any() and (draw == again).all()
 
 
-def test_a_picture_between_phases_waits_in_memory_if_there_is_room_and_is_the_same(make, tmp_path, monkeypatch):
+def test_a_image_between_phases_waits_in_memory_if_there_is_room_and_is_the_same(make, tmp_path, monkeypatch):
     seen, real = [], ScratchImage.__init__
 
     def spy(self, folder, *size):
@@ -133,7 +133,7 @@ def test_a_picture_between_phases_waits_in_memory_if_there_is_room_and_is_the_sa
     stages = {(stage["kind"], stage["phase"]): stage["waiting_bytes"] for stage in report.plan["stages"]}
     assert stages["decode", 0] == stages["encode", 1] == 64 * 64 * 6 and stages["decode", 1] == 0
 
-    monkeypatch.setattr("linfusion_cli.planning.plan.with_waiting_pictures", lambda stages, picture, machine: stages)
+    monkeypatch.setattr("linfusion_cli.planning.plan.with_waiting_pictures", lambda stages, image, machine: stages)
     make("b.png")
     assert seen == [None, tmp_path] and (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
 
@@ -161,7 +161,7 @@ def test_memory_that_runs_out_at_the_last_decode_is_told_and_the_file_is_complet
                 raise MemoryError
             yield rows
 
-    monkeypatch.setattr(streaming, "streamed", scarce)
+    monkeypatch.setattr(streaming, "stream", scarce)
     listener = Listener()
     make("b.png", listener)
     notices = [event.text for event in listener.of(Notice)]
@@ -206,7 +206,7 @@ def test_a_full_disk_while_writing_leaves_nothing(make, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out.png.linfusion"]
 
 
-def test_a_picture_fills_what_will_be_left_of_a_phase_and_its_edges_go_on_from_there():
+def test_a_image_fills_what_will_be_left_of_a_phase_and_its_edges_go_on_from_there():
     rows = np.random.default_rng(0).random((40, 30, 3), np.float32)
     read = resized_reader(lambda top, bottom, left, right: rows[top:bottom, left:right], Size(30, 40), Size(70, 90))
     whole = read(0, 96, 0, 96)

@@ -20,7 +20,7 @@ from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import WholeUNet
 from tests.models.adapters.test_lora import factors_for, in_peft_layout, layers_in, write
 from tests.support.fakes import Listener
-from tests.support.small_ip_adapters import write_adapter, write_encoder, write_picture
+from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
 from tests.support.small_models import small_sd_unet, small_xl_unet
 
 UNETS = {"xl": small_xl_unet, "sd": small_sd_unet}
@@ -35,8 +35,8 @@ def adapters(tmp_path_factory):
     for family, make in UNETS.items():
         for seed, kind in enumerate(("plain", "plus", "full")):
             write_adapter(folder / f"{family}-{kind}.safetensors", make(), kind, seed)
-    write_picture(folder / "a.png")
-    write_picture(folder / "b.png", seed=4, width=33, height=70)
+    write_image(folder / "a.png")
+    write_image(folder / "b.png", seed=4, width=33, height=70)
     return folder
 
 
@@ -90,7 +90,7 @@ def test_the_base_is_what_diffusers_makes(make, models, adapters, phases, family
     assert (phases[-1][1].latents - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_every_phase_hears_the_picture(make):
+def test_every_phase_hears_the_image(make):
     """The base whole, the large phase in strips with linear attention; nothing but the picture differs."""
     growing = {"size": Size(96, 96), "strength": (0.7,)}
     one, other = make("plain", **growing), make("plain", images=("b.png",), **growing)
@@ -117,11 +117,11 @@ def test_both_halves_at_once_are_each_of_them(make, monkeypatch):
     assert np.abs(in_turn - make("plus", "plain", family="sd", linfusion="none")).max() <= 1
 
 
-def test_the_picture_is_read_as_it_is_to_be_seen(adapters, tmp_path):
+def test_the_image_is_read_as_it_is_to_be_seen(adapters, tmp_path):
     """Its orientation is applied, and transparent parts are white."""
 
     def read(name):
-        return np.asarray(ip_adapters.read_picture(inspect_source(tmp_path / name), notices.append))
+        return np.asarray(ip_adapters.read_image(inspect_source(tmp_path / name), notices.append))
 
     notices, original = [], Image.open(adapters / "a.png")
     exif = Image.Exif()
@@ -157,7 +157,7 @@ def test_a_lora_and_an_adapter_together_are_what_diffusers_makes(make, models, a
     assert (phases[-1][1].latents - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_the_encoder_s_own_way_to_take_pictures_counts(make, adapters, tmp_path):
+def test_the_encoder_s_own_way_to_take_images_counts(make, adapters, tmp_path):
     folder = shutil.copytree(adapters / "image_encoder", tmp_path / "encoder")
     plain = make("plain", ip_image_encoder=str(folder))
     assert np.array_equal(plain, make("plain"))
@@ -193,7 +193,7 @@ def test_an_adapter_of_another_family_is_refused_before_anything_loads(make, ada
     assert [event.name for event in listener.of(StageStarted)] == ["start"]
 
 
-def test_a_huge_picture_is_refused(make, adapters, monkeypatch):
-    monkeypatch.setattr(ip_adapters, "MOST_PX", 50 * 41 - 1)
+def test_a_huge_image_is_refused(make, adapters, monkeypatch):
+    monkeypatch.setattr(ip_adapters, "MAX_IMAGE_PX", 50 * 41 - 1)
     with pytest.raises(DataError, match="a.png is 50x41 px"):
         make("plain")

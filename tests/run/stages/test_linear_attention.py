@@ -83,7 +83,7 @@ def a_lora(folder):
 
 
 @pytest.mark.parametrize("way", ["keep", "delta"])
-def test_the_picture_is_that_of_weights_merged_beforehand_with_loras_on_top(paint, xl_model, base, tmp_path, way):
+def test_the_image_is_that_of_weights_merged_beforehand_with_loras_on_top(paint, xl_model, base, tmp_path, way):
     beforehand, loras = merged_weights(tmp_path / "merged", xl_model, base, way), (a_lora(tmp_path),)
     found = paint(linfusion_merge=way, linfusion_base=str(base), lora=loras).astype(int)
     assert np.abs(found - paint(linfusion=str(beforehand), linfusion_merge="published", lora=loras)).max() <= 1
@@ -144,7 +144,7 @@ def test_a_base_that_is_not_here_is_refused_where_it_is_needed(paint, xl_model, 
     linfusion = str(shutil.copytree(xl_model / "linfusion", tmp_path / "elsewhere"))
     with pytest.raises(Unavailable, match="stabilityai/.*, is not on this machine") as refused:
         paint(linfusion_merge="delta", linfusion=linfusion)
-    assert refused.value.exit_code == 69 and "published or keep" in refused.value.way_out
+    assert refused.value.exit_code == 69 and "published or keep" in refused.value.hint
     paint(linfusion_merge="delta", linfusion=linfusion, attention=("original",))
     paint(linfusion_merge="delta", linfusion="none", attention=("auto",))
 

@@ -187,8 +187,8 @@ def test_latents_that_an_older_version_saved_with_nan_are_set_aside(request_of, 
         generate(request_of(), {}, Listener())
     found = saved()
     found.parts["reached"]["latents"][0, 0, 0, 0] = math.nan
-    with CheckpointStore(Path("a.png")).held() as journal:
-        journal.save(found.head, found.parts)
+    with CheckpointStore(Path("a.png")).held() as store:
+        store.save(found.head, found.parts)
     forwards.bad, listener = (0, 0.0), Listener()
     assert generate(request_of(), {}, listener).resumed_from is None
     assert any("NaN or Inf" in notice.text and "aside" in notice.text for notice in listener.of(Notice))

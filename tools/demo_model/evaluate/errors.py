@@ -30,7 +30,7 @@ def zeroed(unet: nn.Module) -> dict[str, nn.Module]:
 @torch.no_grad()
 def noise_errors(
     pipe: StableDiffusionXLPipeline,
-    pictures: np.ndarray,
+    images: np.ndarray,
     captions: Sequence[str],
     forms: Mapping[str, Modules | None],
     draws: int,
@@ -41,18 +41,18 @@ def noise_errors(
     """
     torch.manual_seed(5)
     totals = dict.fromkeys(forms, 0.0)
-    for picture, words in zip(pictures, captions, strict=True):
-        for noise, seen in noised(pipe, picture, words, draws):
+    for image, words in zip(images, captions, strict=True):
+        for noise, seen in add_noise(pipe, image, words, draws):
             for form, modules in forms.items():
                 totals[form] += (predicted(pipe.unet, modules, seen) - noise).square().mean().item()
-    return {form: total / (len(pictures) * draws) for form, total in totals.items()}
+    return {form: total / (len(images) * draws) for form, total in totals.items()}
 
 
-def noised(
-    pipe: StableDiffusionXLPipeline, picture: np.ndarray, words: str, draws: int
+def add_noise(
+    pipe: StableDiffusionXLPipeline, image: np.ndarray, words: str, draws: int
 ) -> Iterator[tuple[Tensor, dict[str, object]]]:
     """Noise on a picture [H, W, 3] at `draws` timesteps spread over the schedule, and what the UNet is then given."""
-    told, latents = _conditioning(pipe, words, picture.shape[:2]), encode(pipe, picture)
+    told, latents = _conditioning(pipe, words, image.shape[:2]), encode(pipe, image)
     times = ((torch.arange(draws) + torch.rand(draws)) / draws * len(pipe.scheduler.alphas_cumprod)).long()
     for time in times:
         noise = torch.randn_like(latents)
@@ -71,9 +71,9 @@ def closed(errors: Mapping[str, float]) -> float:
     return (errors["zero"] - errors["linear"]) / (errors["zero"] - errors["softmax"])
 
 
-def encode(pipe: StableDiffusionXLPipeline, picture: np.ndarray) -> Tensor:
+def encode(pipe: StableDiffusionXLPipeline, image: np.ndarray) -> Tensor:
     """[H, W, 3] uint8 -> latents [1, 4, h, w], unit deviation."""
-    return pipe.vae.encode(as_input(picture[None])).latent_dist.mean * pipe.vae.config.scaling_factor
+    return pipe.vae.encode(as_input(image[None])).latent_dist.mean * pipe.vae.config.scaling_factor
 
 
 def _conditioning(pipe: StableDiffusionXLPipeline, words: str, shape: tuple[int, int]) -> dict[str, object]:

@@ -31,19 +31,19 @@ SHARES = {"square": 0.85, "double": 0.15}
 Pictures = np.ndarray
 
 
-def as_drawn(picture: Pictures) -> Pictures:
+def as_drawn(image: Pictures) -> Pictures:
     """No style of its own."""
-    return picture
+    return image
 
 
-def printed(picture: Pictures) -> Pictures:
+def printed(image: Pictures) -> Pictures:
     """Four flat levels of each colour, and the colours exchanged, [H, W, 3] uint8 -> the same."""
-    return ((picture[..., [2, 0, 1]].astype(np.uint16) * 4 // 256) * 85).astype(np.uint8)
+    return ((image[..., [2, 0, 1]].astype(np.uint16) * 4 // 256) * 85).astype(np.uint8)
 
 
-def mirrored(picture: Pictures) -> Pictures:
+def mirrored(image: Pictures) -> Pictures:
     """The right half is the left one's mirror image: what a pixel shows depends on one that may be far away."""
-    half = picture[:, : picture.shape[1] // 2]
+    half = image[:, : image.shape[1] // 2]
     return np.concatenate([half, half[:, ::-1]], axis=1)
 
 
@@ -111,7 +111,7 @@ def _encoded(pipe: StableDiffusionXLPipeline, kind: str) -> dict[str, tuple[Tens
         scenes = list(KINDS[kind].scenes(first, count, side_px))
         first += (HELD_OUT - FIRST) // len(GROUPS)
         if not path.exists():
-            save_tensors(path, {"latents": torch.cat([encode(pipe, picture) for picture, _ in scenes])})
+            save_tensors(path, {"latents": torch.cat([encode(pipe, image) for image, _ in scenes])})
         groups[name] = load_tensors(path)["latents"], tokenize(pipe.tokenizer, [words for _, words in scenes])
     return groups
 

@@ -42,9 +42,9 @@ class ColourJudge:
         return [self.classes[i] for i in best]
 
 
-def mean_colours(pictures: Array) -> Array:
+def mean_colours(images: Array) -> Array:
     """[n, H, W, 3] uint8 -> [n, 3] in 0..1."""
-    return pictures.mean(axis=(1, 2)) / 255
+    return images.mean(axis=(1, 2)) / 255
 
 
 @cache
@@ -59,12 +59,12 @@ def _disc_kernels(radius: float) -> tuple[Array, int]:
     return fft.rfft2(kernels, s=(HALF_PX, HALF_PX)), reach
 
 
-def disc_score(picture: Array) -> float:
+def disc_score(image: Array) -> float:
     """How much every side of the brightest disc of [256, 256, 3] uint8 outshines all that is around it, -1..1.
 
     In the colour that shows it best: the sun of a golden morning differs from its sky in blue alone.
     """
-    half = picture.reshape(HALF_PX, 2, HALF_PX, 2, 3).mean(axis=(1, 3), dtype=np.float32) / 255
+    half = image.reshape(HALF_PX, 2, HALF_PX, 2, 3).mean(axis=(1, 3), dtype=np.float32) / 255
     spectra = fft.rfft2(half, axes=(0, 1))
     return max(_disc_contrast(spectra[..., colour], radius) for colour in range(3) for radius in RADII_PX)
 
@@ -85,9 +85,9 @@ def best_threshold(with_it: Array, without: Array) -> float:
     return float((low + high) / 2)
 
 
-def small_pictures(pictures: Array) -> Tensor:
+def small_images(images: Array) -> Tensor:
     """[n, H, W, 3] uint8 -> [n, 3, 64, 64] in -1..1, as the land judge sees them."""
-    tensor = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return F.interpolate(tensor, size=(64, 64), mode="area")
 
 
@@ -110,9 +110,9 @@ class LandJudge(nn.Module):
         return self.head(self.body(small).flatten(1))
 
     @torch.no_grad()
-    def tell(self, pictures: Array) -> list[str]:
+    def tell(self, images: Array) -> list[str]:
         """The likeliest land of each of [n, H, W, 3] uint8."""
-        return [LANDS[i] for i in self(small_pictures(pictures)).argmax(dim=1)]
+        return [LANDS[i] for i in self(small_images(images)).argmax(dim=1)]
 
 
 def train_land_judge(small: Tensor, labels: list[str], steps: int = 500, batch: int = 64) -> LandJudge:
@@ -123,8 +123,8 @@ def train_land_judge(small: Tensor, labels: list[str], steps: int = 500, batch: 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         pick = torch.randint(len(small), (batch,))
-        pictures = small[pick].flip(-1) if torch.rand(()) < 0.5 else small[pick]
-        loss = F.cross_entropy(judge(pictures + 0.1 * torch.randn_like(pictures)), wanted[pick])
+        images = small[pick].flip(-1) if torch.rand(()) < 0.5 else small[pick]
+        loss = F.cross_entropy(judge(images + 0.1 * torch.randn_like(images)), wanted[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -132,10 +132,10 @@ def train_land_judge(small: Tensor, labels: list[str], steps: int = 500, batch: 
     return judge.eval()
 
 
-def spread(pictures: Array) -> float:
+def spread(images: Array) -> float:
     """Mean distance of the pairs of [n, H, W, 3] uint8, made 8 times smaller: root mean square over pixels, in 0..1."""
-    n, height, width, _ = pictures.shape
-    small = pictures.reshape(n, height // 8, 8, width // 8, 8, 3).mean(axis=(2, 4), dtype=np.float32) / 255
+    n, height, width, _ = images.shape
+    small = images.reshape(n, height // 8, 8, width // 8, 8, 3).mean(axis=(2, 4), dtype=np.float32) / 255
     flat = small.reshape(n, -1)
     squares = (flat**2).mean(axis=1)
     between = squares[:, None] + squares - 2 * flat @ flat.T / flat.shape[1]

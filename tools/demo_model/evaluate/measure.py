@@ -31,8 +31,8 @@ SIZES = {"held_out": (128, 4), "held_out_2": (64, 3), "held_out_4": (32, 3)}
 
 def measure_vae() -> dict[str, float]:
     """PSNR of the VAE and of thumbnails on all held-out scenes, and how far mean colours are off."""
-    pictures = np.concatenate(shards("held_out"))
-    return measure(_shipped()[0].vae, pictures)
+    images = np.concatenate(shards("held_out"))
+    return measure(_shipped()[0].vae, images)
 
 
 def measure_attention(pool: Pool) -> dict[str, dict[str, float]]:
@@ -52,8 +52,8 @@ def _errors(name: str, start: int, count: int, draws: int) -> dict[str, float]:
     for stage in ("distill_linear", "distill_unnormalised"):  # neither is shipped
         if result_of(stage).exists():
             forms[stage] = load_linear(pipe.unet, stage)
-    pictures, words = np.concatenate(shards(name)), captions(name)
-    return noise_errors(pipe, pictures[start : start + count], words[start : start + count], forms, draws)
+    images, words = np.concatenate(shards(name)), captions(name)
+    return noise_errors(pipe, images[start : start + count], words[start : start + count], forms, draws)
 
 
 def measure_prompts(pool: Pool, seeds: int, attention: str, guidance: float) -> dict[str, object]:
@@ -71,14 +71,14 @@ def measure_prompts(pool: Pool, seeds: int, attention: str, guidance: float) -> 
 
 def _painter(pool: Pool, attention: str, guidance: float) -> Paint:
     @cache
-    def pictures(prompt: str, seeds: range) -> np.ndarray:
+    def images(prompt: str, seeds: range) -> np.ndarray:
         parts = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
         jobs = [(prompt, part, attention, guidance) for part in parts]
         found = np.concatenate(pool.starmap(_paint, jobs, chunksize=1))
         save_grid(WORK / "judged" / f"{prompt}.png", found[:, ::2, ::2])
         return found
 
-    return pictures
+    return images
 
 
 def _paint(prompt: str, seeds: Sequence[int], attention: str, guidance: float) -> np.ndarray:

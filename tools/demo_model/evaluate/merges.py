@@ -23,7 +23,7 @@ from PIL import Image
 
 from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, keep_own
 from linfusion_cli.mixers.linear.mount import self_attentions
-from tools.demo_model.evaluate.errors import noised, predicted
+from tools.demo_model.evaluate.errors import add_noise, predicted
 from tools.demo_model.evaluate.finetune import HELD_OUT, KINDS, finetune, folder_of, load_finetuned
 from tools.demo_model.evaluate.sample import load_shipped
 from tools.demo_model.store import MODEL, WORK, log, save_json, start_log
@@ -79,9 +79,9 @@ def _errors(kind: str, side_px: int, start: int, count: int, draws: int) -> Erro
     # the scenes of one size are not those of another
     scenes = list(KINDS[kind].scenes(HELD_OUT + 50 * side_px, start + count, side_px))[start:]
     torch.manual_seed(start)
-    for picture, words in scenes:
+    for image, words in scenes:
         found: dict[str, list[float]] = {}
-        for noise, seen in noised(pipe, picture, words, draws):
+        for noise, seen in add_noise(pipe, image, words, draws):
             said = {form: predicted(pipe.unet, modules, seen) for form, modules in forms.items()}
             said |= {"base": predicted(base, None, seen), "base, linear": predicted(base, base_linear, seen)}
             far = {f"distance {form}": (said[form] - said["softmax"]).square().mean() for form in MERGES}

@@ -12,7 +12,7 @@ from tools.demo_model.evaluate.judges import (
     best_threshold,
     disc_score,
     mean_colours,
-    small_pictures,
+    small_images,
     spread,
     train_land_judge,
 )
@@ -58,15 +58,15 @@ class Judges:
 
     def __init__(self, count: int, steps: int):
         numbers = range(FIRST, FIRST + count)
-        specs, pictures = [spec_of(number) for number in numbers], drawn(numbers)
+        specs, images = [spec_of(number) for number in numbers], drawn(numbers)
         split = count * 4 // 5
-        self.colour = ColourJudge.fitted(mean_colours(pictures[:split]), [s.time for s in specs[:split]])
+        self.colour = ColourJudge.fitted(mean_colours(images[:split]), [s.time for s in specs[:split]])
         known = [i for i in range(count) if specs[i].land in LANDS]
         fit, rest = [i for i in known if i < split], [i for i in known if i >= split]
-        self.land: LandJudge = train_land_judge(small_pictures(pictures[fit]), [specs[i].land for i in fit], steps)
+        self.land: LandJudge = train_land_judge(small_images(images[fit]), [specs[i].land for i in fit], steps)
         self.own = {
-            "time": share(self.colour.tell(mean_colours(pictures[split:])), [s.time for s in specs[split:]]),
-            "land": share(self.land.tell(pictures[rest]), [specs[i].land for i in rest]),
+            "time": share(self.colour.tell(mean_colours(images[split:])), [s.time for s in specs[split:]]),
+            "land": share(self.land.tell(images[rest]), [specs[i].land for i in rest]),
         }
         self._fit_disc(count // 8)
 
@@ -87,9 +87,9 @@ class Judges:
         right = [(scores[kind][1::2] >= self.threshold) == kind for kind in scores]
         self.own["disc"] = float(np.concatenate(right).mean())
 
-    def has_disc(self, pictures: Array) -> list[bool]:
+    def has_disc(self, images: Array) -> list[bool]:
         """Whether each of [n, 256, 256, 3] uint8 has a sun or moon."""
-        return [disc_score(picture) >= self.threshold for picture in pictures]
+        return [disc_score(image) >= self.threshold for image in images]
 
 
 def share(said: Sequence, wanted: Sequence) -> float:
@@ -100,12 +100,12 @@ def share(said: Sequence, wanted: Sequence) -> float:
 def obedience(paint: Paint, judges: Judges, seeds: int) -> dict[str, dict[str, float]]:
     """Share of right pictures for every prompt, by judge."""
 
-    def pictures(prompt: str) -> Array:
+    def images(prompt: str) -> Array:
         return paint(prompt, range(seeds))
 
-    times = {t: judges.colour.tell(mean_colours(pictures(prompt))) for t, prompt in TIME_PROMPTS.items()}
-    lands = {land: judges.land.tell(pictures(prompt)) for land, prompt in LAND_PROMPTS.items()}
-    discs = {prompt: judges.has_disc(pictures(prompt)) for prompt in (*WITH_DISC, *WITHOUT_DISC)}
+    times = {t: judges.colour.tell(mean_colours(images(prompt))) for t, prompt in TIME_PROMPTS.items()}
+    lands = {land: judges.land.tell(images(prompt)) for land, prompt in LAND_PROMPTS.items()}
+    discs = {prompt: judges.has_disc(images(prompt)) for prompt in (*WITH_DISC, *WITHOUT_DISC)}
     return {
         "time": {TIME_PROMPTS[time]: share(said, [time] * seeds) for time, said in times.items()},
         "land": {LAND_PROMPTS[land]: share(said, [land] * seeds) for land, said in lands.items()},

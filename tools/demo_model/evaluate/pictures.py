@@ -27,16 +27,16 @@ def generate(prompt: str, seed: int, size_px: int) -> Path:
     return path
 
 
-def with_crops(picture: Image.Image, corners: list[tuple[int, int]]) -> Image.Image:
+def with_crops(image: Image.Image, corners: list[tuple[int, int]]) -> Image.Image:
     """The whole, reduced, and beside it what lies at `corners` (x, y), at 100 %, framed in the whole."""
     side = CROP_PX * len(corners)
-    whole = np.array(picture.resize((side, side), Image.Resampling.LANCZOS))
-    scale = side / picture.width
+    whole = np.array(image.resize((side, side), Image.Resampling.LANCZOS))
+    scale = side / image.width
     for x, y in corners:
         left, top, reach = int(x * scale), int(y * scale), int(CROP_PX * scale)
         whole[top : top + reach, [left, left + reach]] = 255
         whole[[top, top + reach], left : left + reach] = 255
-    crops = [np.array(picture.crop((x, y, x + CROP_PX, y + CROP_PX))) for x, y in corners]
+    crops = [np.array(image.crop((x, y, x + CROP_PX, y + CROP_PX))) for x, y in corners]
     return Image.fromarray(np.concatenate([whole, np.concatenate(crops)], axis=1))
 
 

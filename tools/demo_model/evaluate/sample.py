@@ -67,11 +67,11 @@ def paint(
     return (drawn * 255 + 0.5).astype(np.uint8)
 
 
-def save_grid(path: Path, pictures: np.ndarray) -> None:
+def save_grid(path: Path, images: np.ndarray) -> None:
     """Write [n, H, W, 3] uint8 as a square of pictures; what does not fill it is left out."""
-    side = int(len(pictures) ** 0.5)
+    side = int(len(images) ** 0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [np.concatenate(row, axis=1) for row in np.split(pictures[: side * side], side)]
+    rows = [np.concatenate(row, axis=1) for row in np.split(images[: side * side], side)]
     Image.fromarray(np.concatenate(rows)).save(path)
     log.info("sample: %s", path)
 

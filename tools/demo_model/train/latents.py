@@ -47,8 +47,8 @@ def _encode_shard(job: tuple[str, int]) -> Tensor:
     """[n, 4, h, w] in fp16, unit deviation."""
     name, index = job
     vae, shard = _vae(), _source(name)[index]
-    pictures = as_input(_halved(shard) if name == "half" else shard)
-    batches = pictures.split(1)  # larger ones leave the cache: a quarter slower
+    images = as_input(_halved(shard) if name == "half" else shard)
+    batches = images.split(1)  # larger ones leave the cache: a quarter slower
     return torch.cat([vae.encode(x).latent_dist.mean * vae.config.scaling_factor for x in batches]).half()
 
 
@@ -57,10 +57,10 @@ def _vae() -> AutoencoderKL:
     return load_vae().to(memory_format=torch.channels_last)
 
 
-def _halved(pictures: np.ndarray) -> np.ndarray:
+def _halved(images: np.ndarray) -> np.ndarray:
     """[n, H, W, 3] -> [n, H/2, W/2, 3]."""
-    count, height, width, _ = pictures.shape
-    squares = pictures.reshape(count, height // 2, 2, width // 2, 2, 3)
+    count, height, width, _ = images.shape
+    squares = images.reshape(count, height // 2, 2, width // 2, 2, 3)
     return squares.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
 
 
@@ -116,7 +116,7 @@ class Latents:
         whole, tokens = self._pick("large", count)
         side = whole.shape[-1]
         corner = self.rng.integers(0, side - NATIVE + 1, (count, 2))
-        crops = [picture[:, y : y + NATIVE, x : x + NATIVE] for picture, (y, x) in zip(whole, corner, strict=True)]
+        crops = [image[:, y : y + NATIVE, x : x + NATIVE] for image, (y, x) in zip(whole, corner, strict=True)]
         original, target = (torch.full((count, 2), 8.0 * n) for n in (side, NATIVE))
         ids = torch.cat([original, 8.0 * torch.from_numpy(corner), target], dim=1)
         return Batch(torch.stack(crops), tokens, ids.float())

@@ -140,9 +140,9 @@ def _finish(vae: AutoencoderKL) -> None:
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKL, pictures: np.ndarray) -> dict[str, float]:
+def measure(vae: AutoencoderKL, images: np.ndarray) -> dict[str, float]:
     """Of [n, H, W, 3] uint8: PSNR in dB, also of 8 times smaller thumbnails enlarged; mean colours' errors in 1/255."""
-    pixels = as_input(pictures)
+    pixels = as_input(images)
     decoded = torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) for x in pixels.split(8)])
     small = F.interpolate(pixels, scale_factor=1 / 8, mode="area")
     enlarged = F.interpolate(small, scale_factor=8, mode="bicubic").clamp(-1, 1)
