@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli.core.errors import CannotCreateOutput, WriteFailed
-from linfusion_cli.core.fs import sibling, open_locked, create_error, sync_folder
+from linfusion_cli.core.fs import create_error, open_locked, sibling, sync_folder
 from linfusion_cli.core.units import is_file, is_folder
 
 if TYPE_CHECKING:

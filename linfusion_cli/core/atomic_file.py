@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from linfusion_cli.core.errors import CannotCreateOutput, WriteFailed
-from linfusion_cli.core.fs import PART, sibling, open_locked, rename_noreplace, is_same_file, unique_names, sync_folder
+from linfusion_cli.core.fs import PART, is_same_file, open_locked, rename_noreplace, sibling, sync_folder, unique_names
 from linfusion_cli.core.units import format_bytes
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from linfusion_cli import __version__
 from linfusion_cli.core.errors import (
     DeviceFailed,
-    OutOfMemoryBudget,
     LinfusionError,
+    OutOfMemoryBudget,
     Unavailable,
     UsageError,
     first_line,

@@ -4,8 +4,8 @@ from linfusion_cli.core.atomic_file import AtomicFile
 from linfusion_cli.images.metadata.metadata import (
     ImageInfo,
     a1111_parameters,
-    request_json,
     remove_prompts,
+    request_json,
     srgb_profile,
     without_prompt,
 )

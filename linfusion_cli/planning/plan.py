@@ -12,7 +12,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import bytes_at_least, format_bytes
 from linfusion_cli.images.process.scratch import BYTES_PER_PX
 from linfusion_cli.models.families.facts import ModelFacts
-from linfusion_cli.planning.estimate import DenoiseStrategy, ResourceEstimate, CostEstimator
+from linfusion_cli.planning.estimate import CostEstimator, DenoiseStrategy, ResourceEstimate
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.meta_model import MetaModel
 from linfusion_cli.planning.vae_strategies import Kind, methods_for

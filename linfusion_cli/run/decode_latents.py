@@ -20,7 +20,7 @@ from linfusion_cli.run.checkpoint.manager import CheckpointManager, find_store
 from linfusion_cli.run.inputs.provenance import DTYPES, hash_weights, to_json
 from linfusion_cli.run.inputs.resolve import ResolvedRequest, check_disk, resolve_request
 from linfusion_cli.run.outputs.existing import Provenance
-from linfusion_cli.run.outputs.open import reserve_output, open_outputs
+from linfusion_cli.run.outputs.open import open_outputs, reserve_output
 from linfusion_cli.run.outputs.report import complete_report
 from linfusion_cli.run.progress.recorder import RunRecorder
 from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest

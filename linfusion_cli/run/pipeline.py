@@ -18,12 +18,12 @@ from linfusion_cli.run.checkpoint.manager import build_metadata, open_manager
 from linfusion_cli.run.inputs.provenance import hash_weights, to_json
 from linfusion_cli.run.inputs.resolve import check_disk, resolve_request
 from linfusion_cli.run.inputs.source_image import open_source
-from linfusion_cli.run.outputs.existing import Provenance, remove_checkpoint, find_existing
+from linfusion_cli.run.outputs.existing import Provenance, find_existing, remove_checkpoint
 from linfusion_cli.run.outputs.open import (
-    reserve_latents,
-    reserve_output,
     open_outputs,
     open_phase_files,
+    reserve_latents,
+    reserve_output,
     update_metadata,
 )
 from linfusion_cli.run.outputs.report import complete_report

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linfusion_cli.hardware.allocator import segments
 from linfusion_cli.strips.copies import Copies
-from linfusion_cli.strips.feature_map import HostFeatureMap, FeatureMap
+from linfusion_cli.strips.feature_map import FeatureMap, HostFeatureMap
 from linfusion_cli.strips.pinned import PinnedMemory, map_memory
 
 Place = Literal["device", "skips", "host"]

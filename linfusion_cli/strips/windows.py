@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linfusion_cli.strips.communicator import Communicator
-from linfusion_cli.strips.feature_map import HostFeatureMap, FeatureMap
+from linfusion_cli.strips.feature_map import FeatureMap, HostFeatureMap
 from linfusion_cli.strips.stats import Moments, group_affine
 
 OnRead = Callable[[int, list[Tensor]], None]  # (top, rows of each part) once they have been read and are still whole

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.dilation import dilate, inner
-from linfusion_cli.strips.feature_map import HostFeatureMap, FeatureMap
+from linfusion_cli.strips.feature_map import FeatureMap, HostFeatureMap
 from linfusion_cli.strips.ops import Strips, Writer, as_nchw, as_nhwc
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import Convolution, Pointwise, StreamStage, stream
-from linfusion_cli.unet.forward import UNetInputs, EncoderOperations, LayerConditioning, Residuals, compute_embedding
+from linfusion_cli.unet.forward import EncoderOperations, LayerConditioning, Residuals, UNetInputs, compute_embedding
 from linfusion_cli.unet.resample import Computed, computed_conv_in, fill
 from linfusion_cli.unet.walk import encoded
 

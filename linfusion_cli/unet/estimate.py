@@ -14,8 +14,8 @@ from torch import nn
 from linfusion_cli.strips.copies import STAGED
 from linfusion_cli.strips.cost import (
     WIDE_BYTES,
-    ExtraBytes,
     Cost,
+    ExtraBytes,
     MemoryLedger,
     MetaMap,
     convolution_cost,

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-from linfusion_cli.strips.cost import CHANGES, WRITES, ExtraBytes, Cost, MetaMap, convolution_cost, max_strip_rows
+from linfusion_cli.strips.cost import CHANGES, WRITES, Cost, ExtraBytes, MetaMap, convolution_cost, max_strip_rows
 from linfusion_cli.strips.dilation import inner
 from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.ops import Strips, StripSize, Writer, as_nchw, as_nhwc, convolved

@@ -13,7 +13,7 @@ from linfusion_cli.strips.stream import Add, Convolution, StreamStage, reach
 from linfusion_cli.vae.attention import FixedAttention
 from linfusion_cli.vae.patches import READ_ROWS
 from linfusion_cli.vae.sample import Sample, grid
-from linfusion_cli.vae.statistics import CORE_LAT, VaeStrategy, output_length, last_normed, max_output_rows
+from linfusion_cli.vae.statistics import CORE_LAT, VaeStrategy, last_normed, max_output_rows, output_length
 
 WIDE_BYTES = 4  # statistics and what is normalised by them, in fp32
 FINISHED_BYTES = 13  # of a number of the image that leaves the device: in fp32, on its way, and while it is checked

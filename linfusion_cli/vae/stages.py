@@ -14,7 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.strips.stream import Add, Convolution, Edges, FrozenNorm, ResidualBuffer, Pointwise, StreamStage
+from linfusion_cli.strips.stream import Add, Convolution, Edges, FrozenNorm, Pointwise, ResidualBuffer, StreamStage
 from linfusion_cli.vae.attention import FixedAttention
 
 Vae = AutoencoderKL | AutoencoderTiny

@@ -15,7 +15,7 @@ from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import StreamStage, reach, stream
 from linfusion_cli.vae.patches import Source
 from linfusion_cli.vae.stages import Vae
-from linfusion_cli.vae.statistics import VaeStrategy, output_length, max_output_rows, freeze_statistics
+from linfusion_cli.vae.statistics import VaeStrategy, freeze_statistics, max_output_rows, output_length
 
 Notify = Callable[[str], None]
 IN_FP32 = "The VAE gave NaN in {}: from row {} on, it runs in float32."

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from linfusion_cli.checkpoint.store import DamagedCheckpoint, CheckpointStore
+from linfusion_cli.checkpoint.store import CheckpointStore, DamagedCheckpoint
 from linfusion_cli.core.errors import CannotCreateOutput, TemporaryFailure, WriteFailed
 
 STATE = {"latents": torch.arange(12.0).reshape(1, 3, 2, 2), "steps": 3, "more": {"outputs": [None, torch.ones(2)]}}

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from linfusion_cli.core.geometry import Size, split_rows, base_size, split_evenly, phase_sizes
+from linfusion_cli.core.geometry import Size, base_size, phase_sizes, split_evenly, split_rows
 
 
 @pytest.mark.parametrize(

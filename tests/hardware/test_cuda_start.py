@@ -274,7 +274,7 @@ def test_nvidia_smi_alone_tells_of_a_card(driver, no_nvidia, monkeypatch):
     assert not diagnosis.nvidia_is_here()
     monkeypatch.setattr(diagnosis.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert diagnosis.nvidia_is_here()
-    assert diagnosis.DRIVER_VERSION == no_nvidia / "version" and diagnosis.driver_number() == 0
+    assert no_nvidia / "version" == diagnosis.DRIVER_VERSION and diagnosis.driver_number() == 0
 
 
 def test_without_a_card_only_a_long_run_is_told_of(driver, no_nvidia):

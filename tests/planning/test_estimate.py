@@ -8,7 +8,7 @@ import torch
 from linfusion_cli.mixers.linear.mount import mounted
 from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.cost import MemoryLedger
-from linfusion_cli.strips.feature_map import HostFeatureMap, FeatureMap
+from linfusion_cli.strips.feature_map import FeatureMap, HostFeatureMap
 from linfusion_cli.strips.ops import Strips, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.estimate import Setting, estimate_unet

@@ -14,7 +14,7 @@ from linfusion_cli.core.errors import CannotCreateOutput, DataError, InputNotFou
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.run.checkpoint.latents_file import open_latents
-from linfusion_cli.run.decode_latents import decode, build_decode_request
+from linfusion_cli.run.decode_latents import build_decode_request, decode
 from linfusion_cli.run.pipeline import generate, upscale
 from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
 

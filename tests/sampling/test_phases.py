@@ -4,7 +4,7 @@ import pytest
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.sampling.phases import PhaseSizes, dilation, build_phases, phase_strengths, steps_run
+from linfusion_cli.sampling.phases import PhaseSizes, build_phases, dilation, phase_strengths, steps_run
 from linfusion_cli.settings.request import GenerateRequest
 
 BASE = Size(1024, 1024)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from linfusion_cli.strips.stats import Moments
-from linfusion_cli.strips.stream import Add, Convolution, Edges, FrozenNorm, ResidualBuffer, Pointwise, reach, stream
+from linfusion_cli.strips.stream import Add, Convolution, Edges, FrozenNorm, Pointwise, ResidualBuffer, reach, stream
 
 CHANNELS = 4
 

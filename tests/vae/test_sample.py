@@ -28,7 +28,7 @@ def test_patches_have_one_size_lie_inside_and_reach_as_far_as_there_is_image(siz
             (top, core_top, window.height, size.height),
             (left, core_left, window.width, size.width),
         ):
-            assert 0 <= start and start + side <= whole
+            assert start >= 0 and start + side <= whole
             assert start <= max(0, core - halo) and start + side >= min(whole, core + 8 + halo)
 
 

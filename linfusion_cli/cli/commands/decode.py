@@ -72,8 +72,8 @@ def asked(latents: Path, given: dict[str, Any], observer: Observer) -> Asked:
     """The request that made the latents, with what is `given` instead, and the job that decodes them."""
     from linfusion_cli.run.checkpoint.latents_file import open_latents
     from linfusion_cli.run.decode_latents import (
-        decode,
         build_decode_request,
+        decode,
     )  # numpy and more: not for --help to wait for
 
     kept = open_latents(latents)

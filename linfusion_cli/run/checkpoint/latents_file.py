@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linfusion_cli.checkpoint.store import DamagedCheckpoint, CheckpointStore
+from linfusion_cli.checkpoint.store import CheckpointStore, DamagedCheckpoint
 from linfusion_cli.core.errors import DataError, InputNotFound, LinfusionError, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import is_file, is_folder, parse_size

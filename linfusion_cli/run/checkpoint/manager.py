@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
-from linfusion_cli.checkpoint.store import SCHEMA, DamagedCheckpoint, Checkpoint, CheckpointStore
+from linfusion_cli.checkpoint.store import SCHEMA, Checkpoint, CheckpointStore, DamagedCheckpoint
 from linfusion_cli.core.atomic_file import resolve_target
 from linfusion_cli.core.errors import (
     LinfusionError,
@@ -27,7 +27,7 @@ from linfusion_cli.core.signals import critical_section, reraise_stop
 from linfusion_cli.hardware.device import dtype_name, explained, free_memory, versions
 from linfusion_cli.models.files.digest import WeightsFile, digested
 from linfusion_cli.models.files.parts import PARTS
-from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE, find_used_dtypes, add_dtype
+from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE, add_dtype, find_used_dtypes
 from linfusion_cli.run.inputs.provenance import DTYPES, name_weights
 from linfusion_cli.settings.request import ImageRequest, flag
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.core.units import user_path
-from linfusion_cli.images.read.source import SourceImage, inspect_source, apply_orientation, source_rows
+from linfusion_cli.images.read.source import SourceImage, apply_orientation, inspect_source, source_rows
 from linfusion_cli.models.locate.ip_adapter import Adapter, find_adapter, find_encoder, read_adapter
 from linfusion_cli.sampling.phases import broadcast_per_phase
 from linfusion_cli.settings.request import ImageRequest

@@ -9,7 +9,7 @@ from pathlib import Path
 from linfusion_cli import images
 from linfusion_cli.core.errors import UsageError, WriteFailed
 from linfusion_cli.core.fs import check_distinct
-from linfusion_cli.core.geometry import MAX_ASPECT_ERROR, Size, base_size, aspect_error, phase_sizes, upscale_sizes
+from linfusion_cli.core.geometry import MAX_ASPECT_ERROR, Size, aspect_error, base_size, phase_sizes, upscale_sizes
 from linfusion_cli.core.units import format_bytes
 from linfusion_cli.hardware.device import pick_device, pick_dtype
 from linfusion_cli.images.process.scratch import BYTES_PER_PX

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli import images
-from linfusion_cli.checkpoint.store import DamagedCheckpoint, Checkpoint, CheckpointStore
+from linfusion_cli.checkpoint.store import Checkpoint, CheckpointStore, DamagedCheckpoint
 from linfusion_cli.core.errors import LinfusionError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport

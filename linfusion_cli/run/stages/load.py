@@ -32,9 +32,9 @@ from linfusion_cli.run.stages.cache_keys import (
     VAE,
     Networks,
     networks_key,
+    offload_all,
     offload_text_encoders,
     text_key,
-    offload_all,
     vae_key,
 )
 from linfusion_cli.run.stages.context import RunContext

@@ -14,7 +14,7 @@ from linfusion_cli.hardware.device import dtype_name
 from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.planning.machine import Machine, survey
 from linfusion_cli.planning.meta_model import MetaModel
-from linfusion_cli.planning.plan import Plan, PlanInputs, recorded_strategies, make_plan
+from linfusion_cli.planning.plan import Plan, PlanInputs, make_plan, recorded_strategies
 from linfusion_cli.planning.speed import measured
 from linfusion_cli.run.checkpoint.dtype_history import WIDTHS
 from linfusion_cli.run.inputs.resolve import ResolvedRequest

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from linfusion_cli.core.errors import OutOfMemoryBudget, NonFinite
+from linfusion_cli.core.errors import NonFinite, OutOfMemoryBudget
 from linfusion_cli.hardware.device import dtype_name, free_memory
 from linfusion_cli.models.load.parts import Vae
 from linfusion_cli.models.text.encode import ENCODERS

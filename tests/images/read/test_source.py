@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.images import open_sink
-from linfusion_cli.images.read.source import inspect_source, apply_orientation, source_rows
+from linfusion_cli.images.read.source import apply_orientation, inspect_source, source_rows
 from tests.images.conftest import make_image
 from tests.images.sources import (
     FORMATS,

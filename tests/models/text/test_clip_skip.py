@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.text.encode import TextEncoderChanges, encode_prompts, clip_layer_index
+from linfusion_cli.models.text.encode import TextEncoderChanges, clip_layer_index, encode_prompts
 
 CPU = torch.device("cpu")
 PROMPTS = "a hill", "a cat"

@@ -172,7 +172,7 @@ def test_saving_is_counted_and_can_be_seldom(make):
     often, seldom = make(), make(output=Path("b.png"), checkpoint_every=3600.0)
     assert seldom.checkpoints["count"] == 3  # both phases' ends, and the picture that the second begins with
     assert often.checkpoints["count"] > seldom.checkpoints["count"]
-    assert 0 < often.checkpoints["bytes"] and 0 < often.checkpoints["seconds"] < often.total_seconds
+    assert often.checkpoints["bytes"] > 0 and 0 < often.checkpoints["seconds"] < often.total_seconds
 
 
 def test_fresh_begins_anew(make, tmp_path):
