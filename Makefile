@@ -38,6 +38,7 @@ faults: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 	$(BIN)/python -m pytest tests/project/test_architecture.py tests/project/test_wheel.py
 
 clean:

@@ -1,3 +1,3 @@
-"""Ultra-high-resolution pictures from a prompt, in bounded memory."""
+"""Generate very large images from a prompt in bounded memory."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Small models are written once for all tests; nothing may reach the network, nor this machine's caches."""
+"""Shared fixtures. Small models are written once per session; no test uses the network or this machine's caches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# One thread per process, set before torch and numpy are imported: on tensors this small more threads only cost time,
-# and `make test` runs one process per core.
+# One thread per process, set before torch and numpy are imported: more threads only slow down work on tensors this
+# small, and `make test` runs one process per core.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-# Under nohup or in the background of a script these are ignored. The processes under test would inherit that, and the
-# tests would wait for ever.
+# nohup, and scripts that run this in the background, ignore these signals. The processes under test would inherit that,
+# and the tests would wait for them forever.
 for ignored, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, handler)
@@ -23,6 +23,7 @@ for ignored, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SI
 
 @pytest.fixture(scope="session")
 def xl_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a small SDXL model in diffusers' layout."""
     from tests.support.small_models import write_small_xl
 
     return write_small_xl(tmp_path_factory.mktemp("models") / "xl")
@@ -30,6 +31,7 @@ def xl_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a small SD 1.5 model in diffusers' layout."""
     from tests.support.small_models import write_small_sd
 
     return write_small_sd(tmp_path_factory.mktemp("models") / "sd")
@@ -37,7 +39,7 @@ def sd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run the program in tmp_path -> (exit code, stdout, stderr)."""
+    """Return a function that runs the program in tmp_path and returns (exit code, stdout, stderr)."""
     from linfusion_cli.cli import app
 
     monkeypatch.chdir(tmp_path)
@@ -45,7 +47,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["linfusion", *map(str, arguments)])
-        code = app.guarded()
+        code = app.run_app()
         return code, *capsys.readouterr()
 
     return run
@@ -53,23 +55,23 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.fixture
 def phases(monkeypatch: pytest.MonkeyPatch) -> list:
-    """What each phase that ran began with, and what it ended with: two `Reached`."""
+    """Collect the initial and the final RunState of each phase."""
     from linfusion_cli.run.stages import denoise
 
-    seen, denoised = [], denoise.run_phase
+    states, real = [], denoise.denoise_phase
 
-    def spy(run, models, reached, phase):
-        result = denoised(run, models, reached, phase)
-        seen.append((reached, result))
-        return result
+    def spy(run, models, state, phase):
+        final = real(run, models, state, phase)
+        states.append((state, final))
+        return final
 
-    monkeypatch.setattr(denoise, "run_phase", spy)
-    return seen
+    monkeypatch.setattr(denoise, "denoise_phase", spy)
+    return states
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings, no config file, no limits of a batch system and no cached models but those a test makes."""
+    """Hide this machine's settings, config file, batch system limits and cached models from the tests."""
     for name in [name for name in os.environ if name.startswith(("LINFUSION_", "SLURM_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))

@@ -1,0 +1,1 @@
+"""Run many jobs from a list: parse lists, name files, order and run the jobs, and log their results."""

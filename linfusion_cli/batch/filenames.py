@@ -1,4 +1,4 @@
-"""How the files of a batch are called, so that each lies in its folder and none is another's."""
+"""Choose the file names of a batch: every file is inside the output folder, and no two jobs share one."""
 
 from __future__ import annotations
 
@@ -11,139 +11,142 @@ from pathlib import Path
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.text import quote
-from linfusion_cli.run.inputs.phase_files import output_of_phase
+from linfusion_cli.run.inputs.phase_files import find_phase_output
 from linfusion_cli.settings.request import ImageRequest
 
-TEMPLATE = "{index:04}-{slug}-{seed}"
-SLUG_LETTERS = 48
-NO_SLUG = "picture"
-NAME_BYTES = 240  # what else is named after a file needs a few more, and 255 is the most there is
-PATH_BYTES = 1000
-SUFFIXES = {"png": ".png", "jpeg": ".jpg"}  # a TIFF's is .tif
+DEFAULT_TEMPLATE = "{index:04}-{slug}-{seed}"
+MAX_SLUG_CHARS = 48
+DEFAULT_SLUG = "picture"
+MAX_NAME_BYTES = 240  # file systems allow 255; temporary and checkpoint files have longer names than the output
+MAX_PATH_BYTES = 1000
+SUFFIXES = {"png": ".png", "jpeg": ".jpg"}  # all other formats are TIFF: .tif
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
-SPEC = re.compile(r"[<>^]?\d{0,2}[ds]?")  # a width of digits at most: no format can be large, or run anything
-RESULTS = re.compile(r"results.*\.jsonl", re.IGNORECASE)
-SAMPLE = {"index": 1, "slug": NO_SLUG, "seed": 0, "size": "64x64", "width": 64, "height": 64}
+FORMAT_SPEC = re.compile(r"[<>^]?\d{0,2}[ds]?")  # at most two digits of width: names stay short
+RESULTS_NAME = re.compile(r"results.*\.jsonl", re.IGNORECASE)
+SAMPLE_VALUES = {"index": 1, "slug": DEFAULT_SLUG, "seed": 0, "size": "64x64", "width": 64, "height": 64}
+OTHER_NAME = "Choose another name."
+FIELDS_HINT = f"The fields are {', '.join(SAMPLE_VALUES)}, as in {DEFAULT_TEMPLATE}."
 
 
-def slug(prompt: str) -> str:
-    """The prompt's words in lower-case ASCII, joined by -, as far as they fit: "A fjord, at 5" -> a-fjord-at-5."""
-    ascii_only = unicodedata.normalize("NFKD", prompt[: 10 * SLUG_LETTERS]).encode("ascii", "ignore").decode()
+def slugify(prompt: str) -> str:
+    """Return the first words of the prompt in lower-case ASCII, joined by -: "A fjord, at 5" -> a-fjord-at-5."""
+    ascii_only = unicodedata.normalize("NFKD", prompt[: 10 * MAX_SLUG_CHARS]).encode("ascii", "ignore").decode()
     words = "-".join(re.findall(r"[a-z0-9]+", ascii_only.lower()))
-    if len(words) > SLUG_LETTERS:
-        words = words[: SLUG_LETTERS + 1].rpartition("-")[0] or words[:SLUG_LETTERS]
-    return words or NO_SLUG
+    if len(words) > MAX_SLUG_CHARS:
+        words = words[: MAX_SLUG_CHARS + 1].rpartition("-")[0] or words[:MAX_SLUG_CHARS]
+    return words or DEFAULT_SLUG
 
 
 @dataclass(frozen=True)
 class FilenameTemplate:
-    """A file's name with fields in braces, as str.format has them: plain numbers and words, and nothing within them."""
+    """A file name with replacement fields as in str.format, restricted to plain values with a width.
 
-    parts: tuple[tuple[str, str | None, str], ...]  # what stands before a field, its name, and its format
+    parts: the literal text before a field, the name of the field (None at the end), and its format spec.
+    """
+
+    parts: tuple[tuple[str, str | None, str], ...]
 
     @staticmethod
     def parse(text: str) -> FilenameTemplate:
-        """Raises UsageError for what is no template."""
+        """Return the template of --name; raise UsageError if it is invalid."""
         try:
             parsed = list(string.Formatter().parse(text))
         except ValueError as error:
-            raise UsageError(f"--name {quote(text)} is no template: {error}.", _WAY_OUT) from error
+            raise UsageError(f"--name {quote(text)} is not a valid template: {error}.", FIELDS_HINT) from error
         for _, name, spec, conversion in parsed:
-            if name is not None and name not in SAMPLE:
-                raise UsageError(f"--name {quote(text)} has the field {quote(name)}, which is none.", _WAY_OUT)
-            if conversion or not SPEC.fullmatch(spec or ""):
-                raise UsageError(f"--name {quote(text)} has a format that is not allowed.", _WAY_OUT)
+            if name is not None and name not in SAMPLE_VALUES:
+                raise UsageError(f"--name {quote(text)} has the unknown field {quote(name)}.", FIELDS_HINT)
+            if conversion or not FORMAT_SPEC.fullmatch(spec or ""):
+                raise UsageError(f"--name {quote(text)} has a format that is not supported.", FIELDS_HINT)
         template = FilenameTemplate(tuple((before, name, spec or "") for before, name, spec, _ in parsed))
         try:
-            template._filled(SAMPLE)
+            template._fill(SAMPLE_VALUES)
         except ValueError as error:
-            raise UsageError(f"--name {quote(text)} does not work: {error}.", _WAY_OUT) from error
+            raise UsageError(f"--name {quote(text)} is not a valid template: {error}.", FIELDS_HINT) from error
         return template
 
-    def name(self, index: int, request: ImageRequest) -> str:
-        """What the picture of the job at this place in its list is called, with its format's suffix."""
+    def format(self, index: int, request: ImageRequest) -> str:
+        """Return the file name for the job at `index` of its list, with the suffix of its format."""
         size: Size = request.size
-        values = {"index": index, "slug": slug(request.prompt), "seed": request.seed, "size": str(size)}
-        name = self._filled(values | {"width": size.width, "height": size.height})
-        return name if name.lower().endswith(IMAGE_SUFFIXES) else name + SUFFIXES.get(request.format, ".tif")
+        values = {"index": index, "slug": slugify(request.prompt), "seed": request.seed, "size": str(size)}
+        name = self._fill(values | {"width": size.width, "height": size.height})
+        return name if name.lower().endswith(IMAGE_SUFFIXES) else name + SUFFIXES.get(request.format or "tiff", ".tif")
 
-    def _filled(self, values: dict[str, int | str]) -> str:
+    def _fill(self, values: dict[str, int | str]) -> str:
         return "".join(
             before + ("" if name is None else format(values[name], spec)) for before, name, spec in self.parts
         )
 
 
-_WAY_OUT = f"Its fields are {', '.join(SAMPLE)}, as in {TEMPLATE}."
-
-
 class FilenameRegistry:
-    """Which files in a folder are whose, by the line of the job."""
+    """The files in a folder that the jobs of a list have reserved, with the line of each job."""
 
     def __init__(self, folder: Path):
-        self._folder, self._inside = folder, folder.resolve()
-        self._taken: dict[Path, int] = {}
-        # Outputs whose phases are kept, and outputs that the names of taken files would be phases of. Which sizes the
-        # phases have, only the model tells, so every size counts.
-        self._phased: dict[Path, int] = {}
-        self._like_phases: dict[Path, int] = {}
+        self._folder, self._resolved_folder = folder, folder.resolve()
+        self._reserved: dict[Path, int] = {}
+        # The sizes of the phases depend on the model, which is not known here, so names of any size are reserved:
+        # outputs that save their phases, and outputs that reserved files could be phases of.
+        self._with_phases: dict[Path, int] = {}
+        self._phase_like: dict[Path, int] = {}
 
-    def take(self, name: str, line: int) -> Path:
-        """The file `name` in the folder, from now on this job's; raises UsageError where it cannot be."""
-        check_name(name)
+    def reserve(self, name: str, line: int) -> Path:
+        """Reserve the file `name` for the job on `line` and return its path; raise UsageError if that is impossible."""
+        check_filename(name)
         path = self._folder / name
-        if (resolved := self._resolved(path)) is None:
-            raise UsageError(f"Its file {quote(name)} would lie elsewhere, by a link in the folder.", "Name another.")
-        if resolved in self._taken:
-            reason = f"Its file {quote(name)} is that of line {self._taken[resolved]}."
-            raise UsageError(reason, "Name another, or let --name have {index} and {seed}.")
-        if (output := output_of_phase(resolved)) is not None:
-            if self._phased.get(output, line) != line:
-                reason = f"Its file {quote(name)} could be a phase of line {self._phased[output]}, by --save-phases."
-                raise UsageError(reason, "Name another.")
-            self._like_phases.setdefault(output, line)
-        self._taken[resolved] = line
+        if (resolved := self._resolve(path)) is None:
+            raise UsageError(f"Output {quote(name)} resolves outside --output-dir (through a symlink).", OTHER_NAME)
+        if resolved in self._reserved:
+            reason = f"Output {quote(name)} is already used by line {self._reserved[resolved]}."
+            raise UsageError(reason, "Choose another name, or use {index} and {seed} in --name.")
+        if (output := find_phase_output(resolved)) is not None:
+            if self._with_phases.get(output, line) != line:
+                other = self._with_phases[output]
+                raise UsageError(f"Output {quote(name)} could be a phase of line {other} (--save-phases).", OTHER_NAME)
+            self._phase_like.setdefault(output, line)
+        self._reserved[resolved] = line
         return path
 
-    def take_phases(self, output: str, line: int) -> None:
-        """The pictures of the phases of `output`, which was taken: from now on this job's; raises UsageError."""
-        resolved = self._resolved(self._folder / output)
-        if self._like_phases.get(resolved, line) != line:
-            reason = f"Its phases, which --save-phases keeps, could be the file of line {self._like_phases[resolved]}."
-            raise UsageError(reason, "Name another.")
-        self._phased[resolved] = line
+    def reserve_phases(self, output: str, line: int) -> None:
+        """Reserve the images of the phases of `output`, which is reserved already; raise UsageError."""
+        resolved = self._resolve(self._folder / output)
+        assert resolved is not None  # `reserve` has checked it
+        if self._phase_like.get(resolved, line) != line:
+            reason = f"A phase of this job (--save-phases) could be the file of line {self._phase_like[resolved]}."
+            raise UsageError(reason, OTHER_NAME)
+        self._with_phases[resolved] = line
 
-    def _resolved(self, path: Path) -> Path | None:
-        """Where a file lies; None if that is not in the folder."""
+    def _resolve(self, path: Path) -> Path | None:
+        """Return the path without symlinks; None if it is outside the folder."""
         try:
             resolved = path.resolve()
         except (OSError, RuntimeError):  # a loop of links
             return None
-        return resolved if resolved.is_relative_to(self._inside) else None
+        return resolved if resolved.is_relative_to(self._resolved_folder) else None
 
 
-def check_name(name: str) -> None:
-    """Raise UsageError unless `name`, folders included, can only be a file below the folder that it is put in."""
-    reason = None
+def check_filename(name: str) -> None:
+    """Raise UsageError unless `name`, with its subfolders, can only be a file inside the output folder."""
+    problem = None
     if name.startswith("/"):
-        reason = "must not begin with /"
-    elif len(name.encode("utf-8", "surrogatepass")) > PATH_BYTES:
-        reason = f"is longer than {PATH_BYTES} bytes"
+        problem = "must not start with /"
+    elif len(name.encode("utf-8", "surrogatepass")) > MAX_PATH_BYTES:
+        problem = f"is longer than {MAX_PATH_BYTES} bytes"
     elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
-        reason = "has a character that names cannot have"
-    elif RESULTS.fullmatch(name):
-        reason = "is the name of the batch's own record"
+        problem = "contains a control character or half of a surrogate pair"
+    elif RESULTS_NAME.fullmatch(name):
+        problem = "is reserved for the results of the batch"
     else:
-        reason = next(filter(None, map(_wrong_with, name.split("/"))), None)
-    if reason:
-        raise UsageError(f"Its file {quote(name)} {reason}.", "Name a file within --output-dir.")
+        problem = next(filter(None, map(_find_part_problem, name.split("/"))), None)
+    if problem:
+        raise UsageError(f"Output {quote(name)} {problem}.", "Use a file name inside --output-dir.")
 
 
-def _wrong_with(part: str) -> str | None:
-    """What is wrong with one of the names in a path."""
+def _find_part_problem(part: str) -> str | None:
+    """Return the problem with one part of a path; None if it is valid."""
     if part == "..":
-        return "leaves the folder"
+        return "contains .. and could leave the folder"
     if not part or part.startswith("."):
-        return "has a part that is empty, or begins with a dot"
-    if len(part.encode()) > NAME_BYTES:
-        return f"has a part that is longer than {NAME_BYTES} bytes"
+        return "has a part that is empty or starts with a dot"
+    if len(part.encode()) > MAX_NAME_BYTES:
+        return f"has a part longer than {MAX_NAME_BYTES} bytes"
     return None

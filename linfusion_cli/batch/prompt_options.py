@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from linfusion_cli.batch.parsers.parsers import JobSpec
+from linfusion_cli.batch.parsers.job_spec import JobSpec
 from linfusion_cli.core.text import MAX_QUOTED, truncate
-from linfusion_cli.models.text.prompt_syntax import option_in
+from linfusion_cli.models.text.prompt_syntax import find_option
 
 OPTIONS = (
     "{name}: {count} options of other tools, first {word!r} in line {line}; they are read literally, not as settings. "
@@ -16,25 +16,25 @@ OPTIONS = (
 
 
 @dataclass
-class OptionsInList:
-    """Counts the jobs of a list whose prompts contain words like `--steps`, and keeps the first line and word."""
+class PromptOptionCounter:
+    """Count the jobs of a list with words like `--steps` in their prompts, and keep the first line and word."""
 
     jobs: int = 0
     line: int = 0
     word: str = ""
 
-    def count(self, entries: Iterable[JobSpec]) -> Iterator[JobSpec]:
-        """Yield the same entries, counting on the way."""
-        for entry in entries:
-            texts = (entry.values.get(setting, "") for setting in ("prompt", "negative_prompt"))
-            if word := next(filter(None, map(option_in, texts)), None):
+    def count(self, specs: Iterable[JobSpec]) -> Iterator[JobSpec]:
+        """Yield the same jobs while counting."""
+        for spec in specs:
+            texts = (spec.values.get(setting, "") for setting in ("prompt", "negative_prompt"))
+            if word := next(filter(None, map(find_option, texts)), None):
                 if not self.jobs:
-                    self.line, self.word = entry.line, word
+                    self.line, self.word = spec.line, word
                 self.jobs += 1
-            yield entry
+            yield spec
 
-    def notice(self, name: str) -> str | None:
-        """The warning for the list called `name`; None if there is nothing to warn about."""
+    def build_notice(self, name: str) -> str | None:
+        """Return the warning for the list `name`; None if no prompt has such words."""
         if not self.jobs:
             return None
         count = "1 prompt has" if self.jobs == 1 else f"{self.jobs} prompts have"

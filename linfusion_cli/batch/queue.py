@@ -1,4 +1,4 @@
-"""From a list to jobs in the order in which they run: those that share a model together."""
+"""Turn a list into jobs, in the order in which they run: jobs that share a model run together."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 from linfusion_cli import images
 from linfusion_cli.batch.filenames import FilenameRegistry, FilenameTemplate
-from linfusion_cli.batch.parsers.parsers import MAX_PROBLEM_CHARS, JobSpec
+from linfusion_cli.batch.parsers.job_spec import MAX_PROBLEM_CHARS, JobSpec
 from linfusion_cli.batch.shard import Shard
 from linfusion_cli.core.errors import LinfusionError
 from linfusion_cli.core.text import shorten
 from linfusion_cli.settings.request import ImageRequest
 
-Build = Callable[[Mapping[str, Any]], tuple[dict[str, str], ImageRequest]]
+BuildRequest = Callable[[Mapping[str, Any]], tuple[dict[str, str], ImageRequest]]
 
+# Jobs with the same values of these settings use the same networks.
 MODEL_SETTINGS = (
     "model",
     "linfusion",
@@ -32,98 +33,109 @@ MODEL_SETTINGS = (
     "dtype",
     "device",
 )
-REPORT_SUFFIX = ".json"  # after the picture's name, suffix and all: no two pictures have one report
-PROMPT_LETTERS = 120  # of a prompt that are told
+REPORT_SUFFIX = ".json"  # appended to the full name of the image: a.png and a.tif have different reports
+MAX_PROMPT_CHARS = 120  # of the prompt in the results file
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A picture to be made: place in the list and line, what it says, its file's name; or the `problem` why not.
+    """An image to make: its index and line in the list, its settings and file names, or its `problem`.
 
-    The request is made when it is needed: of a hundred thousand jobs only what they say is kept.
+    The request is built when the job runs: only settings are kept for a hundred thousand jobs.
     """
 
     index: int
     line: int
     values: Mapping[str, Any]
-    listing: JobQueue
+    queue: JobQueue
     name: str = ""
     preview: str = ""
     seed: int | None = None
     group: int = -1
     problem: str = ""
 
-    def request(self) -> tuple[dict[str, str], ImageRequest]:
-        """What is asked for; before it, where each setting came from."""
-        origins, request = self.listing.build(self.values)
-        return origins, replace(request, output=self.output, preview=self._path(self.preview))
+    def build_request(self) -> tuple[dict[str, str], ImageRequest]:
+        """Return the origin of each setting, and the request."""
+        origins, request = self.queue.build_request(self.values)
+        assert self.output is not None  # a job without a problem has a name
+        return origins, replace(request, output=self.output, preview=self._build_path(self.preview))
 
     @property
     def output(self) -> Path | None:
-        """Its file."""
-        return self._path(self.name)
+        """The path of the image; None for a job with a problem."""
+        return self._build_path(self.name)
 
     @property
     def prompt(self) -> str:
-        """As far as it is told of."""
-        return shorten(self.values.get("prompt", ""), PROMPT_LETTERS)
+        """The start of the prompt."""
+        return shorten(self.values.get("prompt", ""), MAX_PROMPT_CHARS)
 
-    def _path(self, name: str) -> Path | None:
-        return self.listing.folder / name if name else None
+    def _build_path(self, name: str) -> Path | None:
+        return self.queue.folder / name if name else None
 
 
 @dataclass(frozen=True)
 class JobQueue:
-    """How a list becomes jobs: whose names they get, the seeds that multiply them, and this machine's part of them."""
+    """The settings that turn a list into jobs.
 
-    build: Build
+    build_request: build the request of a job from its settings, without file names.
+    folder, template: the output folder, and the file names of jobs without an output.
+    seeds: every job without a seed runs once with each of these.
+    shard: the part of the list that this machine runs.
+    reports: True to reserve file names for reports too.
+    """
+
+    build_request: BuildRequest
     folder: Path
     template: FilenameTemplate
     seeds: tuple[int, ...] = ()
     shard: Shard = Shard()
     reports: bool = False
 
-    def jobs(self, entries: Iterable[JobSpec]) -> list[Job]:
-        """This machine's jobs: first those that cannot run, then by model, in the order of the list."""
-        names, groups = FilenameRegistry(self.folder), {}
-        listed = (self._job(*numbered, names, groups) for numbered in self._multiplied(entries))
-        mine = [job for place, job in enumerate(listed) if self.shard.has(place)]
-        return sorted(mine, key=lambda job: job.group)
+    def build_jobs(self, specs: Iterable[JobSpec]) -> list[Job]:
+        """Return the jobs of this machine: invalid ones first, then by model, otherwise in the order of the list."""
+        filenames = FilenameRegistry(self.folder)
+        groups: dict[tuple, int] = {}
+        jobs = (self._build_job(index, spec, filenames, groups) for index, spec in self._expand_seeds(specs))
+        own_jobs = [job for position, job in enumerate(jobs) if self.shard.contains(position)]
+        return sorted(own_jobs, key=lambda job: job.group)
 
-    def _multiplied(self, entries: Iterable[JobSpec]) -> Iterator[tuple[int, JobSpec]]:
-        """Place in the list, from 1, and entry, once for each seed, unless it has one of its own."""
-        for index, entry in enumerate(entries, 1):
-            if entry.problem or not self.seeds or "seed" in entry.values:
-                yield index, entry
+    def _expand_seeds(self, specs: Iterable[JobSpec]) -> Iterator[tuple[int, JobSpec]]:
+        """Yield the index in the list, from 1, and the job: once per seed if the job has no seed."""
+        for index, spec in enumerate(specs, 1):
+            if spec.problem or not self.seeds or "seed" in spec.values:
+                yield index, spec
             else:
                 for seed in self.seeds:
-                    yield index, replace(entry, values=entry.values | {"seed": seed})
+                    yield index, replace(spec, values=spec.values | {"seed": seed})
 
-    def _job(self, index: int, entry: JobSpec, names: FilenameRegistry, groups: dict[tuple, int]) -> Job:
-        values = {name: value for name, value in entry.values.items() if name not in ("output", "preview")}
-        job = Job(index, entry.line, values, self, problem=entry.problem)
-        if entry.problem:
+    def _build_job(self, index: int, spec: JobSpec, filenames: FilenameRegistry, groups: dict[tuple, int]) -> Job:
+        values = {name: value for name, value in spec.values.items() if name not in ("output", "preview")}
+        job = Job(index, spec.line, values, self, problem=spec.problem)
+        if spec.problem:
             return job
         try:
-            _, request = self.build(values)
+            _, request = self.build_request(values)
             job = replace(job, seed=request.seed)
-            output, preview = self._files(index, entry, request, names)
+            output, preview = self._reserve_files(index, spec, request, filenames)
         except LinfusionError as error:
             return replace(job, problem=shorten(str(error), MAX_PROBLEM_CHARS))
-        models = tuple(getattr(request, name) for name in MODEL_SETTINGS)
-        return replace(job, name=output, preview=preview, group=groups.setdefault(models, len(groups)))
+        model_key = tuple(getattr(request, name) for name in MODEL_SETTINGS)
+        return replace(job, name=output, preview=preview, group=groups.setdefault(model_key, len(groups)))
 
-    def _files(self, index: int, entry: JobSpec, request: ImageRequest, names: FilenameRegistry) -> tuple[str, str]:
-        """The picture's file and that of its preview, if it wants one; both are refused to all jobs that follow."""
-        output = entry.values.get("output") or self.template.name(index, request)
-        names.take(output, entry.line)
-        images.format_for(output, request.format)
+    def _reserve_files(
+        self, index: int, spec: JobSpec, request: ImageRequest, filenames: FilenameRegistry
+    ) -> tuple[str, str]:
+        """Return the names of the image and its preview ("" for none); no later job can use any file of this job."""
+        output = spec.values.get("output") or self.template.format(index, request)
+        filenames.reserve(output, spec.line)
+        images.resolve_format(output, request.format)
         if request.save_phases:
-            names.take_phases(output, entry.line)
+            filenames.reserve_phases(output, spec.line)
         if self.reports:
-            names.take(output + REPORT_SUFFIX, entry.line)
-        preview = entry.values.get("preview", "")
+            filenames.reserve(output + REPORT_SUFFIX, spec.line)
+        preview = spec.values.get("preview", "")
         if preview:
-            names.take(preview, entry.line)
-            images.format_for(preview)
+            filenames.reserve(preview, spec.line)
+            images.resolve_format(preview)
         return output, preview

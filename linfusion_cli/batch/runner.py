@@ -1,4 +1,4 @@
-"""The story of a batch: job after job, each recorded when it is over, and none the end of another."""
+"""Run the jobs of a batch one after the other, and log each result. A failed job does not stop the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from linfusion_cli.batch.parsers.parsers import MAX_PROBLEM_CHARS
+from linfusion_cli.batch.parsers.job_spec import MAX_PROBLEM_CHARS
 from linfusion_cli.batch.queue import Job
 from linfusion_cli.batch.results import JobResult, ResultsLog, Status, Summary
 from linfusion_cli.core.errors import (
@@ -24,130 +24,142 @@ from linfusion_cli.core.errors import (
 from linfusion_cli.core.events import JobStarted, Observer
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.text import shorten
-from linfusion_cli.hardware.failures import explained
+from linfusion_cli.hardware.torch_errors import translate_error
+from linfusion_cli.images.read.source import SourceImage
 from linfusion_cli.models.cache import ModelCache
-from linfusion_cli.run.inputs.source_image import open_source
+from linfusion_cli.run.inputs.source_image import resolve_source_image
 from linfusion_cli.run.outputs.existing import find_existing
 from linfusion_cli.run.pipeline import run_pipeline
 from linfusion_cli.run.progress.recorder import RunRecorder
 from linfusion_cli.settings.request import ImageRequest, UpscaleRequest
 
-MAX_FAILURES = 10_000  # failures that are remembered until the end: the record has all
+MAX_FAILURES = 10_000  # kept in memory until the end; the results file has all of them
 
-Make = Callable[[ImageRequest, Mapping[str, str], Observer, ModelCache], RunReport | None]
+# Run a job and return its report; None if a dry run only plans it.
+JobFunction = Callable[[ImageRequest, Mapping[str, str], Observer, ModelCache], RunReport | None]
 
 
 def run_job(
     request: ImageRequest, origins: Mapping[str, str], observer: Observer, model_cache: ModelCache
 ) -> RunReport:
-    """The picture of a job, unless it is there."""
-    request, image = open_source(request) if isinstance(request, UpscaleRequest) else (request, None)
+    """Make the image of a job unless it is already complete."""
+    request, image = resolve_job_source(request)
     return run_pipeline(request, image, origins, observer, model_cache, keep_complete=True)
 
 
 def dry_run_job(
     request: ImageRequest, origins: Mapping[str, str], observer: Observer, model_cache: ModelCache
 ) -> RunReport | None:
-    """As `made`, but what is not there is only told of, with None; raises CannotCreate where another file is."""
-    request, image = open_source(request) if isinstance(request, UpscaleRequest) else (request, None)
-    found = find_existing(request, image, RunRecorder(observer), model_cache, keep_complete=True).report
-    if found is None and os.path.lexists(request.output) and not request.overwrite:
-        raise CannotCreateOutput(
-            f"{request.output} exists, and is another picture.", "Add --overwrite, or name another."
-        )
-    return found
+    """Return the report of an image that is already complete; None if it would be made.
+
+    Raises CannotCreateOutput if the output is another file.
+    """
+    request, image = resolve_job_source(request)
+    report = find_existing(request, image, RunRecorder(observer), model_cache, keep_complete=True).report
+    if report is None and os.path.lexists(request.output) and not request.overwrite:
+        reason = f"{request.output} exists and is another image."
+        raise CannotCreateOutput(reason, "Add --overwrite, or choose another name.")
+    return report
+
+
+def resolve_job_source(request: ImageRequest) -> tuple[ImageRequest, SourceImage | None]:
+    """Return the request and the source image of an upscale; None for the image of other requests."""
+    return resolve_source_image(request) if isinstance(request, UpscaleRequest) else (request, None)
 
 
 @dataclass
 class BatchRunner:
-    """How jobs are carried out, and what has come of them; lists may follow one another, as with --watch.
+    """Run jobs and collect their results; `run` can be called for several lists, as with --watch.
 
-    `make` makes a picture, or does not, for a dry run, which has no `record`. `told` gets every outcome, with the
-    report of a picture that is complete; `explain` makes a sentence of a bug of ours.
+    execute: run one job.
+    results_log: the results file; None for a dry run.
+    on_result: called with each result, and the report of a complete image.
+    describe_bug: return a sentence on an unexpected exception.
+    stop_on_error: stop after the first job that fails.
     """
 
-    make: Make
-    record: ResultsLog | None
+    execute: JobFunction
+    results_log: ResultsLog | None
     observer: Observer
-    told: Callable[[JobResult, RunReport | None], None]
-    explain: Callable[[Exception], str]
+    on_result: Callable[[JobResult, RunReport | None], None]
+    describe_bug: Callable[[Exception], str]
     stop_on_error: bool = False
-    tally: Summary = field(default_factory=Summary)
+    summary: Summary = field(default_factory=Summary)
     failures: list[JobResult] = field(default_factory=list)
     _model_cache: ModelCache = field(default_factory=ModelCache)
 
-    def run(self, jobs: list[Job], source: str) -> Summary:
-        """Carry out the `jobs` of the list `source` -> what came of them; raises Stopped, or WriteFailed of the record.
+    def run(self, jobs: list[Job], list_name: str) -> Summary:
+        """Run the jobs of a list and return a summary of this list.
 
-        With `stop_on_error`, those after the first that fails are left.
+        Raises Stopped, or WriteFailed if the results file cannot be written.
         """
-        tally = Summary()
+        summary = Summary()
         for number, job in enumerate(jobs, 1):
             if job.name:
                 self.observer(JobStarted(number, len(jobs), job.name))
-            outcome, report = self._carried_out(job, source)
-            if self.record is not None:
-                self.record.append(outcome)
-            for one in (tally, self.tally):
-                one.count(outcome)
-            if outcome.status == "failed" and len(self.failures) < MAX_FAILURES:
-                self.failures.append(outcome)
-            self.told(outcome, report)
-            if self.stop_on_error and outcome.status == "failed":
+            result, report = self._run_job(job, list_name)
+            if self.results_log is not None:
+                self.results_log.append(result)
+            summary.add(result)
+            self.summary.add(result)
+            if result.status == "failed" and len(self.failures) < MAX_FAILURES:
+                self.failures.append(result)
+            self.on_result(result, report)
+            if self.stop_on_error and result.status == "failed":
                 break
-        return tally
+        return summary
 
-    def _carried_out(self, job: Job, source: str) -> tuple[JobResult, RunReport | None]:
-        began, report = time.monotonic(), None
+    def _run_job(self, job: Job, list_name: str) -> tuple[JobResult, RunReport | None]:
+        started, report = time.monotonic(), None
         status: Status = "failed"
-        exit_code, error = 0, None
+        exit_code, message = 0, None
         try:
-            report = self._report(job)
+            report = self._execute(job)
             status = "planned" if report is None else "skipped" if report.already_complete else "done"
-        except LinfusionError as wrong:
-            if isinstance(wrong, OutOfMemory | DeviceFailed):
-                self._model_cache.drop()  # to make room, or as it cannot be read any more
-            status = "held" if isinstance(wrong, TemporaryFailure) else "failed"
-            exit_code, error = wrong.exit_code, str(wrong)
-        except Exception as wrong:  # noqa: BLE001 - what one job meets, a bug of ours too, does not end the others
-            self._model_cache.drop()  # in which state it is, nobody knows
-            exit_code, error = self._of_a_bug(wrong)
-        outcome = JobResult(
-            list=source,
+        except LinfusionError as error:
+            if isinstance(error, OutOfMemory | DeviceFailed):
+                self._model_cache.drop()  # to free memory, or because the device cannot be read any more
+            status = "locked" if isinstance(error, TemporaryFailure) else "failed"
+            exit_code, message = error.exit_code, str(error)
+        except Exception as error:  # noqa: BLE001 - a bug in one job must not stop the others
+            self._model_cache.drop()  # the models may be in an undefined state
+            exit_code, message = self._describe_error(error)
+        result = JobResult(
+            list=list_name,
             index=job.index,
             line=job.line,
             status=status,
             exit_code=exit_code,
-            error=None if error is None else shorten(error, MAX_PROBLEM_CHARS),
+            error=None if message is None else shorten(message, MAX_PROBLEM_CHARS),
             output=None if job.output is None else str(job.output),
-            seconds=round(time.monotonic() - began, 3),
+            seconds=round(time.monotonic() - started, 3),
             peak_host_bytes=report and report.peak_host_bytes,
             peak_device_bytes=report and report.peak_device_bytes,
             prompt=job.prompt or None,
             seed=job.seed,
             time=datetime.now().astimezone().isoformat(timespec="seconds"),
         )
-        return outcome, report
+        return result, report
 
-    def _report(self, job: Job) -> RunReport | None:
-        """Of the picture of `job`, None where it was not to be made; raises what speaks against it."""
+    def _execute(self, job: Job) -> RunReport | None:
+        """Return the report of the job; None if it is only planned. Raises UsageError for an invalid job."""
         if job.problem:
             raise UsageError(job.problem)
-        origins, request = job.request()
-        if self.record is not None:
+        origins, request = job.build_request()
+        if self.results_log is not None:
             make_folder(request.output.parent)
-        return self.make(request, origins, self.observer, self._model_cache)
+        return self.execute(request, origins, self.observer, self._model_cache)
 
-    def _of_a_bug(self, wrong: Exception) -> tuple[int, str]:
-        known = explained(wrong)
-        return (EXIT_BUG, self.explain(wrong)) if known is None else (known.exit_code, str(known))
+    def _describe_error(self, error: Exception) -> tuple[int, str]:
+        """Return the exit code and the message of an error that is not a LinfusionError."""
+        known = translate_error(error)
+        return (EXIT_BUG, self.describe_bug(error)) if known is None else (known.exit_code, str(known))
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a picture, where it is missing; raises CannotCreate."""
+    """Create the folder of an image if it is missing; raise CannotCreateOutput."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CannotCreateOutput(
-            f"The folder {folder} cannot be made ({error.strerror}).", "Name another one."
-        ) from error
+        reason = f"The folder {folder} cannot be created ({error.strerror})."
+        raise CannotCreateOutput(reason, "Choose another one.") from error

@@ -1,6 +1,6 @@
-"""A folder into which lists of jobs are put: taken when nobody writes them any more, put aside when they are done.
+"""Watch a folder for job lists: process each one when it is completely written, then move it to a subfolder.
 
-Lists are known by their suffixes. Other files, notes or images, stay where they are.
+Lists are recognised by their suffix. All other files, such as notes or images, stay in place.
 """
 
 from __future__ import annotations
@@ -12,93 +12,94 @@ from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
-from linfusion_cli.batch.filenames import RESULTS
-from linfusion_cli.batch.parsers.list_format import LIST_NAMES, has_list_suffix
+from linfusion_cli.batch.filenames import RESULTS_NAME
+from linfusion_cli.batch.parsers.list_format import SUFFIX_HINT, has_list_suffix
 from linfusion_cli.core.errors import CannotCreateOutput, InputNotFound
 from linfusion_cli.core.events import Notice, Observer, ignore_event
-from linfusion_cli.core.fs import rename_noreplace, unique_names
-from linfusion_cli.core.units import is_folder
+from linfusion_cli.core.fs import is_folder, rename_noreplace, unique_names
 
 POLL_SEC = 1.0
-UNFINISHED = (".part", ".tmp")  # as what is being copied here is called
+TEMP_SUFFIXES = (".part", ".tmp")  # of files that are being copied
 DONE, FAILED = "done", "failed"
-NOT_A_LIST = "{} is not a list of jobs, and stays where it is. " + LIST_NAMES
+NOT_A_LIST = "{} is not a job list and stays in place. " + SUFFIX_HINT
 
-Stamp = tuple[int, int, int]
+Stamp = tuple[int, int, int]  # size, modification time and inode
 
 
 class Inbox:
-    """The folder, and what its files looked like at the last look. `observer` is notified of other files."""
+    """The watched folder, and the state of its files at the last scan; `observer` is notified of other files."""
 
     def __init__(self, folder: Path, observer: Observer):
-        """Makes the folders for what is done; raises InputMissing or CannotCreate."""
+        """Create the subfolders for processed lists; raise InputNotFound or CannotCreateOutput."""
         if not is_folder(folder):
             raise InputNotFound(f"The folder {folder} does not exist.", "Create it first.")
         try:
             for name in (DONE, FAILED):
                 (folder / name).mkdir(exist_ok=True)
         except OSError as error:
-            raise CannotCreateOutput(f"{folder} refuses a folder ({error.strerror}).", "Name another one.") from error
+            reason = f"Subfolders of {folder} cannot be created ({error.strerror})."
+            raise CannotCreateOutput(reason, "Choose another folder.") from error
         self._folder, self._observer = folder, observer
         self._seen: dict[Path, Stamp] = {}
-        self._left: dict[Path, Stamp] = {}  # ignored until they change: other files, and lists that cannot be moved
+        self._ignored: dict[Path, Stamp] = {}  # until they change: other files, and lists that cannot be moved
 
-    def ready(self) -> list[Path]:
-        """The lists that have stood still since the last look, in the order of their names."""
-        now = dict(self._looks())
-        still = [path for path, stamp in now.items() if self._seen.get(path) == stamp != self._left.get(path)]
+    def find_ready(self) -> list[Path]:
+        """Return the lists that have not changed since the last scan, sorted by name."""
+        now = dict(self._scan())
+        unchanged = [path for path, stamp in now.items() if self._seen.get(path) == stamp != self._ignored.get(path)]
         self._seen = now
-        return [path for path in sorted(still) if self._is_list(path)]
+        return [path for path in sorted(unchanged) if self._check_list(path)]
 
-    def _is_list(self, path: Path) -> bool:
-        """Whether `path` may be a list; if not, it is warned about, and left until it changes."""
-        is_record = RESULTS.fullmatch(path.name) is not None  # our own, where --output-dir is this folder
-        if has_list_suffix(path.name) and not is_record:
+    def _check_list(self, path: Path) -> bool:
+        """Return True if `path` can be a list; otherwise warn about it, and ignore it until it changes."""
+        is_results = RESULTS_NAME.fullmatch(path.name) is not None  # of a batch with this folder as --output-dir
+        if has_list_suffix(path.name) and not is_results:
             return True
-        self._left[path] = self._seen[path]
-        if not is_record:
+        self._ignored[path] = self._seen[path]
+        if not is_results:
             self._observer(Notice(NOT_A_LIST.format(path)))
         return False
 
-    def put_aside(self, path: Path, name: str) -> None:
-        """Move a list that was seen into the folder `name`, unless it has changed meanwhile: then it is another one."""
+    def move(self, path: Path, name: str) -> None:
+        """Move a processed list to the subfolder `name`, unless it has changed since: then it is a new list."""
         stamp = self._seen[path]
-        if dict(self._looks()).get(path) != stamp:
+        if dict(self._scan()).get(path) != stamp:
             return
         try:
-            free = self._folder / name / path.name
-            next(filter(lambda name: rename_noreplace(path, name), chain([free], unique_names(free))))
+            target = self._folder / name / path.name
+            next(filter(lambda name: rename_noreplace(path, name), chain([target], unique_names(target))))
         except OSError:
-            self._left[path] = stamp
+            self._ignored[path] = stamp
 
-    def _looks(self) -> Iterator[tuple[Path, Stamp]]:
+    def _scan(self) -> Iterator[tuple[Path, Stamp]]:
         try:
-            found = list(os.scandir(self._folder))
-        except OSError:  # a share that is away for a moment
+            entries = list(os.scandir(self._folder))
+        except OSError:  # a network share that is temporarily unavailable
             return
-        for one in found:
-            if one.name.startswith(".") or one.name.endswith(UNFINISHED):
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name.endswith(TEMP_SUFFIXES):
                 continue
             try:
-                stat = one.stat()
-                if one.is_file():
-                    yield Path(one.path), (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-            except OSError:  # gone already
+                stat = entry.stat()
+                if entry.is_file():
+                    yield Path(entry.path), (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+            except OSError:  # deleted since
                 continue
 
 
 def watch(
     folder: Path,
-    carried_out: Callable[[Path], bool],
+    process: Callable[[Path], bool],
     pause: Callable[[float], None] = time.sleep,
     observer: Observer = ignore_event,
 ) -> NoReturn:
-    """Hand `carried_out` every list that appears, which says whether all went well; ends by what stops the process.
+    """Call `process` with every list that appears, until a signal stops the process.
 
-    `observer` is notified once of each file that is not a list, and again if it changes.
+    process: run the list and return True if all its jobs succeeded.
+    observer: is notified once of each file that is not a list, and again if that file changes.
     """
     inbox = Inbox(folder, observer)
     while True:
-        for path in inbox.ready():
-            inbox.put_aside(path, DONE if carried_out(path) else FAILED)
+        for path in inbox.find_ready():
+            inbox.move(path, DONE if process(path) else FAILED)
         pause(POLL_SEC)

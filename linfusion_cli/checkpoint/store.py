@@ -1,7 +1,10 @@
-"""The state of a run, beside its output: saved so that a process killed at any moment leaves the last good state.
+"""Store the state of a run next to its output. A process killed at any moment leaves the last good state.
 
-A folder `NAME.linfusion` holds `journal.json` and the files of tensors that this names, with their SHA-256. A new state
-is a new file, synced, and then a new `journal.json`, renamed over the old one: that is the moment in which it counts.
+The folder `NAME.linfusion` holds `checkpoint.json` and the safetensors files that it names, with their SHA-256. Saving
+writes and syncs new tensor files, writes a new manifest, and renames it over the old one: the rename commits the state.
+
+The manifest is `{"sha256": S, "entry": {"schema", "linfusion", "metadata", "state"}}`, with S the digest of `entry`.
+Every schema keeps this envelope: each version has to recognise the checkpoints of the others.
 """
 
 from __future__ import annotations
@@ -17,181 +20,230 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linfusion_cli.core.errors import CannotCreateOutput, WriteFailed
-from linfusion_cli.core.fs import create_error, open_locked, sibling, sync_folder
-from linfusion_cli.core.units import is_file, is_folder
+from linfusion_cli import __version__
+from linfusion_cli.core.errors import CannotCreateOutput, UsageError, WriteFailed
+from linfusion_cli.core.fs import build_sibling_path, create_error, is_file, is_folder, open_locked, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA = 1
-MANIFEST, LOCK, TENSORS, UNFINISHED = "journal.json", "lock", ".safetensors", ".part"
-OURS = re.compile(rf"\d+{re.escape(TENSORS)}|{re.escape(MANIFEST + UNFINISHED)}")
-TENSOR_KEY = "tensor"  # {"tensor": NAME} stands in the manifest for a tensor of a part's file
+SCHEMA = 2
+MANIFEST, LOCK_FILE, TENSOR_SUFFIX, TEMP_SUFFIX = "checkpoint.json", "lock", ".safetensors", ".part"
+OLD_MANIFEST = "journal.json"  # of schema 1
+OWN_FILES = re.compile(
+    rf"\d+{re.escape(TENSOR_SUFFIX)}|(?:{re.escape(MANIFEST)}|{re.escape(OLD_MANIFEST)}){re.escape(TEMP_SUFFIX)}"
+)
+TENSOR_KEY = "tensor"  # {"tensor": NAME} in the manifest refers to a tensor in the section's file
 
 
 class DamagedCheckpoint(Exception):
-    """What is in a journal cannot be what was saved; the text says what is wrong."""
+    """The content of a checkpoint is not the saved content; the message describes the damage."""
+
+
+class IncompatibleCheckpoint(UsageError):
+    """The checkpoint has another schema, or another version of linfusion wrote it."""
+
+    def __init__(self, folder: Path, details: str):
+        hint = "Finish it with the version that wrote it, or add --fresh to start over."
+        super().__init__(f"{folder} holds a checkpoint {details}.", hint)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a journal says: JSON values about the run (`head`), and the parts of its state, which may hold tensors."""
+    """The content of a checkpoint: JSON values that describe the run, and its state by section.
 
-    head: Mapping[str, Any]
-    parts: Mapping[str, Mapping[str, Any]]
+    A section is a dict of JSON values, tensors, and lists and dicts of these.
+    """
+
+    metadata: Mapping[str, Any]
+    state: Mapping[str, Mapping[str, Any]]
 
 
 class CheckpointStore:
-    """The journal of the run that makes `target`, in `folder`, or beside it. To change it one must have it `held`.
+    """The checkpoint of the run that writes `target`, in `folder` or by default next to `target`.
 
-    Parts are dicts of JSON values, tensors, and lists and dicts of these.
+    Hold `lock()` while changing it.
     """
 
     def __init__(self, target: Path, folder: Path | None = None):
-        self.target, self.folder = target, folder or sibling(target, "{}.linfusion")
+        self.target, self.folder = target, folder or build_sibling_path(target, "{}.linfusion")
         self.saved_bytes = 0
-        self._files: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}  # name -> the part saved, its record
+        # The sections as saved last: name -> the section and its record in the manifest.
+        self._saved: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}
 
     def has_folder(self) -> bool:
-        """Whether a run that was killed, or still goes on, has left anything."""
+        """Return True if the folder exists: a run is active or was killed."""
         return is_folder(self.folder)
 
     def exists(self) -> bool:
-        """Whether a run has left a state."""
-        return is_file(self.folder / MANIFEST)
+        """Return True if the folder holds a checkpoint, in any format."""
+        return is_file(self.folder / MANIFEST) or is_file(self.folder / OLD_MANIFEST)
 
     @contextmanager
-    def held(self) -> Iterator[CheckpointStore]:
-        """Have it, and with it the target, for oneself; a folder without a state goes at the end.
+    def lock(self) -> Iterator[CheckpointStore]:
+        """Hold the lock of the folder; on exit, remove the folder if it holds no checkpoint.
 
-        Raises TryAgain where another run has it, CannotCreate where there can be none.
+        Raises TemporaryFailure if another run holds the lock, CannotCreateOutput if the folder cannot be created.
         """
-        fd = self._locked()
+        fd = self._open_lock()
         try:
             yield self
         finally:
             if not self.exists():
-                self._sweep()
+                self.prune()
                 with suppress(OSError):
-                    (self.folder / LOCK).unlink()
+                    (self.folder / LOCK_FILE).unlink()
                     self.folder.rmdir()
             os.close(fd)
 
     def read(self) -> Checkpoint | None:
-        """What was saved last, None if nothing was; raises Damaged."""
-        with _damage():
+        """Return the last saved checkpoint; None if the folder is empty or missing.
+
+        Raises DamagedCheckpoint, or IncompatibleCheckpoint for one of another schema or version of linfusion.
+        """
+        with _catch_read_errors():
+            if is_file(self.folder / OLD_MANIFEST):
+                raise self._build_schema_error(1)
             if not self.exists():
                 return None
-            kept = self._manifest()
-            if kept["sha256"] != _digest(kept["entry"]):
-                raise DamagedCheckpoint(f"the checksum of {MANIFEST} is wrong")
-            return Checkpoint(
-                kept["entry"]["head"], {name: self._load(it) for name, it in kept["entry"]["parts"].items()}
-            )
+            entry = self._read_entry()
+            if entry["schema"] != SCHEMA:
+                raise self._build_schema_error(entry["schema"])
+            if entry["linfusion"] != __version__:
+                details = f"written by linfusion {entry['linfusion']} (this is {__version__})"
+                raise IncompatibleCheckpoint(self.folder, details)
+            state = {name: self._load_section(record) for name, record in entry["state"].items()}
+            return Checkpoint(entry["metadata"], state)
 
-    def save(self, head: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Make this what `read` finds. A part that is the object saved last is not written again. Raises WriteFailed,
-        and then the state before is still there."""
-        with self._disk_errors():
+    def save(self, metadata: Mapping[str, Any], state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replace the checkpoint.
+
+        A section that is the same object as in the last save is not written again. Raises WriteFailed; the previous
+        checkpoint is then intact.
+        """
+        with self._catch_write_errors():
             try:
-                files = {name: self._kept(name, part) for name, part in parts.items()}
-                entry = {"head": head, "parts": {name: record for name, (_, record) in files.items()}}
-                self._write_manifest(json.dumps({"sha256": _digest(entry), "entry": entry}))
-                self._files = files
+                sections = {name: self._save_section(name, section) for name, section in state.items()}
+                records = {name: record for name, (_, record) in sections.items()}
+                entry = {"schema": SCHEMA, "linfusion": __version__, "metadata": metadata, "state": records}
+                self._write_manifest(json.dumps({"sha256": _compute_digest(entry), "entry": entry}))
+                self._saved = sections
             finally:
-                self._sweep()
+                self.prune()
 
     def remove(self) -> None:
-        """Forget the state; raises WriteFailed."""
-        with self._disk_errors():
-            (self.folder / MANIFEST).unlink(missing_ok=True)  # first: without it the rest is nothing
-        self._sweep()
+        """Delete the checkpoint, in any format; raises WriteFailed."""
+        with self._catch_write_errors():
+            for name in (MANIFEST, OLD_MANIFEST):  # first: without a manifest the other files have no meaning
+                (self.folder / name).unlink(missing_ok=True)
+        self.prune()
 
     def quarantine(self) -> Path:
-        """Move it out of the way -> where it is now; raises WriteFailed."""
-        with self._disk_errors():
-            names = (sibling(self.folder, f"{{}}.aside-{number}") for number in count(1))
-            aside = next(path for path in names if not os.path.lexists(path))
-            aside.mkdir()
-            for path in [path for path in self.folder.iterdir() if path.name != LOCK]:
-                path.rename(aside / path.name)
-            return aside
+        """Move the checkpoint to a new folder and return that folder; raises WriteFailed."""
+        with self._catch_write_errors():
+            names = (build_sibling_path(self.folder, f"{{}}.aside-{number}") for number in count(1))
+            folder = next(path for path in names if not os.path.lexists(path))
+            folder.mkdir()
+            for path in [path for path in self.folder.iterdir() if path.name != LOCK_FILE]:
+                path.rename(folder / path.name)
+            return folder
 
-    def _kept(self, name: str, part: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
-        """The part and where its tensors are, which are written now unless they are there."""
-        if name in self._files and self._files[name][0] is part:
-            return self._files[name]
+    def prune(self) -> None:
+        """Delete own files that the manifest does not name: of earlier states, and of failed saves.
+
+        Delete nothing if the manifest cannot be read or has another schema.
+        """
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            named = self._list_tensor_files()
+            for path in list(self.folder.iterdir()):
+                if path.name not in named and OWN_FILES.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
+    def _list_tensor_files(self) -> set[str]:
+        """Return the names of the tensor files in the manifest; raise an error if it cannot be read."""
+        if not self.exists():
+            return set()
+        entry = json.loads((self.folder / MANIFEST).read_bytes())["entry"]
+        if entry["schema"] != SCHEMA or is_file(self.folder / OLD_MANIFEST):
+            raise ValueError("another schema")
+        return {record["file"] for record in entry["state"].values()}
+
+    def _save_section(self, name: str, section: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """Return the section and its record, after writing its tensors unless the last save did."""
+        if name in self._saved and self._saved[name][0] is section:
+            return self._saved[name]
         tensors: dict[str, Tensor] = {}
-        values = _packed(part, "", tensors)
-        return part, {"values": values} | self._write_tensors(tensors)
+        values = _pack(section, "", tensors)
+        return section, {"values": values} | self._write_tensors(tensors)
 
     def _write_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         from safetensors.torch import save
 
-        taken = {path.name for path in self.folder.iterdir()}
-        name = next(name for number in count(1) if (name := f"{number}{TENSORS}") not in taken)
+        existing = {path.name for path in self.folder.iterdir()}
+        name = next(name for number in count(1) if (name := f"{number}{TENSOR_SUFFIX}") not in existing)
         data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
         _write_synced(self.folder / name, data)
         self.saved_bytes += len(data)
         return {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
 
-    def _load(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def _load_section(self, record: Mapping[str, Any]) -> dict[str, Any]:
         from safetensors.torch import load
 
         data = (self.folder / record["file"]).read_bytes()
         if hashlib.sha256(data).hexdigest() != record["sha256"]:
             raise DamagedCheckpoint(f"the checksum of {record['file']} is wrong")
-        # Cloned: torch's results depend on how a tensor lies in memory.
-        return _unpacked(record["values"], {name: tensor.clone() for name, tensor in load(data).items()})
+        # Cloned: the results of torch depend on the alignment of a tensor in memory.
+        return _unpack(record["values"], {name: tensor.clone() for name, tensor in load(data).items()})
 
-    def _manifest(self) -> dict[str, Any]:
-        return json.loads((self.folder / MANIFEST).read_bytes())
+    def _read_entry(self) -> dict[str, Any]:
+        """Return the entry of the manifest after checking its digest."""
+        manifest = json.loads((self.folder / MANIFEST).read_bytes())
+        if manifest["sha256"] != _compute_digest(manifest["entry"]):
+            raise DamagedCheckpoint(f"the checksum of {MANIFEST} is wrong")
+        return manifest["entry"]
 
     def _write_manifest(self, text: str) -> None:
         path = self.folder / MANIFEST
-        unfinished = path.with_name(MANIFEST + UNFINISHED)
-        _write_synced(unfinished, text.encode())
-        unfinished.replace(path)
+        temporary = path.with_name(MANIFEST + TEMP_SUFFIX)
+        _write_synced(temporary, text.encode())
+        temporary.replace(path)
         sync_folder(self.folder)
 
-    def _locked(self) -> int:
-        """The descriptor of the lock. A run that ends may take the folder away meanwhile: then we make it again."""
+    def _build_schema_error(self, schema: int) -> IncompatibleCheckpoint:
+        age = "an older" if schema < SCHEMA else "a newer"
+        details = f"of {age} format (schema {schema}; this version reads schema {SCHEMA})"
+        return IncompatibleCheckpoint(self.folder, details)
+
+    def _open_lock(self) -> int:
+        """Return the descriptor of the lock. Retry if a run that ends removes the folder in between."""
         while True:
             try:
                 self.folder.mkdir()
                 sync_folder(self.folder.parent)
             except FileExistsError as error:
                 if not is_folder(self.folder):
-                    raise CannotCreateOutput(f"{self.folder} is no folder.", "Move it away.") from error
+                    raise CannotCreateOutput(f"{self.folder} is not a folder.", "Move it away.") from error
             except OSError as error:
                 raise create_error(self.folder.parent, error) from error
             try:
-                return open_locked(self.folder / LOCK, self.target)
+                return open_locked(self.folder / LOCK_FILE, self.target)
             except CannotCreateOutput:
                 if os.path.lexists(self.folder):
                     raise
 
-    def _sweep(self) -> None:
-        """Remove files of ours that the manifest does not name: of older states, and of a saving that failed."""
-        with suppress(OSError, ValueError, LookupError, TypeError):  # one that cannot be read keeps them all
-            named = {record["file"] for record in self._manifest()["entry"]["parts"].values()} if self.exists() else ()
-            for path in list(self.folder.iterdir()):
-                if path.name not in named and OURS.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
-
     @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
+    def _catch_write_errors(self) -> Iterator[None]:
+        """Turn OSError into WriteFailed."""
         try:
             yield
         except OSError as error:
-            message = f"The state of the run could not be kept in {self.folder} ({error.strerror})."
+            message = f"The checkpoint in {self.folder} could not be written ({error.strerror})."
             raise WriteFailed(message, "Free some space there, or check the disk.") from error
 
 
 @contextmanager
-def _damage() -> Iterator[None]:
-    """Whatever reading bytes that are not what they should be may raise, as Damaged."""
+def _catch_read_errors() -> Iterator[None]:
+    """Turn every error that reading damaged bytes can raise into DamagedCheckpoint."""
     from safetensors import SafetensorError
 
     try:
@@ -199,40 +251,41 @@ def _damage() -> Iterator[None]:
     except OSError as error:
         raise DamagedCheckpoint(f"it cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise DamagedCheckpoint(f"it is not what was written ({type(error).__name__})") from error
+        raise DamagedCheckpoint(f"its content is invalid ({type(error).__name__})") from error
 
 
-def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, its tensors put into `tensors` under their paths; raises TypeError for other things."""
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return `value` as JSON values; add its tensors to `tensors` by their path. Raises TypeError for other types."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
         tensors[name] = value
         return {TENSOR_KEY: name}
     if isinstance(value, Mapping):
-        return {key: _packed(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}
+        return {key: _pack(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_packed(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+        return [_pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{name} is a {type(value).__name__}, which no journal keeps")
+    raise TypeError(f"a checkpoint cannot hold {name}: {type(value).__name__}")
 
 
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return `value` with the tensors that it refers to."""
     if isinstance(value, Mapping):
         if value.keys() == {TENSOR_KEY}:
             return tensors[value[TENSOR_KEY]]
-        return {key: _unpacked(item, tensors) for key, item in value.items()}
-    return [_unpacked(item, tensors) for item in value] if isinstance(value, list) else value
+        return {key: _unpack(item, tensors) for key, item in value.items()}
+    return [_unpack(item, tensors) for item in value] if isinstance(value, list) else value
 
 
-def _digest(entry: Any) -> str:
+def _compute_digest(entry: Any) -> str:
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 def _write_synced(path: Path, data: bytes) -> None:
     with path.open("wb", buffering=0) as file:
-        left = memoryview(data)
-        while left:
-            left = left[file.write(left) :]
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[file.write(remaining) :]
         os.fsync(file.fileno())

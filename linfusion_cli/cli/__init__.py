@@ -1,1 +1,1 @@
-"""The command line: options in, requests out, events and errors on the terminal."""
+"""The command line: parses options, runs commands, and shows progress, results and errors."""

@@ -1,7 +1,8 @@
-"""The program `linfusion`: its commands, and the one place where errors become exit codes."""
+"""The program `linfusion`: its commands, and the conversion of errors to messages and exit codes."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -10,20 +11,20 @@ import typer
 
 from linfusion_cli import __version__
 from linfusion_cli.cli.commands import batch, decode, doctor, generate, info, models, plan, presets, upscale
-from linfusion_cli.cli.output import log_file
-from linfusion_cli.cli.output.crash_report import bug_sentence
-from linfusion_cli.cli.output.render import announce, answer
+from linfusion_cli.cli.output.crash_report import report_crash
+from linfusion_cli.cli.output.log_file import close_log
+from linfusion_cli.cli.output.streams import emit_result, log
 from linfusion_cli.core import signals
 from linfusion_cli.core.errors import EXIT_BUG, LinfusionError, Stopped
-from linfusion_cli.hardware.cuda import quiet_start
-from linfusion_cli.hardware.failures import explained
+from linfusion_cli.hardware.cuda import suppress_start_warnings
+from linfusion_cli.hardware.torch_errors import translate_error
 
 app = typer.Typer(
     name="linfusion",
-    help="Ultra-high-resolution pictures, in bounded memory.",
+    help="Generate ultra-high-resolution images in bounded memory.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # markup would eat every [bracket] of the help
+    rich_markup_mode=None,  # rich would interpret [brackets] in help texts as markup
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(generate.command)
@@ -37,66 +38,73 @@ app.command("info")(info.command)
 app.command("doctor")(doctor.command)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        answer(f"linfusion {__version__}")
+def _show_version(requested: bool) -> None:
+    if requested:
+        emit_result(f"linfusion {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def options(
+def program(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Ultra-high-resolution pictures, in bounded memory."""
+    """Generate ultra-high-resolution images in bounded memory."""
 
 
 def main() -> None:
-    """Run the command line and exit with the code that errors.py promises."""
-    have_streams()
-    show_anything()
+    """Run the program and exit with a code of core.errors."""
+    open_missing_streams()
+    accept_any_characters()
     signals.install_handlers()
-    exit_code = guarded()
+    exit_code = run_app()
     signals.ignore_further_signals()
     sys.exit(exit_code)
 
 
-def have_streams() -> None:
-    """What a script closed leads nowhere: or a file of ours takes its number, and what libraries print there."""
+def open_missing_streams() -> None:
+    """Open /dev/null for standard streams that are closed.
+
+    Otherwise the next file that is opened gets the descriptor, and the output of libraries is written to that file.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order they get 0, 1 and 2
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
-def show_anything() -> None:
-    """A prompt or name that a stream cannot show must not end a run; in UTF-8, names pass as the bytes they are."""
+def accept_any_characters() -> None:
+    """Make stdout and stderr accept text that they cannot encode; UTF-8 streams write undecodable names unchanged."""
     for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)  # true until something replaces the interpreter's streams
         stream.reconfigure(errors="surrogateescape" if stream.encoding == "utf-8" else "backslashreplace")
 
 
-def guarded() -> int:
-    """Run the app; every error becomes one clear line on stderr and its exit code, and the log's last line tells it."""
-    exit_code = carried_out()
-    log_file.end(exit_code)
+def run_app() -> int:
+    """Run the app, close the log file, and return the exit code."""
+    exit_code = run_app_without_log()
+    close_log(exit_code)
     return exit_code
 
 
-def carried_out() -> int:
-    """The exit code of the app, with every error said."""
+def run_app_without_log() -> int:
+    """Run the app and return the exit code; each error is reported as one line on stderr and in the log."""
     try:
-        with signals.reraise_stop(), quiet_start():
+        with signals.reraise_stop(), suppress_start_warnings():
             app()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0
     except (LinfusionError, Stopped) as error:
-        return refuse(str(error), error.exit_code)
-    except Exception as error:  # noqa: BLE001 - the boundary: whatever is left is a bug, and is logged as one
-        known = explained(error)
-        return refuse(bug_sentence(error), EXIT_BUG) if known is None else refuse(str(known), known.exit_code)
+        return report_error(str(error), error.exit_code)
+    except Exception as error:  # noqa: BLE001 - any other exception is a bug and gets a crash report
+        known = translate_error(error)
+        if known is None:
+            return report_error(report_crash(error), EXIT_BUG)
+        return report_error(str(known), known.exit_code)
     return 0
 
 
-def refuse(text: str, exit_code: int) -> int:
-    announce(f"linfusion: {text}")
+def report_error(text: str, exit_code: int) -> int:
+    """Log the message of an error and return `exit_code`."""
+    log(f"linfusion: {text}")
     return exit_code

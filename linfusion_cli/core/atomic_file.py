@@ -1,4 +1,4 @@
-"""A file that gets its name only when it is complete."""
+"""Write an output to a temporary file and rename it when it is complete."""
 
 import errno
 import os
@@ -11,19 +11,28 @@ from types import TracebackType
 from typing import Self
 
 from linfusion_cli.core.errors import CannotCreateOutput, WriteFailed
-from linfusion_cli.core.fs import PART, is_same_file, open_locked, rename_noreplace, sibling, sync_folder, unique_names
+from linfusion_cli.core.fs import (
+    PART_PATTERN,
+    build_sibling_path,
+    is_same_file,
+    open_locked,
+    rename_noreplace,
+    sync_folder,
+    unique_names,
+)
 from linfusion_cli.core.units import format_bytes
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class AtomicFile:
-    """A temporary file `.NAME.part` beside its target, locked, and renamed to the target by `commit`.
+    """A locked temporary file `.NAME.part` in the folder of its target, renamed to the target by `commit`.
 
-    Opening checks everything that can be checked before hours of work: raises CannotCreate when the target exists
-    (without `overwrite`), is no regular file, or its folder is missing or refuses, and TryAgain when another process
-    writes the same target. A temporary file left by a killed process is taken over. When the target is a symlink, the
-    file it points to is replaced and the link stays. `bytes_needed` is only used to say how much space was missing.
+    The constructor checks as much as possible before hours of work. It raises CannotCreateOutput if the target exists
+    (without `overwrite`) or is not a regular file, or if its folder is missing or not writable, and TemporaryFailure if
+    another process writes the same target. A temporary file left by a killed process is reused. If the target is a
+    symlink, the file that it points to is replaced and the link stays. `bytes_needed` is used in the error for a full
+    disk only.
     """
 
     def __init__(self, path: str | os.PathLike[str], overwrite: bool = False, bytes_needed: int = 0):
@@ -31,33 +40,36 @@ class AtomicFile:
         self.overwrite = overwrite
         self._bytes_needed = bytes_needed
         self._check_target()
-        self.path = sibling(self.target, PART)
+        self.path = build_sibling_path(self.target, PART_PATTERN)
         self._fd = _open_empty(self.path, self.target)
         self._open = True
         self.position = 0
         try:
-            self._check_target()  # once more: the holder of the lock may have finished a moment ago
+            self._check_target()  # again: the previous holder of the lock may have created the target
         except BaseException:
             self.abort()
             raise
 
     def write(self, data: bytes) -> None:
-        """Append; raises WriteFailed."""
+        """Append `data`; raises WriteFailed."""
         self._write(data, self.position)
         self.position += len(data)
 
     def write_at(self, offset: int, data: bytes) -> None:
-        """Replace bytes that were written before; raises WriteFailed."""
+        """Overwrite bytes that were written before; raises WriteFailed."""
         self._write(data, offset)
 
     def clear(self) -> None:
-        """Forget what was written; raises WriteFailed."""
+        """Truncate the file to zero bytes; raises WriteFailed."""
         with self._disk_errors():
             os.ftruncate(self._fd, 0)
         self.position = 0
 
     def commit(self) -> None:
-        """Sync, rename to the target, sync the folder. Raises WriteFailed, or CannotCreate if the target appeared."""
+        """Sync the file, rename it to the target and sync the folder.
+
+        Raises WriteFailed, or CannotCreateOutput if another process has created the target.
+        """
         with self._disk_errors():
             os.fsync(self._fd)
         self._publish()
@@ -66,7 +78,7 @@ class AtomicFile:
             self._close()
 
     def abort(self) -> None:
-        """Remove the temporary file; harmless after `commit`, never raises."""
+        """Remove the temporary file. Does nothing after `commit`, and never raises."""
         if not self._open:
             return
         with suppress(OSError):
@@ -100,23 +112,22 @@ class AtomicFile:
         except OSError as error:
             raise CannotCreateOutput(f"{self.target} cannot be created: {error.strerror}.") from error
         if stat.S_ISDIR(mode):
-            raise CannotCreateOutput(f"{self.target} is a folder.", "Name a file in it.")
-        if not stat.S_ISREG(mode):  # renaming over /dev/null would remove it
-            raise CannotCreateOutput(f"{self.target} is not a regular file.", "Name a file that can be replaced.")
+            raise CannotCreateOutput(f"{self.target} is a folder.", "Use the name of a file in it.")
+        if not stat.S_ISREG(mode):  # a rename over /dev/null would remove it
+            raise CannotCreateOutput(f"{self.target} is not a regular file.", "Use another file name.")
         if not self.overwrite:
-            raise CannotCreateOutput(f"{self.target} exists.", "Add --overwrite to replace it, or name another file.")
+            raise CannotCreateOutput(f"{self.target} exists.", "Add --overwrite to replace it, or use another name.")
 
     def _publish(self) -> None:
-        """Give the file its final name. If somebody else took that meanwhile, the work is kept beside it."""
+        """Rename the file to the target. If another process has created the target, use the next free name."""
         with self._disk_errors():
             if self.overwrite:
                 self._check_target()
                 self.path.replace(self.target)
             elif not rename_noreplace(self.path, self.target):
                 spare = next(name for name in unique_names(self.target) if rename_noreplace(self.path, name))
-                raise CannotCreateOutput(
-                    f"{self.target} appeared while it was being made.", f"The finished file is {spare}."
-                )
+                reason = f"{self.target} was created by another process during the run."
+                raise CannotCreateOutput(reason, f"The finished file is {spare}.")
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -126,20 +137,21 @@ class AtomicFile:
             raise WriteFailed(*self._explain(error)) from error
 
     def _explain(self, error: OSError) -> tuple[str, str]:
+        """Return the message and the hint for a failed write."""
         folder = self.target.parent
         if error.errno == errno.EFBIG:
-            return f"{self.target} is larger than files may be in {folder}.", "Raise ulimit -f."
-        if error.errno not in NO_SPACE:
+            return f"{self.target} exceeds the file size limit of {folder}.", "Increase the limit (`ulimit -f`)."
+        if error.errno not in NO_SPACE_ERRNOS:
             return f"Writing {self.target} failed: {error.strerror}.", "Check the disk."
         missing = max(self._bytes_needed - self.position, 0)
         more = f"up to {format_bytes(missing)} more are needed" if missing else "more is needed"
-        reason = "the disk quota is used up" if error.errno == errno.EDQUOT else f"{_free(folder)} free"
+        reason = "the disk quota is exhausted" if error.errno == errno.EDQUOT else f"{_format_free_space(folder)} free"
         message = f"No space left in {folder} for {self.target.name}: {reason}, {format_bytes(self.position)} written"
         return f"{message}, {more}.", "Free some space."
 
 
 def resolve_target(path: Path) -> Path:
-    """Where a file called `path` will lie: a link's target; raises CannotCreate for a loop of links."""
+    """Return the absolute path of the file, with a symlink resolved; raises CannotCreateOutput for a loop of links."""
     try:
         return path.resolve() if path.is_symlink() else path.absolute()
     except (OSError, RuntimeError) as error:  # a loop of symlinks
@@ -147,8 +159,11 @@ def resolve_target(path: Path) -> Path:
 
 
 def _open_empty(path: Path, target: Path) -> int:
-    """The descriptor of `path`, locked and empty. A run that was killed between linking and unlinking has left a
-    finished picture under that name: it loses the name, and we try again."""
+    """Open `path` locked and empty, and return the descriptor.
+
+    A run killed between linking and unlinking leaves a finished image under the temporary name too: remove that name
+    and try again, as truncating the file would destroy the image.
+    """
     while True:
         fd = open_locked(path, target)
         if os.fstat(fd).st_nlink == 1:
@@ -158,7 +173,7 @@ def _open_empty(path: Path, target: Path) -> int:
         os.close(fd)
 
 
-def _free(folder: Path) -> str:
+def _format_free_space(folder: Path) -> str:
     try:
         return format_bytes(shutil.disk_usage(folder).free)
     except OSError:

@@ -1,25 +1,26 @@
-"""Everything a person can cause or fix, and the exit code a script sees for it.
+"""The errors that a user can cause or fix, and the exit codes of the program.
 
     LinfusionError
-    ├── UsageError            2   a flag, a size or a value is wrong
-    ├── DataError            65   a model, weights file or input picture is corrupt, unsafe or of the wrong kind
-    │   └── NonFinite        65   a network gives NaN or Inf
-    ├── InputMissing         66   an input file is not there
-    ├── Unavailable          69   the model is not on this machine, or the device is not there
-    │   └── DeviceFailed     69   the device cannot be used, or was lost
-    ├── DoesNotFit           71   not enough memory, even at the smallest setting
-    │   └── RanOutOfMemory   71   memory ran out in a run
-    ├── CannotCreate         73   the output exists, or its folder refuses
-    ├── WriteFailed          74   no space, or the disk failed
-    ├── TryAgain             75   another run holds this output, or the time limit was reached
-    └── ConfigError          78   a preset or config file is wrong
+    ├── UsageError                    2   a flag, a size or a value is invalid
+    ├── DataError                    65   a model, weights file or input image is corrupt, unsafe or of the wrong type
+    │   └── NonFinite                65   a network returns NaN or Inf
+    │       └── WiderDtypeDoesNotFit 71   …and a wider dtype needs more memory than the budget
+    ├── InputNotFound                66   an input file does not exist
+    ├── Unavailable                  69   the model or the device is not available on this machine
+    │   └── DeviceFailed             69   the device is unusable or was lost
+    ├── OutOfMemoryBudget            71   not enough memory, even with the smallest strips
+    │   └── OutOfMemory              71   an allocation failed during the run
+    ├── CannotCreateOutput           73   the output exists, or its folder does not accept new files
+    ├── WriteFailed                  74   the disk is full or failed
+    ├── TemporaryFailure             75   another run is writing this output, or the time limit is reached
+    └── ConfigError                  78   a preset or config file is invalid
 
-    Stopped            128 + N   by SIGHUP (129), SIGINT (130), SIGUSR1 (138), SIGUSR2 (140) or SIGTERM (143):
-    │                            no error, and no Exception
-    └── TimeIsUp             75   by --time-limit
+    Stopped                     128 + N   by SIGHUP (129), SIGINT (130), SIGUSR1 (138), SIGUSR2 (140) or SIGTERM (143):
+    │                                     a BaseException, not an error
+    └── TimeLimitReached             75   by --time-limit
 
-Anything else that reaches the command line is a bug of ours and exits 70. The numbers are those of sysexits.h.
-Each message is one sentence that names the thing and its value; `way_out` is a second one that says what to do.
+Any other exception that reaches the command line is a bug in linfusion and exits with 70. The codes follow sysexits.h.
+`message` is one sentence that states the problem and the value; `hint` says how to fix it.
 """
 
 import signal
@@ -28,12 +29,12 @@ EXIT_BUG = 70
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line: what goes into a sentence of ours."""
+    """Return the first line of an error's text, or the name of its class if the text is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class LinfusionError(Exception):
-    """Base of all errors a person can cause or fix."""
+    """Base class of all errors that a user can cause or fix."""
 
     exit_code = EXIT_BUG
 
@@ -47,7 +48,10 @@ class LinfusionError(Exception):
 
 
 class UsageError(LinfusionError):
-    """`setting` is the field of the request that is wrong, where there is one: it may have come from a file."""
+    """A flag, a size or a value is invalid.
+
+    `setting` is the field of the request, if there is one: its value can come from a config file or a preset, too.
+    """
 
     exit_code = 2
 
@@ -57,68 +61,96 @@ class UsageError(LinfusionError):
 
 
 class DataError(LinfusionError):
+    """A model, weights file or input image is corrupt, unsafe or of the wrong type."""
+
     exit_code = 65
 
 
 class NonFinite(DataError):
-    """A network gives NaN or Inf. The last good state is saved: another dtype or repaired weights can resume it."""
+    """A network returns NaN or Inf.
+
+    The last finite state is saved; a run with another dtype or repaired weights can resume it.
+    """
 
 
 class InputNotFound(LinfusionError):
+    """An input file does not exist."""
+
     exit_code = 66
 
 
 class Unavailable(LinfusionError):
+    """The model or the device is not available on this machine."""
+
     exit_code = 69
 
 
 class DeviceFailed(Unavailable):
-    """The GPU cannot be used, or was lost in a run: what lies in its memory cannot be read any more."""
+    """The GPU is unusable, or was lost during a run: its memory is no longer readable."""
 
 
 class OutOfMemoryBudget(LinfusionError):
+    """The memory budget is too small, even with the smallest strips."""
+
     exit_code = 71
 
 
 class OutOfMemory(OutOfMemoryBudget):
-    """Memory ran out in a run, whatever was planned: somebody else may have taken it."""
+    """An allocation failed during the run although the plan fits: another program may have taken the memory."""
+
+
+class WiderDtypeDoesNotFit(NonFinite):
+    """A network returns NaN or Inf in half precision, and a wider dtype needs more memory than the budget.
+
+    The last finite state is saved: the same command with more memory resumes it.
+    """
+
+    exit_code = OutOfMemoryBudget.exit_code
 
 
 class CannotCreateOutput(LinfusionError):
+    """The output exists, or its folder does not accept new files."""
+
     exit_code = 73
 
 
 class WriteFailed(LinfusionError):
+    """Writing failed: the disk is full or faulty."""
+
     exit_code = 74
 
 
 class TemporaryFailure(LinfusionError):
+    """A condition that a later attempt may not meet, such as another run writing the same output."""
+
     exit_code = 75
 
 
 class ConfigError(LinfusionError):
+    """A preset or config file is invalid."""
+
     exit_code = 78
 
 
 class Stopped(BaseException):
-    """A signal asked this run to end; shells know it as 128 + the signal's number.
+    """A signal stops this run; the exit code is 128 + the number of the signal.
 
-    As KeyboardInterrupt it is no Exception: the imports of large libraries catch those, and would go on. `kept` is
-    what of the run is saved, as a sentence.
+    A BaseException like KeyboardInterrupt: large libraries catch Exception while they import modules, and would
+    continue. `saved_state` is a sentence about the part of the run that is saved.
     """
 
-    kept = "No unfinished file is left."
+    saved_state = "No unfinished file is left."
 
     def __init__(self, signal_number: int):
         self.reason = f"Stopped by {signal.Signals(signal_number).name}"
         self.exit_code = 128 + signal_number
 
     def __str__(self) -> str:
-        return f"{self.reason}. {self.kept}"
+        return f"{self.reason}. {self.saved_state}"
 
 
 class TimeLimitReached(Stopped):
-    """The time that the run was given is over."""
+    """The time limit of the run is reached."""
 
     def __init__(self):
         self.reason = "Stopped by --time-limit"

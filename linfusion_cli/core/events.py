@@ -1,4 +1,4 @@
-"""What a run tells the outside while it works. Jobs send events; the command line, a test or nobody listens."""
+"""Events that a run sends to an observer: notices, the plan, and the progress of its stages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from linfusion_cli.core.geometry import Size
 
 @dataclass(frozen=True)
 class Notice:
-    """One sentence a person should read: a choice made for them, or a warning."""
+    """One sentence for the user: an automatic choice or a warning."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class JobStarted:
-    """A batch begins with the `number`-th of its `count` jobs, whose file is `name`."""
+    """A batch starts job `number` of `count`; `name` is its output file."""
 
     number: int
     count: int
@@ -26,7 +26,7 @@ class JobStarted:
 
 @dataclass(frozen=True)
 class Planned:
-    """What the whole run is expected to take: said before it starts. Bytes of the card are None without one."""
+    """The estimate for the whole run, sent before it starts. `device_bytes` is None without a GPU."""
 
     seconds: float
     host_bytes: int
@@ -35,7 +35,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stretch of work of `total` units begins: `name` is "base", "2x", "decode" … and `unit` "steps" or "rows"."""
+    """A stage of `total` units starts; `name` is e.g. "base", "2x" or "decode", `unit` is "steps" or "rows"."""
 
     name: str
     size: Size | None
@@ -45,14 +45,14 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StageAdvanced:
-    """`done` of the stage's units are finished."""
+    """`done` units of the stage are finished."""
 
     done: int
 
 
 @dataclass(frozen=True)
 class StageFinished:
-    """The stage is over, after `seconds`; one that is `cut_short` goes on as another stage."""
+    """The stage ends after `seconds`; if it is `cut_short`, another stage continues its work."""
 
     seconds: float
     cut_short: bool = False
@@ -62,10 +62,11 @@ Event = Notice | JobStarted | Planned | StageStarted | StageAdvanced | StageFini
 
 
 class Observer(Protocol):
-    """Whoever wants to know how a run goes."""
+    """A callable that receives the events of a run."""
 
-    def __call__(self, event: Event) -> None: ...
+    def __call__(self, event: Event) -> None:
+        """Handle one event."""
 
 
 def ignore_event(event: Event) -> None:
-    """An observer for runs that no one watches."""
+    """Do nothing: the default observer."""

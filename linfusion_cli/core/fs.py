@@ -1,4 +1,4 @@
-"""What a file system needs besides reading and writing."""
+"""File system helpers: path checks, syncing, locking, and renaming without replacing."""
 
 from __future__ import annotations
 
@@ -11,42 +11,62 @@ from itertools import count
 from pathlib import Path
 
 from linfusion_cli.core.errors import CannotCreateOutput, TemporaryFailure, UsageError
-from linfusion_cli.core.units import is_folder
 
-PART = ".{}.part"  # the temporary file of an output, by the output's name
-NAME_BYTES = 255  # of a file, on every file system that matters
-NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
-# Some cluster file systems (Lustre without -o flock, old NFS) have no locks: there we go on without one.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+PART_PATTERN = ".{}.part"  # name of the temporary file of an output
+MAX_NAME_BYTES = 255  # limit of the common file systems
+LINK_UNSUPPORTED = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+# Some cluster file systems (Lustre without -o flock, old NFS) have no locks: the run continues without one.
+LOCK_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
-def sibling(path: Path, pattern: str) -> Path:
-    """What lies beside `path` under its name in `pattern`, ".{}.part" say; too long a name has a hash in its place."""
+def expand_home(text: str) -> Path:
+    """Return the path with `~` and `~user` expanded; `~user` stays as it is if there is no such user."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises for an unknown user
+
+
+def is_file(path: Path) -> bool:
+    """Return whether the path is an accessible regular file; False for invalid names and unreadable folders."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for both
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether the path is an accessible folder, as `is_file` does for files."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def build_sibling_path(path: Path, pattern: str) -> Path:
+    """Return the path in the same folder with its name put into `pattern`, e.g. ".{}.part".
+
+    A hash replaces the name if the result would be too long.
+    """
     name = pattern.format(path.name)
-    if len(os.fsencode(name)) > NAME_BYTES:
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
         name = pattern.format(hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32])
     return path.with_name(name)
 
 
 def check_distinct(files: Mapping[str, Path | None]) -> None:
-    """Raise UsageError where two outputs, by what they are called, are one file, or one is the temporary file of the
-    other."""
+    """Raise UsageError if two outputs are the same file, or one is the temporary file of the other.
+
+    The keys of `files` name the outputs in the message.
+    """
     seen: dict[Path, str] = {}
     for name, path in files.items():
-        for place in () if path is None else (path, sibling(path, PART)):
-            if (other := seen.setdefault(_without_links(place), name)) != name:
-                raise UsageError(f"{name} {str(place)!r} is the file of {other}.", "Name another file.")
+        for place in () if path is None else (path, build_sibling_path(path, PART_PATTERN)):
+            if (other := seen.setdefault(_resolve(place), name)) != name:
+                raise UsageError(f"{name} {str(place)!r} is the same file as {other}.", "Use another file name.")
 
 
-def _without_links(path: Path) -> Path:
+def _resolve(path: Path) -> Path:
+    """Return the path without symlinks, or as it is for a loop of links: opening it fails later."""
     try:
         return path.resolve()
-    except (OSError, RuntimeError):  # a loop of links, which is refused when it is opened
+    except (OSError, RuntimeError):
         return path
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk: what was created, renamed or removed in it."""
+    """Sync a folder, which writes created, renamed and removed names to the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -58,16 +78,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def rename_noreplace(path: Path, target: Path) -> bool:
-    """Whether `path` is called `target` now: a link, unlike a rename, never replaces what has that name.
+    """Rename `path` to `target` and return True, or False if `target` exists.
 
-    False where that is taken; raises OSError.
+    A hard link, unlike a rename, never replaces an existing file. Raises OSError.
     """
     try:
         target.hardlink_to(path)
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno not in NO_LINKS:
+        if error.errno not in LINK_UNSUPPORTED:
             raise
         if os.path.lexists(target):
             return False
@@ -78,17 +98,16 @@ def rename_noreplace(path: Path, target: Path) -> bool:
 
 
 def unique_names(path: Path) -> Iterator[Path]:
-    """a-2.tif, a-3.tif … for a.tif."""
+    """Yield a-2.tif, a-3.tif … for a.tif."""
     return (path.with_stem(f"{path.stem}-{number}") for number in count(2))
 
 
 def open_locked(path: Path, target: Path) -> int:
-    """The descriptor of `path`, which is made if it is missing, and locked for the run that makes `target`.
+    """Open `path`, create it if it is missing, lock it for the run that writes `target`, and return the descriptor.
 
-    Raises TryAgain where another process has the lock, UsageError where this one has it itself, which would wait for
-    ever, and CannotCreate where there can be no such file. A lock cannot be left behind: it ends with its process. The
-    file of a finished run may vanish between opening and locking: then the lock is on a file without a name, and we try
-    again.
+    Raises TemporaryFailure if another process has the lock, UsageError if this process has it (it would wait for
+    itself), and CannotCreateOutput if the file cannot be created. Locks end with their process. Another run may remove
+    its file between our open and our lock: the lock is then on a file without a name, and the loop tries again.
     """
     while True:
         try:
@@ -98,7 +117,7 @@ def open_locked(path: Path, target: Path) -> int:
         try:
             if _is_locked_here(fd):
                 reason = f"{target} would be written twice by this run: two of its files have this name."
-                raise UsageError(reason, "Name another file.")
+                raise UsageError(reason, "Use another file name.")
             _lock(fd, target)
             if is_same_file(fd, path):
                 _locked_here[fd] = _inode(fd)
@@ -110,33 +129,36 @@ def open_locked(path: Path, target: Path) -> int:
 
 
 def create_error(folder: Path, error: OSError) -> CannotCreateOutput:
-    """Why no file can be made in `folder`: /proc says "no such file" too, and is there."""
+    """Return the error for a file that cannot be created in `folder`.
+
+    ENOENT alone does not mean that the folder is missing: /proc returns it, too.
+    """
     if isinstance(error, FileNotFoundError) and not is_folder(folder):
         return CannotCreateOutput(f"The folder {folder} does not exist.", "Create it first.")
-    return CannotCreateOutput(f"{folder} refuses a new file: {error.strerror}.", "Name another one.")
+    return CannotCreateOutput(f"Cannot create a file in {folder}: {error.strerror}.", "Use another folder.")
 
 
 def is_same_file(fd: int, path: Path) -> bool:
-    """Whether `path` is the name of the open file `fd`."""
+    """Return whether `path` names the open file `fd`."""
     try:
         return os.path.samestat(os.fstat(fd), path.lstat())
     except FileNotFoundError:
         return False
 
 
-# The descriptors by which this process has locked files, and the inode of each. Closed ones are not removed, but the
-# system gives their numbers to the next files, so there are never more entries than files open at once.
-_locked_here: dict[int, tuple[int, int]] = {}
+# Descriptors of the files that this process has locked, with the inode of each. Closed descriptors are not removed,
+# but the system reuses their numbers, so there are never more entries than files open at once.
+_locked_here: dict[int, tuple[int, int] | None] = {}
 
 
 def _is_locked_here(fd: int) -> bool:
-    """Whether this process has locked the file of `fd` by another descriptor, which is still open."""
+    """Return whether this process has locked the file of `fd` through another descriptor that is still open."""
     inode = _inode(fd)
     return any(other != fd and locked == inode == _inode(other) for other, locked in _locked_here.items())
 
 
 def _inode(fd: int) -> tuple[int, int] | None:
-    """Device and inode of an open file; None if `fd` was closed."""
+    """Return device and inode of an open file, or None if `fd` is closed."""
     try:
         stat = os.fstat(fd)
     except OSError:
@@ -145,10 +167,13 @@ def _inode(fd: int) -> tuple[int, int] | None:
 
 
 def _lock(fd: int, target: Path) -> None:
+    """Lock the file without waiting, or do nothing on file systems without locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise TemporaryFailure(f"Another run is writing {target}.", "Wait for it, or name another file.") from error
+        raise TemporaryFailure(
+            f"Another run is writing {target}.", "Wait for it to end, or use another file name."
+        ) from error
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in LOCK_UNSUPPORTED:
             raise CannotCreateOutput(f"{target} cannot be locked: {error.strerror}.") from error

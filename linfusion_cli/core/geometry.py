@@ -1,4 +1,4 @@
-"""Sizes of pictures and phases: integers only, no torch. Widths and heights are in pixels unless a name says `_lat`."""
+"""Sizes of images and phases, and splitting of rows. Widths and heights are in pixels unless a name ends in `_lat`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 BASE_MULTIPLE_PX = 64
 MIN_BASE_PX = 64
 NEAR_TARGET = 0.9
-MAX_ASPECT_ERROR = 0.1  # of a base or a control picture: those of a small one can come no closer, and more is seen
-ASPECT_TOLERANCE = 0.005  # how far the proportions of a picture may be from those asked for: nobody sees it
+MAX_ASPECT_ERROR = 0.1  # of a base or control image: small sizes come no closer, and a larger error is visible
+ASPECT_TOLERANCE = 0.005  # relative; a deviation from the requested aspect ratio below this is invisible
 
 
 @dataclass(frozen=True)
 class Size:
-    """Width and height of a picture in pixels."""
+    """Width and height of an image in pixels."""
 
     width: int
     height: int
@@ -25,23 +25,26 @@ class Size:
 
     @property
     def area(self) -> int:
+        """Number of pixels."""
         return self.width * self.height
 
     @property
     def pair(self) -> tuple[int, int]:
-        """(width, height), for libraries."""
+        """(width, height), as libraries take it."""
         return self.width, self.height
 
     def times(self, factor: int) -> Size:
+        """Return the size with both sides multiplied by `factor`."""
         return Size(self.width * factor, self.height * factor)
 
     def divide(self, factor: int) -> Size:
-        """Exact division, as from pixels to latents; raises ValueError if there is a rest."""
+        """Return the size with both sides divided by `factor`; raises ValueError if there is a remainder."""
         if self.width % factor or self.height % factor:
             raise ValueError(f"{self} is not a multiple of {factor}")
         return Size(self.width // factor, self.height // factor)
 
     def round_up(self, multiple: int) -> Size:
+        """Return the size with both sides rounded up to a multiple."""
         return Size(_round_up(self.width, multiple), _round_up(self.height, multiple))
 
 
@@ -49,13 +52,14 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def base_size(target: Size, native_px: int, multiple_px: int) -> Size:
-    """The model's native area in the target's proportions, both sides a multiple of `base_multiple`.
+def compute_base_size(target: Size, native_px: int, multiple_px: int) -> Size:
+    """Return the size with about the model's native area and the target's aspect ratio.
 
-    Of the multiples just below and above, those whose proportions come closest: with native_px = 1024, a picture of
-    16384 x 8192 starts at 1408 x 704. A side that would fall under 64 px is 64 px; the other follows the proportions.
+    Both sides are multiples of `compute_base_multiple`: of those just below and above the exact values, the pair with
+    the smallest aspect error. With native_px = 1024, an image of 16384x8192 starts at 1408x704. Sides are at least
+    64 px; the other side then follows the aspect ratio.
     """
-    multiple = base_multiple(native_px, multiple_px)
+    multiple = compute_base_multiple(native_px, multiple_px)
     stretch = math.sqrt(native_px**2 / target.area)
     stretch = max(stretch, MIN_BASE_PX / min(target.width, target.height))
     widths = _around(target.width * stretch, multiple)
@@ -65,28 +69,31 @@ def base_size(target: Size, native_px: int, multiple_px: int) -> Size:
     )
 
 
-def base_multiple(native_px: int, multiple_px: int) -> int:
-    """64 px for models of 512 px and more; less for smaller ones, where 64 px would bend the proportions by a fifth."""
+def compute_base_multiple(native_px: int, multiple_px: int) -> int:
+    """Return a sixteenth of the native size, at most 64 px, rounded up to `multiple_px`.
+
+    Multiples of 64 px would distort the aspect ratio of small models by up to a fifth.
+    """
     return _round_up(min(BASE_MULTIPLE_PX, native_px // 16), multiple_px)
 
 
 def _around(value: float, multiple: int) -> list[int]:
-    """The multiples just below and above `value`, the nearer first."""
+    """Return the multiples just below and above `value`, the nearer one first."""
     below = max(1, math.floor(value / multiple)) * multiple
-    return sorted({below, max(below, math.ceil(value / multiple) * multiple)}, key=lambda found: abs(found - value))
+    return sorted({below, max(below, math.ceil(value / multiple) * multiple)}, key=lambda rounded: abs(rounded - value))
 
 
 def aspect_error(size: Size, target: Size) -> float:
-    """How far the proportions of `size` are from the target's."""
+    """Return |log(aspect ratio of `size` / aspect ratio of `target`)|."""
     return abs(math.log(size.width * target.height / (size.height * target.width)))
 
 
-def phase_sizes(target: Size, base: Size, multiple_px: int) -> list[Size]:
-    """The resolutions to run, from `base` up; `multiple_px` is what the model's sides must be a multiple of.
+def compute_phase_sizes(target: Size, base: Size, multiple_px: int) -> list[Size]:
+    """Return the sizes of the phases from `base` to `target`; the model needs multiples of `multiple_px`.
 
-    Phases double while the double is below the target; the last is the target rounded up to the multiple, to be
-    cropped. A double within a tenth of the target is left out: it would cost as much as the last phase and add
-    nothing. A target no larger than the base gives the base alone, to be reduced.
+    Each phase doubles the size while the double is below the target. The last phase is the target rounded up to the
+    multiple, to be cropped. A double within a tenth of the target is omitted: it would cost as much as the last phase
+    without a benefit. A target no larger than the base gives the base alone, to be downscaled.
     """
     last = target.round_up(multiple_px)
     if last == base or base.area >= target.area:
@@ -97,23 +104,23 @@ def phase_sizes(target: Size, base: Size, multiple_px: int) -> list[Size]:
     return [*sizes, last]
 
 
-def upscale_sizes(target: Size, image: Size, base: Size, multiple_px: int) -> list[Size]:
-    """The resolutions through which a `picture` grows to `target`: doubles of its own size, as in `phase_sizes`.
+def compute_upscale_sizes(target: Size, image: Size, base: Size, multiple_px: int) -> list[Size]:
+    """Return the sizes of the phases that upscale an image to `target`: doubles as in `compute_phase_sizes`.
 
-    One that is smaller than the `base`, the model's native size in the same proportions, is taken to the base first;
-    one that is as large as the target has a single phase.
+    An image smaller than `base`, the model's native size in the same aspect ratio, is scaled to the base first; an
+    image as large as the target has a single phase.
     """
     if image.area < NEAR_TARGET**2 * base.area:
-        return phase_sizes(target, base, multiple_px)
+        return compute_phase_sizes(target, base, multiple_px)
     start = image.round_up(multiple_px)
-    _, *larger = phase_sizes(target, start, multiple_px)
+    _, *larger = compute_phase_sizes(target, start, multiple_px)
     return larger or [target.round_up(multiple_px)]
 
 
-def fit_size(box: Size, image: Size) -> Size | None:
-    """The size that a `picture` gets where `box` is asked for: a square means its longer side.
+def compute_fit_size(box: Size, image: Size) -> Size | None:
+    """Return the output size of an image for the requested `box`: a square box limits the longer side.
 
-    None where the box has other proportions, by more than a pixel and half a percent.
+    Returns None if the aspect ratio of the box differs by more than a pixel and half a percent.
     """
     if box.width == box.height:
         scale = box.width / max(image.width, image.height)
@@ -122,15 +129,15 @@ def fit_size(box: Size, image: Size) -> Size | None:
     return box if abs(height - box.height) <= max(1, ASPECT_TOLERANCE * box.height) else None
 
 
-def split_evenly(length: int, most: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """As few [start, stop) of at most `most` each as can be, equal but for `multiple`, the largest first.
+def split_evenly(length: int, max_size: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield the fewest ranges [start, stop) of at most `max_size`, equal up to `multiple`, in descending size.
 
-    torch's allocator serves equal strips from the memory of those before, and compiled code is made once.
+    With equal strips, torch's allocator reuses the memory of earlier strips, and code is compiled only once.
     """
-    count = -(-length // most)
+    count = -(-length // max_size)
     start = 0
     for left in range(count, 0, -1):
-        size = min(most, -(-(length - start) // (left * multiple)) * multiple)
+        size = min(max_size, -(-(length - start) // (left * multiple)) * multiple)
         stop = min(length, start + size)
         if start < stop:
             yield start, stop
@@ -138,6 +145,6 @@ def split_evenly(length: int, most: int, multiple: int = 1) -> Iterator[tuple[in
 
 
 def split_rows(length: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Consecutive [start, stop) of `rows` each, the last one shorter."""
+    """Yield consecutive ranges [start, stop) of `rows` each; the last one can be shorter."""
     for start in range(0, length, rows):
         yield start, min(start + rows, length)

@@ -1,4 +1,4 @@
-"""What a run measured, stage by stage."""
+"""The report of a run: settings, measurements of each stage, and totals."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stretch of work: what it was, how long it took, how much memory it needed at its peak, and what was planned.
+    """Duration and peak memory of one stage, measured and planned.
 
-    `peak_device_bytes` is None without an accelerator, `peak_host_bytes` where the system does not tell; plans are None
-    for work that none was made for.
+    None stands for `peak_device_bytes` without a GPU, `peak_host_bytes` if the system does not report it, and planned
+    values of stages without an estimate.
     """
 
     name: str
@@ -31,45 +31,48 @@ class StageReport:
 
     @property
     def steps_per_second(self) -> float | None:
+        """Speed of the stage, or None if it has no steps."""
         return self.steps / self.seconds if self.steps and self.seconds else None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, with the speed added."""
         size = str(self.size) if self.size else None
         return asdict(self) | {"size": size, "steps_per_second": self.steps_per_second}
 
 
 @dataclass
 class RunReport:
-    """The whole run; `output` and the figures of the file are set once it is complete under its final name."""
+    """The report of a whole run; `output`, `size`, `format` and `file_bytes` are set when the file is complete."""
 
     request: dict[str, Any]
-    settings: dict[str, str]  # setting -> where its value came from
+    settings: dict[str, str]  # setting -> source of its value
     machine: dict[str, Any]
     versions: dict[str, str]
     plan: dict[str, Any] = field(default_factory=dict)
-    weights: list[dict[str, Any]] = field(default_factory=list)  # of every file: use, path, bytes, sha256
+    weights: list[dict[str, Any]] = field(default_factory=list)  # per file: use, path, bytes, sha256
     stages: list[StageReport] = field(default_factory=list)
-    already_complete: bool = False  # by an earlier run: this one has made nothing
-    dtypes: list[dict[str, Any]] = field(default_factory=list)  # with the phase and step where each begins
-    resumed_from: str | None = None  # what an earlier run had reached; all other figures are of this one
-    checkpoints: dict[str, Any] = field(default_factory=dict)  # count, seconds and bytes of the states saved
+    already_complete: bool = False  # the file of the same request and weights existed: nothing was generated
+    dtypes: list[dict[str, Any]] = field(default_factory=list)  # each with the phase and step where it starts
+    resumed_from: str | None = None  # progress of an earlier run; all other values are those of this run
+    checkpoints: dict[str, Any] = field(default_factory=dict)  # count, seconds and bytes of the saved states
     output: str | None = None
     size: Size | None = None
     format: str | None = None
     file_bytes: int | None = None
-    already_complete: bool = False  # the file was there, of the same request and weights: nothing was made
     total_seconds: float = 0.0
 
     @property
     def peak_host_bytes(self) -> int | None:
+        """Largest peak of host memory of all stages, or None if none was measured."""
         return max((stage.peak_host_bytes for stage in self.stages if stage.peak_host_bytes), default=None)
 
     @property
     def peak_device_bytes(self) -> int | None:
+        """Largest peak of GPU memory of all stages, or None if none was measured."""
         return max((stage.peak_device_bytes for stage in self.stages if stage.peak_device_bytes), default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values, with the schema's number first."""
+        """Return the report as JSON values, with the schema version first."""
         values = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("stages", "size")}
         peaks = {"peak_host_bytes": self.peak_host_bytes, "peak_device_bytes": self.peak_device_bytes}
         stages = [stage.to_json() for stage in self.stages]

@@ -1,6 +1,6 @@
-"""How a run is asked to end: at once, or where a stretch of work is worth it, at that stretch's end.
+"""Stop a run on a signal or at its time limit: immediately, or at the end of a short critical section.
 
-Signals and the time limit belong to the process, and so does what is kept here. Only the main thread asks and works.
+Signals and timers belong to the process, so this state does, too. Only the main thread handles signals and works.
 """
 
 from __future__ import annotations
@@ -13,81 +13,81 @@ from types import FrameType
 
 from linfusion_cli.core.errors import Stopped, TimeLimitReached
 
-# SIGUSR1 and SIGUSR2 as batch systems send them before the time is over: `sbatch --signal=USR1@120`.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-GRACE_SEC = 2.0  # how long a stretch may go on once a stop was asked for
-ECHO_SEC = 0.5  # `timeout` signals its child and then the group, which is one wish and not two
+# Batch systems send SIGUSR1 or SIGUSR2 before the time limit of a job, e.g. `sbatch --signal=USR1@120`.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+GRACE_SEC = 2.0  # how long a critical section may continue after a stop request
+REPEAT_SEC = 0.5  # `timeout` signals its child and then the process group: both signals are one request
 
 
 class _StopRequest:
-    """Whether somebody has asked, what for, and how many stretches within each other may be finished first."""
+    """The pending stop request, its time, and the nesting depth of the critical sections that delay it."""
 
-    stop: Stopped | None = None
-    asked_at = 0.0
-    stretches = 0
+    pending: Stopped | None = None
+    requested_at = 0.0
+    critical_depth = 0
 
 
 def install_handlers() -> None:
-    """From now on SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop the run.
+    """Let SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop the run.
 
-    What is ignored stays ignored: SIGHUP under nohup, SIGINT in a job that a script has started with &.
+    Ignored signals stay ignored: SIGHUP under nohup, SIGINT in a background job of a script.
     """
     signal.signal(signal.SIGALRM, _on_alarm)
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _on_signal)
 
 
 def ignore_further_signals() -> None:
-    """The work is done, whatever is asked from now on: an exit code that is settled must not be lost."""
+    """Ignore all stop requests from now on: the work is done, and its exit code must not change."""
     signal.setitimer(signal.ITIMER_REAL, 0)
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def stop_after(seconds: float) -> None:
-    """Stop the run when so much time is over, as a signal would."""
+def start_time_limit(seconds: float) -> None:
+    """Stop the run after this time, as a signal would."""
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 @contextmanager
 def critical_section() -> Iterator[None]:
-    """A stretch of work that a stop lets come to its end, if that takes no longer than GRACE_SEC; then it is raised."""
-    _StopRequest.stretches += 1
+    """Delay a stop request until the end of this block, for GRACE_SEC at most."""
+    _StopRequest.critical_depth += 1
     try:
         yield
     finally:
-        _StopRequest.stretches -= 1
-    if _StopRequest.stop is not None and not _StopRequest.stretches:
+        _StopRequest.critical_depth -= 1
+    if _StopRequest.pending is not None and not _StopRequest.critical_depth:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        raise _StopRequest.stop
+        raise _StopRequest.pending
 
 
 @contextmanager
 def reraise_stop() -> Iterator[None]:
-    """Where the run was asked to end, whatever fails within fails by that.
+    """Raise the pending Stopped in place of any exception from this block.
 
-    Compiled code that calls back into Python makes an error of its own of the Stopped that was raised there.
+    Compiled code that calls back into Python replaces the Stopped raised there by an exception of another type.
     """
     try:
         yield
     except Exception as error:
-        if _StopRequest.stop is None:
+        if _StopRequest.pending is None:
             raise
-        raise _StopRequest.stop from error
+        raise _StopRequest.pending from error
 
 
 def request_stop(stop: Stopped) -> None:
-    """Raise `stop`, now or at the end of the stretch; a second wish is not asked to wait."""
-    if _StopRequest.stop is None:
-        _StopRequest.stop, _StopRequest.asked_at = stop, time.monotonic()
-        if not _StopRequest.stretches:
+    """Raise `stop`, now or at the end of the critical section; raise it now if it is the second request."""
+    if _StopRequest.pending is None:
+        _StopRequest.pending, _StopRequest.requested_at = stop, time.monotonic()
+        if not _StopRequest.critical_depth:
             raise stop
         signal.setitimer(signal.ITIMER_REAL, GRACE_SEC)
-    elif time.monotonic() - _StopRequest.asked_at > ECHO_SEC:
-        for number in SIGNALS:  # what is left to do is to clear up, which takes a moment
+    elif time.monotonic() - _StopRequest.requested_at > REPEAT_SEC:
+        for number in STOP_SIGNALS:  # only a short cleanup is left
             signal.signal(number, signal.SIG_IGN)
-        raise _StopRequest.stop
+        raise _StopRequest.pending
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -95,8 +95,8 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _on_alarm(number: int, frame: FrameType | None) -> None:
-    """The time limit, or the end of the grace."""
-    if _StopRequest.stop is None:
+    """Handle the timer, which is the time limit or the end of the grace period."""
+    if _StopRequest.pending is None:
         request_stop(TimeLimitReached())
-    elif _StopRequest.stretches:
-        raise _StopRequest.stop
+    elif _StopRequest.critical_depth:
+        raise _StopRequest.pending

@@ -1,23 +1,26 @@
-"""Shorten and quote text for messages: one line, a bounded number of letters."""
+"""Quote and shorten text for messages: one line of limited length."""
 
 from __future__ import annotations
 
 from typing import Any
 
-MAX_QUOTED = 60  # letters of a quoted value: the message about a value of 100 kB is one sentence
+MAX_QUOTED = 60  # characters of a quoted value: values can have 100 kB
 
 
 def quote(value: Any) -> str:
-    """What was written, in quotes where it is text, cut to a few words."""
+    """Return the repr of a value, shortened."""
     return shorten(repr(value[:MAX_QUOTED] + "…" if isinstance(value, str) and len(value) > MAX_QUOTED else value))
 
 
-def shorten(text: str, most: int = MAX_QUOTED + 8) -> str:
-    """`text`, cut to so many letters, in one line that does nothing to a terminal; a word takes two thirds at most."""
-    words = (truncate(word, most * 2 // 3) for word in text.split())
-    return truncate("".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(words)), most)
+def shorten(text: str, max_length: int = MAX_QUOTED + 8) -> str:
+    """Return the text as one line of at most `max_length` characters, without control characters.
+
+    Words longer than two thirds of that are shortened, too.
+    """
+    words = (truncate(word, max_length * 2 // 3) for word in text.split())
+    return truncate("".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(words)), max_length)
 
 
-def truncate(text: str, most: int) -> str:
-    """The first letters of it."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+def truncate(text: str, max_length: int) -> str:
+    """Return the first characters, ending with an ellipsis if the text is longer than `max_length`."""
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"

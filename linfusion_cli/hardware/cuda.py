@@ -1,4 +1,4 @@
-"""What is asked of a CUDA or ROCm device beside kernels: number formats, memory and its limit, precision of fp32."""
+"""Query and configure a CUDA or ROCm device: dtypes, memory and its limit, fp32 precision."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from linfusion_cli.hardware import allocator
 
 if TYPE_CHECKING:
     import torch
 
-# Less than cuBLAS and cuDNN take for a handle and its workspace; they have their own memory, beside torch's.
-FULL_BYTES = 512 << 20
-# Said of the question how much memory is free, by the drivers of some virtual GPUs and in some containers.
-NO_ANSWER = re.compile(r"(?:CUDA|HIP) error: (?:operation not (?:supported|permitted)|invalid argument)")
-# Of torch's start: several lines each, of what we say in one where it matters.
+# cuBLAS and cuDNN need more than this for a handle and its workspace, which they allocate outside torch's allocator.
+MIN_LIBRARY_BYTES = 512 << 20
+# Errors of cudaMemGetInfo with the drivers of some virtual GPUs and in some containers.
+MEMORY_QUERY_UNSUPPORTED = re.compile(r"(?:CUDA|HIP) error: (?:operation not (?:supported|permitted)|invalid argument)")
+# torch's warnings while it starts, each of several lines; where they matter, linfusion reports them in one.
 START_WARNINGS = (
     r"CUDA initialization: ",
     r"HIP initialization: ",
@@ -29,20 +29,21 @@ START_WARNINGS = (
 
 
 @contextmanager
-def quiet_start() -> Iterator[None]:
-    """Within, torch does not warn about devices and drivers: whoever needs them asks, and says it in one line."""
+def suppress_start_warnings() -> Iterator[None]:
+    """Suppress torch's warnings about devices and drivers in this block; the caller reports the problem itself."""
     with warnings.catch_warnings():
         for text in START_WARNINGS:
             warnings.filterwarnings("ignore", message=text)
         yield
 
 
-def is_cuda(device: torch.device | None) -> bool:
+def is_cuda(device: torch.device | None) -> TypeGuard[torch.device]:
+    """Return whether this is a CUDA or ROCm device."""
     return device is not None and device.type == "cuda"
 
 
 def platform_name() -> str | None:
-    """What torch is built for: "CUDA 12.8", "ROCm 6.4", or None for neither."""
+    """Return the GPU platform of this torch build, "CUDA 12.8" or "ROCm 6.4", or None for a CPU build."""
     import torch
 
     if torch.version.hip:
@@ -51,7 +52,7 @@ def platform_name() -> str | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all that it was asked to; raises what went wrong in it, of which nobody knew."""
+    """Wait until `device` has finished all queued work; raises its asynchronous errors."""
     import torch
 
     if is_cuda(device):
@@ -59,24 +60,24 @@ def synchronize(device: torch.device) -> None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a card computes in bfloat16 itself; torch would emulate it on others, many times slower."""
+    """Return whether a GPU supports bfloat16 natively; torch's emulation is many times slower."""
     import torch
 
-    with torch.cuda.device(device):  # the question is about the present card, and asks for no other
+    with torch.cuda.device(device):  # torch checks the current device only
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def total_bytes(device: torch.device) -> int:
-    """The memory of a card, or of the part of it that is seen as one (MIG)."""
+    """Return the memory of a GPU or MIG instance."""
     import torch
 
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """The memory of a card that this process could still take: what torch holds and does not use can be had again.
+    """Return the GPU memory that this process can still allocate, including memory that torch has cached.
 
-    Where the driver does not say what is free, all that this process has not taken counts.
+    If the driver does not report free memory, all memory that this process has not reserved counts as free.
     """
     import torch
 
@@ -84,44 +85,45 @@ def free_device_bytes(device: torch.device) -> int:
     try:
         free, _ = torch.cuda.mem_get_info(device)
     except RuntimeError as error:
-        if not NO_ANSWER.match(str(error)):
+        if not MEMORY_QUERY_UNSUPPORTED.match(str(error)):
             raise
         free = total_bytes(device) - reserved
-    allowed = int(allocator.share() * total_bytes(device)) - allocated
+    allowed = int(allocator.memory_fraction() * total_bytes(device)) - allocated
     return max(0, min(free + reserved - allocated, allowed))
 
 
 def limit_device_memory(device: torch.device, budget_bytes: int | None) -> None:
-    """Let torch hold no more than this of a CUDA card, None for all of it: beyond, its memory has run out.
+    """Limit the memory that torch reserves on a GPU; None removes the limit.
 
-    A smaller share that the user has given to torch's allocator stays.
+    A smaller fraction in the user's allocator options stays in effect.
     """
     import torch
 
     if is_cuda(device):
         total = total_bytes(device)
         wanted = (total if budget_bytes is None else budget_bytes) / total
-        torch.cuda.set_per_process_memory_fraction(min(allocator.share(), wanted), device)
+        torch.cuda.set_per_process_memory_fraction(min(allocator.memory_fraction(), wanted), device)
 
 
-def is_full() -> bool:
-    """Whether a card that this process uses has so little memory left that libraries get none for themselves."""
+def is_any_gpu_full() -> bool:
+    """Return whether a GPU used by this process has too little free memory for library handles and workspaces."""
     import torch
 
     if not torch.cuda.is_initialized():
         return False
-    # Asking another card for its memory would take some of it.
+    # A memory query creates a context on the GPU, which takes memory: query only those in use.
     used = [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(index)]
     try:
-        return any(torch.cuda.mem_get_info(index)[0] < FULL_BYTES for index in used)
-    except RuntimeError:  # it does not say
+        return any(torch.cuda.mem_get_info(index)[0] < MIN_LIBRARY_BYTES for index in used)
+    except RuntimeError:  # not supported
         return False
 
 
 def forbid_tf32() -> None:
-    """Make fp32 mean fp32 in products and convolutions: by default torch computes convolutions with 10 bits of 23.
+    """Compute fp32 matrix products and convolutions in full precision.
 
-    By torch's older settings, which all releases have: where the newer ones are set, reading the older ones fails.
+    By default torch uses TF32 in convolutions, with 10 of 23 mantissa bits. This sets torch's older flags, which exist
+    in all releases: once the newer ones are set, reading the older ones fails.
     """
     import torch
 

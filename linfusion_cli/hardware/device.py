@@ -1,19 +1,12 @@
-"""The device of a run: choosing and starting it, its number formats, and the memory that a stretch of work took."""
+"""Choose and start the device of a run, and choose the dtypes."""
 
 from __future__ import annotations
 
-import gc
 import os
-import platform
 import re
-import resource
 import warnings
-from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from linfusion_cli import __version__
 from linfusion_cli.core.errors import (
     DeviceFailed,
     LinfusionError,
@@ -22,59 +15,28 @@ from linfusion_cli.core.errors import (
     UsageError,
     first_line,
 )
-from linfusion_cli.hardware import allocator, diagnosis
+from linfusion_cli.hardware import allocator, no_gpu
 from linfusion_cli.hardware.cuda import (
-    free_device_bytes,
     has_bfloat16,
     is_cuda,
-    limit_device_memory,
-    platform_name,
     synchronize,
 )
-from linfusion_cli.hardware.failures import MENDED, explained, is_out_of_memory
-from linfusion_cli.hardware.memory import (
-    forgets_peaks,
-    free_host_bytes,
-    high_water_bytes,
-    memory_limit_bytes,
-    resident_bytes,
-    trim_heap,
-)
+from linfusion_cli.hardware.torch_errors import HINT_CHECK_DRIVER, HINT_GPU_BUSY, is_out_of_memory, translate_error
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [  # with what other modules have for it
-    "PeakMemory",
-    "cpu_count",
-    "describe",
-    "dtype_name",
-    "explained",
-    "forgets_peaks",
-    "free_device_bytes",
-    "free_host_bytes",
-    "free_memory",
-    "installed",
-    "is_out_of_memory",
-    "limit_device_memory",
-    "memory_limit_bytes",
-    "pick_device",
-    "pick_dtype",
-    "pick_vae_dtype",
-    "resident_bytes",
-    "start",
-    "versions",
-]
-WITHOUT = "Use --device cpu to do without a GPU."
+HINT_USE_CPU = "Use --device cpu to run without a GPU."
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` … -> a device that is there and works.
+    """Return the started device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
-    `auto` is the CPU where torch sees no GPU; one that it sees has to work, as a run on the CPU in its place would take
-    days. A CUDA device always has an index: `torch.cuda.set_per_process_memory_fraction` refuses one without.
+    `auto` is the CPU only if torch finds no GPU. A GPU that does not start is an error, as the run would take days on
+    the CPU. CUDA devices always have an index: `torch.cuda.set_per_process_memory_fraction` requires one.
 
-    Raises UsageError; Unavailable for a device that is not there; what `start` raises for one that does not work.
+    Raises UsageError for an unknown name, Unavailable for a device that does not exist, and the errors of
+    `start_device`.
     """
     import torch
 
@@ -84,170 +46,91 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     index = int(match[1] or 0)
-    # Asked by number, as torch.device wraps large ones around.
+    # Check the number itself: torch.device wraps large ones around.
     if index >= torch.cuda.device_count():
-        raise absent(name)
+        raise build_unavailable_error(name)
     device = torch.device("cuda", index)
-    start(device)
+    start_device(device)
     return device
 
 
-def absent(name: str) -> Unavailable:
-    """That there is no such GPU, and why."""
+def build_unavailable_error(name: str) -> Unavailable:
+    """Return the error for a GPU that does not exist, with the reason."""
     import torch
 
-    reason, hint = (diagnosis.seen(), "") if torch.cuda.device_count() else diagnosis.why_no_device()
-    return Unavailable(f"--device {name} is not on this machine: {reason}.", hint or "Use --device cpu or auto.")
+    reason, hint = (no_gpu.describe_visible_gpus(), "") if torch.cuda.device_count() else no_gpu.explain_no_gpu()
+    return Unavailable(f"--device {name} is not available: {reason}.", hint or "Use --device cpu or auto.")
 
 
-def start(device: torch.device) -> None:
-    """Start CUDA on `device` and run a kernel there, as some faults show only then.
+def start_device(device: torch.device) -> None:
+    """Initialise CUDA on `device` and run a kernel: some faults appear only then.
 
-    Raises DeviceFailed where that fails, DoesNotFit where nothing of its memory is left, UsageError for options of
-    torch's allocator, in the environment, that torch does not understand.
+    Raises DeviceFailed if that fails, OutOfMemoryBudget if the device has no free memory, and UsageError for invalid
+    allocator options in the environment.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of several lines; what matters fails below
+        with warnings.catch_warnings(action="ignore"):  # real problems raise
             run_kernel(device)
-    except Exception as error:  # noqa: BLE001 - of whatever type: nothing but torch is called
-        if not allocator.fall_back(error):
-            raise not_started(device, error) from error
-        start(device)
+    except Exception as error:  # noqa: BLE001 - only torch is called, with errors of several types
+        if not allocator.disable_expandable_segments(error):
+            raise build_start_error(device, error) from error
+        start_device(device)
 
 
 def run_kernel(device: torch.device) -> None:
+    """Run a small kernel on `device` and wait for it."""
     import torch
 
     torch.ones(1, device=device)
     synchronize(device)
 
 
-def not_started(device: torch.device, error: Exception) -> LinfusionError:
-    """Why `device` does not work, from torch's `error`."""
-    said = first_line(error).rstrip(". ")
-    if (wrong := allocator.complaint(error)) is not None:
-        return wrong
+def build_start_error(device: torch.device, error: Exception) -> LinfusionError:
+    """Return the LinfusionError for torch's `error` at the start of `device`."""
+    if (option_error := allocator.translate_option_error(error)) is not None:
+        return option_error
+    reason = first_line(error).rstrip(". ")
     if is_out_of_memory(error):
-        return OutOfMemoryBudget(
-            f"{device} has no memory left ({said}).", f"End what uses it (see `nvidia-smi`). {WITHOUT}"
-        )
-    found = explained(error)
-    hint = MENDED if found is None else found.hint
-    return DeviceFailed(f"{device} cannot be used: {said}.", f"{hint} {WITHOUT}")
+        return OutOfMemoryBudget(f"{device} has no free memory ({reason}).", f"{HINT_GPU_BUSY} {HINT_USE_CPU}")
+    known = translate_error(error)
+    hint = HINT_CHECK_DRIVER if known is None else known.hint
+    return DeviceFailed(f"{device} cannot be used: {reason}.", f"{hint} {HINT_USE_CPU}")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The UNet's number format: `auto` is float16 on a GPU; a CPU has float32 only, as half runs 100 times slower."""
+    """Return the UNet's dtype for --dtype. `auto` is float16 on a GPU.
+
+    A CPU supports float32 only: half precision is 100 times slower there. Raises UsageError.
+    """
     import torch
 
     if device.type == "cpu" and not _half_on_cpu(name):
         if name not in ("auto", "float32"):
-            raise UsageError(f"--dtype {name} needs a GPU: a CPU runs in float32.", "Leave --dtype out.")
+            raise UsageError(f"--dtype {name} requires a GPU: the CPU runs in float32.", "Omit --dtype.")
         return torch.float32
     if name == "bfloat16" and is_cuda(device) and not has_bfloat16(device):
-        reason = f"--dtype bfloat16 is not possible on {device}, which has no bfloat16."
+        reason = f"--dtype bfloat16 is not supported by {device}."
         raise UsageError(reason, "Use --dtype float16 or float32.", "dtype")
     return torch.float16 if name == "auto" else getattr(torch, name)
 
 
 def _half_on_cpu(name: str) -> bool:
-    """Whether `name` is half precision, and the CPU is to compute in it: for tests of what cards do, where none is.
-
-    Only with LINFUSION_CPU_HALF=1, which is for developers.
-    """
+    """Return whether the CPU computes in this half-precision dtype: only with LINFUSION_CPU_HALF=1, for tests."""
     return name in ("float16", "bfloat16") and os.environ.get("LINFUSION_CPU_HALF") == "1"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Its name as --dtype takes it: torch.float16 -> float16."""
+    """Return the name of the dtype as in --dtype: torch.float16 -> float16."""
     return str(dtype).removeprefix("torch.")
 
 
 def pick_vae_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 on cards that have it, unless float32 is asked for; never float16, where SDXL's overflows to black."""
+    """Return the VAE's dtype: bfloat16 on GPUs that support it, else float32, also if --dtype is float32.
+
+    Never float16, in which the SDXL VAE overflows and returns black images.
+    """
     import torch
 
     if device.type != "cuda" or name == "float32":
         return torch.bfloat16 if device.type == "cpu" and _half_on_cpu(name) else torch.float32
     return torch.bfloat16 if has_bfloat16(device) else torch.float32
-
-
-def cpu_count() -> int:
-    """The CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclass
-class PeakMemory:
-    """Peak memory of a stretch of work: begins when made, read by `host_bytes` and `device_bytes`.
-
-    `device` is None while it is not known, and torch is not imported yet.
-    """
-
-    device: torch.device | None
-
-    def __post_init__(self) -> None:
-        if is_cuda(self.device):
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._forgets = forgets_peaks()
-
-    def host_bytes(self) -> int:
-        """Peak resident memory since the beginning, or of the process so far where no peak is forgotten."""
-        peak = high_water_bytes() if self._forgets else None
-        return peak if peak is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def device_bytes(self) -> int | None:
-        """Peak of the memory torch held on the card, or None without one."""
-        if not is_cuda(self.device):
-            return None
-        import torch
-
-        return torch.cuda.max_memory_reserved(self.device)
-
-
-def free_memory(device: torch.device | None) -> None:
-    """Give back what the last stretch of work left: cycles, freed memory the allocator kept, the card's cache.
-
-    Waits for the card first, as memory that its work still uses stays. What goes wrong in that work is raised, unless
-    memory runs out: then there is the more reason to go on.
-    """
-    gc.collect()
-    trim_heap()
-    if not is_cuda(device):
-        return
-    import torch
-
-    for give_back in (partial(synchronize, device), torch.cuda.empty_cache):
-        try:
-            give_back()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """What a report says of the machine."""
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    peaks = "stage" if forgets_peaks() else "process"  # what the host peaks of a report are counted over
-    memory = {"memory_bytes": memory_limit_bytes(), "host_peaks_of": peaks}
-    runs_on = platform_name() if is_cuda(device) else "CPU"
-    return {"device": str(device), "name": name, "platform": runs_on, "cpus": cpu_count()} | memory
-
-
-def versions() -> dict[str, str]:
-    """The versions a result depends on."""
-    packages = ("torch", "diffusers", "transformers")
-    own = {"python": platform.python_version(), "linfusion": __version__}
-    return own | {name: installed(name) or "unknown" for name in packages}
-
-
-def installed(package: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

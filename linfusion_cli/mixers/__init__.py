@@ -1,0 +1,1 @@
+"""Replacements for self-attention (token mixers), one package each."""

@@ -1,1 +1,1 @@
-"""Models: where they are, what family they are of, how their parts are read."""
+"""Models: locate and download them, detect their family, load and check their networks and adapters."""

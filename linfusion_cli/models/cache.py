@@ -1,48 +1,48 @@
-"""What stays loaded from one job of a batch to the next."""
+"""Cache of loaded networks between the jobs of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from linfusion_cli.models.files.digest import Identity
+from linfusion_cli.models.files.digest import FileIdentity
 
-Thing = TypeVar("Thing")
-Key = Callable[[], Hashable]  # called only where something may be kept
+Value = TypeVar("Value")
+ComputeKey = Callable[[], Hashable]  # called only if the cache is enabled
 
 
 class ModelCache:
-    """Keeps one thing under each name, and gives it again for the same key; the old goes before a new one is made.
+    """Cache with one entry per name; an entry with another key is evicted before its replacement is built.
 
-    A shelf that `keeps` nothing makes everything anew: for a run that is alone. `digests` are of files that were
-    hashed, by what tells whether they changed.
+    A disabled cache builds every value on every call: single runs use it. `digests` maps file identities to the
+    SHA-256 of files that have been hashed.
     """
 
-    def __init__(self, keeps: bool = True):
-        self.keeps = keeps
-        self.digests: dict[Identity, str] = {}
-        self._things: dict[str, tuple[Hashable, Any]] = {}
+    def __init__(self, enabled: bool = True):
+        self.enabled = enabled
+        self.digests: dict[FileIdentity, str] = {}
+        self._entries: dict[str, tuple[Hashable, Any]] = {}
 
-    def get(self, name: str, key: Key, make: Callable[[], Thing]) -> Thing:
-        """What lies under `name`, if it was made for this key; else what `make` makes."""
-        if not self.keeps:
-            return make()
+    def get(self, name: str, key: ComputeKey, build: Callable[[], Value]) -> Value:
+        """Return the entry `name` if it was built for this key; otherwise build and store it."""
+        if not self.enabled:
+            return build()
         self.evict_stale(name, key)
-        if name not in self._things:
-            now = key()
-            self._things[name] = (now, make())
-        return self._things[name][1]
+        if name not in self._entries:
+            current_key = key()
+            self._entries[name] = (current_key, build())
+        return self._entries[name][1]
 
-    def evict_stale(self, name: str, key: Key) -> None:
-        """Let go of what lies under `name` unless it was made for this key, which it will be asked for."""
-        if name in self._things and self._things[name][0] != key():
-            del self._things[name]
+    def evict_stale(self, name: str, key: ComputeKey) -> None:
+        """Evict the entry `name` if its key differs from `key`."""
+        if name in self._entries and self._entries[name][0] != key():
+            del self._entries[name]
 
-    def drop(self, *names: str) -> None:
-        """Let go of what lies under these names, or of everything."""
-        for name in names or list(self._things):
-            self._things.pop(name, None)
+    def evict(self, *names: str) -> None:
+        """Evict the entries with these names, or all entries if no name is given."""
+        for name in names or list(self._entries):
+            self._entries.pop(name, None)
 
     def values(self) -> list[Any]:
-        """All that is kept."""
-        return [thing for _, thing in self._things.values()]
+        """Return all cached values."""
+        return [value for _, value in self._entries.values()]

@@ -1,1 +1,1 @@
-"""Before anything is loaded: how each phase will run on this machine, and what it will take."""
+"""Plan a run before models are loaded: the strategy of each stage on this machine, its memory and its time."""

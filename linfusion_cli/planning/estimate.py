@@ -1,4 +1,4 @@
-"""What a stretch of work takes on a machine: memory at its peak, and time."""
+"""Estimate the peak memory and the time of denoising, decoding and encoding on a machine."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from linfusion_cli.strips.cost import MemoryLedger
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
 from linfusion_cli.strips.stream import StreamStage
-from linfusion_cli.unet.check import unknown_parts
-from linfusion_cli.unet.estimate import Setting, embedding_cost, estimate_unet, whole_bytes
-from linfusion_cli.vae.estimate import vae_cost
-from linfusion_cli.vae.stages import decoder_stages, encoder_stages
+from linfusion_cli.unet.check import find_unsupported_parts
+from linfusion_cli.unet.estimate import ForwardSettings, embedding_cost, estimate_unet, whole_controlnet_bytes
+from linfusion_cli.vae.estimate import estimate_vae
+from linfusion_cli.vae.stages import build_decoder_stages, build_encoder_stages
 from linfusion_cli.vae.statistics import VaeStrategy
 
-WHOLE = StripSize(1 << 20, 1 << 40)
-LATENT_COPIES = 10  # latents, noise, predictions and what a scheduler's step makes of them, in fp32
-DEMOFUSION_COPIES = 15  # the encoded picture, its noise, both of them together, the blurred latents and two predictions
-COPY_BYTES_PER_SEC = 20e9  # between pinned host memory and a card: PCIe 4
-# What torch reserves for what is allocated: a share of it, and segments that are not full, with cuBLAS's workspace.
-# Native segments of several sizes leave holes; measured on the fake card of the tests, from 1024 to 16384 px.
+UNSPLIT = StripSize(1 << 20, 1 << 40)  # for forwards without strips: one strip per map
+LATENT_COPIES = 10  # fp32 copies: latents, noise, predictions and temporary data of a scheduler step
+DEMOFUSION_COPIES = 15  # in addition: the encoded image, its noise, their sum, the blurred latents and two predictions
+COPY_BYTES_PER_SEC = 20e9  # between pinned host memory and a GPU: PCIe 4
+# Overhead of torch's allocator, as a factor and a constant for partly used segments and cuBLAS's workspace. Native
+# segments of different sizes leave gaps. Measured on the fake card of the tests, from 1024 to 16384 px.
 EXPANDABLE, NATIVE = (1.02, 80 << 20), (1.15, 512 << 20)
-PATCH_HOLES, MAP_HOLES = 1.1, 1.02  # what strips of patches, or of whole maps, of a VAE leave beside that
-HEAP_BYTES = 24 << 20  # what libraries keep beside what is reckoned
+PATCH_FRAGMENTATION, MAP_FRAGMENTATION = 1.1, 1.02  # additional factors for a VAE's patches, and for its complete maps
+LIBRARY_HEAP_BYTES = 24 << 20  # heap memory of libraries that the estimate does not cover
 PIXEL_CHANNELS = 3
-READ_ROWS, WRITTEN_ROWS = 512, 256  # of the picture in fp32, as they are resized or pass to the file
-WHOLE_HEAP_BYTES = 128 << 20  # the holes that freed maps of a plain forward leave, where there are so many
+READ_ROWS, WRITE_ROWS = 512, 256  # fp32 rows of the image in memory, while they are resized or written
+UNSPLIT_FRAGMENTATION_BYTES = 128 << 20  # limit of the gaps that the maps of a forward without strips leave
 
 
 @dataclass(frozen=True)
 class DenoiseStrategy:
-    """How one phase's UNet runs: whole where it has no strips; `together` runs both halves of guidance at once."""
+    """How the UNet of a phase runs: unsplit without `strips`. `together` runs both halves of guidance in one batch."""
 
     attention: str
     strips: StripSize | None = None
@@ -44,10 +44,10 @@ class DenoiseStrategy:
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """What a stretch of work takes at its peak, of the whole process and of the card; and how long.
+    """Peak memory of the process and of the GPU, and the time.
 
-    `pinned_bytes` are those of the host that are pinned, `copied_bytes` pass between host and device, and `flops` are
-    those of matrix products and convolutions.
+    `pinned_bytes` is the pinned part of the host memory. `copied_bytes` are transferred between host and device.
+    `flops` counts matrix products and convolutions.
     """
 
     host_bytes: int
@@ -57,91 +57,118 @@ class ResourceEstimate:
     copied_bytes: int = 0
     flops: int = 0
 
-    def times(self, count: float) -> ResourceEstimate:
-        """The same peaks, for `count` times the work."""
-        work = {"copied_bytes": round(self.copied_bytes * count), "flops": round(self.flops * count)}
-        return replace(self, seconds=self.seconds * count, **work)
+    def scale_work(self, factor: float) -> ResourceEstimate:
+        """Multiply the work and the time by `factor`; peaks do not change."""
+        return replace(
+            self,
+            seconds=self.seconds * factor,
+            copied_bytes=round(self.copied_bytes * factor),
+            flops=round(self.flops * factor),
+        )
 
 
 @dataclass(frozen=True)
 class CostEstimator:
-    """Reckons needs from a model's outline."""
+    """Estimates resources from the shapes of a model."""
 
     facts: ModelFacts
-    outline: MetaModel
+    meta_model: MetaModel
     machine: Machine
 
-    def forward(
-        self, mode: DenoiseStrategy, size: Size, dilation: int = 1, controlled: bool = False
+    def estimate_forward(
+        self, strategy: DenoiseStrategy, size: Size, dilation: int = 1, controlled: bool = False
     ) -> ResourceEstimate | None:
-        """One prediction, or both halves of guidance, at `size` px; None for networks of an unknown kind."""
-        nets = [control.net for control in self.outline.controlnets] if controlled else []
-        if mode.attention == "original" and any(any(unknown_parts(network)) for network in (self.outline.unet, *nets)):
+        """Estimate one prediction at `size` px, of both halves of guidance if they are batched.
+
+        Return None if a network has its original attention and unsupported parts.
+        """
+        nets = [control.net for control in self.meta_model.controlnets] if controlled else []
+        networks = (self.meta_model.unet, *nets)
+        if strategy.attention == "original" and any(any(find_unsupported_parts(network)) for network in networks):
             return None
         size_lat = size.divide(self.facts.vae_factor)
-        shape = (2 if mode.together else 1, size_lat.height, size_lat.width)
-        setting = Setting(mode.strips or WHOLE, mode.place, *shape, self.machine.dtype.itemsize, dilation=dilation)
-        with self.outline.with_attention(mode.attention):
-            ledger = estimate_unet(self.outline.unet, setting, nets)
-            beside = 0 if mode.strips else whole_bytes(nets, setting)
-        computing = self.machine.speed.seconds(ledger.flops, ledger.passes)
+        shape = (2 if strategy.together else 1, size_lat.height, size_lat.width)
+        itemsize = self.machine.dtype.itemsize
+        settings = ForwardSettings(strategy.strips or UNSPLIT, strategy.place, *shape, itemsize, dilation=dilation)
+        with self.meta_model.with_attention(strategy.attention):
+            ledger = estimate_unet(self.meta_model.unet, settings, nets)
+            unsplit_controlnets = 0 if strategy.strips else whole_controlnet_bytes(nets, settings)
+        compute_sec = self.machine.speed.estimate_seconds(ledger.flops, ledger.passes)
         copies = LATENT_COPIES if dilation == 1 else DEMOFUSION_COPIES
         latents = copies * 4 * self.facts.latent_channels * size_lat.area
-        holes = 0 if mode.strips else min(WHOLE_HEAP_BYTES, ledger.peak["device"])
-        device = ledger.peak["device"] + latents + holes + beside
-        host = latents if self.machine.device.type == "cuda" else 0  # drawn and added there
-        return self._need(ledger, host, device, self._weights(mode.attention, controlled), computing)
+        gaps = 0 if strategy.strips else min(UNSPLIT_FRAGMENTATION_BYTES, ledger.peak["device"])
+        device = ledger.peak["device"] + latents + gaps + unsplit_controlnets
+        host = latents if self.machine.device.type == "cuda" else 0  # noise is drawn and added on the host
+        weights = self._count_weight_bytes(strategy.attention, controlled)
+        return self._build_estimate(ledger, host, device, weights, compute_sec)
 
-    def embedding_seconds(self, size: Size) -> float:
-        """How long the control pictures take to become what the ControlNets see."""
+    def estimate_embedding_seconds(self, size: Size) -> float:
+        """Estimate the time to embed the control images."""
         size_lat, itemsize = size.divide(self.facts.vae_factor), self.machine.dtype.itemsize
         pair = size_lat.height, size_lat.width
-        costs = [embedding_cost(control.net, *pair, itemsize) for control in self.outline.controlnets]
-        return self.machine.speed.seconds(sum(cost.flops for cost in costs), sum(cost.passes for cost in costs))
+        costs = [embedding_cost(control.net, *pair, itemsize) for control in self.meta_model.controlnets]
+        flops, passes = sum(cost.flops for cost in costs), sum(cost.passes for cost in costs)
+        return self.machine.speed.estimate_seconds(flops, passes)
 
-    def vae(self, size: Size, encode: bool, attention: str | None, method: VaeStrategy) -> ResourceEstimate:
-        """Decoding or encoding a picture of `size` px, while the UNet waits with this attention, or not on the card."""
+    def estimate_conversion(
+        self, size: Size, encode: bool, attention: str | None, strategy: VaeStrategy
+    ) -> ResourceEstimate:
+        """Estimate decoding or encoding an image of `size` px.
+
+        Meanwhile the UNet is loaded with this attention; None if it is not on the device.
+        """
         machine, facts = self.machine, self.facts
-        ledger = self.vae_ledger(size, encode, method)
+        ledger = self.build_vae_ledger(size, encode, strategy)
         latents = 2 * 4 * facts.latent_channels * size.divide(facts.vae_factor).area
-        rows = 4 * PIXEL_CHANNELS * size.width * (READ_ROWS if encode else WRITTEN_ROWS)
-        computing = machine.vae_speed.seconds(ledger.flops, ledger.passes)
+        rows = 4 * PIXEL_CHANNELS * size.width * (READ_ROWS if encode else WRITE_ROWS)
+        compute_sec = machine.vae_speed.estimate_seconds(ledger.flops, ledger.passes)
         device = ledger.peak["device"] + (latents if machine.device.type == "cuda" else 0)
-        holes = 1.0 if machine.device.type == "cpu" else PATCH_HOLES if method.patches else MAP_HOLES
-        return self._need(ledger, rows + latents, int(holes * device), self._weights(attention), computing)
+        fragmentation = PATCH_FRAGMENTATION if strategy.patches else MAP_FRAGMENTATION
+        device = int((1.0 if machine.device.type == "cpu" else fragmentation) * device)
+        return self._build_estimate(ledger, rows + latents, device, self._count_weight_bytes(attention), compute_sec)
 
-    def vae_ledger(self, size: Size, encode: bool, method: VaeStrategy) -> MemoryLedger:
-        """What the VAE itself takes, beyond its weights."""
+    def build_vae_ledger(self, size: Size, encode: bool, strategy: VaeStrategy) -> MemoryLedger:
+        """Return the cost of decoding or encoding, without the VAE's weights."""
         factor, itemsize = self.facts.vae_factor, self.machine.vae_dtype.itemsize
         source = (size, factor, PIXEL_CHANNELS) if encode else (size.divide(factor), 1, self.facts.latent_channels)
         on_cpu = self.machine.device.type == "cpu"
-        return vae_cost(self.vae_stages(encode), *source, method, itemsize, on_cpu)
+        return estimate_vae(self.build_vae_stages(encode), *source, strategy, itemsize, on_cpu)
 
-    def vae_stages(self, encode: bool) -> list[StreamStage]:
-        """The stages of the VAE's encoder or decoder."""
-        return encoder_stages(self.outline.vae) if encode else decoder_stages(self.outline.vae)
+    def build_vae_stages(self, encode: bool) -> list[StreamStage]:
+        """Return the stages of the VAE's encoder or decoder."""
+        return build_encoder_stages(self.meta_model.vae) if encode else build_decoder_stages(self.meta_model.vae)
 
-    def _weights(self, attention: str | None, controlled: bool = False) -> int:
-        """The bytes of the models that are on the device while a phase has this attention, and ControlNets or not."""
-        on_card = self.machine.device.type == "cuda"
-        mounted = 0 if attention is None else self.outline.numbers(attention)
-        numbers = mounted if on_card else self.outline.all_numbers
-        numbers += self.outline.control_numbers if controlled or not on_card else 0
-        return numbers * self.machine.dtype.itemsize + self.outline.vae_numbers * self.machine.vae_dtype.itemsize
+    def _count_weight_bytes(self, attention: str | None, controlled: bool = False) -> int:
+        """Return the bytes of the weights on the device. `attention` is that of the UNet, None if it is not loaded.
 
-    def _need(self, ledger: MemoryLedger, host: int, device: int, weights: int, computing: float) -> ResourceEstimate:
-        """On a CPU the device's memory is the host's; with a card, what is not used waits on the host."""
-        machine = self.machine
-        host += machine.resident_bytes + HEAP_BYTES
+        On a CPU these are the weights of all models.
+        """
+        model, on_gpu = self.meta_model, self.machine.device.type == "cuda"
+        unet = 0 if attention is None else model.count_unet_parameters(attention)
+        parameters = unet if on_gpu else model.total_unet_parameters
+        parameters += model.controlnet_parameters if controlled or not on_gpu else 0
+        return parameters * self.machine.dtype.itemsize + model.vae_parameters * self.machine.vae_dtype.itemsize
+
+    def _build_estimate(
+        self, ledger: MemoryLedger, host: int, device: int, weights: int, compute_sec: float
+    ) -> ResourceEstimate:
+        """Return the estimate of the process. On a CPU, device memory is host memory.
+
+        With a GPU, modules that are not in use are kept on the host.
+        """
+        machine, model = self.machine, self.meta_model
+        host += machine.resident_bytes + LIBRARY_HEAP_BYTES
         if machine.device.type == "cpu":
-            return ResourceEstimate(host + device + weights, 0, computing, flops=ledger.flops)
-        unmounted = self.outline.all_numbers - self.outline.numbers("linear") + self.outline.control_numbers
+            return ResourceEstimate(host + device + weights, 0, compute_sec, flops=ledger.flops)
+        unused = model.total_unet_parameters - model.count_unet_parameters("linear") + model.controlnet_parameters
         pinned, copied = ledger.peak["host"], ledger.copied_bytes
-        host += unmounted * machine.dtype.itemsize + pinned
-        seconds = max(computing, copied / COPY_BYTES_PER_SEC)
-        return ResourceEstimate(host, weights + self._reserved(device), seconds, pinned, copied, ledger.flops)
+        host += unused * machine.dtype.itemsize + pinned
+        seconds = max(compute_sec, copied / COPY_BYTES_PER_SEC)
+        return ResourceEstimate(
+            host, weights + self._estimate_reserved_bytes(device), seconds, pinned, copied, ledger.flops
+        )
 
-    def _reserved(self, allocated: int) -> int:
-        """What torch's allocator reserves for so many bytes that come and go, with the libraries' workspace."""
-        share, more = EXPANDABLE if self.machine.segments == "expandable" else NATIVE
-        return int(share * allocated) + more
+    def _estimate_reserved_bytes(self, allocated: int) -> int:
+        """Return the bytes that torch's allocator reserves for `allocated` bytes of temporary data, with workspaces."""
+        factor, constant = EXPANDABLE if self.machine.segments == "expandable" else NATIVE
+        return int(factor * allocated) + constant

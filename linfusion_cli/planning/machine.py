@@ -1,4 +1,4 @@
-"""What a plan has to get by with: a device, its speed, and the memory that may be used."""
+"""Determine the device, its speed, and the memory budget that a plan is made for."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import torch
 
 from linfusion_cli.core.errors import OutOfMemoryBudget, UsageError
 from linfusion_cli.core.units import format_bytes, format_seconds
-from linfusion_cli.hardware import device as machine
-from linfusion_cli.hardware.allocator import Segments, segments
-from linfusion_cli.hardware.cuda import is_cuda
-from linfusion_cli.hardware.diagnosis import nvidia_is_here, why_no_device
-from linfusion_cli.planning.speed import Speed, measured
+from linfusion_cli.hardware.allocator import Segments, detect_segments
+from linfusion_cli.hardware.cuda import free_device_bytes, is_cuda
+from linfusion_cli.hardware.device import pick_device, pick_dtype, pick_vae_dtype
+from linfusion_cli.hardware.host_memory import free_host_bytes, resident_bytes
+from linfusion_cli.hardware.no_gpu import explain_no_gpu, has_nvidia_gpu
+from linfusion_cli.hardware.torch_errors import is_out_of_memory
+from linfusion_cli.planning.speed import Speed, measure_speed
 from linfusion_cli.settings.request import ImageRequest
 
-SHARE_OF_FREE = 0.9  # what is taken of the memory that is free now, where nothing else is said
-SHORT_SEC = 60.0  # of a run that nobody would want a GPU for
-ON_CPU = "This runs on the CPU and takes about {}: {}."
+FREE_MEMORY_SHARE = 0.9  # default budget, as a share of the free memory
+MIN_NOTICE_SEC = 60.0  # shorter runs do not need a GPU
+CPU_NOTICE = "This runs on the CPU and takes about {}: {}."
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`host_bytes` counts the whole process, `device_bytes` what torch has on the card; None without one."""
+    """A device with memory budgets: `host_bytes` for the process, and `device_bytes` for torch on a GPU, if any."""
 
     device: torch.device
     dtype: torch.dtype
@@ -33,54 +35,57 @@ class Machine:
     speed: Speed
     vae_speed: Speed
     segments: Segments = "expandable"  # of torch's allocator on the card
-    no_gpu: tuple[str, str] | None = None  # why `auto` is the CPU, as a clause, and what to do, as a sentence
+    no_gpu: tuple[str, str] | None = None  # reason (clause) and hint (sentence) if `auto` selected the CPU
 
 
-def survey(request: ImageRequest, kept_bytes: int = 0) -> Machine:
-    """This machine as `request` wants to use it; raises UsageError, Unavailable, or DoesNotFit for a card that is full.
+def inspect_machine(request: ImageRequest, cached_model_bytes: int = 0) -> Machine:
+    """Return the machine as `request` uses it.
 
-    `kept_bytes` of the host's memory hold models from a job before: they are used again, or go first.
+    `cached_model_bytes` is the host memory of models from previous jobs: they are reused, or freed first.
+    Raise UsageError, Unavailable, or OutOfMemoryBudget if the GPU is full.
     """
-    device = machine.pick_device(request.device)
-    dtype, vae_dtype = (pick(request.dtype, device) for pick in (machine.pick_dtype, machine.pick_vae_dtype))
+    device = pick_device(request.device)
+    dtype, vae_dtype = (pick(request.dtype, device) for pick in (pick_dtype, pick_vae_dtype))
     if request.vram is not None and not is_cuda(device):
         raise UsageError(
-            f"--vram {format_bytes(request.vram)} needs a GPU, and this runs on {device}.", "Use --ram.", "vram"
+            f"--vram {format_bytes(request.vram)} needs a GPU; the device is {device}.", "Use --ram.", "vram"
         )
-    speed, vae_speed = speeds(device, dtype, vae_dtype)
-    resident = max(0, machine.resident_bytes() - kept_bytes)  # with what a card's driver takes of it
-    host = request.ram or resident + int(SHARE_OF_FREE * (machine.free_host_bytes() + kept_bytes))
-    budget = device_budget(request, device)
-    no_gpu = why_no_device() if request.device == "auto" and not is_cuda(device) else None
-    return Machine(device, dtype, vae_dtype, host, budget, resident, speed, vae_speed, segments(), no_gpu)
+    speed, vae_speed = measure_speeds(device, dtype, vae_dtype)
+    resident = max(0, resident_bytes() - cached_model_bytes)  # includes the GPU driver's memory
+    host = request.ram or resident + int(FREE_MEMORY_SHARE * (free_host_bytes() + cached_model_bytes))
+    budget = compute_device_budget(request, device)
+    no_gpu = explain_no_gpu() if request.device == "auto" and not is_cuda(device) else None
+    return Machine(device, dtype, vae_dtype, host, budget, resident, speed, vae_speed, detect_segments(), no_gpu)
 
 
-def speeds(device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> tuple[Speed, Speed]:
-    """How fast `device` is in both formats; raises DoesNotFit where it has no room even to measure that."""
+def measure_speeds(device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype) -> tuple[Speed, Speed]:
+    """Measure `device` with both dtypes. Raise OutOfMemoryBudget if it has no memory for that."""
     try:
-        return measured(device, dtype), measured(device, vae_dtype)
+        return measure_speed(device, dtype), measure_speed(device, vae_dtype)
     except (RuntimeError, MemoryError) as error:
-        if not (is_cuda(device) and machine.is_out_of_memory(error)):
+        if not (is_cuda(device) and is_out_of_memory(error)):
             raise
-        reason = f"{device} is full: {format_bytes(machine.free_device_bytes(device))} of its memory are free."
-        raise OutOfMemoryBudget(reason, "End what uses it (see `nvidia-smi`), or use --device cpu.") from error
+        reason = f"{device} is full: {format_bytes(free_device_bytes(device))} of its memory are free."
+        raise OutOfMemoryBudget(
+            reason, "Stop processes that use it (see `nvidia-smi`), or use --device cpu."
+        ) from error
 
 
-def cpu_notice(machine: Machine, seconds: float) -> str | None:
-    """Why a run of so many seconds is on the CPU although nobody asked for that, in one line; None if it is not.
+def build_cpu_notice(machine: Machine, seconds: float) -> str | None:
+    """Return a notice that a run of `seconds` uses the CPU by default, and the reason. None if it does not.
 
-    Where the machine has no GPU that is known of, a run shorter than SHORT_SEC is not worth the line.
+    Runs shorter than MIN_NOTICE_SEC get no notice if the machine has no NVIDIA GPU.
     """
     if machine.no_gpu is None:
         return None
     reason, hint = machine.no_gpu
-    if seconds < SHORT_SEC and not hint and not nvidia_is_here():
+    if seconds < MIN_NOTICE_SEC and not hint and not has_nvidia_gpu():
         return None
-    return f"{ON_CPU.format(format_seconds(seconds), reason)} {hint}".strip()
+    return f"{CPU_NOTICE.format(format_seconds(seconds), reason)} {hint}".strip()
 
 
-def device_budget(request: ImageRequest, device: torch.device) -> int | None:
-    """The bytes that may be used of a card."""
+def compute_device_budget(request: ImageRequest, device: torch.device) -> int | None:
+    """Return the budget in bytes of GPU memory, None if `device` is not a GPU."""
     if not is_cuda(device):
         return None
-    return request.vram or int(SHARE_OF_FREE * machine.free_device_bytes(device))
+    return request.vram or int(FREE_MEMORY_SHARE * free_device_bytes(device))

@@ -1,4 +1,4 @@
-"""From kept latents to a file: what `linfusion decode` does."""
+"""The pipeline of `linfusion decode`: decode saved latents into an image file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from linfusion_cli import settings
 from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.core.events import Observer, ignore_event
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.hardware.device import describe, versions
 from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.models.files.digest import WeightsFile
 from linfusion_cli.run.checkpoint.latents_file import SavedLatents
 from linfusion_cli.run.checkpoint.manager import CheckpointManager, find_store
-from linfusion_cli.run.inputs.provenance import DTYPES, hash_weights, to_json
-from linfusion_cli.run.inputs.resolve import ResolvedRequest, check_disk, resolve_request
+from linfusion_cli.run.inputs.disk import check_disk_space
+from linfusion_cli.run.inputs.provenance import DTYPES_KEY, hash_weights
+from linfusion_cli.run.inputs.resolve import ResolvedRequest, resolve_request
 from linfusion_cli.run.outputs.existing import Provenance
 from linfusion_cli.run.outputs.open import open_outputs, reserve_output
 from linfusion_cli.run.outputs.report import complete_report
@@ -26,7 +26,7 @@ from linfusion_cli.run.progress.recorder import RunRecorder
 from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
 
 VAE_USE = "vae"
-# What a decoding has no part of: where such files lie today is no matter.
+# Decoding does not use these settings, so their files do not have to exist.
 DECODE_DEFAULTS: dict[str, Any] = {
     "linfusion": "none",
     "linfusion_merge": "auto",
@@ -47,68 +47,71 @@ DECODE_DEFAULTS: dict[str, Any] = {
 
 
 def decode(
-    kept: SavedLatents, request: ImageRequest, origins: Mapping[str, str], observer: Observer = ignore_event
+    saved_latents: SavedLatents, request: ImageRequest, origins: Mapping[str, str], observer: Observer = ignore_event
 ) -> RunReport:
-    """Make the file of `request` from the `kept` latents; raises a LinfusionError with nothing left behind."""
+    """Decode the latents into the output of `request`. Raise a LinfusionError on failure; no partial file remains."""
     started = time.perf_counter()
     recorder = RunRecorder(observer)
     with reserve_output(request, ()) as file:
         with recorder.stage("start", "load", None, 1, "start"):
-            resolved = keep_last_phase(resolve_request(replace(request, **DECODE_DEFAULTS)), kept)
-            check_disk(resolved)
-            from linfusion_cli.run.stages import convert, load  # torch and diffusers take seconds to import
+            resolved = keep_last_phase(resolve_request(replace(request, **DECODE_DEFAULTS)), saved_latents)
+            check_disk_space(resolved)
+            from linfusion_cli.run.stages import load, write  # importing torch and diffusers takes seconds
 
-            model_cache, checkpoints = ModelCache(keeps=False), CheckpointManager(find_store(request), None, request)
+            model_cache, checkpoints = ModelCache(enabled=False), CheckpointManager(find_store(request), None, request)
             run = load.start_run(resolved, recorder, checkpoints, model_cache)
-        machine, plan = describe(run.device), run.plan.to_json()
-        read = [weights for weights in hash_weights(resolved, recorder, model_cache) if weights.use == VAE_USE]
-        report = RunReport(request.to_json(), dict(origins), machine, versions(), plan, to_json(read), recorder.stages)
-        report.dtypes = list(kept.made_with[DTYPES])
-        making = Provenance(request, replace_vae_weights(kept, read), proven=False, dtypes=report.dtypes)
-        with open_outputs(file, making) as sink:
-            vae = load.load_decoder(run)
-            convert.write_output(run, vae, kept.read(), sink)
+        vae_weights = [weights for weights in hash_weights(resolved, recorder, model_cache) if weights.use == VAE_USE]
+        report = run.build_report(request, origins, vae_weights)
+        report.dtypes = list(saved_latents.metadata[DTYPES_KEY])
+        provenance = Provenance(
+            request, replace_vae_weights(saved_latents, vae_weights), has_checkpoint=False, dtypes=report.dtypes
+        )
+        with open_outputs(file, provenance) as sink:
+            vae = load.prepare_vae(run)
+            write.write_output(run, vae, saved_latents.read(), sink)
     return complete_report(report, request, started)
 
 
-def keep_last_phase(resolved: ResolvedRequest, kept: SavedLatents) -> ResolvedRequest:
-    """`prepared` with the last phase alone, which has no steps; raises DataError where the latents are not its own."""
+def keep_last_phase(resolved: ResolvedRequest, saved_latents: SavedLatents) -> ResolvedRequest:
+    """Return the request with only its last phase, without steps. Raise DataError if the latents do not fit it."""
     last, facts = resolved.phases[-1], resolved.facts
     size_lat = last.size.divide(facts.vae_factor)
-    if (last.size, kept.shape) != (kept.phase_size, (1, facts.latent_channels, size_lat.height, size_lat.width)):
-        reason = f"{kept.path} is no picture of {resolved.request.size} by {resolved.request.model}."
-        raise DataError(reason, "Its model has changed since, or --model names another kind.")
-    return replace(resolved, phases=[replace(last, index=0, count=0)])
+    shape = (1, facts.latent_channels, size_lat.height, size_lat.width)
+    if (last.size, saved_latents.shape) != (saved_latents.phase_size, shape):
+        request = resolved.request
+        reason = f"The latents in {saved_latents.path} do not fit {request.size} px and the model {request.model}."
+        raise DataError(reason, "Use the model that made them: it has changed, or --model is of another family.")
+    return replace(resolved, phases=[replace(last, index=0, active_steps=0)])
 
 
-def replace_vae_weights(kept: SavedLatents, vae: Sequence[WeightsFile]) -> list[WeightsFile]:
-    """The weights that the latents were made with, as far as their metadata tell, with the `vae` that decodes them."""
-    files = [(*entry["file"].split("/", 1), entry["sha256"]) for entry in kept.made_with["weights"]]
+def replace_vae_weights(saved_latents: SavedLatents, vae: Sequence[WeightsFile]) -> list[WeightsFile]:
+    """Return the weights in the metadata of the latents, with those of the VAE replaced by `vae`."""
+    files = [(*entry["file"].split("/", 1), entry["sha256"]) for entry in saved_latents.metadata["weights"]]
     others = [WeightsFile(use, Path(name), 0, sha256) for use, name, sha256 in files if use != VAE_USE]
     before = next((i for i, (use, *_) in enumerate(files) if use == VAE_USE), len(others))
     return [*others[:before], *vae, *others[before:]]
 
 
-def build_decode_request(kept: SavedLatents, given: Mapping[str, Any]) -> tuple[dict[str, str], ImageRequest]:
-    """The request that made the latents, with what is `given` instead; before it, where each setting came from.
+def build_decode_request(saved_latents: SavedLatents, given: Mapping[str, Any]) -> tuple[dict[str, str], ImageRequest]:
+    """Return the origin of each setting and the request that made the latents, overridden by the `given` settings.
 
-    Raises DataError for latents that tell no request, UsageError for what is given wrongly.
+    Raise DataError if the metadata of the latents contain no valid request, UsageError if a given setting is invalid.
     """
-    kind = UpscaleRequest if kept.made_with.get("image") else GenerateRequest
+    kind = UpscaleRequest if saved_latents.metadata.get("image") else GenerateRequest
     try:
-        merged = settings.merge(
-            [settings.flag_layer(given), settings.Layer(f"latents {kept.path}", settings_from_metadata(kept, kind))]
-        )
+        stored = settings.Layer(f"latents {saved_latents.path}", read_settings(saved_latents, kind))
+        merged = settings.merge([settings.flag_layer(given), stored])
         return merged.origins(kind), settings.build_request(merged, kind)
     except (LookupError, ValueError, TypeError, AttributeError, UsageError) as error:
         if given.get(getattr(error, "setting", None) or "") is not None:
             raise
-        raise DataError(f"{kept.path} tells no request of ours ({error}).", "Make it again.") from error
+        reason = f"{saved_latents.path} has no valid request in its metadata ({error})."
+        raise DataError(reason, "Generate it again with --keep-latents.") from error
 
 
-def settings_from_metadata(kept: SavedLatents, kind: type[ImageRequest]) -> dict[str, Any]:
-    """The settings that the latents were made with; those of other files than the picture are not theirs any more."""
-    made, parsers = kept.made_with, settings.PARSERS
-    values = {name: parsers[name](made[name]) for name in parsers if made.get(name) is not None}
-    values |= {"image": Path(made["image"])} if kind is UpscaleRequest else {}
-    return values | {"save_phases": False, "format": None, "output": kept.path.with_suffix(".tif")}
+def read_settings(saved_latents: SavedLatents, kind: type[ImageRequest]) -> dict[str, Any]:
+    """Return the settings in the metadata of the latents, without those of other output files."""
+    metadata, parsers = saved_latents.metadata, settings.PARSERS
+    values = {name: parsers[name](metadata[name]) for name in parsers if metadata.get(name) is not None}
+    values |= {"image": Path(metadata["image"])} if kind is UpscaleRequest else {}
+    return values | {"save_phases": False, "format": None, "output": saved_latents.path.with_suffix(".tif")}

@@ -1,1 +1,1 @@
-"""From noise to latents: noise, guidance, the denoising loop, the ladder of phases. Knows callables, not models."""
+"""Denoise latents: noise, guidance, schedulers, phases, upscalers. Depends on prediction functions, not on models."""

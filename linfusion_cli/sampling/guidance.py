@@ -9,36 +9,43 @@ from torch import Tensor
 from linfusion_cli.sampling.schedulers.schedule import Schedule
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (scaled latents [B, C, H, W], timestep []) -> prediction [B, C, H, W]
-Applies = Callable[[Tensor], bool]  # timestep [] -> whether guidance works there
+GuidanceFilter = Callable[[Tensor], bool]  # timestep [] -> whether guidance is used
 
 
-def guided(conditional: Predict, unconditional: Predict, scale: float, rescale: float, applies: Applies) -> Predict:
-    """ε = ε_u + scale · (ε_c − ε_u); the halves run one after the other, so only one is in memory at a time."""
+def guide(
+    conditional: Predict, unconditional: Predict, scale: float, rescale: float, applies: GuidanceFilter
+) -> Predict:
+    """Return a guided prediction function, ε = ε_u + scale · (ε_c − ε_u).
 
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        if not applies(timestep):
-            return conditional(latents, timestep)
-        return mixed(unconditional(latents, timestep), conditional(latents, timestep), scale, rescale)
-
-    return predict
-
-
-def guided_together(conditional: Predict, both: Predict, scale: float, rescale: float, applies: Applies) -> Predict:
-    """As `guided`, with both halves, the unconditional first, in one batch of two: faster, at twice the memory."""
+    The two halves run one after the other, which halves the memory compared to `guide_batched`.
+    """
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         if not applies(timestep):
             return conditional(latents, timestep)
-        without, with_prompt = both(latents.expand(2, -1, -1, -1), timestep).chunk(2)
-        return mixed(without, with_prompt, scale, rescale)
+        return combine_halves(unconditional(latents, timestep), conditional(latents, timestep), scale, rescale)
 
     return predict
 
 
-def where_guided(schedule: Schedule, scale: float, interval: Sequence[float]) -> Applies:
-    """Guidance at sigmas above the lower and up to the upper end of `interval`: Kynkäänniemi et al., arXiv 2404.07724.
+def guide_batched(
+    conditional: Predict, both: Predict, scale: float, rescale: float, applies: GuidanceFilter
+) -> Predict:
+    """Return a guided prediction function that runs both halves in a batch of two, the unconditional one first."""
 
-    Everywhere without an interval; nowhere at a scale of 1 or less.
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        if not applies(timestep):
+            return conditional(latents, timestep)
+        remove_prompt_metadata, with_prompt = both(latents.expand(2, -1, -1, -1), timestep).chunk(2)
+        return combine_halves(remove_prompt_metadata, with_prompt, scale, rescale)
+
+    return predict
+
+
+def build_guidance_filter(schedule: Schedule, scale: float, interval: Sequence[float]) -> GuidanceFilter:
+    """Return the filter of a guidance interval: lower < sigma <= upper (Kynkäänniemi et al., arXiv 2404.07724).
+
+    Without an interval, guidance is used at all timesteps. With a scale of 1 or less, it is never used.
     """
     low, high = interval or (-1.0, float("inf"))
     steps = zip(schedule.timesteps.tolist(), schedule.sigmas, strict=True)
@@ -46,14 +53,14 @@ def where_guided(schedule: Schedule, scale: float, interval: Sequence[float]) ->
     return lambda timestep: float(timestep) in timesteps
 
 
-def mixed(without: Tensor, with_prompt: Tensor, scale: float, rescale: float) -> Tensor:
-    """The guided prediction, from both halves."""
-    guided_prediction = without + scale * (with_prompt - without)
-    return rescaled(guided_prediction, with_prompt, rescale) if rescale else guided_prediction
+def combine_halves(remove_prompt_metadata: Tensor, with_prompt: Tensor, scale: float, rescale: float) -> Tensor:
+    """Return the guided prediction, given the predictions without and with the prompt."""
+    guided = remove_prompt_metadata + scale * (with_prompt - remove_prompt_metadata)
+    return rescale_deviation(guided, with_prompt, rescale) if rescale else guided
 
 
-def rescaled(guided_prediction: Tensor, conditional: Tensor, share: float) -> Tensor:
-    """Give a `share` of the guided prediction the conditional one's deviation: arXiv 2305.08891, section 3.4."""
-    dims = tuple(range(1, guided_prediction.ndim))
-    matched = guided_prediction * (conditional.std(dims, keepdim=True) / guided_prediction.std(dims, keepdim=True))
-    return share * matched + (1 - share) * guided_prediction
+def rescale_deviation(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """Rescale the standard deviation to that of the conditional prediction, weighted by `share`: section 3.4."""
+    dims = tuple(range(1, guided.ndim))
+    matched = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+    return share * matched + (1 - share) * guided

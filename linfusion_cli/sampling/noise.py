@@ -1,16 +1,16 @@
-"""The noise of a run, always drawn on the CPU so that it does not depend on the device."""
+"""Draw the noise of a run, always on the CPU: results must not depend on the device."""
 
 import torch
 from torch import Tensor
 
 BLOCK_LAT = 64
-LATENTS, STEPS = 1, 2  # beside seed and phase, what else noise is drawn for
+POSTERIOR_STREAM, STEP_STREAM = 1, 2  # independent noise streams, in addition to the initial noise of a phase
 
 
 class SequentialNoise:
-    """The noise of a base [1, C, H, W], call by call as a diffusers pipeline in `dtype` draws it for this seed.
+    """The noise of a base phase [1, C, H, W], drawn in sequence as a diffusers pipeline in `dtype` does for the seed.
 
-    The first is what it starts with, the others what its scheduler adds.
+    The first call returns the initial noise; the following calls return the noise that the scheduler adds.
     """
 
     def __init__(self, seed: int, channels: int, height_lat: int, width_lat: int, dtype: torch.dtype):
@@ -18,54 +18,54 @@ class SequentialNoise:
         self._generator = torch.Generator("cpu").manual_seed(seed)
 
     def __call__(self, step: int = 0) -> Tensor:
-        """The next noise, in fp32, whatever the step."""
+        """Return the next noise in fp32. `step` is ignored."""
         return torch.randn(self._shape, generator=self._generator, dtype=self._dtype).float()
 
-    def state(self) -> Tensor:
-        """What the generator is at: from here it goes on to draw the same."""
+    def get_state(self) -> Tensor:
+        """Return the state of the generator."""
         return self._generator.get_state()
 
-    def load_state_dict(self, state: Tensor) -> None:
-        """Draw on from a `state` that was."""
+    def set_state(self, state: Tensor) -> None:
+        """Restore a state of the generator."""
         self._generator.set_state(state)
 
 
-def phase_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int) -> Tensor:
-    """The noise of one phase -> [1, C, H, W] in fp32.
+def draw_phase_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int) -> Tensor:
+    """Return the initial noise of a phase [1, C, H, W] in fp32.
 
-    Every block of 64 x 64 latents has its own generator, seeded by its place: what a block holds does not depend on
-    how the map is cut, nor on its size.
+    Each block of 64 x 64 latents has its own generator, seeded by the block's position. The noise in a block therefore
+    depends neither on the size of the map nor on how it is split.
     """
-    return _in_blocks((seed, phase), channels, height_lat, width_lat)
+    return _draw_blocks((seed, phase), channels, height_lat, width_lat)
 
 
-def latent_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int) -> Tensor:
-    """As `phase_noise`, for the draw from the VAE's distribution that the phase begins with: independent of it."""
-    return _in_blocks((seed, phase, LATENTS), channels, height_lat, width_lat)
+def draw_latent_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int) -> Tensor:
+    """Return independent noise, as `draw_phase_noise` does, for a sample of the VAE's posterior."""
+    return _draw_blocks((seed, phase, POSTERIOR_STREAM), channels, height_lat, width_lat)
 
 
-def step_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int, step: int) -> Tensor:
-    """As `phase_noise`, for what a scheduler adds in a step."""
-    return _in_blocks((seed, phase, STEPS, step), channels, height_lat, width_lat)
+def draw_step_noise(seed: int, phase: int, channels: int, height_lat: int, width_lat: int, step: int) -> Tensor:
+    """Return independent noise, as `draw_phase_noise` does, for the scheduler to add in a step."""
+    return _draw_blocks((seed, phase, STEP_STREAM, step), channels, height_lat, width_lat)
 
 
-def _in_blocks(counters: tuple[int, ...], channels: int, height_lat: int, width_lat: int) -> Tensor:
+def _draw_blocks(counters: tuple[int, ...], channels: int, height_lat: int, width_lat: int) -> Tensor:
     noise = torch.empty(1, channels, height_lat, width_lat)
     for top in range(0, height_lat, BLOCK_LAT):
         for left in range(0, width_lat, BLOCK_LAT):
             part = noise[..., top : top + BLOCK_LAT, left : left + BLOCK_LAT]
-            block = _block(_block_seed(*counters, top // BLOCK_LAT, left // BLOCK_LAT), channels)
+            block = _draw_block(_hash_counters(*counters, top // BLOCK_LAT, left // BLOCK_LAT), channels)
             part.copy_(block[..., : part.shape[-2], : part.shape[-1]])
     return noise
 
 
-def _block(seed: int, channels: int) -> Tensor:
+def _draw_block(seed: int, channels: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, channels, BLOCK_LAT, BLOCK_LAT), generator=generator)
 
 
-def _block_seed(*counters: int) -> int:
-    """Mix seed, phase, row and column into 63 bits: splitmix64's finaliser (Steele et al., OOPSLA 2014) per counter."""
+def _hash_counters(*counters: int) -> int:
+    """Hash seed, phase, row and column to 63 bits, using splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
     state = 0
     for counter in counters:
         state = (state ^ counter) + 0x9E3779B97F4A7C15 & (2**64 - 1)

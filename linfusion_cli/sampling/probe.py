@@ -1,4 +1,4 @@
-"""What a network predicts, found by asking it: epsilon- and v-prediction have the same shapes."""
+"""Detect the prediction type of a UNet from one prediction. Its weights do not show it: the shapes are equal."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 from linfusion_cli.core.errors import NonFinite
 from linfusion_cli.sampling.guidance import Predict
 
-ENOUGH = 0.5  # where neither is trained at all the correlation is 0; an epsilon model has 0.9 and more
+MIN_EPSILON_CORRELATION = 0.5  # 0.9 or more for epsilon models, 0 for an untrained one
 
 
-def noise_correlation(predict: Predict, noise: Tensor, training_steps: int) -> float:
-    """The correlation, -1 to 1, of pure `noise` [1, C, h, w] with what is predicted for it at the last timestep.
+def measure_noise_correlation(predict: Predict, noise: Tensor, training_steps: int) -> float:
+    """Return the correlation, -1 to 1, of pure `noise` [1, C, h, w] with its prediction at the last timestep.
 
-    Hardly any signal is left there. A network that predicts ε repeats its input; one that predicts v = α ε - σ x_0
-    (Salimans and Ho, arXiv 2202.00512, appendix D), with α near 0, tells what it guesses of the picture.
-    Raises NonFinite.
+    The signal is negligible there (α ≈ 0). A network that predicts ε returns its input. A network that predicts
+    v = α ε - σ x_0 (Salimans and Ho, arXiv 2202.00512, appendix D) returns its estimate of the image.
+    Raise NonFinite if the prediction has NaN or Inf.
     """
-    found = predict(noise, torch.tensor(training_steps - 1, device=noise.device))
-    if not found.isfinite().all():
+    prediction = predict(noise, torch.tensor(training_steps - 1, device=noise.device))
+    if not prediction.isfinite().all():
         raise NonFinite("The model predicts NaN or Inf for pure noise.")
-    return F.cosine_similarity(found.flatten().double(), noise.flatten().double(), dim=0).item()
+    return F.cosine_similarity(prediction.flatten().double(), noise.flatten().double(), dim=0).item()
 
 
-def prediction_type(correlation: float) -> str:
-    """`epsilon` or `v_prediction`, by that correlation."""
-    return "epsilon" if correlation > ENOUGH else "v_prediction"
+def classify_prediction(correlation: float) -> str:
+    """Return "epsilon" or "v_prediction", given the noise correlation."""
+    return "epsilon" if correlation > MIN_EPSILON_CORRELATION else "v_prediction"

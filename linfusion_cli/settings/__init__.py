@@ -1,7 +1,4 @@
-"""Settings from everywhere -> a request: flag > environment (LINFUSION_*) > user config file > preset > default.
-
-This is the only place where settings are merged. A preset is a TOML file of request fields and nothing else.
-"""
+"""Settings and requests: fields, presets, and the order flag > environment > config file > preset > default."""
 
 from linfusion_cli.settings.fields import PARSERS
 from linfusion_cli.settings.layers import (
@@ -15,9 +12,9 @@ from linfusion_cli.settings.layers import (
     merge,
     preset_layer,
 )
-from linfusion_cli.settings.presets import preset_names, preset_path
+from linfusion_cli.settings.presets import Preset, find_presets, preset_names, preset_path
 
-SDXL, DEMO = "sdxl", "demo"  # what runs when no preset is named: the first if it is here, else the second
+SDXL, DEMO = "sdxl", "demo"  # the default presets: SDXL if it is installed, else the embedded demo model
 
 __all__ = [
     "DEMO",
@@ -25,10 +22,12 @@ __all__ = [
     "PARSERS",
     "SDXL",
     "Layer",
+    "Preset",
     "Settings",
     "build_request",
     "config_layer",
     "environment_layer",
+    "find_presets",
     "flag_layer",
     "merge",
     "preset_layer",

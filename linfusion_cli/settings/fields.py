@@ -1,4 +1,4 @@
-"""How each setting is read from text or from a TOML value."""
+"""Parse each setting from text or from a TOML value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _whole(value: Any) -> int:
+def _integer(value: Any) -> int:
     if isinstance(value, bool) or not re.fullmatch(r"[+-]?\d+", str(value).strip(), re.ASCII):
         raise ValueError("must be a whole number")
     return int(value)
@@ -31,7 +31,7 @@ def _number(value: Any) -> float:
         raise ValueError("must be a number") from None
 
 
-def _truth(value: Any) -> bool:
+def _boolean(value: Any) -> bool:
     text = str(value).strip().lower()
     if text not in TRUE + FALSE:
         raise ValueError("must be true or false")
@@ -47,12 +47,12 @@ def _size(value: Any) -> Size:
 
 
 def _phase(value: Any) -> str:
-    """`base`, `all`, or the number of a phase, which TOML has as a number."""
+    """Parse `base`, `all`, or the index of a phase, which is an integer in TOML."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
 
 
-def _several(one: Callable[[Any], Any]) -> Callable[[Any], tuple]:
-    """Reads one value, a list of them, or text with commas between."""
+def _list_of(one: Callable[[Any], Any]) -> Callable[[Any], tuple]:
+    """Return a parser of one value, a list of values, or text with values separated by commas."""
 
     def read(value: Any) -> tuple:
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
@@ -61,8 +61,8 @@ def _several(one: Callable[[Any], Any]) -> Callable[[Any], tuple]:
     return read
 
 
-def _repeated(value: Any) -> tuple[str, ...]:
-    """Reads one text or a list of them: a comma is part of a file's name."""
+def _strings(value: Any) -> tuple[str, ...]:
+    """Parse one string or a list of strings: a comma is part of a file's name."""
     return tuple(_text(part).strip() for part in (value if isinstance(value, list | tuple) else [value]))
 
 
@@ -72,42 +72,42 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "linfusion_merge": _text,
     "linfusion_base": _text,
     "vae": _text,
-    "lora": _repeated,
-    "textual_inversion": _repeated,
-    "clip_skip": _whole,
-    "ip_adapter": _repeated,
-    "ip_image": _repeated,
-    "ip_scale": _several(_number),
+    "lora": _strings,
+    "textual_inversion": _strings,
+    "clip_skip": _integer,
+    "ip_adapter": _strings,
+    "ip_image": _strings,
+    "ip_scale": _list_of(_number),
     "ip_image_encoder": _text,
-    "controlnet": _repeated,
-    "control_image": _repeated,
-    "control_scale": _several(_number),
-    "control_type": _several(_text),
-    "control_phases": _several(_phase),
+    "controlnet": _strings,
+    "control_image": _strings,
+    "control_scale": _list_of(_number),
+    "control_type": _list_of(_text),
+    "control_phases": _list_of(_phase),
     "prompt": _text,
     "negative_prompt": _text,
-    "strict_prompt": _truth,
+    "strict_prompt": _boolean,
     "size": _size,
-    "seed": _whole,
+    "seed": _integer,
     "prediction_type": _text,
     "scheduler": _text,
     "timestep_spacing": _text,
-    "steps": _several(_whole),
-    "guidance_scale": _several(_number),
+    "steps": _list_of(_integer),
+    "guidance_scale": _list_of(_number),
     "guidance_rescale": _number,
-    "guidance_interval": _several(_number),
+    "guidance_interval": _list_of(_number),
     "upscaler": _text,
     "upscale_space": _text,
     "base_size": _size,
-    "strength": _several(_number),
-    "cosine": _several(_number),
+    "strength": _list_of(_number),
+    "cosine": _list_of(_number),
     "blur_sigma": _number,
     "dilated_min": _number,
     "original_size": _size,
     "target_size": _size,
-    "crop_top_left": _several(_whole),
+    "crop_top_left": _list_of(_integer),
     "background": _text,
-    "attention": _several(_text),
+    "attention": _list_of(_text),
     "vae_statistics": _text,
     "vae_latents": _text,
     "vram": _bytes,
@@ -116,10 +116,10 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "device": _text,
     "format": _text,
     "compression": _text,
-    "bits": _whole,
-    "dither": _truth,
+    "bits": _integer,
+    "dither": _boolean,
     "dpi": _number,
-    "save_phases": _truth,
-    "prompt_metadata": _truth,
+    "save_phases": _boolean,
+    "prompt_metadata": _boolean,
     "checkpoint_every": _number,
 }

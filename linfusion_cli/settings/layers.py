@@ -1,4 +1,4 @@
-"""Settings from everywhere, merged into a request."""
+"""Merge settings from flags, environment, config file, preset and job into a request."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
-from linfusion_cli.core.units import is_file
+from linfusion_cli.core.fs import is_file
+from linfusion_cli.core.geometry import Size
 from linfusion_cli.settings.fields import PARSERS
 from linfusion_cli.settings.presets import (
     CONFIG_VARIABLE,
     config_path,
+    locate_key,
     parse_table,
-    place,
-    preset_names,
     preset_path,
+    read_config_preset,
     read_toml,
 )
 from linfusion_cli.settings.request import ImageRequest
@@ -24,45 +25,55 @@ from linfusion_cli.settings.request import ImageRequest
 R = TypeVar("R", bound=ImageRequest)
 
 PREFIX = "LINFUSION_"
-JOB = "job"  # the origin of what a job of a batch says itself
-WAYS_TO_GIVE = {
+JOB = "job"  # the origin of settings that a job of a batch defines itself
+HINTS = {  # for settings that have no default
     "prompt": "Write it as the argument, in quotes, or name a --preset that has one.",
     "size": "Add --size 4096, or --size 4096x2048 (width x height).",
+    "model": "Add --model, or name a --preset that has one.",
+}
+# Valid values in place of missing ones, so that an error in another setting is reported first.
+PLACEHOLDERS: dict[str, Any] = {
+    "prompt": "",
+    "size": Size(1024, 1024),
+    "model": "auto",
+    "output": Path("image.tif"),
+    "image": Path("image.png"),
 }
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one source; `origin` says it to a person, `path` is the file where it is one."""
+    """Settings from one source: its description for reports, and its path if it is a file."""
 
     origin: str
     values: Mapping[str, Any]
     path: Path | None = None
 
     def origin_of(self, setting: str) -> str:
+        """Return the description of the source: for an environment variable, its name."""
         return PREFIX + setting.upper() if self.origin == "environment" else self.origin
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The merged settings and, for each, the layer it came from."""
+    """Merged settings and, for each, the layer it came from."""
 
     values: Mapping[str, Any]
     layers: Mapping[str, Layer]
 
     def origins(self, kind: type[ImageRequest]) -> dict[str, str]:
-        """Setting -> where its value came from, for all fields of a request."""
+        """Return {setting: origin of its value} for all fields of a request."""
         names = [field.name for field in fields(kind)]
         return {name: self.layers[name].origin_of(name) if name in self.layers else "default" for name in names}
 
 
 def flag_layer(values: Mapping[str, Any]) -> Layer:
-    """What was given on the command line; None means "not given"."""
+    """Return the options given on the command line; None means "not given"."""
     return Layer("flag", {name: value for name, value in values.items() if value is not None})
 
 
 def environment_layer(environ: Mapping[str, str]) -> Layer:
-    """The LINFUSION_* variables that are settings; raises UsageError naming the variable."""
+    """Parse the LINFUSION_* variables that are settings; raises UsageError with the variable's name."""
     given = {name: environ[PREFIX + name.upper()] for name in PARSERS if PREFIX + name.upper() in environ}
     values = {}
     for name, text in given.items():
@@ -76,28 +87,26 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
 
 
 def config_layer(environ: Mapping[str, str]) -> tuple[Layer, str | None]:
-    """The user's config file, if there is one, and the preset that it names."""
+    """Read the user's config file if it exists -> its settings, and the preset that it names."""
     path = config_path(environ)
     if not is_file(path):
         if environ.get(CONFIG_VARIABLE):
-            raise InputNotFound(f"The config file {path} is missing.", f"Correct or unset {CONFIG_VARIABLE}.")
+            raise InputNotFound(f"The config file {path} does not exist.", f"Correct or unset {CONFIG_VARIABLE}.")
         return Layer("config file", {}, path), None
     table = read_toml(path)
     preset = table.pop("preset", None)
-    if preset is not None and preset not in preset_names() and not str(preset).endswith(".toml"):
-        hint = f"Use one of {', '.join(preset_names())}, or the path of a .toml file."
-        raise ConfigError(f"{place(path, 'preset')}: there is no preset {preset!r}.", hint)
-    return Layer(f"config file {path}", parse_table(path, table), path), preset
+    name = None if preset is None else read_config_preset(path, preset)
+    return Layer(f"config file {path}", parse_table(path, table), path), name
 
 
 def preset_layer(name: str) -> Layer:
-    """The preset `name`, or the file it names if it ends in .toml; raises UsageError, InputMissing or ConfigError."""
+    """Read a preset, given its name or path; raises UsageError, InputNotFound or ConfigError."""
     path = preset_path(name)
     return Layer(f"preset {name}", parse_table(path, read_toml(path)), path)
 
 
 def merge(layers: list[Layer]) -> Settings:
-    """The settings of all `layers`, the first that has one winning."""
+    """Merge `layers`; of several values for one setting, the first layer's counts."""
     values: dict[str, Any] = {}
     origins: dict[str, Layer] = {}
     for layer in reversed(layers):
@@ -107,25 +116,33 @@ def merge(layers: list[Layer]) -> Settings:
 
 
 def build_request(settings: Settings, kind: type[R]) -> R:
-    """The request of this kind that the settings make; those of the other kind alone are left out.
+    """Build the request of this kind; settings that only the other kind has are left out.
 
-    Raises UsageError, or ConfigError where a wrong value stands in a file.
+    Raises UsageError, or ConfigError if the wrong value is in a file. A wrong value is reported before a missing one.
     """
     names = {field.name for field in fields(kind)}
-    missing = [name for name in required(kind) if name not in settings.values]
-    if missing:
-        raise UsageError(f"No {missing[0]} was given.", WAYS_TO_GIVE.get(missing[0], ""), missing[0])
+    given = {name: value for name, value in settings.values.items() if name in names}
+    missing = [name for name in required_settings(kind) if name not in given]
     try:
-        return kind(**{name: value for name, value in settings.values.items() if name in names})
+        request = kind(**{name: PLACEHOLDERS[name] for name in missing} | given)
     except UsageError as error:
         layer = settings.layers.get(error.setting or "")
         if layer is None or layer.origin in ("flag", JOB):
             raise
-        if layer.path is None:
-            raise UsageError(f"{layer.origin_of(error.setting)}: {error.message}", error.hint) from error
-        raise ConfigError(f"{place(layer.path, error.setting)}: {error.message}", error.hint) from error
+        raise _with_origin(error, layer) from error
+    if missing:
+        raise UsageError(f"No {missing[0]} was given.", HINTS.get(missing[0], ""), missing[0])
+    return request
 
 
-def required(kind: type[ImageRequest]) -> list[str]:
-    """The fields of a request that have no default."""
+def _with_origin(error: UsageError, layer: Layer) -> UsageError | ConfigError:
+    """Return `error` with the variable, or the line of the file, that the wrong value comes from."""
+    setting = error.setting or ""
+    if layer.path is None:
+        return UsageError(f"{layer.origin_of(setting)}: {error.message}", error.hint)
+    return ConfigError(f"{locate_key(layer.path, setting)}: {error.message}", error.hint)
+
+
+def required_settings(kind: type[ImageRequest]) -> list[str]:
+    """Return the fields of a request that have no default."""
     return [field.name for field in fields(kind) if field.default is MISSING]

@@ -1,52 +1,129 @@
-"""Preset and config files: where they are, and what is wrong with one, by file, line and key."""
+"""Find presets, and read preset and config files. Errors name file, line and key."""
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
 from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
-from linfusion_cli.core.units import is_file, user_path
+from linfusion_cli.core.fs import is_file, is_folder, expand_home
 from linfusion_cli.settings.fields import PARSERS
 
 PACKAGE = Path(__file__).parents[1]
-# A wheel has its presets inside the package; a checkout and an editable install have them beside it.
-PRESET_FOLDER = next(
-    (p for p in (PACKAGE / "_presets", PACKAGE.parent / "presets") if p.is_dir()), PACKAGE / "_presets"
-)
 CONFIG_VARIABLE = "LINFUSION_CONFIG"
+PATH_VARIABLE = "LINFUSION_PRESET_PATH"
+BUILT_IN = "built in"
 
 
-def preset_names() -> list[str]:
-    """The presets that come with the program."""
-    return sorted(path.stem for path in PRESET_FOLDER.glob("*.toml"))
+@dataclass(frozen=True)
+class Preset:
+    """A preset file: the name that --preset takes, and its source: built in, or a folder of the user.
+
+    `shadowed_by` is the file of the same name that precedes it; this one can be used by its path only.
+    """
+
+    name: str
+    path: Path
+    source: str
+    shadowed_by: Path | None = None
+
+
+def find_presets(environ: Mapping[str, str] = os.environ) -> list[Preset]:
+    """Find all presets: those in LINFUSION_PRESET_PATH, the built-in ones, and those in the user's config folder.
+
+    Of several with one name the first is used: only a folder that was named explicitly can replace a built-in preset.
+    """
+    found: list[Preset] = []
+    used: dict[str, Path] = {}
+    for folder, source in preset_folders(environ):
+        for path in sorted(folder.glob("[!.]*.toml"), key=lambda path: path.stem):
+            found.append(Preset(path.stem, path, source, used.get(path.stem)))
+            used.setdefault(path.stem, path)
+    return found
+
+
+def preset_folders(environ: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
+    """Yield each existing folder of presets with its source, in the order of precedence."""
+    for name in environ.get(PATH_VARIABLE, "").split(os.pathsep):
+        if name and is_folder(folder := expand_home(name)):
+            yield folder, str(folder)
+    yield find_built_in_folder(PACKAGE), BUILT_IN
+    own = platformdirs.user_config_path("linfusion") / "presets"
+    if is_folder(own):
+        yield own, str(own)
+
+
+def find_built_in_folder(package: Path) -> Path:
+    """Return the folder of the built-in presets: inside the package in a wheel, next to it in a checkout.
+
+    An editable install is a checkout. Raises ConfigError if the installation is incomplete.
+    """
+    if (package / "_presets").is_dir():
+        return package / "_presets"
+    if (package.parent / "pyproject.toml").is_file() and (package.parent / "presets").is_dir():
+        return package.parent / "presets"
+    raise ConfigError(f"The installation in {package} has no presets.", "Install linfusion again.")
+
+
+def preset_names(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the names that --preset takes."""
+    return [preset.name for preset in find_presets(environ) if preset.shadowed_by is None]
+
+
+def is_preset_file(name: str) -> bool:
+    """Return whether `name` is the path of a preset file, and not a preset's name."""
+    return name.endswith(".toml")
 
 
 def preset_path(name: str) -> Path:
-    if name in preset_names():
-        return PRESET_FOLDER / f"{name}.toml"
-    if not name.endswith(".toml"):
-        raise UsageError(
-            f"There is no preset {name!r}.", f"Use one of {', '.join(preset_names())}, or the path of a .toml file."
-        )
-    path = user_path(name)
+    """Return the file of a preset, given its name or path; raises UsageError or InputNotFound."""
+    if not is_preset_file(name):
+        found = next((preset.path for preset in find_presets() if preset.name == name), None)
+        if found is None:
+            raise UsageError(f"There is no preset {name!r}.", preset_hint())
+        return found
+    path = expand_home(name)
     if not is_file(path):
-        raise InputNotFound(f"The preset file {path} is missing.", "Check the path.")
+        raise InputNotFound(f"The preset file {path} does not exist.", "Check the path.")
     return path
 
 
+def preset_hint() -> str:
+    """Return the hint of an error about an unknown preset."""
+    return f"Use one of {', '.join(preset_names())}, or the path of a .toml file."
+
+
 def config_path(environ: Mapping[str, str]) -> Path:
-    """The user's config file: LINFUSION_CONFIG, or `linfusion/config.toml` where the system keeps such files."""
+    """Return the user's config file: LINFUSION_CONFIG, or `linfusion/config.toml` in the user's config folder."""
     return Path(environ.get(CONFIG_VARIABLE) or platformdirs.user_config_path("linfusion") / "config.toml")
 
 
+def read_config_preset(path: Path, preset: Any) -> str:
+    """Return the preset that the config file at `path` names; a relative path is relative to that file.
+
+    Raises ConfigError for a preset that does not exist.
+    """
+    if isinstance(preset, str) and is_preset_file(preset):
+        file = path.parent / expand_home(preset)
+        if not is_file(file):
+            raise ConfigError(
+                f"{locate_key(path, 'preset')}: the preset file {file} does not exist.", "Check the path."
+            )
+        return str(file)
+    if preset not in preset_names():
+        raise ConfigError(f"{locate_key(path, 'preset')}: there is no preset {preset!r}.", preset_hint())
+    return preset
+
+
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table in `path`; raises ConfigError with the line."""
+    """Read the table in `path`; raises ConfigError with the line."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -56,23 +133,24 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_table(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a file's `table`; raises ConfigError with file, line and key."""
+    """Parse the settings in a file's `table`; raises ConfigError with file, line and key."""
     return {key: _parse_entry(path, key, value) for key, value in table.items()}
 
 
 def _parse_entry(path: Path, key: str, value: Any) -> Any:
+    place = locate_key(path, key)
     if key not in PARSERS:
-        raise ConfigError(f"{place(path, key)}: there is no setting {key!r}.", f"Settings are {', '.join(PARSERS)}.")
+        raise ConfigError(f"{place}: there is no setting {key!r}.", f"Settings are {', '.join(PARSERS)}.")
     try:
         return PARSERS[key](value)
     except ValueError as error:
-        raise ConfigError(f"{place(path, key)}: {key} = {value!r} {error}.", "Correct that line.") from error
+        raise ConfigError(f"{place}: {key} = {value!r} {error}.", "Correct that line.") from error
     except UsageError as error:
-        raise ConfigError(f"{place(path, key)}: {key} = {value!r} is wrong.", error.hint) from error
+        raise ConfigError(f"{place}: {key} = {value!r} is wrong.", error.hint) from error
 
 
-def place(path: Path, key: str) -> str:
-    """file:line of `key`, as editors and compilers write it."""
+def locate_key(path: Path, key: str) -> str:
+    """Return file:line of `key`, in the form that editors and compilers use."""
     lines = path.read_text(encoding="utf-8").splitlines()
     pattern = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.\]]|\s*\[+\s*{re.escape(key)}")
     return f"{path}:{next((i for i, line in enumerate(lines, 1) if pattern.match(line)), 1)}"

@@ -1,4 +1,4 @@
-"""What a person asks for: frozen, validated on construction, ignorant of the command line and of torch."""
+"""The request of a user: frozen, validated on construction, independent of the command line and of torch."""
 
 from __future__ import annotations
 
@@ -40,20 +40,24 @@ CONTROL_PHASES = ("base", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
-    """Everything that decides how a picture is made; the same request gives the same picture.
+    """Everything that determines an image: the same request gives the same image.
 
-    Sizes are pixels. `steps`, `guidance_scale` and `attention` have a value for each phase, the last for all that
-    follow. So has `strength`, the share of the steps that a phase above the base runs; a single one is the first, from
-    which the others go down evenly. `linfusion_merge` says what of the model's own self-attention goes into LinFusion's
-    weights, `linfusion_base` the model that those were made for. `clip_skip` is the text encoders' layer that is
-    listened to, counted from the end. `strict_prompt` refuses prompts that other tools would not read literally.
-    `cosine` are DemoFusion's exponents, of skip residual, dilated pass and blur; `guidance_interval` are noise levels.
-    `vae_statistics` is what the VAE's normalisation goes by, `vae_latents` what phases begin with: the mean of the
-    encoder's distribution, or a draw from it. `vram` and `ram` are bytes that may be used. Each `ip_adapter` listens to
-    the `ip_image` of the same place, which `ip_scale` weights, and each `controlnet` follows its `control_image` by
-    its `control_scale`; the last scale is that of all that follow. `control_type` is one for each union model, and
-    `control_phases` say where they act. Every `checkpoint_every` seconds, 0 after each step, the state is saved that
-    the same request goes on from, unless it is to begin `fresh`; `keep_latents` is a file for the finished ones.
+    Per phase, the last value holding for all later phases: `steps`, `guidance_scale`, `attention`, and `strength`, the
+    share of the steps that a phase above the base runs (a single one is the first of a linear decrease).
+
+    - Model: `linfusion_merge` selects how the model's own self-attention is merged into the LinFusion weights,
+      `linfusion_base` is the model these were trained for. `clip_skip` is the hidden layer of the text encoders,
+      counted from the end.
+    - Adapters: each `ip_adapter` has an `ip_image` and an `ip_scale`, each `controlnet` a `control_image` and a
+      `control_scale`, matched by position; the last scale holds for the rest. `control_type` has one entry per union
+      model. `control_phases` are base, all, or indices of phases.
+    - Upscaling: `cosine` are DemoFusion's exponents for skip residual, dilated pass and blur. `guidance_interval` is a
+      range of noise levels.
+    - VAE: `vae_statistics` selects how GroupNorm statistics are computed; `vae_latents` whether encoding gives the mean
+      of the distribution or a sample.
+    - Execution: `vram` and `ram` are budgets in bytes. The run state is saved every `checkpoint_every` seconds (0:
+      after each step); `fresh` ignores a saved one. `keep_latents` is a file for the final latents.
+    - `strict_prompt` rejects prompts that other tools would not read literally. Sizes are in pixels.
     """
 
     prompt: str
@@ -150,7 +154,7 @@ class ImageRequest:
             for value in getattr(self, setting):
                 _in_range(setting, value, low, high)
         for kind in self.attention or ("",):
-            _check(kind in ATTENTIONS, "attention", kind, f"Use {', '.join(ATTENTIONS)}, or one a phase.")
+            _check(kind in ATTENTIONS, "attention", kind, f"Use {', '.join(ATTENTIONS)}, or one per phase.")
 
     def _check_growth(self) -> None:
         _check(len(self.cosine) == 3, "cosine", self.cosine, "Give three exponents, such as 3,1,1.")
@@ -159,8 +163,8 @@ class ImageRequest:
         _in_range("blur_sigma", self.blur_sigma, 0.01, 100)
         _in_range("dilated_min", self.dilated_min, 0, 1)
         interval = self.guidance_interval
-        rising = not interval or (len(interval) == 2 and 0 <= interval[0] < interval[1])  # no NaN is, either
-        _check(rising, "guidance_interval", interval, "Give two noise levels, such as 0.28,5.42 or 0.28,inf.")
+        is_rising = not interval or (len(interval) == 2 and 0 <= interval[0] < interval[1])  # False for NaN
+        _check(is_rising, "guidance_interval", interval, "Give two noise levels, such as 0.28,5.42 or 0.28,inf.")
         corner = self.crop_top_left
         _check(
             len(corner) == 2 and all(0 <= side <= MAX_PX for side in corner), "crop_top_left", corner, "Use TOP,LEFT."
@@ -175,21 +179,21 @@ class ImageRequest:
             _check(phase in CONTROL_PHASES or phase.isdecimal(), "control_phases", phase, hint)
 
     def _check_images(self, adapter: str, image: str, scale: str, lowest: float) -> None:
-        """Adapters each of which has a picture, and a scale unless that of the one before holds on."""
+        """Check adapters, each of which has an image, and a scale unless the previous one holds."""
         names, images, scales = (getattr(self, setting) for setting in (adapter, image, scale))
         for setting, named in ((adapter, names), (image, images)):
             for name in named:
                 _check(bool(name.strip()), setting, name, "Name a file.")
         if len(images) != len(names):
             reason = f"{flag(image)} is given {len(images)} times, and {flag(adapter)} {len(names)} times."
-            raise UsageError(reason, "Give one picture for each, in the same order.", image)
-        rightly = 1 <= len(scales) <= max(1, len(names))
-        _check(rightly, scale, scales, f"Give one number for each {flag(adapter)}, or fewer: the last holds on.")
+            raise UsageError(reason, "Give one image for each, in the same order.", image)
+        fits = 1 <= len(scales) <= max(1, len(names))
+        _check(fits, scale, scales, f"Give one number for each {flag(adapter)}, or fewer: the last holds for the rest.")
         for value in scales:
             _in_range(scale, value, lowest, 10)
 
     def to_json(self) -> dict[str, Any]:
-        """The request as JSON values: what metadata and reports carry."""
+        """Return the request as JSON values, for metadata and reports."""
         return {key: _json_value(value) for key, value in self._values().items()}
 
     def _values(self) -> dict[str, Any]:
@@ -212,12 +216,12 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest(ImageRequest):
-    """A picture from a prompt."""
+    """An image from a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleRequest(ImageRequest):
-    """A larger picture from one that there is: `image`, whose transparent parts show the colour `background`."""
+    """A larger version of `image`; its transparent parts get the colour `background`."""
 
     image: Path
     prompt: str = ""
@@ -225,38 +229,38 @@ class UpscaleRequest(ImageRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.upscaler != "none", "upscaler", self.upscaler, "Use demofusion or sdedit to upscale a picture.")
-        self.behind()
+        _check(self.upscaler != "none", "upscaler", self.upscaler, "Use demofusion or sdedit to upscale an image.")
+        self.background_rgb()
 
-    def behind(self) -> tuple[int, int, int] | None:
-        """Red, green and blue, 0 to 255, of the background; None where none is named; raises UsageError."""
+    def background_rgb(self) -> tuple[int, int, int] | None:
+        """Return red, green and blue, 0 to 255, of the background, or None; raises UsageError for an unknown colour."""
         return None if self.background is None else parse_colour(self.background)
 
 
-ARGUMENTS = {"prompt": "The prompt", "image": "The picture"}
+ARGUMENTS = {"prompt": "The prompt", "image": "The image"}
 
 
 def flag(setting: str) -> str:
-    """How a setting is called on the command line: "guidance_scale" -> "--guidance-scale"."""
+    """Return the name of a setting on the command line: "guidance_scale" -> "--guidance-scale"."""
     return ARGUMENTS.get(setting) or "--" + setting.replace("_", "-")
 
 
 def _json_value(value: Any) -> Any:
-    """`value` as JSON, which has no Infinity: an infinite number becomes text that is read back as a number."""
+    """Return `value` as JSON, which has no Infinity: an infinite number becomes text that parses as a number."""
     if isinstance(value, tuple):
         return tuple(map(_json_value, value))
-    infinite = isinstance(value, float) and math.isinf(value)
-    return str(value) if infinite or isinstance(value, Path | Size) else value
+    is_infinite = isinstance(value, float) and math.isinf(value)
+    return str(value) if is_infinite or isinstance(value, Path | Size) else value
 
 
 def _check(holds: bool, setting: str, value: object, hint: str) -> None:
     if not holds:
-        written = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
-        raise UsageError(f"{flag(setting)} {written} is not possible.", hint, setting)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+        raise UsageError(f"{flag(setting)} {text} is not possible.", hint, setting)
 
 
 def _is_text(value: str) -> bool:
-    """Whether `value` has no lone surrogates, which stand for bytes of an argument that are no UTF-8."""
+    """Return whether `value` has no lone surrogates: Python decodes bytes that are not UTF-8 to these."""
     return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in value)
 
 

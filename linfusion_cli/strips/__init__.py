@@ -1,1 +1,1 @@
-"""How a convolutional network runs in strips of rows: what a strip needs of the rest is a few rows and a few sums."""
+"""Run convolutional networks in strips of rows: feature maps, halo rows, statistics and memory accounting."""

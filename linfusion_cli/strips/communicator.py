@@ -1,4 +1,4 @@
-"""The seam between one device and many: each holds the rows of its part of every map, from top to bottom by rank."""
+"""Communication between devices that each hold a contiguous part of every map's rows, from top to bottom by rank."""
 
 from __future__ import annotations
 
@@ -7,36 +7,42 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Rows(Protocol):
-    """Rows [B, H, W, C] that can be read, such as those of a feature map."""
+class RowReader(Protocol):
+    """Readable rows [B, H, W, C], for example those of a feature map."""
 
     @property
     def height(self) -> int:
-        """The number of rows."""
+        """Number of rows."""
+        ...
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Rows [B, bottom - top, W, C] on the device."""
+        """Return rows [B, bottom - top, W, C] on the device."""
+        ...
 
 
 class Communicator(Protocol):
-    """What a device asks of the others; no other code asks how many there are."""
+    """Collective operations between devices. Only implementations of this protocol know the number of devices."""
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of all devices' tensors, of one shape."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Return the sum of the tensors of all devices, which have the same shape."""
+        ...
 
-    def halo(self, part: Rows, rows: int) -> tuple[Tensor | None, Tensor | None]:
-        """The neighbours' `rows` rows [B, rows, W, C] above and below `part`; None at the edge of the picture.
+    def exchange_halo(self, part: RowReader, rows: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the neighbours' `rows` rows [B, rows, W, C] above and below `part`; None at an edge of the image.
 
-        Every device must have as many: whoever divides the rows sees to that. Asked before a pass over `part` begins,
-        so that a pass may write over what it has read.
+        Every device must hold at least `rows` rows; the code that distributes the rows ensures this. Call it before a
+        pass over `part`: the pass can then overwrite rows it has read.
         """
+        ...
 
 
 class SingleDevice:
-    """One device, which has the whole picture."""
+    """Communicator of a single device that holds the complete image."""
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` unchanged."""
         return tensor
 
-    def halo(self, part: Rows, rows: int) -> tuple[None, None]:
+    def exchange_halo(self, part: RowReader, rows: int) -> tuple[None, None]:
+        """Return None for both sides: there are no neighbours."""
         return None, None

@@ -1,22 +1,23 @@
-"""Copies between pinned host memory and a CUDA device, on one stream for each direction, beside computing."""
+"""Asynchronous copies between pinned host memory and a CUDA device, with one stream per direction."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from linfusion_cli.strips.pinned import PinnedMemory
 
-DOWNLOADS = 2  # strips on their way to the host at a time: one being copied while the next is computed
-STAGED = 2  # tensors of the CPU on their way through pinned memory: one is read or computed while another is copied
+MAX_DOWNLOADS = 2  # pending downloads of strips: one is copied while the next one is computed
+MAX_STAGED = 2  # CPU tensors staged in pinned memory: one is read or computed while another is copied
 
 
 @dataclass(frozen=True)
 class Upload:
-    """Rows [top, bottom) of a map under way to the device: where they will be, and the event of their arrival."""
+    """A pending upload of rows [top, bottom) of a map: the target tensor on the device, and the completion event."""
 
     top: int
     bottom: int
@@ -25,58 +26,59 @@ class Upload:
 
 
 class Copies:
-    """Uploads and downloads of rows [B, n, W, C]; both wait for what the computing stream was given before.
+    """Uploads and downloads of rows [B, n, W, C], ordered after the work already queued on the compute stream.
 
-    The computing stream waits for every upload, and an upload for the download that wrote its rows last. So memory on
-    the host that was freed may serve a new map at once: what is written to it first waits for the computing stream.
-    On the CPU all copies are done when a call returns.
+    The compute stream waits for every upload, and an upload waits for the download that last wrote its rows. Freed
+    host memory can therefore be reused at once: writing to it first waits for the compute stream. On the CPU, all
+    copies complete before a call returns.
     """
 
     def __init__(self, device: torch.device, pinned: PinnedMemory | None = None):
         self.device, self.pinned = device, pinned or PinnedMemory(device)
-        self._uploads, self._downloads = streams(device)
-        self._going_down: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._uploads, self._downloads = create_streams(device)
+        self._pending_downloads: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._staged: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     @property
-    def are_under_way(self) -> bool:
-        """Whether copies go on beside other work, and have to be waited for."""
+    def is_asynchronous(self) -> bool:
+        """Whether copies run concurrently with other work and have to be waited for."""
         return self._uploads is not None
 
-    def up(self, top: int, bottom: int, rows: Tensor, written: torch.cuda.Event | None) -> Upload:
-        """Start to copy `rows` of the host, which `written` has written, to the device."""
+    def upload(self, top: int, bottom: int, rows: Tensor, written: torch.cuda.Event | None) -> Upload:
+        """Start copying host `rows` to the device, after the event `written` that marks the end of their last write."""
         if self._uploads is None:
             return Upload(top, bottom, rows.clone(), None)
         target = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
-        self._uploads.wait_stream(torch.cuda.current_stream(self.device))  # its memory may still be in use
+        self._uploads.wait_stream(torch.cuda.current_stream(self.device))  # the target's memory may still be in use
         if written is not None:
             self._uploads.wait_event(written)
         with torch.cuda.stream(self._uploads):
             copy_rows(target, rows)
-        return Upload(top, bottom, target, self._uploads.record_event())
+        return Upload(top, bottom, target, cast(torch.cuda.Event, self._uploads.record_event()))
 
     def to_device(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor of the CPU's memory on the device, in `dtype`, through pinned memory."""
+        """Copy a CPU tensor to the device in `dtype`, staged through pinned memory."""
         if self._uploads is None:
             return tensor.to(dtype)
         staged = self.pinned.empty(tuple(tensor.shape), dtype)
         staged.copy_(tensor)
-        upload = self.up(0, 0, staged[None], None)
+        upload = self.upload(0, 0, staged[None], None)
+        assert upload.event is not None  # uploads are asynchronous
         self._staged.append((upload.event, staged))
-        if len(self._staged) > STAGED:
-            self._staged.popleft()[0].synchronize()  # only then may the CPU write to its memory again
-        return self.arrived(upload)[0]
+        if len(self._staged) > MAX_STAGED:
+            self._staged.popleft()[0].synchronize()  # before the CPU writes to this memory again
+        return self.wait(upload)[0]
 
-    def arrived(self, upload: Upload) -> Tensor:
-        """The rows of `upload`: whatever is computed from now on finds them there."""
+    def wait(self, upload: Upload) -> Tensor:
+        """Make the compute stream wait for `upload` and return its rows."""
         if upload.event is not None:
             torch.cuda.current_stream(self.device).wait_event(upload.event)
         return upload.rows
 
-    def down(self, rows: Tensor, target: Tensor) -> torch.cuda.Event | None:
-        """Start to copy `rows` of the device to `target` on the host -> the event of their arrival.
+    def download(self, rows: Tensor, target: Tensor) -> torch.cuda.Event | None:
+        """Start copying device `rows` to `target` on the host. Return the event of completion, None on the CPU.
 
-        Few strips are under way at a time.
+        At most MAX_DOWNLOADS strips are pending at a time.
         """
         if self._downloads is None:
             target.copy_(rows)
@@ -84,51 +86,54 @@ class Copies:
         self._downloads.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._downloads):
             copy_rows(target, rows)
-        event = self._downloads.record_event()
-        self._going_down.append((event, rows))
-        self.settle(DOWNLOADS)
+        event = cast(torch.cuda.Event, self._downloads.record_event())
+        self._pending_downloads.append((event, rows))
+        self.wait_downloads(MAX_DOWNLOADS)
         return event
 
-    def settle(self, remaining: int = 0) -> None:
-        """Let all but `remaining` downloads end before more is computed: only then may their memory serve others."""
-        while len(self._going_down) > remaining:
-            finished, _ = self._going_down.popleft()
-            torch.cuda.current_stream(self.device).wait_event(finished)
+    def wait_downloads(self, remaining: int = 0) -> None:
+        """Make the compute stream wait for all but `remaining` downloads. Their source memory can then be reused."""
+        while len(self._pending_downloads) > remaining:
+            event, _ = self._pending_downloads.popleft()
+            torch.cuda.current_stream(self.device).wait_event(event)
 
 
 @dataclass(frozen=True)
 class Download:
-    """Rows under way to the CPU, and whether all of them are finite."""
+    """A pending download of rows to the CPU, and whether all their values are finite."""
 
     rows: Tensor
     finite: Tensor
     event: torch.cuda.Event | None = None
 
     @staticmethod
-    def of(rows: Tensor, finite: Tensor, copies: Copies, capacity: int) -> Download:
-        """Start to copy rows [n, W, C] and the bool `finite` [] of the device, through memory for `capacity` rows."""
-        if not copies.are_under_way:
+    def start(rows: Tensor, finite: Tensor, copies: Copies, capacity: int) -> Download:
+        """Start copying rows [n, W, C] and the bool `finite` [] from the device, using a buffer for `capacity` rows."""
+        if not copies.is_asynchronous:
             return Download(rows, finite)
-        size = max(capacity, len(rows)) * rows[0].nbytes  # of one size, or they would not fit where others were
+        size = max(capacity, len(rows)) * rows[0].nbytes  # a constant size allows reuse of freed blocks
         memory = copies.pinned.empty((size + 1,), torch.uint8)
         targets = memory[: rows.nbytes].view(rows.dtype).view(rows.shape), memory[size:].view(torch.bool)
-        copies.down(finite[None], targets[1])
-        return Download(*targets, copies.down(rows[None], targets[0][None]))
+        copies.download(finite[None], targets[1])
+        return Download(*targets, copies.download(rows[None], targets[0][None]))
 
     def wait(self) -> Tensor | None:
-        """The rows, in memory that is theirs; None where some number is NaN or Inf."""
+        """Wait, and return the rows in memory they own. Return None if they contain NaN or Inf."""
         if self.event is None:
             return self.rows if self.finite else None
         self.event.synchronize()
         return self.rows.clone() if self.finite else None
 
 
-def streams(device: torch.device) -> tuple[torch.cuda.Stream | None, torch.cuda.Stream | None]:
-    """One for uploads and one for downloads, as a bus carries both at a time; none on the CPU."""
+def create_streams(device: torch.device) -> tuple[torch.cuda.Stream | None, torch.cuda.Stream | None]:
+    """Return a stream for uploads and one for downloads, since the bus is full duplex; None for both on the CPU."""
     return (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else (None, None)
 
 
 def copy_rows(target: Tensor, rows: Tensor) -> None:
-    """Image by image: rows of several lie apart, and torch would copy those through pageable memory, and wait."""
-    for one, other in zip(target, rows, strict=True):
-        one.copy_(other, non_blocking=True)
+    """Copy image by image.
+
+    The rows of a batch are not contiguous. Torch would copy them through pageable memory, and block.
+    """
+    for target_image, image in zip(target, rows, strict=True):
+        target_image.copy_(image, non_blocking=True)

@@ -1,7 +1,7 @@
-"""Pinned host memory in exact sizes: one region registered with CUDA, from which maps are cut.
+"""Pinned host memory in exact sizes: maps are suballocated from one region registered with CUDA.
 
-torch's own cache of pinned memory rounds to powers of two and never gives a block back. Here a plan and the run that
-follows it place maps by the same rule, so the region is exactly as large as the plan says.
+torch's pinned memory cache rounds to powers of two and never frees a block. Here the plan and the run place maps by
+the same rule, so the region has exactly the planned size.
 """
 
 from __future__ import annotations
@@ -12,117 +12,124 @@ import mmap
 import weakref
 from bisect import bisect_left
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
-ALIGNMENT = 4096  # bytes: maps begin at pages
-PINNED_FOR_ALL = 1  # cudaHostRegisterPortable
+ALIGNMENT = 4096  # bytes; maps are page-aligned
+HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable
 
 
 class AddressSpace:
-    """Places blocks in one range of addresses, each at the lowest where it fits; `peak` is the highest end so far."""
+    """First-fit allocator: places each block at the lowest address where it fits. `peak` is the highest end so far."""
 
     def __init__(self, size: int | None = None):
-        self._free: list[tuple[int, float]] = [(0, math.inf if size is None else size)]  # (begin, end), by address
+        self._free: list[tuple[int, float]] = [(0, math.inf if size is None else size)]  # (begin, end), sorted
         self._used: dict[int, int] = {}
         self.peak = 0
 
     @property
     def is_empty(self) -> bool:
+        """Whether no block is allocated."""
         return not self._used
 
     def allocate(self, size: int) -> int | None:
-        """The offset of a new block of `size` bytes; None where there is no room."""
+        """Return the offset of a new block of `size` bytes, None if there is no room."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
-        for place, (begin, end) in enumerate(self._free):
+        for i, (begin, end) in enumerate(self._free):
             if end - begin >= size:
-                self._free[place : place + 1] = [(begin + size, end)] if end - begin > size else []
+                self._free[i : i + 1] = [(begin + size, end)] if end - begin > size else []
                 self._used[begin] = size
                 self.peak = max(self.peak, begin + size)
                 return begin
         return None
 
     def free(self, offset: int) -> None:
-        """Give the block at `offset` back, joined with free neighbours."""
+        """Free the block at `offset` and merge it with free neighbours."""
         begin, end = offset, offset + self._used.pop(offset)
-        place = bisect_left(self._free, (begin,))
-        if place < len(self._free) and self._free[place][0] == end:
-            end = self._free.pop(place)[1]
-        if place and self._free[place - 1][1] == begin:
-            place -= 1
-            begin = self._free.pop(place)[0]
-        self._free.insert(place, (begin, end))
+        i = bisect_left(self._free, (begin,))
+        if i < len(self._free) and self._free[i][0] == end:
+            end = self._free.pop(i)[1]
+        if i and self._free[i - 1][1] == begin:
+            i -= 1
+            begin = self._free.pop(i)[0]
+        self._free.insert(i, (begin, end))
 
 
-class Region:
-    """Registered memory with its address space; it goes back to the system when nothing refers to it."""
+class PinnedRegion:
+    """Registered memory with its address space, returned to the system when it is no longer referenced."""
 
     def __init__(self, device: torch.device, size: int):
         self.space, self.size = AddressSpace(size), size
         memory = map_memory(size)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        register(self._address, size)
-        closing = weakref.finalize(self, unregister, device, self._address, memory)
-        closing.atexit = False  # the driver may be gone by then, and takes it all the same
+        pin(self._address, size)
+        finalizer = weakref.finalize(self, unpin, device, self._address, memory)
+        finalizer.atexit = False  # at exit the driver may already be unloaded, and frees the memory itself
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor in the block at `offset`, which is free again when the tensor's storage goes."""
+        """Return an uninitialised tensor in the block at `offset`, which is freed with the tensor's storage."""
         block = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(self._address + offset)
         weakref.finalize(block, self.free, offset).atexit = False
         return torch.frombuffer(block, dtype=dtype).view(shape)
 
     def free(self, offset: int) -> None:
+        """Free the block at `offset`."""
         self.space.free(offset)
 
 
 class PinnedMemory:
-    """Tensors in pinned memory: in one region of the `expected` bytes, beyond that in a region for each.
+    """Allocates tensors in pinned memory: in one region of `expected` bytes, then in a separate region for each tensor.
 
-    Memory that is freed serves the next tensor at once. That is safe where all that reads or writes tensors runs on
-    the streams of one `Copies`, for which the computing stream waits: see there.
+    Freed memory is reused immediately. This is safe if all reads and writes of the tensors use the streams of one
+    `Copies` object, which orders them after the compute stream.
     """
 
     def __init__(self, device: torch.device, expected: int = 0):
         self._device, self._expected = device, expected
-        self._regions: list[Region] = []
+        self._regions: list[PinnedRegion] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor; raises MemoryError."""
+        """Return an uninitialised tensor. Raise MemoryError if memory cannot be allocated or pinned."""
         size = math.prod(shape) * dtype.itemsize
         for region in self._regions:
             offset = region.space.allocate(size)
             if offset is not None:
                 return region.tensor(offset, shape, dtype)
         self._regions = [region for region in self._regions if not region.space.is_empty]
-        left = self._expected - sum(region.size for region in self._regions)
-        region = Region(self._device, -(-max(size, left) // ALIGNMENT) * ALIGNMENT)
+        remaining = self._expected - sum(region.size for region in self._regions)
+        region = PinnedRegion(self._device, -(-max(size, remaining) // ALIGNMENT) * ALIGNMENT)
         self._regions.append(region)
-        return region.tensor(region.space.allocate(size), shape, dtype)
+        offset = region.space.allocate(size)
+        assert offset is not None  # the region is new, and at least as large
+        return region.tensor(offset, shape, dtype)
 
 
 def map_memory(size: int) -> mmap.mmap:
-    """Zeroed memory of its own, in large pages where the system has them; raises MemoryError."""
+    """Return a new anonymous mapping of zeros, with huge pages if the system has them. Raise MemoryError."""
     try:
         memory = mmap.mmap(-1, size)
     except OSError as error:
-        raise MemoryError(f"no memory for {size} bytes") from error
+        raise MemoryError(f"cannot map {size} bytes of memory") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel may be built without
+        with suppress(OSError):  # not supported by every kernel
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
-def register(address: int, size: int) -> None:
-    """Pin memory; raises MemoryError, as the system has no more to pin or does not allow as much."""
-    result = int(torch.cuda.cudart().cudaHostRegister(address, size, PINNED_FOR_ALL))
+def pin(address: int, size: int) -> None:
+    """Pin memory. Raise MemoryError if the system has no more memory to pin or a limit does not allow it."""
+    runtime: Any = torch.cuda.cudart()  # typed as optional, but raises if CUDA is missing
+    result = int(runtime.cudaHostRegister(address, size, HOST_REGISTER_PORTABLE))
     if result:
         raise MemoryError(f"{size} bytes of host memory cannot be pinned (CUDA error {result})")
 
 
-def unregister(device: torch.device, address: int, memory: mmap.mmap) -> None:
-    """Wait for copies that may be under way, then give the memory back; a lost device has none under way."""
+def unpin(device: torch.device, address: int, memory: mmap.mmap) -> None:
+    """Wait for pending copies, then unpin the memory. Errors of a lost device are ignored: it has no pending copies."""
     with suppress(RuntimeError):
         torch.cuda.synchronize(device)
-        torch.cuda.cudart().cudaHostUnregister(address)
+        runtime: Any = torch.cuda.cudart()
+        runtime.cudaHostUnregister(address)
     del memory

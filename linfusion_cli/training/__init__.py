@@ -1,1 +1,1 @@
-"""Training: how linear attention learns from the attention it replaces."""
+"""Training of linear attention."""

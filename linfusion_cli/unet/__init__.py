@@ -1,1 +1,1 @@
-"""Runs a UNet: hands it what its family wants to know beside the latents."""
+"""Run UNets and ControlNets, whole or in strips of rows, and estimate their cost."""

@@ -1,15 +1,22 @@
-"""Which UNets can run in strips: everything else is refused by name, when it is mounted."""
+"""Check that a UNet or ControlNet can run in strips. Unsupported networks are rejected when they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.mixers.linear.mount import self_attentions
+from linfusion_cli.mixers.linear.mount import find_self_attentions
+from linfusion_cli.unet.walk import Network
 
 BLOCKS = {
     "down_blocks": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -18,62 +25,64 @@ BLOCKS = {
 }
 LAYERS = ("ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D")
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0")
-WAY_OUT = "Use --attention original, which runs the model whole."
-WAY_OUT_OF_CONTROL = "Leave phases with linear attention out of --control-phases, or use another ControlNet."
+HINT = "Use --attention original to run the model without strips."
+CONTROLNET_HINT = "Leave phases with linear attention out of --control-phases, or use another ControlNet."
 
 
 def check_supported(unet: UNet2DConditionModel) -> None:
-    """Raise DataError naming the first part of `unet` that the executor does not know, or knows otherwise."""
-    for path, what in (*unknown_parts(unet), *unmounted(unet)):
-        raise DataError(f"The UNet cannot run in strips: {path} is {what}.", WAY_OUT)
+    """Raise DataError with the first part of `unet` that the executor does not support."""
+    for path, reason in (*find_unsupported_parts(unet), *find_non_linear_attention(unet)):
+        raise DataError(f"The UNet cannot run in strips: {path} is {reason}.", HINT)
 
 
-def check_control(net: ControlNetModel | ControlNetUnionModel) -> None:
-    """As `check_supported`, for a ControlNet."""
-    for path, what in (*unknown_parts(net), *unmounted(net)):
-        raise DataError(f"The ControlNet cannot run in strips: {path} is {what}.", WAY_OUT_OF_CONTROL)
+def check_controlnet(net: ControlNetModel | ControlNetUnionModel) -> None:
+    """Raise DataError with the first part of a ControlNet that the executor does not support."""
+    for path, reason in (*find_unsupported_parts(net), *find_non_linear_attention(net)):
+        raise DataError(f"The ControlNet cannot run in strips: {path} is {reason}.", CONTROLNET_HINT)
 
 
-def unmounted(unet: nn.Module) -> Iterator[tuple[str, str]]:
-    """(path, what it is) of every self-attention that is not linear."""
-    for path, module in self_attentions(unet).items():
+def find_non_linear_attention(network: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (path, description) of every self-attention that is not linear."""
+    for path, module in find_self_attentions(network).items():
         if not isinstance(module, LinearAttention):
-            yield path, f"a {type(module).__name__}, which sees all tokens at once"
+            yield path, f"a {type(module).__name__}, which attends to all tokens at once"
 
 
-def unknown_parts(unet: nn.Module) -> Iterator[tuple[str, str]]:
-    """(path, what it is) of every part of a UNet or ControlNet that the executor does not know, but self-attention."""
-    config = unet.config
+def find_unsupported_parts(network: Network) -> Iterator[tuple[str, str]]:
+    """Yield (path, description) of every unsupported part of a UNet or ControlNet, except self-attention."""
+    config: Any = network.config  # a FrozenDict, which has attributes too
     if config.addition_embed_type not in (None, "text_time") or config.get("center_input_sample"):
-        yield "its input", "conditioned in an unknown way"
-    projects_text = unet.encoder_hid_proj is not None and config.encoder_hid_dim_type != "ip_image_proj"
-    projects_text |= getattr(unet, "text_encoder_hid_proj", None) is not None  # where an IP-Adapter took its place
-    if unet.class_embedding is not None or projects_text:
-        yield "its conditioning", "of an unknown kind (class embedding or projected text)"
+        yield "its input", "conditioned in an unsupported way"
+    projects_text = network.encoder_hid_proj is not None and config.encoder_hid_dim_type != "ip_image_proj"
+    # An IP-Adapter moves a text projection from encoder_hid_proj to this attribute.
+    projects_text |= getattr(network, "text_encoder_hid_proj", None) is not None
+    if network.class_embedding is not None or projects_text:
+        yield "its conditioning", "of an unsupported type (class embedding or projected text)"
     for kind, known in BLOCKS.items():
-        blocks = getattr(unet, kind, None)  # a ControlNet has none on the way up
+        blocks = getattr(network, kind, None)  # a ControlNet has no up blocks
         for i, block in enumerate(blocks if isinstance(blocks, nn.ModuleList) else [blocks]):
             path = f"{kind}.{i}" if isinstance(blocks, nn.ModuleList) else kind
             if block is not None and type(block).__name__ not in known:
                 yield path, f"a {type(block).__name__}"
             elif block is not None:
-                yield from unknown_layers(path, block)
+                yield from find_unsupported_layers(path, block)
 
 
-def unknown_layers(path: str, block: nn.Module) -> Iterator[tuple[str, str]]:
-    """As `unknown_parts`, within one block."""
+def find_unsupported_layers(path: str, block: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (path, description) of every unsupported layer of a block."""
     if getattr(block, "s1", None):
-        yield path, "under FreeU"
+        yield path, "modified by FreeU"
     for kind in ("resnets", "attentions", "downsamplers", "upsamplers"):
         for i, layer in enumerate(getattr(block, kind, None) or ()):
-            place = f"{path}.{kind}.{i}"
+            layer_path = f"{path}.{kind}.{i}"
             if layer is not None and type(layer).__name__ not in LAYERS:
-                yield place, f"a {type(layer).__name__}"
-            elif layer is not None and (oddity := ODDITIES[type(layer).__name__](layer)):
-                yield place, oddity
+                yield layer_path, f"a {type(layer).__name__}"
+            elif layer is not None and (reason := LAYER_CHECKS[type(layer).__name__](layer)):
+                yield layer_path, reason
 
 
-def odd_resnet(block: nn.Module) -> str | None:
+def check_resnet(block: ResnetBlock2D) -> str | None:
+    """Return the reason why a ResNet block is unsupported, or None."""
     if block.upsample is not None or block.downsample is not None:
         return "a ResNet block that resamples"
     if block.time_emb_proj is None or block.time_embedding_norm != "default" or block.skip_time_act:
@@ -81,22 +90,25 @@ def odd_resnet(block: nn.Module) -> str | None:
     return None if block.output_scale_factor == 1 else f"a ResNet block scaled by {block.output_scale_factor}"
 
 
-def odd_transformer(transformer: nn.Module) -> str | None:
-    for block in transformer.transformer_blocks:
+def check_transformer(transformer: Transformer2DModel) -> str | None:
+    """Return the reason why a transformer is unsupported, or None."""
+    for block in cast(Sequence[BasicTransformerBlock], transformer.transformer_blocks):
         if block.norm_type != "layer_norm" or block.only_cross_attention or block.pos_embed is not None:
             return f"a transformer with norm_type {block.norm_type!r}"
         if block.attn2 is None or type(block.attn2.processor).__name__ not in PROCESSORS:
-            return "a transformer whose cross-attention has a processor of its own"
+            return "a transformer with a custom cross-attention processor"
     return None
 
 
-def odd_downsample(downsampler: nn.Module) -> str | None:
-    return None if downsampler.use_conv and downsampler.padding == 1 else "a downsampler of an unknown kind"
+def check_downsampler(downsampler: Downsample2D) -> str | None:
+    """Return the reason why a downsampler is unsupported, or None."""
+    return None if downsampler.use_conv and downsampler.padding == 1 else "an unsupported downsampler"
 
 
-def odd_upsample(upsampler: nn.Module) -> str | None:
-    known = upsampler.use_conv and not upsampler.use_conv_transpose and upsampler.interpolate
-    return None if known and upsampler.norm is None else "an upsampler of an unknown kind"
+def check_upsampler(upsampler: Upsample2D) -> str | None:
+    """Return the reason why an upsampler is unsupported, or None."""
+    is_supported = upsampler.use_conv and not upsampler.use_conv_transpose and upsampler.interpolate
+    return None if is_supported and upsampler.norm is None else "an unsupported upsampler"
 
 
-ODDITIES = dict(zip(LAYERS, (odd_resnet, odd_transformer, odd_downsample, odd_upsample), strict=True))
+LAYER_CHECKS = dict(zip(LAYERS, (check_resnet, check_transformer, check_downsampler, check_upsampler), strict=True))

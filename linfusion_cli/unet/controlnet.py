@@ -1,4 +1,4 @@
-"""ControlNets (Zhang, Rao and Agrawala, arXiv 2302.05543) beside a UNet: whole, or their encoders in its strips."""
+"""ControlNets (Zhang, Rao and Agrawala, arXiv 2302.05543), run whole, or in strips together with the UNet."""
 
 from __future__ import annotations
 
@@ -13,144 +13,161 @@ from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor, nn
 
 from linfusion_cli.strips.communicator import SingleDevice
-from linfusion_cli.strips.dilation import dilate, inner
+from linfusion_cli.strips.dilation import dilate, unwrap_convolution
 from linfusion_cli.strips.feature_map import FeatureMap, HostFeatureMap
-from linfusion_cli.strips.ops import Strips, Writer, as_nchw, as_nhwc
+from linfusion_cli.strips.ops import MapWriter, StripContext, as_nchw, as_nhwc
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.strips.stream import Convolution, Pointwise, StreamStage, stream
 from linfusion_cli.unet.forward import EncoderOperations, LayerConditioning, Residuals, UNetInputs, compute_embedding
-from linfusion_cli.unet.resample import Computed, computed_conv_in, fill
-from linfusion_cli.unet.walk import encoded
+from linfusion_cli.unet.resample import ComputedMap, build_conv_in_map, fill_map
+from linfusion_cli.unet.walk import walk_encoder
 
 ControlNet = ControlNetModel | ControlNetUnionModel
-ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [1, bottom - top, W, 3] of a picture, 0 to 1
-CONTROL_ROWS = 32  # of a control picture, embedded at a time
+ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [1, bottom - top, W, 3] of an image, 0 to 1
+CONTROL_ROWS = 32  # rows of a control image processed at a time
 
 
 @dataclass(frozen=True)
-class Control:
-    """A ControlNet at work: what it finds is taken `scale` times; `kind` says what a union model's picture shows."""
+class ActiveControlNet:
+    """A ControlNet with its scale. `kind` is the index of the control type for union models, else None."""
 
     net: ControlNet
     scale: float
     kind: int | None
 
-    def types(self, batch: int, like: Tensor) -> Tensor:
-        """What a union model is told of its pictures: 1 for each kind that is there [B, kinds]."""
-        told = like.new_zeros(batch, self.net.config.num_control_type)
-        told[:, self.kind] = 1
-        return told
+    def build_control_type(self, batch: int, like: Tensor) -> Tensor:
+        """Return the one-hot control types of a union model [B, kinds]."""
+        control_type = like.new_zeros(batch, self.net.config["num_control_type"])
+        control_type[:, self.kind] = 1
+        return control_type
 
 
 @dataclass(frozen=True)
-class WholeControlNet(Control):
-    """As `Control`, run in one piece with its own attention, after `picture` [1, 3, H, W]."""
+class WholeControlNet(ActiveControlNet):
+    """An ActiveControlNet run in one piece with its original attention, for the control `image` [1, 3, H, W]."""
 
     image: Tensor
 
-    def residuals(
+    def compute_residuals(
         self, latents: Tensor, timestep: Tensor, condition: UNetInputs, dilation: int
     ) -> tuple[list[Tensor], Tensor]:
-        """What it adds to the skip connections, and to the middle."""
+        """Return the residuals of the skip connections, and that of the middle block."""
         image, batch = self.image.expand(len(latents), -1, -1, -1), len(latents)
-        more = {"controlnet_cond": image}
+        arguments = {"controlnet_cond": image}
         if self.kind is not None:
-            more = {"controlnet_cond": [image], "control_type_idx": [self.kind]}
-            more |= {"control_type": self.types(batch, latents)}
-        more |= {"conditioning_scale": self.scale, "added_cond_kwargs": condition.added, "return_dict": False}
-        with dilate(encoder_of(self.net), dilation):
-            return self.net(latents, timestep, condition.text, **more)
+            arguments = {"controlnet_cond": [image], "control_type_idx": [self.kind]}
+            arguments |= {"control_type": self.build_control_type(batch, latents)}
+        arguments |= {"conditioning_scale": self.scale, "added_cond_kwargs": condition.added, "return_dict": False}
+        with dilate(get_encoder(self.net), dilation):
+            return self.net(latents, timestep, condition.text, **arguments)
 
 
-class EmbeddedImage:
-    """The embedding [1, h, w, C] of a control picture, over which nobody writes; all forwards of a phase share it."""
+class ControlImageEmbedding:
+    """The embedding [1, h, w, C] of a control image. It is read-only and shared by all forwards of a phase."""
 
     def __init__(self, embedding: FeatureMap):
         self._map = embedding
-        embedding.kept = True
+        embedding.is_read_only = True
 
-    def wherever(self, storage: Storage) -> FeatureMap:
-        """The map. Where it was on the device, and maps now wait on the host since memory ran out, it moves there."""
+    def get_map(self, storage: Storage) -> FeatureMap:
+        """Return the map. Move it to the host first if `storage` no longer keeps such maps on the device."""
         if storage.place != "device" and not isinstance(self._map, HostFeatureMap):
-            moved, old = storage.new_waiting(*self._map.shape), self._map
-            moved.write(0, old.read(0, old.height))
-            moved.moments, moved.kept = old.moments, True
-            self._map = moved
+            host_map, device_map = storage.new_skip(*self._map.shape), self._map
+            host_map.write(0, device_map.read(0, device_map.height))
+            host_map.moments, host_map.is_read_only = device_map.moments, True
+            self._map = host_map
         return self._map
 
 
 @dataclass(frozen=True)
-class StripControlNet(Control):
-    """As `Control`, its attention linear, run in strips after its picture."""
+class StripControlNet(ActiveControlNet):
+    """An ActiveControlNet with linear attention, run in strips, for the embedding of a control image."""
 
-    image: EmbeddedImage
+    image: ControlImageEmbedding
 
     @property
     def encoder(self) -> nn.Module:
-        return encoder_of(self.net)
+        """The layers that process latents."""
+        return get_encoder(self.net)
 
-    def residuals(
-        self, run: Strips, latents: Tensor, timestep: Tensor, condition: UNetInputs, before: Residuals | None
+    def compute_residuals(
+        self,
+        context: StripContext,
+        latents: Tensor,
+        timestep: Tensor,
+        condition: UNetInputs,
+        previous: Residuals | None,
     ) -> Residuals:
-        """See `forward.Control`."""
+        """Return the residuals; see `forward.ControlNetBranch`."""
         embedding = compute_embedding(self.net, latents, timestep, condition)
         if self.kind is not None:
-            embedding = embedding + self._told(len(latents), latents)
-        operations = ControlEncoder(self, run, latents, LayerConditioning(embedding, condition.text), before)
-        kept, middle = encoded(self.net, operations)
-        return Residuals([*kept, middle])
+            embedding = embedding + self._embed_control_type(len(latents), latents)
+        operations = ControlNetOperations(
+            self, context, latents, LayerConditioning(embedding, condition.text), previous
+        )
+        skips, middle = walk_encoder(self.net, operations)
+        return Residuals([*skips, middle])
 
-    def _told(self, batch: int, like: Tensor) -> Tensor:
-        """The embedding [B, E] of the kind of picture."""
-        told = self.net.control_type_proj(self.types(batch, like).flatten()).unflatten(0, (batch, -1))
-        return self.net.control_add_embedding(told.flatten(1).to(like.dtype))
+    def _embed_control_type(self, batch: int, like: Tensor) -> Tensor:
+        """Return the embedding [B, E] of the control type."""
+        projected = self.net.control_type_proj(self.build_control_type(batch, like).flatten()).unflatten(0, (batch, -1))
+        return self.net.control_add_embedding(projected.flatten(1).to(like.dtype))
 
 
-class ControlEncoder(EncoderOperations):
-    """The Encoding of one forward of a ControlNet: what it keeps is what it adds to the UNet's maps."""
+class ControlNetOperations(EncoderOperations):
+    """The operations of one ControlNet forward. Its skip connections are the residuals for the UNet's maps."""
 
     def __init__(
-        self, control: StripControlNet, run: Strips, latents: Tensor, heard: LayerConditioning, before: Residuals | None
+        self,
+        control: StripControlNet,
+        context: StripContext,
+        latents: Tensor,
+        conditioning: LayerConditioning,
+        previous: Residuals | None,
     ):
-        super().__init__(control.net, run, latents, heard)
-        self._control, self._before = control, before
+        super().__init__(control.net, context, latents, conditioning)
+        self._control, self._previous = control, previous
         self._projections = iter(control.net.controlnet_down_blocks)
 
     def conv_in(self) -> FeatureMap:
-        """The latents' first map and the picture's embedding, never stored."""
-        net, hint = self._network, self._control.image.wherever(self._run.storage)
-        first = computed_conv_in(self._run, net.conv_in, self._latents)
-        shift = 0 if self._control.kind is None else union_shift(self._control, hint, first.measured(self._run))
+        """Return the sum of the latents' first map and the image's embedding, without storing it."""
+        net, hint = self._network, self._control.image.get_map(self._context.storage)
+        first = build_conv_in_map(self._context, net.conv_in, self._latents)
+        shift: Tensor | int = 0
+        if self._control.kind is not None:
+            shift = compute_union_shift(self._control, hint, first.compute_moments(self._context))
 
         def rows(top: int, bottom: int) -> Tensor:
             return first.read(top, bottom) + (hint.read(top, bottom) + shift)
 
-        return Computed(first.shape, rows).measured(self._run)
+        return ComputedMap(first.shape, rows).compute_moments(self._context)
 
-    def keep(self, x: FeatureMap) -> FeatureMap:
-        return self._residual(next(self._projections), x)
+    def store_skip(self, x: FeatureMap) -> FeatureMap:
+        """Return the residual of a skip connection."""
+        return self._project_residual(next(self._projections), x)
 
-    def keep_middle(self, x: FeatureMap) -> FeatureMap:
-        return self._residual(self._network.controlnet_mid_block, x)
+    def finish_middle(self, x: FeatureMap) -> FeatureMap:
+        """Return the residual of the middle block."""
+        return self._project_residual(self._network.controlnet_mid_block, x)
 
-    def _residual(self, projection: nn.Module, x: FeatureMap) -> FeatureMap:
-        before = self._before.popleft() if self._before else None
+    def _project_residual(self, projection: nn.Module, x: FeatureMap) -> FeatureMap:
+        previous = self._previous.popleft() if self._previous else None
 
         def rows(top: int, bottom: int) -> Tensor:
-            found = as_nhwc(projection(as_nchw(x.read(top, bottom)))) * self._control.scale
-            return found if before is None else before.read(top, bottom) + found
+            projected = as_nhwc(projection(as_nchw(x.read(top, bottom)))) * self._control.scale
+            return projected if previous is None else previous.read(top, bottom) + projected
 
-        if isinstance(x, Computed):
-            return Computed(x.shape, rows)
-        target = before or self._run.storage.new_waiting(*x.shape)
-        fill(self._run, target, rows, x)
+        if isinstance(x, ComputedMap):
+            return ComputedMap(x.shape, rows)
+        target = previous or self._context.storage.new_skip(*x.shape)
+        fill_map(self._context, target, rows, x)
         return target
 
 
-def union_shift(control: Control, hint: FeatureMap, first: FeatureMap) -> Tensor:
-    """What a union model adds to every pixel [B, 1, 1, C], after the means of its picture's map and of the `first`."""
+def compute_union_shift(control: ActiveControlNet, hint: FeatureMap, first: FeatureMap) -> Tensor:
+    """Return a union model's offset [B, 1, 1, C] for every pixel, from the means of the embedding and the first map."""
     net = control.net
-    image, latents = (of.moments.mean.to(net.task_embedding.dtype) for of in (hint, first))
+    image, latents = (each.get_moments().mean.to(net.task_embedding.dtype) for each in (hint, first))
     image = (image + net.task_embedding[control.kind]).expand(len(latents), -1)
     x = torch.stack([image, latents], dim=1)
     for layer in net.transformer_layes:
@@ -158,37 +175,39 @@ def union_shift(control: Control, hint: FeatureMap, first: FeatureMap) -> Tensor
     return net.spatial_ch_projs(x[:, 0])[:, None, None]
 
 
-def encoder_of(net: ControlNet) -> nn.ModuleList:
-    """The layers of `net` that see the latents: what a dilation is for."""
+def get_encoder(net: ControlNet) -> nn.ModuleList:
+    """Return the layers of `net` that process latents, to which dilation applies."""
     return nn.ModuleList([net.conv_in, net.down_blocks, net.mid_block])
 
 
 @torch.inference_mode()
-def embed_control_image(net: ControlNet, read: ReadRows, height: int, width: int, storage: Storage) -> EmbeddedImage:
-    """The picture of `height` x `width` that `read` reads as a ControlNet sees it, in `storage`.
+def embed_control_image(
+    net: ControlNet, read: ReadRows, height: int, width: int, storage: Storage
+) -> ControlImageEmbedding:
+    """Return the embedding of the control image of `height` x `width` that `read` provides, in `storage`.
 
-    It is streamed: the convolutions see few rows of the picture at a time. Neither a dilation nor strips change it.
+    The image is streamed: convolutions process few rows at a time. The result is independent of dilation and strips.
     """
-    stages, top = embedding_stages(net), 0
-    shrinks = math.prod(stage.shrinks for stage in stages)
-    channels = inner(net.controlnet_cond_embedding.conv_out).out_channels
-    embedding = storage.new_waiting(1, height // shrinks, width // shrinks, channels)
-    result = Writer(embedding)
-    for rows in stream(stages, ordered(net, read), height, CONTROL_ROWS):
+    stages, top = build_embedding_stages(net), 0
+    downscale_factor = math.prod(stage.downscale_factor for stage in stages)
+    channels = unwrap_convolution(net.controlnet_cond_embedding.conv_out).out_channels
+    embedding = storage.new_skip(1, height // downscale_factor, width // downscale_factor, channels)
+    result = MapWriter(embedding)
+    for rows in stream(stages, reorder_channels(net, read), height, CONTROL_ROWS):
         result.write(top, rows)
         top += rows.shape[1]
-    return EmbeddedImage(result.close(SingleDevice()))
+    return ControlImageEmbedding(result.close(SingleDevice()))
 
 
-def embedding_stages(net: ControlNet) -> list[StreamStage]:
-    """What a picture goes through on its way to the size of the latents."""
+def build_embedding_stages(net: ControlNet) -> list[StreamStage]:
+    """Return the stages that reduce a control image to the size of the latents."""
     layers = net.controlnet_cond_embedding
-    activated = ([Convolution(layer), Pointwise(F.silu)] for layer in (layers.conv_in, *layers.blocks))
-    return [*chain.from_iterable(activated), Convolution(layers.conv_out)]
+    stages = ([Convolution(layer), Pointwise(F.silu)] for layer in (layers.conv_in, *layers.blocks))
+    return [*chain.from_iterable(stages), Convolution(layers.conv_out)]
 
 
-def ordered(net: ControlNet, read: ReadRows) -> ReadRows:
-    """`read` with the colours in the order in which `net` expects them."""
-    if net.config.controlnet_conditioning_channel_order == "rgb":
+def reorder_channels(net: ControlNet, read: ReadRows) -> ReadRows:
+    """Return `read` with colour channels in the order that `net` expects."""
+    if net.config["controlnet_conditioning_channel_order"] == "rgb":
         return read
     return lambda top, bottom: read(top, bottom).flip(-1)

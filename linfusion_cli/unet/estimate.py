@@ -1,4 +1,4 @@
-"""What a forward in strips will need, reckoned by walking the UNet's layers without weights and without maps."""
+"""Estimate the memory and work of a forward in strips by walking the UNet's layers, without weights or maps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from diffusers import UNet2DConditionModel
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from linfusion_cli.strips.copies import STAGED
+from linfusion_cli.strips.copies import MAX_STAGED
 from linfusion_cli.strips.cost import (
     WIDE_BYTES,
     Cost,
@@ -21,25 +25,25 @@ from linfusion_cli.strips.cost import (
     convolution_cost,
     max_strip_rows,
 )
-from linfusion_cli.strips.dilation import inner
+from linfusion_cli.strips.dilation import unwrap_convolution
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
 from linfusion_cli.unet.controlnet import CONTROL_ROWS, ControlNet
-from linfusion_cli.unet.resnet import resnet_cost, reusable
+from linfusion_cli.unet.resnet import find_reusable, resnet_cost
 from linfusion_cli.unet.transformer import transformer_cost
-from linfusion_cli.unet.walk import encoded, walk
+from linfusion_cli.unet.walk import walk_encoder, walk_unet
 
-COMPUTED = 4  # times that all rows of a map are computed which is not stored: for its moments, and when it is read
-SUMMED = 3  # times that a control picture's embedding is read where such a map adds it
-ADDED = 6  # times that each number is read or written where one map is added to another, with moments
-COLOURS = 3
-EMBEDDED = 6  # the same for a number of a control picture's maps, in and out of a convolution, and activated
-STREAMED = 6  # strips alive at once of the largest of those: windows, results, activations, and holes they leave
+COMPUTED_READS = 4  # times that a computed map is evaluated: for its moments, and when it is read
+EMBEDDING_READS = 3  # times that the control image's embedding is read by such a map
+ADD_PASSES = 6  # reads and writes per element for adding a map to another, with moments
+COLOUR_CHANNELS = 3
+EMBEDDING_PASSES = 6  # reads and writes per element of a control image's maps: convolution and activation
+STREAM_STRIPS = 6  # live strips of the largest of these maps: windows, results, activations and fragmentation
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One way to run a forward on `batch` latents of `height` x `width`, in numbers of `itemsize` bytes."""
+class ForwardSettings:
+    """Settings of a forward on `batch` latents of `height` x `width`, with elements of `itemsize` bytes."""
 
     size: StripSize
     place: Place
@@ -51,193 +55,217 @@ class Setting:
     dilation: int = 1
 
 
-def estimate_unet(unet: UNet2DConditionModel, setting: Setting, controlnets: Sequence[ControlNet] = ()) -> MemoryLedger:
-    """The cost of one forward of `unet` under `controls`, beyond their weights: parameters may be on the meta device.
+def estimate_unet(
+    unet: UNet2DConditionModel, settings: ForwardSettings, controlnets: Sequence[ControlNet] = ()
+) -> MemoryLedger:
+    """Return the cost of one forward of `unet` with `controlnets`, without their weights. Meta parameters suffice.
 
-    With the embeddings of the control pictures, and the memory to make them, but not the work: see `embedding_cost`.
+    It includes the embeddings of the control images and the memory to compute them, but not the work: see
+    `embedding_cost`.
     """
     ledger, residuals = MemoryLedger(), None
-    reckonings = [ControlReckoning(net, setting, ledger) for net in controlnets]
-    for reckoning in reckonings:
-        reckoning.before = residuals
-        kept, middle = encoded(reckoning.network, reckoning)
-        residuals = deque([*kept, middle])
-        del kept, middle
-    walk(unet, Reckoning(unet, setting, ledger, residuals))
+    estimators = [ControlNetEstimator(net, settings, ledger) for net in controlnets]
+    for estimator in estimators:
+        estimator.previous = residuals
+        skips, middle = walk_encoder(estimator.network, estimator)
+        residuals = deque([*skips, middle])
+        del skips, middle
+    walk_unet(unet, UNetEstimator(unet, settings, ledger, residuals))
     ledger.close()
     return ledger
 
 
-class EncoderReckoning:
-    """The Encoding of a forward, on outlines of maps; what is kept is for those to say who know what for."""
+class EncoderEstimator:
+    """Estimates the encoder's operations in one forward. Subclasses define the handling of skip connections."""
 
-    def __init__(self, network: nn.Module, setting: Setting, ledger: MemoryLedger):
-        self.network, self.ledger, self._setting = network, ledger, setting
+    def __init__(self, network: UNet2DConditionModel | ControlNet, settings: ForwardSettings, ledger: MemoryLedger):
+        self.network, self.ledger, self._settings = network, ledger, settings
 
     def conv_in(self) -> MetaMap:
-        setting = self._setting
-        shape = (setting.batch, setting.height, setting.width)
+        """Charge the input convolution, whose result is computed on every read."""
+        settings = self._settings
+        shape = (settings.batch, settings.height, settings.width)
         self._convolve(self.network.conv_in, shape, times=4)
-        return self._computed((*shape, inner(self.network.conv_in).out_channels))
+        return self._new_computed((*shape, unwrap_convolution(self.network.conv_in).out_channels))
 
-    def resnet(self, block, parts: Sequence[MetaMap]) -> MetaMap:
-        shape, setting = parts[0].shape[:3], self._setting
-        over = reusable(parts, block.out_channels)
-        target = over[0] if over else self._new(*shape, block.out_channels)
-        costed = setting.itemsize, setting.dilation
-        self.ledger.spend(resnet_cost(setting.size, block, parts, target, bool(over), costed))
+    def resnet(self, block: ResnetBlock2D, parts: Sequence[MetaMap]) -> MetaMap:
+        """Charge a ResNet block."""
+        shape, settings = parts[0].shape[:3], self._settings
+        reusable = find_reusable(parts, block.out_channels)
+        target = reusable[0] if reusable else self._new(*shape, block.out_channels)
+        precision = settings.itemsize, settings.dilation
+        self.ledger.charge(resnet_cost(settings.size, block, parts, target, bool(reusable), *precision))
         for part in parts:
-            part.travel(1 if over else 2)
-        target.travel(3)
-        if over:
-            over[1].travel(2)
+            part.transfer(1 if reusable else 2)
+        target.transfer(3)
+        if reusable:
+            reusable[1].transfer(2)
         return target
 
-    def transformer(self, transformer, x: MetaMap) -> MetaMap:
-        setting = self._setting
+    def transformer(self, transformer: Transformer2DModel, x: MetaMap) -> MetaMap:
+        """Charge a transformer, which works in place."""
+        settings = self._settings
         tokens = self._new(*x.shape[:3], transformer.inner_dim)
-        cost = transformer_cost(setting.size, transformer, x, tokens, setting.text_tokens, setting.itemsize)
-        self.ledger.spend(cost)
-        tokens.travel(2 * len(transformer.transformer_blocks))
-        x.travel(3)
+        cost = transformer_cost(settings.size, transformer, x, tokens, settings.text_tokens, settings.itemsize)
+        self.ledger.charge(cost)
+        tokens.transfer(2 * len(transformer.transformer_blocks))
+        x.transfer(3)
         return x
 
-    def downsample(self, downsampler, x: MetaMap) -> MetaMap:
+    def downsample(self, downsampler: Downsample2D, x: MetaMap) -> MetaMap:
+        """Charge a downsampler."""
         batch, height, width, channels = x.shape
         smaller = self._new(batch, -(-height // 2), -(-width // 2), channels)
-        rows = max_strip_rows(self._setting.size, smaller.height, smaller.width)
-        beside = ExtraBytes(x.reading(2 * rows), smaller.writing(rows))
-        self._convolve(downsampler.conv, x.shape[:3], widest=0, beside=beside)
-        x.travel()
-        smaller.travel()
+        rows = max_strip_rows(self._settings.size, smaller.height, smaller.width)
+        extra = ExtraBytes(x.read_bytes(2 * rows), smaller.write_bytes(rows))
+        self._convolve(downsampler.conv, x.shape[:3], norm_channels=0, extra=extra)
+        x.transfer()
+        smaller.transfer()
         return smaller
 
-    def _new(self, *shape: int) -> MetaMap:
-        return self._outline(shape, "host" if self._setting.place == "host" else "device")
+    def _new(self, batch: int, height: int, width: int, channels: int) -> MetaMap:
+        return self._create_map(
+            (batch, height, width, channels), "host" if self._settings.place == "host" else "device"
+        )
 
-    def _waiting(self, *shape: int) -> MetaMap:
-        """A map that waits where skip connections do."""
-        return self._outline(shape, "device" if self._setting.place == "device" else "host")
+    def _new_skip(self, batch: int, height: int, width: int, channels: int) -> MetaMap:
+        """Return a map with the placement of skip connections."""
+        where = "device" if self._settings.place == "device" else "host"
+        return self._create_map((batch, height, width, channels), where)
 
-    def _computed(self, shape: tuple[int, ...]) -> MetaMap:
-        return self._outline(shape, "nowhere")
+    def _new_computed(self, shape: tuple[int, int, int, int]) -> MetaMap:
+        return self._create_map(shape, "computed")
 
-    def _outline(self, shape: tuple[int, ...], where: str) -> MetaMap:
-        return MetaMap(self.ledger, shape, self._setting.itemsize, where)
+    def _create_map(self, shape: tuple[int, int, int, int], where: str) -> MetaMap:
+        return MetaMap(self.ledger, shape, self._settings.itemsize, where)
 
-    def _convolve(self, convolution, shape: tuple[int, int, int], times: int = 1, **how: Any) -> None:
-        setting = self._setting
-        cost = convolution_cost(setting.size, convolution, shape, setting.itemsize, setting.dilation, **how)
+    def _convolve(self, convolution: nn.Module, shape: tuple[int, int, int], times: int = 1, **options: Any) -> None:
+        settings = self._settings
+        cost = convolution_cost(settings.size, convolution, shape, settings.itemsize, settings.dilation, **options)
         for _ in range(times):
-            self.ledger.spend(cost)
+            self.ledger.charge(cost)
 
 
-class ControlReckoning(EncoderReckoning):
-    """The Encoding of a ControlNet's forward; `before` is what others add to the UNet's maps already."""
+class ControlNetEstimator(EncoderEstimator):
+    """Estimates a ControlNet's forward. `previous` are the residuals of other ControlNets."""
 
-    before: deque[MetaMap] | None = None
+    previous: deque[MetaMap] | None = None
 
-    def __init__(self, net: ControlNet, setting: Setting, ledger: MemoryLedger):
-        super().__init__(net, setting, ledger)
+    def __init__(self, net: ControlNet, settings: ForwardSettings, ledger: MemoryLedger):
+        super().__init__(net, settings, ledger)
         self._projections = iter(net.controlnet_down_blocks)
-        self.embedding = self._waiting(1, setting.height, setting.width, inner(net.conv_in).out_channels)
-        making = embedding_cost(net, setting.height, setting.width, setting.itemsize)
+        self.embedding = self._new_skip(
+            1, settings.height, settings.width, unwrap_convolution(net.conv_in).out_channels
+        )
+        cost = embedding_cost(net, settings.height, settings.width, settings.itemsize)
         scale = image_scale(net)
-        for _ in range(STAGED + 1):
-            ledger.stage(CONTROL_ROWS * setting.width * scale * COLOURS * setting.itemsize)
-        ledger.spend(replace(making, flops=0, passes=0))
+        for _ in range(MAX_STAGED + 1):
+            ledger.stage(CONTROL_ROWS * settings.width * scale * COLOUR_CHANNELS * settings.itemsize)
+        ledger.charge(replace(cost, flops=0, passes=0))
 
     def conv_in(self) -> MetaMap:
-        self.embedding.travel(SUMMED)
+        """Charge the input convolution and the reads of the control image's embedding."""
+        self.embedding.transfer(EMBEDDING_READS)
         return super().conv_in()
 
-    def keep(self, x: MetaMap) -> MetaMap:
-        return self._residual(next(self._projections), x)
+    def store_skip(self, x: MetaMap) -> MetaMap:
+        """Charge the projection of a skip connection and return its residual."""
+        return self._project_residual(next(self._projections), x)
 
-    def keep_middle(self, x: MetaMap) -> MetaMap:
-        return self._residual(self.network.controlnet_mid_block, x)
+    def finish_middle(self, x: MetaMap) -> MetaMap:
+        """Charge the projection of the middle's result and return its residual."""
+        return self._project_residual(self.network.controlnet_mid_block, x)
 
-    def _residual(self, projection: nn.Module, x: MetaMap) -> MetaMap:
-        before = self.before.popleft() if self.before else None
-        if x.is_computed:  # whenever the UNet's first skip connection is read
-            self.embedding.travel(SUMMED)
-            self._convolve(self.network.conv_in, x.shape[:3], COMPUTED)
-            self._convolve(projection, x.shape[:3], COMPUTED)
-            return self._computed(x.shape)
-        target = before or self._waiting(*x.shape)
+    def _project_residual(self, projection: nn.Module, x: MetaMap) -> MetaMap:
+        previous = self.previous.popleft() if self.previous else None
+        if x.is_computed:  # charged here for all reads of the UNet's first skip connection
+            self.embedding.transfer(EMBEDDING_READS)
+            self._convolve(self.network.conv_in, x.shape[:3], COMPUTED_READS)
+            self._convolve(projection, x.shape[:3], COMPUTED_READS)
+            return self._new_computed(x.shape)
+        target = previous or self._new_skip(*x.shape)
         self._convolve(projection, x.shape[:3])
-        x.travel()
-        target.travel(2 if before else 1)
+        x.transfer()
+        target.transfer(2 if previous else 1)
         return target
 
 
-class Reckoning(EncoderReckoning):
-    """The Operations of a UNet's forward, to whose maps `residuals` are added."""
+class UNetEstimator(EncoderEstimator):
+    """Estimates a UNet's forward, with `residuals` added to its maps."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, setting: Setting, ledger: MemoryLedger, residuals: deque[MetaMap] | None
+        self,
+        unet: UNet2DConditionModel,
+        settings: ForwardSettings,
+        ledger: MemoryLedger,
+        residuals: deque[MetaMap] | None,
     ):
-        super().__init__(unet, setting, ledger)
+        super().__init__(unet, settings, ledger)
         self._residuals = residuals
         self._copied: MetaMap | None = None
 
-    def keep(self, x: MetaMap) -> MetaMap:
+    def store_skip(self, x: MetaMap) -> MetaMap:
+        """Charge the copy of a skip connection, or the addition of its residual."""
         if self._residuals is not None:
-            return self._added(x, self._residuals.popleft())
-        if not x.kept and self._setting.place == "skips":
-            self._copied = None  # its copy has arrived
-            copy = self._waiting(*x.shape)
-            copy.travel()
-            self._copied = x  # which stays until the next one is copied
+            return self._add_residual(x, self._residuals.popleft())
+        if not x.is_read_only and self._settings.place == "skips":
+            self._copied = None  # its copy is complete
+            copy = self._new_skip(*x.shape)
+            copy.transfer()
+            self._copied = x  # alive until the next map is copied
             return copy
-        x.kept = True
+        x.is_read_only = True
         return x
 
-    def keep_middle(self, x: MetaMap) -> MetaMap:
-        return x if self._residuals is None else self._added(x, self._residuals.popleft())
+    def finish_middle(self, x: MetaMap) -> MetaMap:
+        """Charge the addition of the middle's residual."""
+        return x if self._residuals is None else self._add_residual(x, self._residuals.popleft())
 
-    def upsample(self, upsampler, x: MetaMap, like: MetaMap, parts: int) -> list[MetaMap]:
+    def upsample(self, upsampler: Upsample2D, x: MetaMap, like: MetaMap, parts: int) -> list[MetaMap]:
+        """Charge an upsampler."""
         shape = (x.shape[0], like.height, like.width)
         larger = [self._new(*shape, upsampler.out_channels // parts) for _ in range(parts)]
-        rows = max_strip_rows(self._setting.size, like.height, like.width)
-        repeated = math.prod(shape[::2]) * rows * x.channels * self._setting.itemsize * 3 // 2
-        beside = ExtraBytes(x.reading(rows // 2 + 1) + repeated, sum(each.writing(rows) for each in larger))
-        self._convolve(upsampler.conv, shape, widest=0, beside=beside)
-        for outline in (x, *larger):
-            outline.travel()
+        rows = max_strip_rows(self._settings.size, like.height, like.width)
+        repeated = math.prod(shape[::2]) * rows * x.channels * self._settings.itemsize * 3 // 2
+        extra = ExtraBytes(x.read_bytes(rows // 2 + 1) + repeated, sum(each.write_bytes(rows) for each in larger))
+        self._convolve(cast(nn.Module, upsampler.conv), shape, norm_channels=0, extra=extra)
+        for each in (x, *larger):
+            each.transfer()
         return larger
 
-    def take(self, skip: MetaMap) -> MetaMap:
+    def load_skip(self, skip: MetaMap) -> MetaMap:
+        """Release a skip connection for its last read."""
         self._copied = None
         skip.release()
         return skip
 
     def conv_out(self, x: MetaMap) -> None:
-        rows = max_strip_rows(self._setting.size, x.height, x.width)
-        self._convolve(self.network.conv_out, x.shape[:3], beside=ExtraBytes(x.reading(rows)))
-        x.travel()
+        """Charge the output convolution."""
+        rows = max_strip_rows(self._settings.size, x.height, x.width)
+        self._convolve(self.network.conv_out, x.shape[:3], extra=ExtraBytes(x.read_bytes(rows)))
+        x.transfer()
 
-    def _added(self, x: MetaMap, residual: MetaMap) -> MetaMap:
-        numbers = math.prod(x.shape)
-        strip = numbers * min(x.height, self._setting.size.rows_of(x.width)) // x.height
+    def _add_residual(self, x: MetaMap, residual: MetaMap) -> MetaMap:
+        elements = math.prod(x.shape)
+        strip = elements * min(x.height, self._settings.size.rows_for(x.width)) // x.height
         if x.is_computed:
-            self.ledger.spend(Cost(0, ADDED * COMPUTED * numbers, 0))
-            return self._computed(x.shape)
-        self.ledger.spend(Cost(0, ADDED * numbers, (2 * self._setting.itemsize + WIDE_BYTES) * strip))
-        x.travel()
-        residual.travel(2)
+            self.ledger.charge(Cost(0, ADD_PASSES * COMPUTED_READS * elements, 0))
+            return self._new_computed(x.shape)
+        self.ledger.charge(Cost(0, ADD_PASSES * elements, (2 * self._settings.itemsize + WIDE_BYTES) * strip))
+        x.transfer()
+        residual.transfer(2)
         return residual
 
 
 def image_scale(net: ControlNet) -> int:
-    """How many pixels of a control picture there are for a latent, along a side."""
-    return math.prod(inner(layer).stride[0] for layer in net.controlnet_cond_embedding.blocks)
+    """Return the number of control image pixels per latent, along one side."""
+    return math.prod(unwrap_convolution(layer).stride[0] for layer in net.controlnet_cond_embedding.blocks)
 
 
 def embedding_cost(net: ControlNet, height: int, width: int, itemsize: int) -> Cost:
-    """`control.embedded_picture` for latents of `height` x `width`, beside the map that it makes."""
+    """Return the cost of `controlnet.embed_control_image` for latents of `height` x `width`, without the result."""
     layers = net.controlnet_cond_embedding
-    convolutions = [inner(layer) for layer in (layers.conv_in, *layers.blocks, layers.conv_out)]
+    convolutions = [unwrap_convolution(layer) for layer in (layers.conv_in, *layers.blocks, layers.conv_out)]
     scale = image_scale(net)
     flops, passes, widest, rows = 0, 0, 0, CONTROL_ROWS
     pixels, across = height * width * scale**2, width * scale
@@ -245,20 +273,23 @@ def embedding_cost(net: ControlNet, height: int, width: int, itemsize: int) -> C
         stride = layer.stride[0]
         pixels, across, rows = pixels // stride**2, across // stride, rows // stride
         flops += 2 * layer.weight.numel() * pixels
-        passes += EMBEDDED * layer.out_channels * pixels
+        passes += EMBEDDING_PASSES * layer.out_channels * pixels
         widest = max(widest, rows * across * layer.out_channels)
-    return Cost(flops, passes, STREAMED * widest * itemsize)
+    return Cost(flops, passes, STREAM_STRIPS * widest * itemsize)
 
 
-def whole_bytes(nets: Sequence[ControlNet], setting: Setting) -> int:
-    """What `control.WholeControl` takes beyond a forward in one strip: at first a map of the picture's size, twice.
+def whole_controlnet_bytes(nets: Sequence[ControlNet], settings: ForwardSettings) -> int:
+    """Return the memory of `controlnet.WholeControlNet` in excess of a forward in one strip.
 
-    Later what has been found is there three times: of this ControlNet, of those before, or added to the UNet's maps.
+    First, this is a map of the image's size, twice. Later, the residuals exist three times: of this ControlNet, of the
+    previous ones, and added to the UNet's maps.
     """
     largest = 0
     for net in nets:
-        kept, middle = encoded(net, ControlReckoning(net, setting, MemoryLedger()))
-        found = sum(math.prod(outline.shape) for outline in (*kept, middle))
-        area = setting.batch * setting.height * setting.width * image_scale(net) ** 2
-        largest = max(largest, 2 * found, 2 * inner(net.controlnet_cond_embedding.conv_in).out_channels * area)
-    return largest * setting.itemsize
+        skips, middle = walk_encoder(net, ControlNetEstimator(net, settings, MemoryLedger()))
+        residuals = sum(math.prod(each.shape) for each in (*skips, middle))
+        area = settings.batch * settings.height * settings.width * image_scale(net) ** 2
+        largest = max(
+            largest, 2 * residuals, 2 * unwrap_convolution(net.controlnet_cond_embedding.conv_in).out_channels * area
+        )
+    return largest * settings.itemsize

@@ -1,112 +1,128 @@
-"""A UNet's forward in strips: equal to its own with the same attention, in memory that follows the strip."""
+"""Run a UNet's forward in strips. The result equals the plain forward with the same attention."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from linfusion_cli.strips.dilation import skip_row_padding
 from linfusion_cli.strips.feature_map import FeatureMap
-from linfusion_cli.strips.ops import Strips
+from linfusion_cli.strips.ops import StripContext
 from linfusion_cli.unet import resample
 from linfusion_cli.unet.resnet import run_resnet
 from linfusion_cli.unet.transformer import run_transformer
-from linfusion_cli.unet.walk import walk
+from linfusion_cli.unet.walk import Network, walk_unet
 
-Added = Mapping[str, Tensor | list[Tensor]]
-Residuals = deque[FeatureMap]  # of the skip connections, in the order they are made, then of the middle
+AddedCondKwargs = Mapping[str, Tensor | list[Tensor]]
+Residuals = deque[FeatureMap]  # of the skip connections in order of computation, then of the middle block
 
 
 class ControlNetBranch(Protocol):
-    """What a ControlNet is to a forward; its `encoder` has the layers that see the latents."""
+    """A ControlNet as seen by a forward."""
 
-    encoder: nn.Module
+    @property
+    def encoder(self) -> nn.Module:
+        """The layers that process latents."""
+        ...
 
-    def residuals(
-        self, run: Strips, latents: Tensor, timestep: Tensor, condition: UNetInputs, before: Residuals | None
+    def compute_residuals(
+        self,
+        context: StripContext,
+        latents: Tensor,
+        timestep: Tensor,
+        condition: UNetInputs,
+        previous: Residuals | None,
     ) -> Residuals:
-        """What it adds to each skip connection, in the order they are made, and to the middle.
+        """Return the residuals of the skip connections, in order of computation, and of the middle block.
 
-        It adds that to what others have added `before`, and may write over it.
+        They are added to the `previous` residuals of other ControlNets, which can be overwritten.
         """
+        ...
 
 
 @dataclass(frozen=True)
 class UNetInputs:
-    """What a UNet hears beside latents and timestep: `text` [B, T, C], `added`, and what few models have.
+    """The UNet's inputs besides latents and timestep: `text` [B, T, C], `added` and optional inputs of some models.
 
-    `added` are SDXL's text_embeds and time_ids, and a list of IP-Adapters' image_embeds, [B, 1, D] or [B, 1, L, D].
-    Each of the `controls` hears it too, without `timestep_cond`.
+    `added` holds SDXL's text_embeds and time_ids, and a list of IP-Adapters' image_embeds, [B, 1, D] or [B, 1, L, D].
+    The `controlnets` receive the same inputs, except `timestep_cond`.
     """
 
     text: Tensor
-    added: Added | None = None
+    added: AddedCondKwargs | None = None
     timestep_cond: Tensor | None = None
     controlnets: Sequence[ControlNetBranch] = ()
 
     def split(self, batch: int) -> Iterator[UNetInputs]:
-        """The condition of each of `batch` latents alone."""
+        """Yield the inputs of each of `batch` latents."""
         for i in range(batch):
-            one = slice(i, i + 1)
-            added = None if self.added is None else {name: rows_of(value, one) for name, value in self.added.items()}
-            times = None if self.timestep_cond is None else self.timestep_cond[one]
-            yield UNetInputs(self.text[one], added, times, self.controlnets)
+            selection = slice(i, i + 1)
+            added = self.added and {name: slice_batch(value, selection) for name, value in self.added.items()}
+            timestep_cond = None if self.timestep_cond is None else self.timestep_cond[selection]
+            yield UNetInputs(self.text[selection], added, timestep_cond, self.controlnets)
 
 
-def rows_of(value: Tensor | list[Tensor], rows: slice) -> Tensor | list[Tensor]:
-    """Some rows of a tensor, or of each of several."""
+def slice_batch(value: Tensor | list[Tensor], rows: slice) -> Tensor | list[Tensor]:
+    """Return a slice along the batch dimension of a tensor, or of each tensor in a list."""
     return [tensor[rows] for tensor in value] if isinstance(value, list) else value[rows]
 
 
 @torch.inference_mode()
 def strip_forward(
-    unet: UNet2DConditionModel, run: Strips, latents: Tensor, timestep: Tensor, condition: UNetInputs
+    unet: UNet2DConditionModel, context: StripContext, latents: Tensor, timestep: Tensor, condition: UNetInputs
 ) -> Tensor:
-    """Latents [B, C, h, w] -> the UNet's prediction [B, C, h, w]; `unet` must pass `check_supported`."""
-    networks = nn.ModuleList([unet, *(control.encoder for control in condition.controlnets)])  # each once
+    """Return the UNet's prediction [B, C, h, w] for latents [B, C, h, w]. `unet` must pass `check_supported`."""
+    # A module list visits a network that several ControlNets share only once.
+    networks = nn.ModuleList([unet, *(control.encoder for control in condition.controlnets)])
     residuals = None
-    with skip_row_padding(networks, run.dilation):
+    with skip_row_padding(networks, context.dilation):
         for control in condition.controlnets:
-            residuals = control.residuals(run, latents, timestep, condition, residuals)
+            residuals = control.compute_residuals(context, latents, timestep, condition, residuals)
         embedding = compute_embedding(unet, latents, timestep, condition, condition.timestep_cond)
-        heard = LayerConditioning(embedding, condition.text, project_image_embeds(unet, condition))
-        operations = UNetOperations(unet, run, latents, heard, residuals)
-        walk(unet, operations)
+        conditioning = LayerConditioning(embedding, condition.text, project_image_embeds(unet, condition))
+        operations = UNetOperations(unet, context, latents, conditioning, residuals)
+        walk_unet(unet, operations)
+    assert operations.prediction is not None  # set by conv_out
     return operations.prediction
 
 
 def compute_embedding(
-    network: nn.Module, latents: Tensor, timestep: Tensor, condition: UNetInputs, timestep_cond: Tensor | None = None
+    network: Network, latents: Tensor, timestep: Tensor, condition: UNetInputs, timestep_cond: Tensor | None = None
 ) -> Tensor:
-    """The embedding [B, E] that every ResNet block hears: of the timestep and, for SDXL, of pooled text and sizes.
+    """Return the embedding [B, E] for all ResNet blocks: of the timestep and, for SDXL, of pooled text and sizes.
 
-    A ControlNet has the parts that a UNet's methods look for, under the same names.
+    `network` is a UNet or a ControlNet; both have the attributes that the UNet's methods use.
     """
-    kind, heard = UNet2DConditionModel, {"encoder_hidden_states": condition.text, "added_cond_kwargs": condition.added}
-    times = kind.get_time_embed(network, sample=latents, timestep=timestep)
-    embedding = network.time_embedding(times, timestep_cond)
-    added = kind.get_aug_embed(network, emb=embedding, **heard)
+    methods: Any = UNet2DConditionModel  # its methods are called on ControlNets too
+    arguments = {"encoder_hidden_states": condition.text, "added_cond_kwargs": condition.added}
+    times = methods.get_time_embed(network, sample=latents, timestep=timestep)
+    embedding = cast(nn.Module, network.time_embedding)(times, timestep_cond)
+    added = methods.get_aug_embed(network, emb=embedding, **arguments)
     embedding = embedding if added is None else embedding + added
     activation = getattr(network, "time_embed_act", None)
     return embedding if activation is None else activation(embedding)
 
 
 def project_image_embeds(unet: UNet2DConditionModel, condition: UNetInputs) -> list[Tensor]:
-    """What the UNet's IP-Adapters make of their pictures: [B, T, C] for each."""
+    """Return the image tokens [B, T, C] of each of the UNet's IP-Adapters."""
     if unet.encoder_hid_proj is None:
         return []
-    return [tokens.flatten(1, 2) for tokens in unet.encoder_hid_proj(condition.added["image_embeds"])]
+    return [tokens.flatten(1, 2) for tokens in unet.encoder_hid_proj(cast(Mapping, condition.added)["image_embeds"])]
 
 
 @dataclass(frozen=True)
 class LayerConditioning:
-    """What the layers of one forward hear: the `embedding` [B, E], the `text` [B, T, C], and `pictures`, [B, T, C]."""
+    """The conditioning of all layers in one forward: `embedding` [B, E], `text` [B, T, C] and `images` [B, T, C]."""
 
     embedding: Tensor
     text: Tensor
@@ -114,54 +130,63 @@ class LayerConditioning:
 
 
 class EncoderOperations:
-    """The Encoding of one forward; what it keeps is for those to say who know what for."""
+    """The encoder's operations in one forward. Subclasses define how skip connections are handled."""
 
-    def __init__(self, network: nn.Module, run: Strips, latents: Tensor, heard: LayerConditioning):
-        self._network, self._run, self._latents, self._heard = network, run, latents, heard
+    def __init__(self, network: Network, context: StripContext, latents: Tensor, conditioning: LayerConditioning):
+        self._network, self._context, self._latents, self._conditioning = network, context, latents, conditioning
 
     def conv_in(self) -> FeatureMap:
-        return resample.run_conv_in(self._run, self._network.conv_in, self._latents)
+        """Apply the input convolution to the latents."""
+        return resample.run_conv_in(self._context, cast(nn.Module, self._network.conv_in), self._latents)
 
-    def resnet(self, block, parts: Sequence[FeatureMap]) -> FeatureMap:
-        return run_resnet(self._run, block, parts, self._heard.embedding)
+    def resnet(self, block: ResnetBlock2D, parts: Sequence[FeatureMap]) -> FeatureMap:
+        """Apply a ResNet block to the concatenation of `parts`."""
+        return run_resnet(self._context, block, parts, self._conditioning.embedding)
 
-    def transformer(self, transformer, x: FeatureMap) -> FeatureMap:
-        return run_transformer(self._run, transformer, x, self._heard.text, self._heard.images)
+    def transformer(self, transformer: Transformer2DModel, x: FeatureMap) -> FeatureMap:
+        """Apply a transformer in place."""
+        return run_transformer(self._context, transformer, x, self._conditioning.text, self._conditioning.images)
 
-    def downsample(self, downsampler, x: FeatureMap) -> FeatureMap:
-        return resample.run_downsample(self._run, downsampler, x)
+    def downsample(self, downsampler: Downsample2D, x: FeatureMap) -> FeatureMap:
+        """Return `x` downsampled."""
+        return resample.run_downsample(self._context, downsampler, x)
 
 
 class UNetOperations(EncoderOperations):
-    """The Operations of one forward of a UNet, to whose maps `residuals` are added."""
+    """The operations of one UNet forward. `residuals` of ControlNets are added to the maps."""
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        run: Strips,
+        context: StripContext,
         latents: Tensor,
-        heard: LayerConditioning,
+        conditioning: LayerConditioning,
         residuals: Residuals | None,
     ):
-        super().__init__(unet, run, latents, heard)
-        self._residuals = residuals
+        super().__init__(unet, context, latents, conditioning)
+        self._unet, self._residuals = unet, residuals
         self.prediction: Tensor | None = None
 
-    def keep(self, x: FeatureMap) -> FeatureMap:
+    def store_skip(self, x: FeatureMap) -> FeatureMap:
+        """Return `x` as a skip connection, with its residual added."""
         if self._residuals is None:
-            return self._run.storage.keep(x)
-        return resample.add_residual(self._run, x, self._residuals.popleft())
+            return self._context.storage.store_skip(x)
+        return resample.add_residual(self._context, x, self._residuals.popleft())
 
-    def keep_middle(self, x: FeatureMap) -> FeatureMap:
-        return x if self._residuals is None else resample.add_residual(self._run, x, self._residuals.popleft())
+    def finish_middle(self, x: FeatureMap) -> FeatureMap:
+        """Return the middle block's result with its residual added."""
+        return x if self._residuals is None else resample.add_residual(self._context, x, self._residuals.popleft())
 
-    def upsample(self, upsampler, x: FeatureMap, like: FeatureMap, parts: int) -> list[FeatureMap]:
-        return resample.run_upsample(self._run, upsampler, x, like.height, like.width, parts)
+    def upsample(self, upsampler: Upsample2D, x: FeatureMap, like: FeatureMap, parts: int) -> list[FeatureMap]:
+        """Return `x` upsampled to the size of `like`, its channels split into `parts` maps."""
+        return resample.run_upsample(self._context, upsampler, x, like.height, like.width, parts)
 
-    def take(self, skip: FeatureMap) -> FeatureMap:
+    def load_skip(self, skip: FeatureMap) -> FeatureMap:
+        """Release a skip connection for its last read."""
         skip.release()
         return skip
 
     def conv_out(self, x: FeatureMap) -> None:
-        unet = self._network
-        self.prediction = resample.run_conv_out(self._run, unet.conv_norm_out, unet.conv_act, unet.conv_out, x)
+        """Compute the prediction from the last map."""
+        norm, activation = cast(nn.GroupNorm, self._unet.conv_norm_out), cast(nn.Module, self._unet.conv_act)
+        self.prediction = resample.run_conv_out(self._context, norm, activation, self._unet.conv_out, x)

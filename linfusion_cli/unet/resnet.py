@@ -1,90 +1,115 @@
-"""A ResNet block in strips: two passes, one for each convolution."""
+"""A ResNet block in strips, with one pass per convolution."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor
+from torch import Tensor, nn
 
-from linfusion_cli.strips.cost import CHANGES, WRITES, Cost, ExtraBytes, MetaMap, convolution_cost, max_strip_rows
-from linfusion_cli.strips.dilation import inner
-from linfusion_cli.strips.feature_map import FeatureMap
-from linfusion_cli.strips.ops import Strips, StripSize, Writer, as_nchw, as_nhwc, convolved
-from linfusion_cli.strips.windows import Normed
+from linfusion_cli.strips.cost import (
+    RESULT_PASSES,
+    WINDOW_PASSES,
+    Cost,
+    ExtraBytes,
+    MetaMap,
+    convolution_cost,
+    max_strip_rows,
+)
+from linfusion_cli.strips.dilation import unwrap_convolution, unwrap_lora
+from linfusion_cli.strips.feature_map import FeatureMap, MapShape
+from linfusion_cli.strips.ops import MapWriter, StripContext, StripSize, as_nchw, as_nhwc, convolve
+from linfusion_cli.strips.windows import NormalisedSource, OnRead
 
 ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [B, bottom - top, W, C]
-Costed = tuple[int, int]  # itemsize and dilation of a forward whose cost is reckoned
+M = TypeVar("M", bound=MapShape)
 
 
-def run_resnet(run: Strips, block: ResnetBlock2D, parts: Sequence[FeatureMap], embedding: Tensor) -> FeatureMap:
-    """`block` over the channels of `parts` side by side, with the timestep's `embedding` [B, E].
+def run_resnet(
+    context: StripContext, block: ResnetBlock2D, parts: Sequence[FeatureMap], embedding: Tensor
+) -> FeatureMap:
+    """Apply `block` to the concatenation of `parts` along channels, with the timestep `embedding` [B, E].
 
-    The first pass writes conv1's rows, the second conv2's over them. Where two of the parts are as wide as the result
-    and nobody needs them any more, the result is written over the one and the shortcut over the other.
+    The first pass writes the rows of conv1, the second overwrites them with those of conv2. If two of the parts are
+    writable and have the result's channels, one is overwritten with the result and the other with the shortcut.
     """
-    over = reusable(parts, block.out_channels)
-    target, shortcut = over or (run.like(parts[0], block.out_channels), None)
+    reusable = find_reusable(parts, block.out_channels)
+    target, shortcut = reusable or (context.new_like(parts[0], block.out_channels), None)
 
-    def keep_shortcut(top: int, rows: list[Tensor]) -> None:
-        shortcut.write(top, shortcut_of(block, rows))
-
-    on_read = keep_shortcut if shortcut else None
-    source = Normed(parts, run.exchange, run.halo(block.conv1), block.norm1, block.nonlinearity, on_read)
-    time_shift = block.time_emb_proj(block.nonlinearity(embedding))[:, None, None]
-    hidden = Writer(target)
-    for top, rows in convolved(run, block.conv1, source):
+    on_read = write_shortcut(block, shortcut) if shortcut else None
+    source = NormalisedSource(
+        parts, context.communicator, context.halo_rows(block.conv1), block.norm1, block.nonlinearity, on_read
+    )
+    time_shift = cast(nn.Module, block.time_emb_proj)(block.nonlinearity(embedding))[:, None, None]
+    hidden = MapWriter(target)
+    for top, rows in convolve(context, block.conv1, source):
         hidden.write(top, rows + time_shift)
-    hidden.close(run.exchange)
+    hidden.close(context.communicator)
 
-    source = Normed([target], run.exchange, run.halo(block.conv2), block.norm2, block.nonlinearity)
-    read = shortcut.read if shortcut else late_shortcut(block, parts)
-    result = Writer(target)
-    for top, rows in convolved(run, block.conv2, source):
+    source = NormalisedSource(
+        [target], context.communicator, context.halo_rows(block.conv2), block.norm2, block.nonlinearity
+    )
+    read = shortcut.read if shortcut else defer_shortcut(block, parts)
+    result = MapWriter(target)
+    for top, rows in convolve(context, block.conv2, source):
         result.write(top, rows + read(top, top + rows.shape[1]))
-    return result.close(run.exchange)
+    return result.close(context.communicator)
 
 
-def reusable(parts: Sequence[FeatureMap], channels: int) -> tuple[FeatureMap, FeatureMap] | None:
-    """Two of `parts` that may be written over and have this many channels, if there are two.
+def write_shortcut(block: ResnetBlock2D, target: FeatureMap) -> OnRead:
+    """Return a function that writes the shortcut of the rows it is called with into `target`."""
+    return lambda top, rows: target.write(top, compute_shortcut(block, rows))
 
-    Without a middle block the last map is its own skip connection: it stands in `parts` twice, and is one.
+
+def find_reusable(parts: Sequence[M], channels: int) -> tuple[M, M] | None:
+    """Return two of `parts` that are writable and have `channels` channels, None if there are fewer.
+
+    Without a middle block, the last map is also a skip connection: it appears twice in `parts`, but counts once.
     """
-    free = [part for part in parts if part.channels == channels and not part.kept]
-    others = [part for part in free[1:] if part is not free[0]]
-    return (free[0], others[0]) if others else None
+    candidates = [part for part in parts if part.channels == channels and not part.is_read_only]
+    others = [part for part in candidates[1:] if part is not candidates[0]]
+    return (candidates[0], others[0]) if others else None
 
 
-def shortcut_of(block: ResnetBlock2D, rows: list[Tensor]) -> Tensor:
-    """What the block adds to its convolutions' result, from rows of each part."""
-    joined = torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
-    return joined if block.conv_shortcut is None else as_nhwc(block.conv_shortcut(as_nchw(joined)))
+def compute_shortcut(block: ResnetBlock2D, rows: list[Tensor]) -> Tensor:
+    """Return the rows of the block's shortcut from rows of each part."""
+    inputs = torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
+    return inputs if block.conv_shortcut is None else as_nhwc(block.conv_shortcut(as_nchw(inputs)))
 
 
-def late_shortcut(block: ResnetBlock2D, parts: Sequence[FeatureMap]) -> ReadRows:
-    """The shortcut, computed when it is needed, from parts that are still whole then."""
-    return lambda top, bottom: shortcut_of(block, [part.read(top, bottom) for part in parts])
+def defer_shortcut(block: ResnetBlock2D, parts: Sequence[FeatureMap]) -> ReadRows:
+    """Return a function that computes the shortcut when it is read, from parts that are not overwritten."""
+    return lambda top, bottom: compute_shortcut(block, [part.read(top, bottom) for part in parts])
 
 
 def resnet_cost(
-    size: StripSize, block: ResnetBlock2D, parts: Sequence[MetaMap], target: MetaMap, over: bool, setting: Costed
+    size: StripSize,
+    block: ResnetBlock2D,
+    parts: Sequence[MetaMap],
+    target: MetaMap,
+    overwrites: bool,
+    itemsize: int,
+    dilation: int,
 ) -> Cost:
-    """`run_resnet` on `parts`, written into `target`; `over` says that the shortcut is written over one of them."""
-    itemsize, dilation = setting
+    """Return the cost of `run_resnet` on `parts`, written into `target`.
+
+    `overwrites` is true if the shortcut is written over one of the parts.
+    """
     batch, height, width, _ = parts[0].shape
     shape, rows = (batch, height, width), max_strip_rows(size, height, width)
     strip = batch * rows * width * itemsize
     channels = sum(part.channels for part in parts)
     shortcut = strip * (channels * (len(parts) > 1) + block.out_channels * (block.conv_shortcut is not None))
-    reading, writing = sum(part.reading(rows) for part in parts), target.writing(rows)
-    first = ExtraBytes(reading + (shortcut if over else 0), writing * (2 if over else 1))
-    second = ExtraBytes(target.reading(rows), writing, target.reading(rows) if over else shortcut + reading)
+    reading, writing = sum(part.read_bytes(rows) for part in parts), target.write_bytes(rows)
+    first = ExtraBytes(reading + (shortcut if overwrites else 0), writing * (2 if overwrites else 1))
+    second = ExtraBytes(target.read_bytes(rows), writing, target.read_bytes(rows) if overwrites else shortcut + reading)
     cost = convolution_cost(size, block.conv1, shape, itemsize, dilation, max(part.channels for part in parts), first)
-    cost += convolution_cost(size, block.conv2, shape, itemsize, dilation, beside=second)
-    cost += Cost(2 * batch * inner(block.time_emb_proj).weight.numel(), 0, 0)
+    cost += convolution_cost(size, block.conv2, shape, itemsize, dilation, extra=second)
+    cost += Cost(2 * batch * cast(nn.Linear, unwrap_lora(cast(nn.Module, block.time_emb_proj))).weight.numel(), 0, 0)
     if block.conv_shortcut is not None:
-        flops = 2 * inner(block.conv_shortcut).weight.numel() * batch * height * width
-        passes = (CHANGES * channels + WRITES * block.out_channels) * batch * height * width
+        flops = 2 * unwrap_convolution(block.conv_shortcut).weight.numel() * batch * height * width
+        passes = (WINDOW_PASSES * channels + RESULT_PASSES * block.out_channels) * batch * height * width
         cost += Cost(flops, passes, 0)
     return cost

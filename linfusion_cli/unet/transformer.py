@@ -1,4 +1,4 @@
-"""A transformer in strips: one visit to every token for each of its blocks, in place."""
+"""A transformer in strips: one in-place pass over all tokens per block."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -18,21 +18,37 @@ from linfusion_cli.core.geometry import split_evenly
 from linfusion_cli.mixers.linear.linear import KeyValueSums, LinearAttention, attend
 from linfusion_cli.strips.communicator import Communicator
 from linfusion_cli.strips.cost import Cost, MetaMap
-from linfusion_cli.strips.dilation import inner
+from linfusion_cli.strips.dilation import unwrap_lora
 from linfusion_cli.strips.feature_map import FeatureMap
-from linfusion_cli.strips.ops import PIECE_MULTIPLE, Strips, StripSize, Writer, as_nchw, as_nhwc
-from linfusion_cli.strips.windows import Normed
+from linfusion_cli.strips.ops import PIECE_MULTIPLE, MapWriter, StripContext, StripSize, as_nchw, as_nhwc
+from linfusion_cli.strips.windows import NormalisedSource
 
 TOKEN_LAYERS = (nn.Linear, nn.Conv2d)
-PASSES_PER_BLOCK = 60  # times that a token's channels are read or written beside matrix products, activations included
-PIECES_ALIVE = 20  # how many times its channels are alive at once, in the feed-forward
+PASSES_PER_BLOCK = 60  # reads and writes per channel and token, except in matrix products
+PIECES_ALIVE = 20  # peak of live activations in the feed-forward, relative to a token's channels
+
+
+class LinearBlock(Protocol):
+    """A BasicTransformerBlock with linear self-attention, and with cross-attention."""
+
+    norm1: nn.Module
+    attn1: LinearAttention
+    norm2: nn.Module
+    attn2: Attention
+    norm3: nn.Module
+    ff: nn.Module
+
+
+def get_blocks(transformer: Transformer2DModel) -> Sequence[LinearBlock]:
+    """Return the transformer's blocks."""
+    return cast(Sequence[LinearBlock], transformer.transformer_blocks)
 
 
 @dataclass(frozen=True)
-class Text:
+class TextKeyValues:
     """Keys and values of the text [B, K, T, D] for one cross-attention, computed once for all strips.
 
-    `pictures` are those of the pictures that IP-Adapters listen to, their values already times the adapter's scale.
+    `images` are the keys and values of the IP-Adapters' images, with values multiplied by the adapter's scale.
     """
 
     keys: Tensor
@@ -40,76 +56,86 @@ class Text:
     images: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @staticmethod
-    def of(attention: Attention, hidden: Tensor, images: Sequence[Tensor] = ()) -> Text:
-        """What `attention` makes of the text encoders' `hidden` and of the tokens of `pictures`, each [B, T, C]."""
-        keys, values = (split_heads(project(hidden), attention.heads) for project in (attention.to_k, attention.to_v))
-        return Text(keys, values, tuple(image_key_values(attention, images)) if images else ())
+    def project(attention: Attention, hidden: Tensor, images: Sequence[Tensor] = ()) -> TextKeyValues:
+        """Project the text encoders' `hidden` and the image tokens of IP-Adapters, each [B, T, C]."""
+        projections = cast(nn.Module, attention.to_k), cast(nn.Module, attention.to_v)
+        keys, values = (split_heads(layer(hidden), attention.heads) for layer in projections)
+        return TextKeyValues(keys, values, tuple(compute_image_key_values(attention, images)) if images else ())
 
 
-def image_key_values(attention: Attention, images: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and scaled values [B, K, T, D] of the pictures that are heard at all."""
-    ip = attention.processor
+def compute_image_key_values(attention: Attention, images: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield keys and scaled values [B, K, T, D] of the images with a non-zero scale."""
+    ip: Any = attention.processor  # an IPAdapterAttnProcessor
     for tokens, scale, to_k, to_v in zip(images, ip.scale, ip.to_k_ip, ip.to_v_ip, strict=True):
         if scale != 0:
             yield split_heads(to_k(tokens), attention.heads), scale * split_heads(to_v(tokens), attention.heads)
 
 
 def run_transformer(
-    run: Strips, transformer: Transformer2DModel, x: FeatureMap, hidden: Tensor, images: Sequence[Tensor] = ()
+    context: StripContext, transformer: Transformer2DModel, x: FeatureMap, hidden: Tensor, images: Sequence[Tensor] = ()
 ) -> FeatureMap:
-    """`transformer`, whose self-attention is linear, over `x`; written over `x`.
+    """Apply `transformer`, which has linear self-attention, to `x` in place.
 
-    It hears the text's `hidden` and the tokens of `pictures`, all [B, T, C]. The last block's visit ends with the
-    projection out and the residual.
+    `hidden` is the text and `images` are the IP-Adapters' tokens, all [B, T, C]. The last block's pass also applies the
+    output projection and adds the residual.
     """
-    blocks = transformer.transformer_blocks
-    pixels = x.flattened()
-    tokens = run.storage.new(pixels.shape[0], pixels.height, 1, transformer.inner_dim)
-    sums = begin(run, transformer, x, tokens)
+    blocks = get_blocks(transformer)
+    pixels = x.flatten()
+    tokens = context.storage.new(pixels.shape[0], pixels.height, 1, transformer.inner_dim)
+    sums = project_in(context, transformer, x, tokens)
     for block, following in zip(blocks, blocks[1:], strict=False):
-        sums = visit(run, block, following, tokens, sums, Text.of(block.attn2, hidden, images))
-    x.moments = end(run, transformer, pixels, tokens, sums, Text.of(blocks[-1].attn2, hidden, images)).moments
+        sums = run_block(context, block, following, tokens, sums, TextKeyValues.project(block.attn2, hidden, images))
+    x.moments = project_out(
+        context, transformer, pixels, tokens, sums, TextKeyValues.project(blocks[-1].attn2, hidden, images)
+    ).moments
     return x
 
 
-def begin(run: Strips, transformer: Transformer2DModel, x: FeatureMap, tokens: FeatureMap) -> KeyValueSums:
-    """Normalise `x` and project it into `tokens`; the sums of the first block's attention."""
-    source, pixels = Normed([x], run.exchange, 0, transformer.norm, None), x.flattened()
-    sums = Sums(transformer.transformer_blocks[0])
-    for start, stop in run.pieces(tokens):
-        piece = source.normed(pixels.read(start, stop)).to(run.storage.dtype)
-        tokens.write(start, sums.add(projected(transformer.proj_in, piece)))
-    return sums.over_all(run.exchange)
+def project_in(
+    context: StripContext, transformer: Transformer2DModel, x: FeatureMap, tokens: FeatureMap
+) -> KeyValueSums:
+    """Normalise `x`, project it into `tokens`, and return the sums for the first block's attention."""
+    source, pixels = NormalisedSource([x], context.communicator, 0, transformer.norm, None), x.flatten()
+    sums = KeyValueAccumulator(get_blocks(transformer)[0])
+    for start, stop in context.split_tokens(tokens):
+        piece = source.normalise(pixels.read(start, stop)).to(context.storage.dtype)
+        tokens.write(start, sums.add(apply_projection(transformer.proj_in, piece)))
+    return sums.reduce(context.communicator)
 
 
-def visit(
-    run: Strips,
-    block: BasicTransformerBlock,
-    following: BasicTransformerBlock,
+def run_block(
+    context: StripContext,
+    block: LinearBlock,
+    following: LinearBlock,
     tokens: FeatureMap,
     sums: KeyValueSums,
-    text: Text,
+    text: TextKeyValues,
 ) -> KeyValueSums:
-    """Finish `block` on each piece of the tokens and gather the sums of the following block's attention."""
-    gathered, finish = Sums(following), compiled(finished) if run.compiled else finished
-    for start, stop in run.pieces(tokens):
-        tokens.write(start, gathered.add(finish(block, tokens.read(start, stop), sums, text)))
-    return gathered.over_all(run.exchange)
+    """Finish `block` on each piece of the tokens and return the sums for the attention of the following block."""
+    following_sums, apply = KeyValueAccumulator(following), select_apply_block(context)
+    for start, stop in context.split_tokens(tokens):
+        tokens.write(start, following_sums.add(apply(block, tokens.read(start, stop), sums, text)))
+    return following_sums.reduce(context.communicator)
 
 
-def end(
-    run: Strips, transformer: Transformer2DModel, x: FeatureMap, tokens: FeatureMap, sums: KeyValueSums, text: Text
+def project_out(
+    context: StripContext,
+    transformer: Transformer2DModel,
+    x: FeatureMap,
+    tokens: FeatureMap,
+    sums: KeyValueSums,
+    text: TextKeyValues,
 ) -> FeatureMap:
-    """Finish the last block, project out of the tokens and add the result to `x`."""
-    result, finish = Writer(x), compiled(finished) if run.compiled else finished
-    for start, stop in run.pieces(tokens):
-        piece = finish(transformer.transformer_blocks[-1], tokens.read(start, stop), sums, text)
-        result.write(start, x.read(start, stop) + projected(transformer.proj_out, piece))
-    return result.close(run.exchange)
+    """Finish the last block, project its tokens and add the result to `x`."""
+    result, apply = MapWriter(x), select_apply_block(context)
+    for start, stop in context.split_tokens(tokens):
+        piece = apply(get_blocks(transformer)[-1], tokens.read(start, stop), sums, text)
+        result.write(start, x.read(start, stop) + apply_projection(transformer.proj_out, piece))
+    return result.close(context.communicator)
 
 
-def finished(block: BasicTransformerBlock, piece: Tensor, sums: KeyValueSums, text: Text) -> Tensor:
-    """`block` on a piece of the tokens [B, n, 1, C], given the sums over all of them."""
+def apply_block(block: LinearBlock, piece: Tensor, sums: KeyValueSums, text: TextKeyValues) -> Tensor:
+    """Apply `block` to a piece of the tokens [B, n, 1, C], given the sums over all tokens."""
     x = piece.squeeze(2)
     x = x + block.attn1.project_out(attend(block.attn1.queries(block.norm1(x)), sums))
     x = x + cross_attention(block.attn2, block.norm2(x), text)
@@ -117,75 +143,94 @@ def finished(block: BasicTransformerBlock, piece: Tensor, sums: KeyValueSums, te
     return x.unsqueeze(2)
 
 
+def select_apply_block(context: StripContext) -> Callable[..., Tensor]:
+    """Return `apply_block`, compiled if the context requires it."""
+    return compile_function(apply_block) if context.compiled else apply_block
+
+
 @cache
-def compiled(function: Callable) -> Callable:
-    """`function` compiled by torch: one program for all blocks of one shape."""
+def compile_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile `function` with torch.compile, once for all blocks with the same shapes."""
     return torch.compile(function, dynamic=False)
 
 
-def cross_attention(attention: Attention, x: Tensor, text: Text) -> Tensor:
-    """Tokens x [B, n, C] listen to the text, and to pictures beside it -> [B, n, C]."""
+def cross_attention(attention: Attention, x: Tensor, text: TextKeyValues) -> Tensor:
+    """Return the attention [B, n, C] of tokens x [B, n, C] to the text, and to images in addition."""
     queries = split_heads(attention.to_q(x), attention.heads)
-    heard = F.scaled_dot_product_attention(queries, text.keys, text.values)
+    attended = F.scaled_dot_product_attention(queries, text.keys, text.values)
     for keys, values in text.images:
-        heard = heard + F.scaled_dot_product_attention(queries, keys, values)
-    return attention.to_out[0](heard.transpose(1, 2).flatten(2))
+        attended = attended + F.scaled_dot_product_attention(queries, keys, values)
+    projection = attention.to_out[0]  # pyright: ignore[reportOptionalSubscript]  # None only with pre_only
+    return projection(attended.transpose(1, 2).flatten(2))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, n, C] -> [B, K, n, D]."""
+    """Reshape [B, n, C] to [B, K, n, D]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def projected(layer: nn.Module, piece: Tensor) -> Tensor:
-    """A piece of pixels or tokens [B, n, 1, C] through `proj_in` or `proj_out`: linear, or a 1x1 convolution."""
-    if isinstance(inner(layer), nn.Conv2d):
+def apply_projection(layer: nn.Module, piece: Tensor) -> Tensor:
+    """Apply `proj_in` or `proj_out`, linear or a 1x1 convolution, to a piece of pixels or tokens [B, n, 1, C]."""
+    if isinstance(unwrap_lora(layer), nn.Conv2d):
         return as_nhwc(layer(as_nchw(piece)))
     return layer(piece)
 
 
-class Sums:
-    """Gathers what `block`'s self-attention needs of all tokens."""
+class KeyValueAccumulator:
+    """Accumulates the sums over all tokens that the self-attention of `block` needs."""
 
-    def __init__(self, block: BasicTransformerBlock):
+    def __init__(self, block: LinearBlock):
         self._block = block
         self._sums: KeyValueSums | None = None
 
     def add(self, piece: Tensor) -> Tensor:
-        """Take in a piece of the tokens [B, n, 1, C]; returns it."""
-        seen = KeyValueSums.of(*self._block.attn1.keys_values(self._block.norm1(piece.squeeze(2))))
-        self._sums = seen if self._sums is None else self._sums + seen
+        """Add a piece of the tokens [B, n, 1, C] to the sums, and return it."""
+        sums = KeyValueSums.of(*self._block.attn1.keys_values(self._block.norm1(piece.squeeze(2))))
+        self._sums = sums if self._sums is None else self._sums + sums
         return piece
 
-    def over_all(self, exchange: Communicator) -> KeyValueSums:
-        """The sums over the tokens of all devices."""
-        tokens = exchange.sum(torch.tensor(self._sums.tokens))
-        return KeyValueSums(exchange.sum(self._sums.kv), exchange.sum(self._sums.k), int(tokens))
+    def reduce(self, communicator: Communicator) -> KeyValueSums:
+        """Return the sums over the tokens of all devices."""
+        sums = self._sums
+        assert sums is not None  # all tokens have been added
+        tokens = communicator.all_reduce(torch.tensor(sums.tokens))
+        return KeyValueSums(communicator.all_reduce(sums.kv), communicator.all_reduce(sums.k), int(tokens))
+
+
+def count_weights(layer: nn.Module | None) -> int:
+    """Return the number of weights of a linear layer, without those of LoRA."""
+    return cast(nn.Linear, unwrap_lora(cast(nn.Module, layer))).weight.numel()
+
+
+def list_processor_parameters(block: LinearBlock) -> list[nn.Parameter]:
+    """Return the parameters of an IP-Adapter's attention processor."""
+    return list(cast(nn.Module, block.attn2.processor).parameters())
 
 
 def transformer_cost(
     size: StripSize, transformer: Transformer2DModel, x: MetaMap, tokens_map: MetaMap, text_tokens: int, itemsize: int
 ) -> Cost:
-    """`run_transformer` on the map `x`: each linear layer once per token, but those of the text per token of that.
+    """Return the cost of `run_transformer` on the map `x`.
 
-    The feed-forward's strip is the largest: 8 C wide, half of it through its gate, and their product.
+    Each linear layer runs once per token, those for the text once per text token. The feed-forward has the largest
+    strip: 8 C, half of which is gated, and their product.
     """
     shape = x.shape[:3]
-    blocks, tokens, channels = transformer.transformer_blocks, math.prod(shape), transformer.inner_dim
+    blocks, tokens, channels = get_blocks(transformer), math.prod(shape), transformer.inner_dim
     weights = sum(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, TOKEN_LAYERS))
-    of_text = sum(inner(layer).weight.numel() for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v))
-    weights -= of_text
-    processor = blocks[0].attn2.processor
-    if hasattr(processor, "to_k_ip"):  # an IP-Adapter's: its layers see the picture's tokens alone
-        weights -= sum(parameter.numel() for block in blocks for parameter in block.attn2.processor.parameters())
+    text_weights = sum(count_weights(block.attn2.to_k) + count_weights(block.attn2.to_v) for block in blocks)
+    weights -= text_weights
+    processor: Any = blocks[0].attn2.processor
+    if hasattr(processor, "to_k_ip"):  # the layers of an IP-Adapter process image tokens only
+        weights -= sum(parameter.numel() for block in blocks for parameter in list_processor_parameters(block))
         text_tokens += sum(processor.num_tokens)
-    text_flops = 2 * shape[0] * text_tokens * of_text  # the layers for a picture's tokens are of the same shapes
+    text_flops = 2 * shape[0] * text_tokens * text_weights  # the layers for image tokens have the same shapes
     is_linear, heads = isinstance(blocks[0].attn1, LinearAttention), blocks[0].attn1.heads
-    seen = channels // heads if is_linear else tokens // shape[0]  # what a query is multiplied with
-    attention = len(blocks) * 4 * channels * (seen + text_tokens)
+    keys = channels // heads if is_linear else tokens // shape[0]  # columns that each query is multiplied with
+    attention = len(blocks) * 4 * channels * (keys + text_tokens)
     passes = len(blocks) * PASSES_PER_BLOCK * tokens * channels
     largest = max(stop - start for start, stop in split_evenly(shape[1] * shape[2], size.tokens, PIECE_MULTIPLE))
     piece = shape[0] * largest * channels * itemsize
     rows = -(-largest // shape[2])
-    beside = sum(each.reading(rows) + each.writing(rows) for each in (x, tokens_map))
-    return Cost(tokens * (2 * weights + attention) + text_flops, passes, piece * PIECES_ALIVE + beside)
+    extra = sum(each.read_bytes(rows) + each.write_bytes(rows) for each in (x, tokens_map))
+    return Cost(tokens * (2 * weights + attention) + text_flops, passes, piece * PIECES_ALIVE + extra)

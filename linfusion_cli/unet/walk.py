@@ -1,102 +1,125 @@
-"""The order of a UNet's or a ControlNet's operations, told once: for running in strips, and for reckoning the cost."""
+"""The order of operations of a UNet or ControlNet, shared by the execution in strips and the estimate of its cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-M = TypeVar("M")  # a map
+Network = UNet2DConditionModel | ControlNetModel | ControlNetUnionModel
+M = TypeVar("M")  # the type of maps
 
 
-class Encoding(Protocol[M]):
-    """What a walk through an encoder does with maps. Each returns a new map, or the given one, written over."""
+class EncoderVisitor(Protocol[M]):
+    """The operations of an encoder on maps. Each returns a new map, or the given map, overwritten."""
 
-    def conv_in(self) -> M: ...
+    def conv_in(self) -> M:
+        """Apply the input convolution."""
+        ...
 
-    def resnet(self, block: ResnetBlock2D, parts: Sequence[M]) -> M: ...
+    def resnet(self, block: ResnetBlock2D, parts: Sequence[M]) -> M:
+        """Apply a ResNet block to the concatenation of `parts`."""
+        ...
 
-    def transformer(self, transformer: Transformer2DModel, x: M) -> M: ...
+    def transformer(self, transformer: Transformer2DModel, x: M) -> M:
+        """Apply a transformer."""
+        ...
 
-    def downsample(self, downsampler: Downsample2D, x: M) -> M: ...
+    def downsample(self, downsampler: Downsample2D, x: M) -> M:
+        """Downsample `x`."""
+        ...
 
-    def keep(self, x: M) -> M:
-        """What is to wait of `x`, which goes on into the next operation: as a skip connection nobody writes over it."""
+    def store_skip(self, x: M) -> M:
+        """Return the skip connection for `x`, which is also the next operation's input and must not be overwritten."""
+        ...
 
-    def keep_middle(self, x: M) -> M:
-        """The same of what comes from the middle; `x` ends here."""
+    def finish_middle(self, x: M) -> M:
+        """Return the encoder's last map for the middle block's result `x`, which has no further use."""
+        ...
 
 
-class Operations(Encoding[M], Protocol):
-    """What a walk through a whole UNet does."""
+class UNetVisitor(EncoderVisitor[M], Protocol):
+    """The operations of a complete UNet."""
 
     def upsample(self, upsampler: Upsample2D, x: M, like: M, parts: int) -> list[M]:
-        """`x` at the size of the map `like`, its channels in so many maps side by side."""
+        """Return `x` upsampled to the size of `like`, its channels split into `parts` maps."""
+        ...
 
-    def take(self, skip: M) -> M:
-        """A skip connection that is about to be read for the last time."""
+    def load_skip(self, skip: M) -> M:
+        """Return a skip connection for its last read."""
+        ...
 
-    def conv_out(self, x: M) -> None: ...
+    def conv_out(self, x: M) -> None:
+        """Apply the output convolution."""
+        ...
 
 
-def walk(unet: UNet2DConditionModel, do: Operations[M]) -> None:
-    """All operations of `unet` but its embeddings, in order.
+def walk_unet(unet: UNet2DConditionModel, visitor: UNetVisitor[M]) -> None:
+    """Call the operations of `unet` in order, except its embeddings.
 
-    No name holds a map for longer than an operation may read it: memory depends on it.
+    No variable refers to a map longer than an operation reads it: the peak of memory depends on it.
     """
-    skips, *hidden = encoded(unet, do)
-    for block, following in zip_longest(unet.up_blocks, unet.up_blocks[1:]):
-        for resnet, transformer in layers(block):
-            hidden = [attended(do, transformer, do.resnet(resnet, [*hidden, do.take(skips.pop())]))]
-        for upsampler in block.upsamplers or ():
-            hidden = do.upsample(upsampler, hidden[0], skips[-1], parts_for(following, upsampler.out_channels))
-    do.conv_out(hidden[0])
+    skips, *hidden = walk_encoder(unet, visitor)
+    blocks = cast(Sequence[nn.Module], unet.up_blocks)
+    for block, following in zip_longest(blocks, blocks[1:]):
+        for resnet, transformer in list_layers(block):
+            hidden = [
+                apply_transformer(
+                    visitor, transformer, visitor.resnet(resnet, [*hidden, visitor.load_skip(skips.pop())])
+                )
+            ]
+        for upsampler in cast(Sequence[Upsample2D], block.upsamplers or ()):
+            hidden = visitor.upsample(upsampler, hidden[0], skips[-1], count_parts(following, upsampler.out_channels))
+    visitor.conv_out(hidden[0])
 
 
-def encoded(network: nn.Module, do: Encoding[M]) -> tuple[list[M], M]:
-    """The first half of a UNet, which is all of a ControlNet: what is kept on the way down, and of the middle."""
-    x = do.conv_in()
-    kept = [do.keep(x)]
-    for block in network.down_blocks:
-        for resnet, transformer in layers(block):
-            x = attended(do, transformer, do.resnet(resnet, [x]))
-            kept.append(do.keep(x))
-        for downsampler in block.downsamplers or ():
-            x = do.downsample(downsampler, x)
-            kept.append(do.keep(x))
-    return kept, do.keep_middle(middle(network.mid_block, do, x))
+def walk_encoder(network: Network, visitor: EncoderVisitor[M]) -> tuple[list[M], M]:
+    """Call the operations of a UNet's first half, or of a ControlNet. Return the skip connections and the last map."""
+    x = visitor.conv_in()
+    skips = [visitor.store_skip(x)]
+    for block in cast(Sequence[nn.Module], network.down_blocks):
+        for resnet, transformer in list_layers(block):
+            x = apply_transformer(visitor, transformer, visitor.resnet(resnet, [x]))
+            skips.append(visitor.store_skip(x))
+        for downsampler in cast(Sequence[Downsample2D], block.downsamplers or ()):
+            x = visitor.downsample(downsampler, x)
+            skips.append(visitor.store_skip(x))
+    return skips, visitor.finish_middle(walk_middle(cast(nn.Module | None, network.mid_block), visitor, x))
 
 
-def middle(block: nn.Module | None, do: Encoding[M], x: M) -> M:
-    """The middle block: a ResNet block, then pairs of transformer and ResNet block."""
+def walk_middle(block: nn.Module | None, visitor: EncoderVisitor[M], x: M) -> M:
+    """Call the operations of the middle block: a ResNet block, then pairs of transformer and ResNet block."""
     if block is None:
         return x
-    x = do.resnet(block.resnets[0], [x])
-    for transformer, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-        x = do.resnet(resnet, [attended(do, transformer, x)])
+    resnets = cast(Sequence[ResnetBlock2D], block.resnets)
+    transformers = cast(Sequence[Transformer2DModel | None], block.attentions)
+    x = visitor.resnet(resnets[0], [x])
+    for transformer, resnet in zip(transformers, resnets[1:], strict=True):
+        x = visitor.resnet(resnet, [apply_transformer(visitor, transformer, x)])
     return x
 
 
-def attended(do: Encoding[M], transformer: Transformer2DModel | None, x: M) -> M:
-    return x if transformer is None else do.transformer(transformer, x)
+def apply_transformer(visitor: EncoderVisitor[M], transformer: Transformer2DModel | None, x: M) -> M:
+    """Call `transformer`, if there is one."""
+    return x if transformer is None else visitor.transformer(transformer, x)
 
 
-def layers(block: nn.Module) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
-    """The ResNet blocks of a down or up block, each with the transformer that follows it, if one does."""
-    return list(zip_longest(block.resnets, getattr(block, "attentions", ())))
+def list_layers(block: nn.Module) -> list[tuple[ResnetBlock2D, Transformer2DModel | None]]:
+    """Return the ResNet blocks of a down or up block, each with the transformer that follows it, if any."""
+    return list(zip_longest(cast(Sequence[ResnetBlock2D], block.resnets), getattr(block, "attentions", ())))
 
 
-def parts_for(following: nn.Module, channels: int) -> int:
-    """How many maps an upsampled map's channels are put into.
+def count_parts(following: nn.Module, channels: int) -> int:
+    """Return the number of maps that an upsampled map's channels are split into.
 
-    Maps as wide as the result of the block that reads them: it can then write over them.
+    Maps with as many channels as the result of the block that reads them can be overwritten by it.
     """
-    out = following.resnets[0].out_channels
-    return channels // out if channels % out == 0 else 1
+    out_channels = cast(Sequence[ResnetBlock2D], following.resnets)[0].out_channels
+    return channels // out_channels if channels % out_channels == 0 else 1

@@ -1,1 +1,1 @@
-"""Between latents and pixels, a strip of rows at a time."""
+"""Decode and encode images with a VAE, a strip of rows at a time."""

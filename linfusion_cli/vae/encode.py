@@ -1,4 +1,4 @@
-"""Rows of pixels -> latents: statistics first, then one pass in which every row is computed once."""
+"""Encode rows of pixels to latents: collect statistics first, then compute every row once in a single pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.vae.patches import READ_ROWS, Source
-from linfusion_cli.vae.stages import Vae, encoder_stages
+from linfusion_cli.vae.stages import Vae, build_encoder_stages
 from linfusion_cli.vae.statistics import VaeStrategy
-from linfusion_cli.vae.streaming import Conversion, Notify, nobody
+from linfusion_cli.vae.streaming import Conversion, Notify, ignore_notice
 
-COLOURS = 3
-LOGVAR_LIMITS = (-30.0, 20.0)  # those of diffusers' DiagonalGaussianDistribution
+RGB_CHANNELS = 3
+LOGVAR_LIMITS = (-30.0, 20.0)  # as in diffusers' DiagonalGaussianDistribution
 
-ReadRegion = Callable[[int, int, int, int], Tensor]  # (top, bottom, left, right) -> pixels [h, w, 3], 0 to 1
+ReadRegion = Callable[[int, int, int, int], Tensor]  # (top, bottom, left, right) -> pixels [h, w, 3] in [0, 1]
 DrawNoise = Callable[[int, int], Tensor]  # (top, bottom) in latents -> standard normal [1, C, bottom - top, w]
 
 
@@ -25,34 +25,35 @@ def encode_rows(
     vae: Vae,
     read: ReadRegion,
     size: Size,
-    method: VaeStrategy,
+    strategy: VaeStrategy,
     noise: DrawNoise | None = None,
-    notify: Notify = nobody,
-    pinned: int = 0,
+    notify: Notify = ignore_notice,
+    pinned_bytes: int = 0,
 ) -> Iterator[Tensor]:
-    """A picture of `size` px -> the rows of its latents [1, C, rows, w] in fp32 on the CPU, as the UNet expects them.
+    """Encode an image of `size` px and yield rows of scaled latents [1, C, n, w] in fp32 on the CPU.
 
-    They are the mean of the encoder's distribution, or with `noise` a draw from it. `pinned` and errors as in
-    `decode_rows`.
+    The latents are the mean of the posterior, or a sample of it if `noise` is given. `pinned_bytes` and the raised
+    errors are those of `decode_rows`.
     """
 
-    def source_of(storage: Storage) -> Source:
-        def ready(*region: int) -> Tensor:
-            return storage.copies.to_device(read(*region), storage.dtype)[None]
+    def open_source(storage: Storage) -> Source:
+        def read_to_device(top: int, bottom: int, left: int, right: int) -> Tensor:
+            return storage.copies.to_device(read(top, bottom, left, right), storage.dtype)[None]
 
-        return Source(size, math.prod(stage.shrinks for stage in stages), COLOURS, ready)
+        return Source(size, math.prod(stage.downscale_factor for stage in stages), RGB_CHANNELS, read_to_device)
 
-    stages, top = encoder_stages(vae), 0
-    for rows in Conversion(vae, stages, source_of, method, notify, READ_ROWS, pinned=pinned).rows():
-        found, bottom = rows.permute(2, 0, 1)[None], top + len(rows)
+    stages, top = build_encoder_stages(vae), 0
+    conversion = Conversion(vae, stages, open_source, strategy, notify, READ_ROWS, pinned_bytes=pinned_bytes)
+    for rows in conversion.stream_rows():
+        moments, bottom = rows.permute(2, 0, 1)[None], top + len(rows)
         drawn = noise(top, bottom) if noise else None
-        yield latents_of(found, vae.config.latent_channels, drawn) * vae.config.scaling_factor
+        yield sample_latents(moments, vae.config["latent_channels"], drawn) * vae.config["scaling_factor"]
         top = bottom
 
 
-def latents_of(found: Tensor, channels: int, noise: Tensor | None) -> Tensor:
-    """Mean and logarithm of the variance [1, 2C, n, w] -> latents [1, C, n, w]; a tiny VAE gives those at once."""
-    if found.shape[1] == channels or noise is None:
-        return found[:, :channels]
-    mean, logvar = found.chunk(2, dim=1)
+def sample_latents(moments: Tensor, channels: int, noise: Tensor | None) -> Tensor:
+    """Return latents [1, C, n, w], given mean and log variance [1, 2C, n, w], or the latents themselves (tiny VAE)."""
+    if moments.shape[1] == channels or noise is None:
+        return moments[:, :channels]
+    mean, logvar = moments.chunk(2, dim=1)
     return mean + (logvar.clamp(*LOGVAR_LIMITS) / 2).exp() * noise

@@ -1,4 +1,4 @@
-"""What decoding and encoding will need: the way of `settle` and `streamed`, walked without weights and without maps."""
+"""Estimate the memory and work of decoding and encoding, by simulating `freeze_statistics` and `stream` on shapes."""
 
 from __future__ import annotations
 
@@ -6,29 +6,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.strips.copies import STAGED
-from linfusion_cli.strips.cost import UPLOADS, Cost, MemoryLedger, MetaMap
-from linfusion_cli.strips.dilation import inner
-from linfusion_cli.strips.stream import Add, Convolution, StreamStage, reach
+from linfusion_cli.strips.copies import MAX_STAGED
+from linfusion_cli.strips.cost import MAX_UPLOADS, Cost, MemoryLedger, MetaMap
+from linfusion_cli.strips.dilation import unwrap_convolution
+from linfusion_cli.strips.stream import Add, Convolution, StreamStage, receptive_radius
 from linfusion_cli.vae.attention import FixedAttention
 from linfusion_cli.vae.patches import READ_ROWS
-from linfusion_cli.vae.sample import Sample, grid
-from linfusion_cli.vae.statistics import CORE_LAT, VaeStrategy, last_normed, max_output_rows, output_length
+from linfusion_cli.vae.sample import Sample, split_grid
+from linfusion_cli.vae.statistics import (
+    CORE_LAT,
+    VaeStrategy,
+    compute_max_output_rows,
+    compute_output_length,
+    find_last_norm,
+)
 
-WIDE_BYTES = 4  # statistics and what is normalised by them, in fp32
-FINISHED_BYTES = 13  # of a number of the image that leaves the device: in fp32, on its way, and while it is checked
-LATENT_BYTES = 4  # of each latent that is decoded, all of which are on the device
-INDEX_BYTES = 3 * 8  # of the place of a pixel that attention looks at
-MOMENTS = 2 * WIDE_BYTES  # of a number from which moments are computed: itself, and its distance from the mean
-CHANGES, WRITES = 4, 4  # times that each number is read or written on its way into a window, and out of a convolution
-KEPT = 8  # the same for a number of a map that is made: written to fresh memory, read, and for its moments
-HOLES = 2  # what freed strips of other sizes leave of an operation's memory in a heap: measured on a CPU
-SEEN = 5  # strips that attention has at once: normalised, queries, what they saw, and its projections
+FP32_BYTES = 4  # statistics and normalised values are in fp32
+OUTPUT_BYTES = 13  # per output value: in fp32, in the download, and in the check for NaN
+LATENT_BYTES = 4  # per latent to decode; all latents are on the device
+INDEX_BYTES = 3 * 8  # per pixel that attention uses as a key: its position in the map
+MOMENT_BYTES = 2 * FP32_BYTES  # per value that moments are computed from: the value and its deviation from the mean
+INPUT_PASSES, OUTPUT_PASSES = 4, 4  # memory accesses per input value of a window, and per output value of a convolution
+STORE_PASSES = 8  # memory accesses per value of a stored map: page faults, reading, and moments
+CPU_FRAGMENTATION = 2  # factor for gaps that freed strips of other sizes leave on the heap; measured on a CPU
+ATTENTION_STRIPS = 5  # strips that attention keeps at once: normalised input, queries, output and its projections
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A batch of maps that a stage takes or makes, `scale` pixels for a latent."""
+class BatchShape:
+    """The shape of a batch of maps with `scale` pixels per latent."""
 
     batch: int
     height: int
@@ -38,222 +44,242 @@ class Shape:
 
     @property
     def pixels(self) -> int:
+        """The pixels of all maps."""
         return self.batch * self.height * self.width
 
-    def strip(self, rows: int) -> int:
-        """The numbers in so many rows."""
+    def count_values(self, rows: int) -> int:
+        """Return the number of values in `rows` rows."""
         return self.batch * min(rows, self.height) * self.width * self.channels
 
-    def after(self, stage: StreamStage) -> Shape:
-        """What `stage` makes of it."""
-        height, width, scale = (output_length([stage], side) for side in (self.height, self.width, self.scale))
-        channels = inner(stage.layer).out_channels if isinstance(stage, Convolution) else self.channels
-        return Shape(self.batch, height, width, channels, scale)
+    def apply_stage(self, stage: StreamStage) -> BatchShape:
+        """Return the output shape of `stage`."""
+        height, width, scale = (compute_output_length([stage], side) for side in (self.height, self.width, self.scale))
+        channels = unwrap_convolution(stage.layer).out_channels if isinstance(stage, Convolution) else self.channels
+        return BatchShape(self.batch, height, width, channels, scale)
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """A stage over a map: its work, the bytes of its window, which serves all stages, and of what else it makes."""
+    """The cost of a stage for a complete map: its work, and the bytes of its window and of its other temporary data.
+
+    All stages share the memory of the window.
+    """
 
     flops: int
     passes: int
-    window: int = 0
-    made: int = 0
+    window_bytes: int = 0
+    temporary_bytes: int = 0
 
-    def spent(self, more_passes: int, scratch: int) -> Cost:
-        return Cost(self.flops, self.passes + more_passes, scratch)
+    def to_cost(self, extra_passes: int, scratch_bytes: int) -> Cost:
+        """Return the cost with `extra_passes` more memory accesses and the given scratch memory."""
+        return Cost(self.flops, self.passes + extra_passes, scratch_bytes)
 
 
-def stage_cost(stage: StreamStage, shape: Shape, rows: int, itemsize: int, keys: int) -> StageCost:
-    """`stage` over a map, `rows` of it at a time, which are there when it begins."""
-    result = shape.after(stage)
-    out = result.strip(rows * stage.enlarges // stage.shrinks) * itemsize
+def estimate_stage(stage: StreamStage, shape: BatchShape, rows: int, itemsize: int, keys: int) -> StageCost:
+    """Return the cost of `stage` for a map of `shape`, with `rows` input rows at a time. They are already in memory."""
+    result = shape.apply_stage(stage)
+    out_bytes = result.count_values(rows * stage.upscale_factor // stage.downscale_factor) * itemsize
     if isinstance(stage, Convolution):
-        doubled = stage.enlarges**2
-        window = replace(shape, width=shape.width * stage.enlarges).strip(rows * stage.enlarges + stage.kernel - 1)
-        wide = WIDE_BYTES * shape.strip(rows) if stage.before is not None and itemsize < WIDE_BYTES else 0
-        passes = CHANGES * shape.pixels * shape.channels * doubled + WRITES * result.pixels * result.channels
-        flops = 2 * inner(stage.layer).weight.numel() * result.pixels
-        return StageCost(flops, passes, window * itemsize, max(out, wide))
+        upscaled = replace(shape, width=shape.width * stage.upscale_factor)
+        window_bytes = upscaled.count_values(rows * stage.upscale_factor + stage.kernel - 1) * itemsize
+        is_widened = stage.norm is not None and itemsize < FP32_BYTES
+        fp32_bytes = FP32_BYTES * shape.count_values(rows) if is_widened else 0
+        passes = INPUT_PASSES * shape.pixels * shape.channels * stage.upscale_factor**2
+        passes += OUTPUT_PASSES * result.pixels * result.channels
+        flops = 2 * unwrap_convolution(stage.layer).weight.numel() * result.pixels
+        return StageCost(flops, passes, window_bytes, max(out_bytes, fp32_bytes))
     if isinstance(stage, FixedAttention):
         flops = 4 * shape.pixels * shape.channels * (2 * shape.channels + keys)
-        return StageCost(flops, CHANGES * shape.pixels * shape.channels, made=SEEN * out)
+        passes = INPUT_PASSES * shape.pixels * shape.channels
+        return StageCost(flops, passes, temporary_bytes=ATTENTION_STRIPS * out_bytes)
     shortcut = stage.layer if isinstance(stage, Add) else None
-    flops = 2 * inner(shortcut).weight.numel() * shape.pixels if shortcut is not None else 0
-    return StageCost(flops, WRITES * result.pixels * result.channels, made=out)
+    flops = 2 * unwrap_convolution(shortcut).weight.numel() * shape.pixels if shortcut is not None else 0
+    return StageCost(flops, OUTPUT_PASSES * result.pixels * result.channels, temporary_bytes=out_bytes)
 
 
-def vae_cost(
+def estimate_vae(
     stages: Sequence[StreamStage],
     size: Size,
     scale: int,
     channels: int,
-    method: VaeStrategy,
+    strategy: VaeStrategy,
     itemsize: int,
     on_cpu: bool = False,
 ) -> MemoryLedger:
-    """Statistics and streaming of a map of `size` px through `stages`, of a VAE on the meta device.
+    """Return the cost of statistics and streaming for an input map of `size` pixels. The VAE can be on the meta device.
 
-    The map comes from the CPU: on a card it passes through pinned memory if it is an image.
+    The input comes from the CPU. If it is an image and the device is a GPU, it is staged through pinned memory.
     """
-    return Reckoning(stages, method, itemsize, HOLES if on_cpu else 1).all(
-        Shape(1, size.height, size.width, channels, scale)
-    )
+    simulator = StreamSimulator(stages, strategy, itemsize, CPU_FRAGMENTATION if on_cpu else 1)
+    return simulator.run(BatchShape(1, size.height, size.width, channels, scale))
 
 
 @dataclass
-class Reckoning:
-    """Walks as `settle` and `streamed` do, on outlines of maps."""
+class StreamSimulator:
+    """Simulates the allocations of a conversion with MetaMaps.
+
+    The ledger counts a MetaMap as long as the object exists, so references here must live as long as in the real code.
+    """
 
     stages: Sequence[StreamStage]
-    method: VaeStrategy
+    strategy: VaeStrategy
     itemsize: int
-    holes: int
+    fragmentation: int
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
-    kept_bytes: int = 0  # of keys and values, from when attention has looked on
-    keys: int = 0  # at which attention looks: fewer than the method's where a sample has no more
+    persistent_bytes: int = 0  # keys and values of attention, once they are computed
+    keys: int = 0  # pixels used as keys: fewer than in the strategy if the sample has fewer
 
-    def all(self, shape: Shape) -> MemoryLedger:
-        last, whole = last_normed(self.stages), None
+    def run(self, shape: BatchShape) -> MemoryLedger:
+        """Simulate the conversion of an input of `shape` and return the ledger."""
+        last, complete = find_last_norm(self.stages), None
         if shape.scale == 1:
             self.ledger.copied_bytes += LATENT_BYTES * shape.pixels * shape.channels
-        start = min(self.method.start, last)
+        start = min(self.strategy.start, last)
         if start:
-            shape, whole = self._taken(self.stages[:start], shape, Sample.whole(size_lat(shape)), self.method.place)
+            sample = Sample.full(compute_size_lat(shape))
+            shape, complete = self._simulate_statistics(self.stages[:start], shape, sample, self.strategy.place)
         if start < last:
-            sample = Sample.spread(size_lat(shape), self.method.patches, CORE_LAT)
-            if whole is not None:
-                whole.travel(share_read(sample, -(-reach(self.stages[start:last]) // shape.scale)))
-            self._taken(self.stages[start:last], shape, sample, "device", whole)
-        self._streamed(self.stages[start:], shape, whole)
-        del whole  # from which the rest has streamed
+            sample = Sample.on_grid(compute_size_lat(shape), self.strategy.patches, CORE_LAT)
+            if complete is not None:
+                halo = -(-receptive_radius(self.stages[start:last]) // shape.scale)
+                complete.transfer(compute_read_share(sample, halo))
+            self._simulate_statistics(self.stages[start:last], shape, sample, "device", complete)
+        self._simulate_streaming(self.stages[start:], shape, complete)
+        del complete  # it must be alive until streaming ends
         self.ledger.close()
         return self.ledger
 
-    def _taken(
-        self, stages: Sequence[StreamStage], shape: Shape, sample: Sample, where: str, whole: MetaMap | None = None
-    ) -> tuple[Shape, MetaMap]:
-        """`stages` one after the other over patches, or over the whole -> the last map."""
-        patches = patch_shape(stages, shape, sample)
-        current, kept = self._outline(patches, where), None  # `kept` is what a shortcut will read, and lives as long
-        current.travel()
-        self._read(shape, replace(patches, batch=1), patches.batch, whole)
+    def _simulate_statistics(
+        self,
+        stages: Sequence[StreamStage],
+        shape: BatchShape,
+        sample: Sample,
+        where: str,
+        complete: MetaMap | None = None,
+    ) -> tuple[BatchShape, MetaMap]:
+        """Simulate a StatisticsPass over the patches of `sample`. Return the shape of the last map, and the map.
+
+        `complete` is the map that the patches are read from, None if they are read from the image or the latents.
+        """
+        patches = build_patch_shape(stages, shape, sample)
+        current, shortcut = self._create_map(patches, where), None
+        current.transfer()
+        self._read(shape, replace(patches, batch=1), patches.batch, complete)
         workspace = 0
         for i, stage in enumerate(stages):
-            if stage.enlarges * stage.shrinks > 1:
-                patches = patch_shape(stages[i:], patches, sample)
-                current = self._outline(patches, where) if where == "device" and sample.corners[1:] else current
-            result = patches.after(stage)
-            rows = max(1, self.method.height * sample.size.width * patches.scale // (patches.batch * patches.width))
-            reading = current.reading(rows) if not stage.pointwise else 0
+            if stage.upscale_factor * stage.downscale_factor > 1:
+                patches = build_patch_shape(stages[i:], patches, sample)
+                current = self._create_map(patches, where) if where == "device" and sample.corners[1:] else current
+            result = patches.apply_stage(stage)
+            rows = max(1, self.strategy.height * sample.size.width * patches.scale // (patches.batch * patches.width))
+            reading = current.read_bytes(rows) if not stage.is_pointwise else 0
             if isinstance(stage, FixedAttention):
-                self.keys = keys_in(sample, self.method.keys)
-                self._look(current, where, workspace + current.writing(rows))
-            if not stage.pointwise:
-                current.travel()
-                kept = current if stage.keeps is not None else kept
-                over = stage.keeps is None and (result.width, result.channels) == (patches.width, patches.channels)
-                current = current if over else self._outline(result, where)
-                current.travel()
-            if isinstance(stage, Add) and kept is not None:
-                kept.travel()
-                reading += kept.reading(rows)
-            computed = max(1, rows // stage.enlarges) if patches.batch == 1 else rows
-            cost = stage_cost(stage, patches, computed, self.itemsize, self.keys)
-            workspace = max(workspace, cost.window)
-            out_rows = computed * stage.enlarges // stage.shrinks
-            moments = result.strip(out_rows) * (MOMENTS + self.itemsize)
-            scratch = workspace + reading + current.writing(out_rows) + max(cost.made, moments)
-            self._spend(cost.spent(KEPT * result.pixels * result.channels, scratch))
-            kept = None if isinstance(stage, Add) else kept
+                self.keys = count_keys(sample, self.strategy.keys)
+                self._compute_keys(current, where, workspace + current.write_bytes(rows))
+            if not stage.is_pointwise:
+                current.transfer()
+                shortcut = current if stage.residual is not None else shortcut
+                is_same_shape = (result.width, result.channels) == (patches.width, patches.channels)
+                is_in_place = stage.residual is None and is_same_shape
+                current = current if is_in_place else self._create_map(result, where)
+                current.transfer()
+            if isinstance(stage, Add) and shortcut is not None:
+                shortcut.transfer()
+                reading += shortcut.read_bytes(rows)
+            computed = max(1, rows // stage.upscale_factor) if patches.batch == 1 else rows
+            cost = estimate_stage(stage, patches, computed, self.itemsize, self.keys)
+            workspace = max(workspace, cost.window_bytes)
+            out_rows = computed * stage.upscale_factor // stage.downscale_factor
+            moments = result.count_values(out_rows) * (MOMENT_BYTES + self.itemsize)
+            scratch = workspace + reading + current.write_bytes(out_rows) + max(cost.temporary_bytes, moments)
+            self._charge(cost.to_cost(STORE_PASSES * result.pixels * result.channels, scratch))
+            shortcut = None if isinstance(stage, Add) else shortcut
             patches = result
         return patches, current
 
-    def _spend(self, cost: Cost) -> None:
-        self.ledger.spend(replace(cost, scratch_bytes=cost.scratch_bytes + self.kept_bytes))
+    def _charge(self, cost: Cost) -> None:
+        self.ledger.charge(replace(cost, scratch_bytes=cost.scratch_bytes + self.persistent_bytes))
 
-    def _look(self, current: MetaMap, where: str, beside: int) -> None:
-        """Keys and values of the attention, which stay; pixels of a map on the host come through pinned memory.
+    def _compute_keys(self, current: MetaMap, where: str, extra_bytes: int) -> None:
+        """Simulate keys and values of attention, which stay in memory, with `extra_bytes` of other data.
 
-        So many bytes are there `beside`.
+        Pixels of a map on the host are staged through pinned memory.
         """
-        channels = current.channels
-        numbers = self.keys * channels
-        self._spend(Cost(0, 0, beside + numbers * (2 * self.itemsize + WIDE_BYTES)))  # the pixels, and normalised
-        self.kept_bytes = 2 * numbers * self.itemsize
+        values = self.keys * current.channels
+        self._charge(Cost(0, 0, extra_bytes + values * (2 * self.itemsize + FP32_BYTES)))  # pixels, and normalised
+        self.persistent_bytes = 2 * values * self.itemsize
         if where == "device":
             self.ledger.copied_bytes += INDEX_BYTES * self.keys
         if where == "host":
-            self.ledger.copied_bytes += numbers * self.itemsize
-            self.ledger.stage(numbers * self.itemsize)
+            self.ledger.copied_bytes += values * self.itemsize
+            self.ledger.stage(values * self.itemsize)
 
-    def _read(self, shape: Shape, part: Shape, parts: int, whole: MetaMap | None = None) -> None:
-        """Parts of the source on their way into a map: of an image, of latents, or of the `whole` map that is there."""
-        rows = 0 if whole is None else whole.reading(min(READ_ROWS, part.height)) // UPLOADS
-        if shape.scale > 1 and whole is None:  # an image; latents are on the device
-            for _ in range(STAGED + 1):
-                self.ledger.stage(part.strip(READ_ROWS) * self.itemsize)
+    def _read(self, shape: BatchShape, part: BatchShape, parts: int, complete: MetaMap | None = None) -> None:
+        """Simulate reading `parts` parts of the image, of the latents, or of the `complete` map."""
+        rows = 0 if complete is None else complete.read_bytes(min(READ_ROWS, part.height)) // MAX_UPLOADS
+        if shape.scale > 1 and complete is None:  # an image; latents are already on the device
+            for _ in range(MAX_STAGED + 1):
+                self.ledger.stage(part.count_values(READ_ROWS) * self.itemsize)
             self.ledger.copied_bytes += parts * part.pixels * part.channels * self.itemsize
-        strip = part.strip(READ_ROWS) * self.itemsize
-        self._spend(Cost(0, 0, rows + strip * (2 * parts if parts > 1 else STAGED + 1)))
+        strip = part.count_values(READ_ROWS) * self.itemsize
+        self._charge(Cost(0, 0, rows + strip * (2 * parts if parts > 1 else MAX_STAGED + 1)))
 
-    def _outline(self, shape: Shape, where: str) -> MetaMap:
+    def _create_map(self, shape: BatchShape, where: str) -> MetaMap:
         return MetaMap(self.ledger, (shape.batch, shape.height, shape.width, shape.channels), self.itemsize, where)
 
-    def _streamed(self, stages: Sequence[StreamStage], shape: Shape, whole: MetaMap | None) -> None:
-        """Beside one operation's memory, what all convolutions carry, and what waits where rows are doubled."""
-        height, waiting, kept, costs, workspace = self.method.height, 0, 0, [], 0
-        if whole is not None:
-            whole.travel()
-            waiting += whole.reading(height) // self.itemsize
+    def _simulate_streaming(self, stages: Sequence[StreamStage], shape: BatchShape, complete: MetaMap | None) -> None:
+        """Simulate `stream`: one operation at a time, the rows carried by convolutions, and rows queued for later."""
+        height, queued, shortcut, costs, workspace = self.strategy.height, 0, 0, [], 0
+        if complete is not None:
+            complete.transfer()
+            queued += complete.read_bytes(height) // self.itemsize
         else:
             self._read(shape, shape, 1)
         for stage in stages:
             if isinstance(stage, Convolution):
-                carried = replace(shape, width=shape.width * stage.enlarges, height=stage.kernel - 1)
-                waiting += carried.strip(stage.kernel - 1)
-                waiting += shape.strip(height) if stage.enlarges > 1 else 0
-            if stage.keeps is not None:
-                kept = shape.strip(height)
-                waiting += shape.strip(3)
-            rows = height // stage.enlarges or 1
-            cost = stage_cost(stage, shape, rows, self.itemsize, self.keys)
-            workspace = max(workspace, cost.window)
-            scratch = cost.made + (shape.strip(rows) + kept) * self.itemsize
-            costs.append(cost.spent(0, self.holes * scratch))
-            kept = 0 if isinstance(stage, Add) else kept
-            shape = shape.after(stage)
-        self.kept_bytes += waiting * self.itemsize + self.holes * workspace
+                carried = replace(shape, width=shape.width * stage.upscale_factor, height=stage.kernel - 1)
+                queued += carried.count_values(stage.kernel - 1)
+                queued += shape.count_values(height) if stage.upscale_factor > 1 else 0
+            if stage.residual is not None:
+                shortcut = shape.count_values(height)
+                queued += shape.count_values(3)
+            rows = height // stage.upscale_factor or 1
+            cost = estimate_stage(stage, shape, rows, self.itemsize, self.keys)
+            workspace = max(workspace, cost.window_bytes)
+            scratch = cost.temporary_bytes + (shape.count_values(rows) + shortcut) * self.itemsize
+            costs.append(cost.to_cost(0, self.fragmentation * scratch))
+            shortcut = 0 if isinstance(stage, Add) else shortcut
+            shape = shape.apply_stage(stage)
+        self.persistent_bytes += queued * self.itemsize + self.fragmentation * workspace
         for cost in costs:
-            self._spend(cost)
-        self._finish(stages, shape)
+            self._charge(cost)
+        self._download(stages, shape)
 
-    def _finish(self, stages: Sequence[StreamStage], result: Shape) -> None:
-        """The rows that leave the device, two strips of them at a time."""
-        rows = max_output_rows(stages, self.method.height)
-        numbers = result.strip(rows)
-        self._spend(Cost(0, 0, FINISHED_BYTES * numbers))
-        self.ledger.buffer(numbers * WIDE_BYTES + 1, 2)
-        self.ledger.copied_bytes += WIDE_BYTES * result.pixels * result.channels
+    def _download(self, stages: Sequence[StreamStage], result: BatchShape) -> None:
+        """Simulate the download of the output, two strips at a time."""
+        values = result.count_values(compute_max_output_rows(stages, self.strategy.height))
+        self._charge(Cost(0, 0, OUTPUT_BYTES * values))
+        self.ledger.buffer(values * FP32_BYTES + 1, 2)
+        self.ledger.copied_bytes += FP32_BYTES * result.pixels * result.channels
 
 
-def keys_in(sample: Sample, count: int) -> int:
-    """How many pixels `Sample.pixels` finds."""
-    rows, columns = grid(sample.core, max(1, round(count / len(sample.corners))))
+def count_keys(sample: Sample, count: int) -> int:
+    """Return how many pixels `Sample.pick_pixels` returns for `count`."""
+    rows, columns = split_grid(sample.core, max(1, round(count / len(sample.corners))))
     return len(sample.corners) * rows * columns
 
 
-def share_read(sample: Sample, halo: int) -> float:
-    """How much of a map is read for the patches of `sample`, in whole rows for each."""
-    window = sample.window(halo)
-    return len(sample.corners) * window.height / sample.size.height
+def compute_read_share(sample: Sample, halo: int) -> float:
+    """Return how often a map is read for the patches of `sample`; each patch reads complete rows."""
+    return len(sample.corners) * sample.patch_size(halo).height / sample.size.height
 
 
-def patch_shape(stages: Sequence[StreamStage], shape: Shape, sample: Sample) -> Shape:
-    """The patches of a map that go into `stages`, with what their cores still need around them."""
-    window = sample.window(-(-reach(stages) // shape.scale)).times(shape.scale)
-    return Shape(len(sample.corners), window.height, window.width, shape.channels, shape.scale)
+def build_patch_shape(stages: Sequence[StreamStage], shape: BatchShape, sample: Sample) -> BatchShape:
+    """Return the shape of the patches of a map, with the halo that `stages` need."""
+    patch = sample.patch_size(-(-receptive_radius(stages) // shape.scale)).times(shape.scale)
+    return BatchShape(len(sample.corners), patch.height, patch.width, shape.channels, shape.scale)
 
 
-def size_lat(shape: Shape) -> Size:
+def compute_size_lat(shape: BatchShape) -> Size:
+    """Return the size in latents."""
     return Size(shape.width, shape.height).divide(shape.scale)

@@ -1,7 +1,8 @@
-"""The statistics of a picture's maps, known before it streams: of all of it level by level, or of a sample of patches.
+"""Normalisation statistics of a VAE's maps, computed before the image is streamed.
 
-Every GroupNorm of a VAE needs mean and variance of a whole map. As far as maps fit, they are made whole, one after the
-other, and what is left streams from the last of them; from there on, patches stand for the picture.
+Every GroupNorm needs the mean and variance of its complete input map. Complete maps are computed one after the other,
+as far as memory allows, and the remaining stages stream from the last of them. The statistics of those stages are
+estimated from a sample of patches.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from itertools import zip_longest
 
 from linfusion_cli.strips.stats import Moments
 from linfusion_cli.strips.storage import Place, Storage
-from linfusion_cli.strips.stream import Add, StreamStage, Workspace, reach, stream
+from linfusion_cli.strips.stream import Add, StreamStage, Workspace, receptive_radius, stream
 from linfusion_cli.vae.attention import FixedAttention
 from linfusion_cli.vae.patches import Patches, Source
 from linfusion_cli.vae.sample import Sample
 
 MIN_PATCHES = 16
-CORE_LAT = 8  # side of a core: many small ones tell more than few large ones, and each carries its halo
+CORE_LAT = 8  # side of a core: many small cores are more representative than few large ones, but each needs a halo
 
 
 @dataclass(frozen=True)
 class VaeStrategy:
-    """How a picture goes through one of a VAE's networks.
+    """How an image is passed through the encoder or decoder of a VAE.
 
-    Whole maps are made up to stage `start`, and wait in `place`; from there on about `patches` patches stand for the
-    picture, 0 where no stage is left that needs them. `keys` is how many pixels attention may look at, `height` how
-    many rows are computed at a time.
+    The maps of the stages before `start` are computed completely and stored in `place`. The statistics of the other
+    stages come from about `patches` patches, 0 if none of them needs statistics. Attention uses up to `keys` pixels as
+    keys; `height` is the number of rows computed at a time.
     """
 
     start: int
@@ -39,122 +40,133 @@ class VaeStrategy:
 
     @property
     def statistics(self) -> str:
-        """What they come from: all of the picture, all of it at first, or a sample."""
+        """Whether the statistics are "exact", "partly exact" (those of the first stages) or "sampled"."""
         return "exact" if not self.patches else "partly exact" if self.start else "sampled"
 
-    def smaller(self, settled: bool) -> VaeStrategy | None:
-        """The next way with less memory, None where there is none; once statistics are `settled`, lower strips only."""
-        if self.start and not settled:
+    def reduce_memory(self, are_statistics_frozen: bool) -> VaeStrategy | None:
+        """Return the next strategy that needs less memory, or None after the last one.
+
+        Once the statistics are frozen, only the height of strips is reduced.
+        """
+        if self.start and not are_statistics_frozen:
             return replace(self, start=0, patches=self.patches or MIN_PATCHES)
         if self.height == 1:
             return None
         return replace(self, height=self.height // 2, patches=max(min(MIN_PATCHES, self.patches), self.patches // 2))
 
 
-def last_normed(stages: Sequence[StreamStage]) -> int:
-    """The last stage that needs statistics; 0 if none does. Whole maps up to there make all statistics exact."""
-    return max((i for i, stage in enumerate(stages) if stage.before is not None), default=0)
+def find_last_norm(stages: Sequence[StreamStage]) -> int:
+    """Return the last stage with a norm, 0 if none has one. Statistics are exact if streaming starts at this stage."""
+    return max((i for i, stage in enumerate(stages) if stage.norm is not None), default=0)
 
 
-def starts(stages: Sequence[StreamStage]) -> list[int]:
-    """Where streaming may begin, from the end: where all statistics are exact, each change of level, the beginning."""
-    last = last_normed(stages)
-    levels = [i for i, stage in enumerate(stages[:last]) if stage.enlarges > 1]
+def find_stream_starts(stages: Sequence[StreamStage]) -> list[int]:
+    """Return the stages that streaming can start from, in descending order: the last norm, each upsampling, and 0."""
+    last = find_last_norm(stages)
+    levels = [i for i, stage in enumerate(stages[:last]) if stage.upscale_factor > 1]
     return sorted({last, *levels, 0}, reverse=True)
 
 
 def freeze_statistics(
-    stages: Sequence[StreamStage], source: Source, method: VaeStrategy, storage: Storage
+    stages: Sequence[StreamStage], source: Source, strategy: VaeStrategy, storage: Storage
 ) -> tuple[Sequence[StreamStage], Source]:
-    """Freeze the statistics of all `stages` -> those that are left to stream, and what is to stream through them."""
+    """Freeze the statistics of all `stages`. Return the stages that remain to be streamed, and their source."""
     for stage in stages:
-        if stage.keeps is not None:
-            stage.keeps.source = None  # an attempt that failed may have left it
-    last, moments = last_normed(stages), None
-    start = min(method.start, last)
+        if stage.residual is not None:
+            stage.residual.source = None  # possibly set by a failed attempt
+    last, moments = find_last_norm(stages), None
+    start = min(strategy.start, last)
     if not last:
         return stages, source
     if start:
-        # Nobody but `run` holds the patches that it begins with: each map goes when the next is there.
-        whole = StatisticsPass(method, storage).run(
-            stages[:start], Patches.of(source, Sample.whole(source.size_lat), 0, storage)
+        # Only `run` may refer to the patches: each map is freed once the next one exists.
+        complete = StatisticsPass(strategy, storage).run(
+            stages[:start], Patches.read_from(source, Sample.full(source.size_lat), 0, storage)
         )
-        source, moments = whole.as_source(), whole.moments
+        source, moments = complete.to_source(), complete.moments
     if start < last:
-        moments = sample_statistics(
-            stages[start:last], source, moments, method, Storage("device", storage.device, storage.dtype)
+        moments = freeze_sampled_statistics(
+            stages[start:last], source, moments, strategy, Storage("device", storage.device, storage.dtype)
         )
-    stages[last].before.freeze(moments)
+    norm = stages[last].norm
+    assert norm is not None and moments is not None  # `last` has a norm, and a pass ends there
+    norm.freeze(moments)
     return stages[start:], source
 
 
-def sample_statistics(
-    stages: Sequence[StreamStage], source: Source, moments: Moments | None, method: VaeStrategy, storage: Storage
+def freeze_sampled_statistics(
+    stages: Sequence[StreamStage], source: Source, moments: Moments | None, strategy: VaeStrategy, storage: Storage
 ) -> Moments:
-    """Freeze the statistics of `stages`, from patches of `source` -> those of the map that comes out."""
-    sample = Sample.spread(source.size_lat, method.patches, CORE_LAT)
-    halo = -(-reach(stages) // source.scale)
-    return StatisticsPass(method, storage).run(stages, Patches.of(source, sample, halo, storage, moments)).moments
+    """Freeze the statistics of `stages`, estimated from patches of `source`. Return the moments of the output map."""
+    sample = Sample.on_grid(source.size_lat, strategy.patches, CORE_LAT)
+    halo = -(-receptive_radius(stages) // source.scale)
+    output = StatisticsPass(strategy, storage).run(stages, Patches.read_from(source, sample, halo, storage, moments))
+    assert output.moments is not None
+    return output.moments
 
 
 @dataclass(frozen=True)
 class StatisticsPass:
-    """Runs stages on patches, one after the other, and freezes each one's statistics before it runs."""
+    """Runs stages on patches one after the other, and freezes the statistics of each stage before it runs."""
 
-    method: VaeStrategy
+    strategy: VaeStrategy
     storage: Storage
     workspace: Workspace = field(default_factory=Workspace)
 
     def run(self, stages: Sequence[StreamStage], patches: Patches) -> Patches:
-        """`patches` after all `stages`."""
-        bounds = [i for i, stage in enumerate(stages) if not stage.pointwise]
+        """Return the output of all `stages` for `patches`."""
+        bounds = [i for i, stage in enumerate(stages) if not stage.is_pointwise]
         for begin, end in zip_longest([0, *bounds[1:]], bounds[1:]):
             first = stages[begin]
-            if first.enlarges * first.shrinks > 1:
-                patches = patches.cropped(-(-reach(stages[begin:]) // patches.scale), self.storage)
-            if first.before is not None:
-                first.before.freeze(patches.moments)
+            if first.upscale_factor * first.downscale_factor > 1:
+                patches = patches.crop_halo(-(-receptive_radius(stages[begin:]) // patches.scale), self.storage)
+            if first.norm is not None:
+                assert patches.moments is not None  # a convolution precedes every norm
+                first.norm.freeze(patches.moments)
             if isinstance(first, FixedAttention):
-                first.look_at(patches.pixels(self.method.keys))
-            patches = self._advanced(stages[begin:end], patches)
+                first.set_keys(patches.gather_pixels(self.strategy.keys))
+            patches = self._apply_segment(stages[begin:end], patches)
         return patches
 
-    def _advanced(self, stages: Sequence[StreamStage], patches: Patches) -> Patches:
-        """`patches` after `stages` that need no further statistics: written over the old ones where that may be."""
+    def _apply_segment(self, stages: Sequence[StreamStage], patches: Patches) -> Patches:
+        """Return the output of `stages`, of which only the first can have a norm, which must be frozen.
+
+        The output overwrites the input map if the width and channels are equal and no shortcut needs the input.
+        """
         self.storage.trim()
-        source, keeps = patches.map, stages[0].keeps
-        if keeps is not None:
-            keeps.source = source
-        result = replace(patches, scale=output_length(stages, patches.scale), moments=None)
+        source, residual = patches.map, stages[0].residual
+        if residual is not None:
+            residual.source = source
+        result = replace(patches, scale=compute_output_length(stages, patches.scale), moments=None)
         top, moments = 0, None
-        for rows in stream(stages, source.read, source.height, self._height(patches), workspace=self.workspace):
-            if not top and (keeps is not None or rows.shape[2:] != source.shape[2:]):
-                shape = (len(rows), output_length(stages, source.height), *rows.shape[2:])
+        for rows in stream(stages, source.read, source.height, self._compute_height(patches), workspace=self.workspace):
+            if not top and (residual is not None or rows.shape[2:] != source.shape[2:]):
+                shape = (len(rows), compute_output_length(stages, source.height), *rows.shape[2:])
                 result = replace(result, map=self.storage.new(*shape))
             result.map.write(top, rows)
-            seen = result.in_cores(top, rows)
-            if seen.shape[2]:
-                moments = Moments.of(seen) if moments is None else moments + Moments.of(seen)
+            pixels = result.select_core_pixels(top, rows)
+            if pixels.shape[2]:
+                moments = Moments.from_rows(pixels) if moments is None else moments + Moments.from_rows(pixels)
             top += rows.shape[1]
         for stage in stages:
             if isinstance(stage, Add):
-                stage.kept.source = None
+                stage.shortcut.source = None
         return replace(result, moments=moments)
 
-    def _height(self, patches: Patches) -> int:
-        """As many rows of all patches as make `height` rows of the whole map."""
-        across = len(patches.sample.corners) * patches.map.width
-        return max(1, self.method.height * patches.sample.size.width * patches.scale // across)
+    def _compute_height(self, patches: Patches) -> int:
+        """Return the rows per strip: all patches together have as many pixels as a strip of the complete map."""
+        total_width = len(patches.sample.corners) * patches.map.width
+        return max(1, self.strategy.height * patches.sample.size.width * patches.scale // total_width)
 
 
-def output_length(stages: Sequence[StreamStage], length: int) -> int:
-    """How long a side of `length` is after `stages`."""
+def compute_output_length(stages: Sequence[StreamStage], length: int) -> int:
+    """Return the output length of `stages` for a side of input length `length`."""
     for stage in stages:
-        length = length * stage.enlarges // stage.shrinks
+        length = length * stage.upscale_factor // stage.downscale_factor
     return length
 
 
-def max_output_rows(stages: Sequence[StreamStage], height: int) -> int:
-    """How many rows may come out of `stages` at a time, `height` of them computed at a time where they are widest."""
-    shrinks = math.prod(stage.shrinks for stage in stages)
-    return height // shrinks + 2  # the last rows of a map come with those that were carried
+def compute_max_output_rows(stages: Sequence[StreamStage], height: int) -> int:
+    """Return the maximum number of rows that `stages` output at a time, given `height` rows at full resolution."""
+    downscale_factor = math.prod(stage.downscale_factor for stage in stages)
+    return height // downscale_factor + 2  # the last rows of a map are output with the carried rows

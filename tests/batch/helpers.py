@@ -1,75 +1,75 @@
-"""Batches in small: what makes requests of jobs, and who listens."""
+"""Small batches for tests: building requests, and collecting results."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from linfusion_cli.batch.filenames import TEMPLATE, FilenameTemplate
-from linfusion_cli.batch.parsers.parsers import JobSpec
-from linfusion_cli.batch.queue import Build, JobQueue
+from linfusion_cli.batch.filenames import DEFAULT_TEMPLATE, FilenameTemplate
+from linfusion_cli.batch.parsers.job_spec import JobSpec
+from linfusion_cli.batch.queue import BuildRequest, JobQueue
 from linfusion_cli.batch.results import ResultsLog
-from linfusion_cli.batch.runner import BatchRunner, Make
+from linfusion_cli.batch.runner import BatchRunner, JobFunction
 from linfusion_cli.core.events import Observer, ignore_event
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.settings.request import GenerateRequest
 
 
-class Told:
-    """Whoever hears of outcomes."""
+class ResultCollector:
+    """Collect the results that a BatchRunner reports."""
 
     def __init__(self) -> None:
-        self.outcomes = []
+        self.results = []
 
-    def __call__(self, outcome, report) -> None:
-        self.outcomes.append(outcome)
+    def __call__(self, result, report) -> None:
+        self.results.append(result)
 
     def status(self) -> dict[int, str]:
-        """By line."""
-        return {outcome.line: outcome.status for outcome in self.outcomes}
+        """Return the status of each job by its line."""
+        return {result.line: result.status for result in self.results}
 
 
-def builder(**defaults: object) -> Build:
-    """What makes a request of a job that says this, small unless it says otherwise."""
+def builder(**defaults: object) -> BuildRequest:
+    """Return a function that builds small requests with `defaults`, which the values of a job override."""
 
     def build(values):
-        standing = {"prompt": "a hill", "size": Size(64, 64), "output": Path("x.png"), "model": "demo", "steps": (1,)}
-        return {}, GenerateRequest(**standing | {"format": "png"} | defaults | values)
+        small = {"prompt": "a hill", "size": Size(64, 64), "output": Path("x.png"), "model": "demo", "steps": (1,)}
+        return {}, GenerateRequest(**small | {"format": "png"} | defaults | values)
 
     return build
 
 
-def entries(count: int, **values: object) -> list[JobSpec]:
-    """Jobs that say this, each with a prompt of its own."""
+def job_specs(count: int, **values: object) -> list[JobSpec]:
+    """Return jobs with `values` and different prompts."""
     return [JobSpec(line, {"prompt": f"hill {line}"} | values) for line in range(1, count + 1)]
 
 
-def carried_out(
+def run_batch(
     folder: Path,
     jobs: list[JobSpec],
-    make: Make,
+    execute: JobFunction,
     observer: Observer = ignore_event,
-    build: Build | None = None,
+    build: BuildRequest | None = None,
     stop_on_error: bool = False,
-    **listed: object,
-) -> tuple[Told, BatchRunner]:
-    """What was told of these jobs, carried out in `folder`, and the batch."""
-    listing = JobQueue(build or builder(), folder, FilenameTemplate.parse(TEMPLATE), **listed)
-    told = Told()
-    record = ResultsLog(folder / listing.shard.record)
-    batch = BatchRunner(make, record, observer, told, lambda error: f"bug {error}", stop_on_error)
-    batch.run(listing.jobs(jobs), "jobs.jsonl")
-    return told, batch
+    **queue_options: object,
+) -> tuple[ResultCollector, BatchRunner]:
+    """Run `jobs` in `folder`; return the collected results and the runner."""
+    queue = JobQueue(build or builder(), folder, FilenameTemplate.parse(DEFAULT_TEMPLATE), **queue_options)
+    collector = ResultCollector()
+    results_log = ResultsLog(folder / queue.shard.results_name)
+    runner = BatchRunner(execute, results_log, observer, collector, lambda error: f"bug {error}", stop_on_error)
+    runner.run(queue.build_jobs(jobs), "jobs.jsonl")
+    return collector, runner
 
 
-def failing(errors: dict[str, BaseException], ran: list | None = None) -> Make:
-    """Makes nothing, and raises what `errors` have for a prompt; `ran` gets every request."""
+def failing(errors: dict[str, BaseException], ran: list | None = None) -> JobFunction:
+    """Return a job function without images: raise the error in `errors` for a prompt, and add requests to `ran`."""
 
-    def make(request, origins, observer, model_cache):
+    def execute(request, origins, observer, model_cache):
         if ran is not None:
             ran.append(request)
         if request.prompt in errors:
             raise errors[request.prompt]
         return RunReport(request.to_json(), {}, {}, {}, output=str(request.output))
 
-    return make
+    return execute

@@ -1,4 +1,4 @@
-"""No two files of a run, or of a batch, have one name: a run would wait for its own lock for ever."""
+"""No two files of a run, or of a batch, share a path: a run would wait for its own lock forever."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ from linfusion_cli.batch.filenames import FilenameRegistry
 from linfusion_cli.core import fs
 from linfusion_cli.core.errors import TemporaryFailure, UsageError
 from linfusion_cli.images import AtomicFile
-from tests.support.other_process import locked_elsewhere
+from tests.support.other_process import lock_in_other_process
 
 SMALL = ("a hill", "--size", "128", "--steps", "2", "--strength", "0.5", "--save-phases", "-o", "v.png")
 
 
 @pytest.fixture
 def small(cli, xl_model):
-    """Generate, two phases of 64 and 128 px, of which the first is kept as v-64x64.png."""
+    """Return a function that generates phases of 64 and 128 px, and saves the first as v-64x64.png."""
     return lambda *more: cli("generate", *SMALL, "--model", xl_model, *more)
 
 
@@ -43,7 +43,7 @@ def test_a_name_that_only_looks_like_a_phase_is_none(small):
 
 @pytest.mark.parametrize("option", ["-o", "--preview", "--keep-latents", "--report"])
 def test_a_loop_of_links_is_no_bug(cli, xl_model, tmp_path, option):
-    """It is refused when it is opened: comparing it with the other files must not fail before."""
+    """It is rejected when it is opened; the earlier comparison with other files must not fail."""
     (tmp_path / "loop.png").symlink_to("loop.png")
     code, _, err = cli(
         "generate", "x", "--model", xl_model, "--size", 64, "--steps", 1, "-o", "a.png", option, "loop.png"
@@ -51,7 +51,7 @@ def test_a_loop_of_links_is_no_bug(cli, xl_model, tmp_path, option):
     assert code == 73 and "loop.png cannot be created" in err
 
 
-def test_plan_says_so_too(cli, xl_model):
+def test_plan_reports_it_too(cli, xl_model):
     code, _, err = cli("plan", *SMALL, "--model", xl_model, "--preview", "v-64x64.png")
     assert code == 2 and "v-64x64.png" in err
 
@@ -63,13 +63,13 @@ def test_a_lock_that_this_process_has_is_not_waited_for(tmp_path):
         (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
         with pytest.raises(UsageError, match="written twice by this run"):
             AtomicFile(tmp_path / "b.png")
-    with AtomicFile(tmp_path / "a.png") as file:  # what was held before is free again
+    with AtomicFile(tmp_path / "a.png") as file:  # the lock was released
         file.write(b"x")
         file.commit()
 
 
-def test_what_is_remembered_of_locks_does_not_grow_with_the_files(tmp_path):
-    """A batch of a hundred thousand pictures locks three files for each."""
+def test_the_memory_for_locks_does_not_grow_with_the_files(tmp_path):
+    """A batch of a hundred thousand images locks three files for each."""
     for number in range(200):
         with AtomicFile(tmp_path / f"{number}.png") as file:
             file.write(b"x")
@@ -78,7 +78,7 @@ def test_what_is_remembered_of_locks_does_not_grow_with_the_files(tmp_path):
 
 
 def test_the_lock_of_another_process_still_is(tmp_path):
-    with locked_elsewhere(tmp_path / ".a.png.part"), pytest.raises(TemporaryFailure):
+    with lock_in_other_process(tmp_path / ".a.png.part"), pytest.raises(TemporaryFailure):
         AtomicFile(tmp_path / "a.png")
     with AtomicFile(tmp_path / "a.png"):
         pass
@@ -90,28 +90,28 @@ def test_the_lock_of_another_process_still_is(tmp_path):
 )
 def test_no_file_of_a_batch_can_be_a_phase_of_another(tmp_path, phased, other):
     names = FilenameRegistry(tmp_path)
-    names.take(phased, 1)
-    names.take_phases(phased, 1)
-    with pytest.raises(UsageError, match="could be a phase of line 1"):
-        names.take(other, 2)
+    names.reserve(phased, 1)
+    names.reserve_phases(phased, 1)
+    with pytest.raises(UsageError, match=f"{Path(other).name}.*phase of line 1"):
+        names.reserve(other, 2)
     names = FilenameRegistry(tmp_path)
-    names.take(other, 1)
-    names.take(phased, 2)
-    with pytest.raises(UsageError, match="could be the file of line 1"):
-        names.take_phases(phased, 2)
-    names.take(phased.replace("a", "b"), 3)
-    names.take_phases(phased.replace("a", "b"), 3)
+    names.reserve(other, 1)
+    names.reserve(phased, 2)
+    with pytest.raises(UsageError, match="phase.*file of line 1"):
+        names.reserve_phases(phased, 2)
+    names.reserve(phased.replace("a", "b"), 3)
+    names.reserve_phases(phased.replace("a", "b"), 3)
 
 
 def test_one_file_by_two_names_is_one(tmp_path):
     (tmp_path / "sub").symlink_to(".")
     names = FilenameRegistry(tmp_path)
-    names.take("a.png", 1)
-    with pytest.raises(UsageError, match="is that of line 1"):
-        names.take("sub/a.png", 2)
+    names.reserve("a.png", 1)
+    with pytest.raises(UsageError, match="sub/a.png.*line 1"):
+        names.reserve("sub/a.png", 2)
 
 
-def test_a_batch_records_collisions_as_usage_and_does_the_rest(cli, xl_model):
+def test_a_batch_logs_collisions_as_usage_errors_and_runs_the_rest(cli, xl_model):
     jobs = [{"prompt": "a", "output": "v.png"}, {"prompt": "b", "output": "v-64x64.png"}, {"prompt": "c", "seed": 2}]
     jobs += [{"prompt": "d", "output": "w.png", "preview": "w-64x64.png"}]
     Path("jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))

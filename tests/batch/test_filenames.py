@@ -1,12 +1,13 @@
-"""Names of a batch's files: whatever is said, they lie in the folder, and none is another's."""
+"""File names of a batch: all of them are inside the output folder, and no two jobs share one."""
 
 import random
 import string
 
 import pytest
 
-from linfusion_cli.batch.filenames import TEMPLATE, FilenameRegistry, FilenameTemplate, slug
-from linfusion_cli.batch.shard import Shard, parse_seeds
+from linfusion_cli.batch.filenames import DEFAULT_TEMPLATE, FilenameRegistry, FilenameTemplate, slugify
+from linfusion_cli.batch.seeds import parse_seeds
+from linfusion_cli.batch.shard import Shard
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.settings.request import GenerateRequest
@@ -53,14 +54,14 @@ def request(prompt: str = "a hill", **more) -> GenerateRequest:
     ],
 )
 def test_slug(prompt, words):
-    assert slug(prompt) == words
+    assert slugify(prompt) == words
 
 
 def test_a_template_is_filled():
-    assert FilenameTemplate.parse(TEMPLATE).name(7, request(seed=3)) == "0007-a-hill-3.tif"
+    assert FilenameTemplate.parse(DEFAULT_TEMPLATE).format(7, request(seed=3)) == "0007-a-hill-3.tif"
     template = FilenameTemplate.parse("{size}/{width:5}{height:<4d}{slug:>8s}{{}}{index}")
-    assert template.name(7, request(format="jpeg")) == "128x64/  12864    a-hill{}7.jpg"
-    assert FilenameTemplate.parse("{slug}.png").name(1, request()) == "a-hill.png"
+    assert template.format(7, request(format="jpeg")) == "128x64/  12864    a-hill{}7.jpg"
+    assert FilenameTemplate.parse("{slug}.png").format(1, request()) == "a-hill.png"
 
 
 @pytest.mark.parametrize(
@@ -92,8 +93,8 @@ def test_a_template_is_filled():
         "{values}",
     ],
 )
-def test_a_template_runs_and_reads_nothing(text):
-    with pytest.raises(UsageError, match="Its fields are index, slug, seed, size, width, height"):
+def test_a_template_cannot_run_code_or_read_attributes(text):
+    with pytest.raises(UsageError, match="index, slug, seed, size, width, height"):
         FilenameTemplate.parse(text)
 
 
@@ -123,17 +124,17 @@ def test_a_template_runs_and_reads_nothing(text):
         "Results-1-of-2.jsonl",
     ],
 )
-def test_names_that_cannot_be(tmp_path, name):
+def test_invalid_names(tmp_path, name):
     with pytest.raises(UsageError):
-        FilenameRegistry(tmp_path).take(name, 1)
+        FilenameRegistry(tmp_path).reserve(name, 1)
 
 
 def test_no_two_jobs_have_one_file(tmp_path):
     names = FilenameRegistry(tmp_path)
-    assert names.take("a/x.png", 3) == tmp_path / "a/x.png"
+    assert names.reserve("a/x.png", 3) == tmp_path / "a/x.png"
     for line in (3, 4):
-        with pytest.raises(UsageError, match="'a/x.png' is that of line 3"):
-            names.take("a/x.png", line)
+        with pytest.raises(UsageError, match="'a/x.png'.*line 3"):
+            names.reserve("a/x.png", line)
 
 
 def test_no_link_leads_out_of_the_folder(tmp_path):
@@ -144,9 +145,9 @@ def test_no_link_leads_out_of_the_folder(tmp_path):
     (folder / "loop").symlink_to("loop")
     (folder / "b.png").symlink_to("a.png")
     for name in ("away/x.png", "x.png", "loop/x.png", "loop"):
-        with pytest.raises(UsageError, match="by a link"):
-            FilenameRegistry(folder).take(name, 1)
-    assert FilenameRegistry(folder).take("b.png", 1) == folder / "b.png"
+        with pytest.raises(UsageError, match="outside --output-dir"):
+            FilenameRegistry(folder).reserve(name, 1)
+    assert FilenameRegistry(folder).reserve("b.png", 1) == folder / "b.png"
 
 
 def test_random_prompts_templates_and_outputs_never_leave_the_folder(tmp_path):
@@ -158,8 +159,8 @@ def test_random_prompts_templates_and_outputs_never_leave_the_folder(tmp_path):
         prompt, text = ("".join(rng.choices(pieces, k=rng.randint(1, 9))) for _ in range(2))
         try:
             wanted = request(prompt.replace("\udcff", "?"), seed=rng.randint(0, 2**62))
-            name = text if index % 2 else FilenameTemplate.parse(text).name(index, wanted)
-            path = FilenameRegistry(folder).take(name, index)
+            name = text if index % 2 else FilenameTemplate.parse(text).format(index, wanted)
+            path = FilenameRegistry(folder).reserve(name, index)
         except UsageError:
             continue
         accepted += 1
@@ -190,11 +191,11 @@ def test_seeds():
             parse_seeds(text)
 
 
-def test_every_place_is_in_exactly_one_shard():
+def test_every_job_is_in_exactly_one_shard():
     for count in (1, 2, 3, 7, 64):
         shards = [Shard.parse(f"{number}/{count}") for number in range(1, count + 1)]
-        assert all(sum(shard.has(place) for shard in shards) == 1 for place in range(200))
-        assert len({shard.record for shard in shards}) == count
+        assert all(sum(shard.contains(index) for shard in shards) == 1 for index in range(200))
+        assert len({shard.results_name for shard in shards}) == count
     for text in ("", "0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3"):
         with pytest.raises(UsageError, match="--shard"):
             Shard.parse(text)

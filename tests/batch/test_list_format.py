@@ -1,4 +1,4 @@
-"""Which format a list has, by suffix or by its first lines; what is no list, or has no jobs, is refused as a whole."""
+"""Detect the format of a list by its suffix or first lines; reject other files and lists without jobs."""
 
 import io
 import os
@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from linfusion_cli.batch.parsers.parsers import read_list
+from linfusion_cli.batch.parsers.line_reader import NOT_UTF8, TOO_LONG
+from linfusion_cli.batch.parsers.reader import read_list
 from linfusion_cli.core.errors import DataError
 
 HILL = {"prompt": "a hill"}
 
 
 def image(image_format: str) -> bytes:
-    """An image file."""
+    """Return an image file."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(file, image_format)
     return file.getvalue()
@@ -38,7 +39,7 @@ def from_stdin(data: bytes, monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def from_pipe(data: bytes, pieces: int = 1) -> list:
-    """What /dev/fd/N gives while somebody writes `data` into the pipe, in so many pieces."""
+    """Read /dev/fd/N while a thread writes `data` into the pipe, in several pieces."""
     reading, writing = os.pipe()
 
     def write() -> None:
@@ -56,15 +57,15 @@ def from_pipe(data: bytes, pieces: int = 1) -> list:
         writer.join()
 
 
-def told(entries: list) -> list[tuple[int, object]]:
-    return [(entry.line, entry.problem or entry.values) for entry in entries]
+def summarise(specs: list) -> list[tuple[int, object]]:
+    return [(spec.line, spec.problem or spec.values) for spec in specs]
 
 
 @pytest.mark.parametrize(
     "suffix", ["json", "tsv", "yaml", "yml", "md", "png", "jsonl~", "txt.bak", "gz", "xlsx", "list"]
 )
 def test_files_with_other_suffixes_are_no_lists(tmp_path, suffix):
-    with pytest.raises(DataError, match=r"is not a list of jobs: it ends in '\..*' *.*\.jsonl or \.ndjson .*\.txt"):
+    with pytest.raises(DataError, match=r"jobs\..* is not a job list: .*'\..*'.*\.jsonl or \.ndjson .*\.txt"):
         from_file(tmp_path, b'{"prompt": "a hill"}\n', f"jobs.{suffix}")
 
 
@@ -80,7 +81,7 @@ def test_files_with_other_suffixes_are_no_lists(tmp_path, suffix):
     ],
 )
 def test_the_case_of_a_suffix_does_not_matter(tmp_path, name, data):
-    assert [values for _, values in told(from_file(tmp_path, data, name))] == [HILL]
+    assert [values for _, values in summarise(from_file(tmp_path, data, name))] == [HILL]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_the_case_of_a_suffix_does_not_matter(tmp_path, name, data):
     [
         (b'{"prompt": "a hill"}\n', [(1, HILL)]),
         (b'\xef\xbb\xbf \n\n\t{"prompt": "a hill"}\r\n', [(3, HILL)]),
-        (b'{"prompt": "' + b"a" * 200_000 + b'"}\n{"prompt": "a hill"}', [(1, "It is longer than 100 kB"), (2, HILL)]),
+        (b'{"prompt": "' + b"a" * 200_000 + b'"}\n{"prompt": "a hill"}', [(1, TOO_LONG), (2, HILL)]),
         (b"[[job]]\nprompt = 'a hill'\n", [(1, HILL)]),
         (b"# mine\n\n  # and yours\n [[ job ]] # first\nprompt = 'a hill'\n", [(4, HILL)]),
         (b"prompt\na hill\n", [(2, HILL)]),
@@ -98,13 +99,13 @@ def test_the_case_of_a_suffix_does_not_matter(tmp_path, name, data):
         (b"# mine\n\na hill\n[[job]]\n", [(3, HILL), (4, {"prompt": "[[job]]"})]),
         (b"model\na sea, at dawn, seed", [(1, {"prompt": "model"}), (2, {"prompt": "a sea, at dawn, seed"})]),
         (b"a hill", [(1, HILL)]),
-        (b"\xff\na hill", [(1, "It is not valid UTF-8."), (2, HILL)]),
+        (b"\xff\na hill", [(1, NOT_UTF8), (2, HILL)]),
     ],
 )
-def test_pipes_and_what_has_no_suffix_are_told_by_their_first_lines(tmp_path, monkeypatch, data, expected):
+def test_pipes_and_files_without_a_suffix_are_detected_by_their_first_lines(tmp_path, monkeypatch, data, expected):
     read = [from_stdin(data, monkeypatch), from_file(tmp_path, data, "jobs"), from_file(tmp_path, data, ".hidden")]
-    for entries in [*read, from_pipe(data)]:
-        found = told(entries)
+    for specs in [*read, from_pipe(data)]:
+        found = summarise(specs)
         assert [line for line, _ in found] == [line for line, _ in expected]
         for (_, values), (_, wanted) in zip(found, expected, strict=True):
             assert values == wanted or (isinstance(wanted, str) and values.startswith(wanted))
@@ -136,7 +137,7 @@ BINARY = [
     (b"\xfe\xff" + "a hill\n".encode("utf-16-be"), f"is UTF-16 text. Convert it: {CONVERT}"),
     (b"\xff\xfe", "is UTF-16 text"),
     ("a hill\n".encode("utf-32"), "is UTF-32 text"),
-    ("a hill\n".encode("utf-16-le"), "has a NUL byte in line 1, as images and UTF-16 text have"),
+    ("a hill\n".encode("utf-16-le"), "has a NUL byte in line 1"),
     (image("PNG"), "is a PNG image"),
     (image("JPEG"), "is a JPEG image"),
     (image("TIFF"), "is a TIFF image"),
@@ -156,46 +157,46 @@ def test_an_array_is_no_list(tmp_path, suffix, start):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".toml", ""])
-@pytest.mark.parametrize(("data", "says"), BINARY, ids=[says for _, says in BINARY])
-def test_what_is_no_text_in_utf8_is_refused_by_name(tmp_path, monkeypatch, suffix, data, says):
+@pytest.mark.parametrize(("data", "message"), BINARY, ids=[message for _, message in BINARY])
+def test_files_that_are_not_utf8_text_are_rejected_by_name(tmp_path, monkeypatch, suffix, data, message):
     if suffix == ".csv" and data.startswith(b"a hill"):
-        data = data.replace(b"a hill", b"prompt", 1)  # or its header is refused first
+        data = data.replace(b"a hill", b"prompt", 1)  # otherwise its header is rejected first
     with pytest.raises(DataError) as caught:
         from_file(tmp_path, data, f"jobs{suffix}")
-    assert says in str(caught.value) and f"jobs{suffix}" in str(caught.value) and "UTF-8" in str(caught.value)
+    assert message in str(caught.value) and f"jobs{suffix}" in str(caught.value) and "UTF-8" in str(caught.value)
     if not suffix:
         with pytest.raises(DataError, match="^Standard input "):
             from_stdin(data, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "says"),
+    ("name", "data", "message"),
     [
         ("jobs", b"[cat:dog:0.5] in a hat", "looks like a JSON array .*in a hat.* into a .txt file"),
         ("jobs", b"# mine\n[cat:dog:0.5]", "looks like a JSON array"),
         ("jobs", b"[job]\nprompt = 'a'", "looks like a JSON array"),
-        ("jobs", b'# mine\n{"prompt": "a"}', "looks like JSONL .*Leave out the comments"),
-        ("jobs", b"prompt\tseed\na\t3", r"There is no field 'prompt\\tseed'. Separate the columns by commas"),
-        ("jobs", b"prompt;seed\na;3", "There is no field 'prompt;seed'. Separate the columns by commas"),
-        ("jobs", b"Prompt,Seed\na,3", "There is no field 'Prompt'"),
-        ("jobs", b"promt,prompt\na,3", "There is no field 'promt'"),
-        ("jobs", b"prompt,prompt\na,3", "names a field twice"),
+        ("jobs", b'# mine\n{"prompt": "a"}', "looks like JSONL .*Remove the comments"),
+        ("jobs", b"prompt\tseed\na\t3", r"'prompt\\tseed'. Separate the columns by commas"),
+        ("jobs", b"prompt;seed\na;3", "'prompt;seed'. Separate the columns by commas"),
+        ("jobs", b"Prompt,Seed\na,3", "'Prompt'"),
+        ("jobs", b"promt,prompt\na,3", "'promt'"),
+        ("jobs", b"prompt,prompt\na,3", "field is named twice"),
         ("jobs", b"- prompt: a\n  seed: 3", "looks like YAML"),
         ("jobs", b"---\nprompt: a", "looks like YAML"),
         ("jobs", b"<!DOCTYPE html>\n<p>", "looks like HTML"),
-        ("jobs.txt", b'{"prompt": "a"}', "looks like JSONL .*End its name in .jsonl"),
-        ("jobs.txt", b"prompt,seed\na,3", "looks like CSV .*End its name in .csv"),
+        ("jobs.txt", b'{"prompt": "a"}', "looks like JSONL .*suffix .jsonl"),
+        ("jobs.txt", b"prompt,seed\na,3", "looks like CSV .*suffix .csv"),
         ("jobs.txt", b"prompt\tseed\na\t3", "looks like CSV .*separate the columns by commas"),
-        ("jobs.txt", b"# mine\n[[job]]\nprompt = 'a'", r"looks like TOML \(line 2.*End its name in .toml"),
+        ("jobs.txt", b"# mine\n[[job]]\nprompt = 'a'", r"looks like TOML \(line 2.*suffix .toml"),
         ("jobs.jsonl", b"[[job]]\nprompt = 'a'", "looks like TOML"),
         ("jobs.txt", b"- prompt: a", "looks like YAML"),
-        ("jobs.csv", b'[{"prompt": "a"}]', "head of the table, line 1, is wrong"),
+        ("jobs.csv", b'[{"prompt": "a"}]', "header in line 1"),
         ("jobs.csv", b"prompt;seed\na;3", "Separate the columns by commas"),
-        ("jobs.toml", b'[{"prompt": "a"}]', "has no jobs. Begin each job with a line \\[\\[job\\]\\]"),
+        ("jobs.toml", b'[{"prompt": "a"}]', "has no jobs. .*\\[\\[job\\]\\]"),
     ],
 )
-def test_a_list_in_another_format_than_expected_is_refused(tmp_path, name, data, says):
-    with pytest.raises(DataError, match=says):
+def test_a_list_in_another_format_than_expected_is_rejected(tmp_path, name, data, message):
+    with pytest.raises(DataError, match=message):
         from_file(tmp_path, data, name)
 
 
@@ -222,18 +223,18 @@ def test_a_list_in_another_format_than_expected_is_refused(tmp_path, name, data,
     ],
 )
 def test_a_text_file_has_any_other_prompt(tmp_path, prompt):
-    assert told(from_file(tmp_path, f"# mine\n{prompt}\n".encode(), "jobs.txt")) == [(2, {"prompt": prompt})]
+    assert summarise(from_file(tmp_path, f"# mine\n{prompt}\n".encode(), "jobs.txt")) == [(2, {"prompt": prompt})]
 
 
-def test_only_the_first_prompt_tells_what_a_list_is(tmp_path):
+def test_only_the_first_prompt_determines_the_format(tmp_path):
     data = b'a hill\n["a"]\n{"prompt": "b"}\n[[job]]\nprompt,seed\n'
     assert len(from_file(tmp_path, data, "jobs.txt")) == len(from_file(tmp_path, data, "jobs")) == 5
     first, second = from_file(tmp_path, b'{"prompt": "a hill"}\n[{"prompt": "a"}]', "jobs.jsonl")
-    assert first.values == HILL and "no JSON object" in second.problem
+    assert first.values == HILL and "Not a JSON object" in second.problem
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "way_out"),
+    ("name", "data", "hint"),
     [
         *(
             (f"jobs{suffix}", data, "")
@@ -251,7 +252,7 @@ def test_only_the_first_prompt_tells_what_a_list_is(tmp_path):
         ("jobs.toml", b"[[jobs]]\nprompt = 'a'\n", r"\[\[job\]\]"),
     ],
 )
-def test_a_list_without_jobs_is_refused(tmp_path, name, data, hint):
+def test_a_list_without_jobs_is_rejected(tmp_path, name, data, hint):
     with pytest.raises(DataError, match=f"{name} has no jobs. .*{hint}"):
         from_file(tmp_path, data, name)
 
@@ -279,7 +280,7 @@ def test_standard_input_stays_open(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "data"), [("jobs.csv", b"prompt\na hill\n"), ("jobs.json", b"\n[[job]]\nprompt='a hill'")]
 )
-def test_a_named_pipe_goes_by_a_list_suffix_or_by_its_first_lines(tmp_path, name, data):
+def test_a_named_pipe_is_detected_by_its_suffix_or_first_lines(tmp_path, name, data):
     path = tmp_path / name
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_bytes, args=[data])
@@ -288,8 +289,8 @@ def test_a_named_pipe_goes_by_a_list_suffix_or_by_its_first_lines(tmp_path, name
     writer.join()
 
 
-def test_a_pipe_is_told_by_what_comes_slowly():
-    assert told(from_pipe(b"# c\n\n[[job]]\nprompt = 'a hill'\n", pieces=16)) == [(3, HILL)]
+def test_a_slow_pipe_is_detected_by_its_first_lines():
+    assert summarise(from_pipe(b"# c\n\n[[job]]\nprompt = 'a hill'\n", pieces=16)) == [(3, HILL)]
     with pytest.raises(DataError, match="looks like a JSON array"):
         from_pipe(b"\n[1,\n2]\n", pieces=8)
 
@@ -301,10 +302,10 @@ def test_devices_are_no_lists():
         next(read_list("/dev/zero"))
 
 
-def test_what_comes_before_the_first_job_takes_no_memory(monkeypatch):
+def test_lines_before_the_first_job_need_no_memory(monkeypatch):
     data = b" \n" * 30_000 + b"# no job\n" * 30_000 + b"a hill\n"
     tracemalloc.start()
-    found = told(from_stdin(data, monkeypatch))
+    found = summarise(from_stdin(data, monkeypatch))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found == [(60_001, HILL)] and peak < 1_000_000

@@ -1,4 +1,4 @@
-"""A watched folder: lists are taken when nobody writes them any more, and are put aside."""
+"""A watched folder: lists are processed when they are completely written, and then moved."""
 
 import signal
 from functools import partial
@@ -14,34 +14,34 @@ from tests.support.fakes import Listener
 
 @pytest.fixture
 def lists(tmp_path):
-    """A folder to be watched."""
+    """A folder to watch."""
     (tmp_path / "in").mkdir()
     return tmp_path / "in"
 
 
-def watched(folder: Path, polls: list, carried_out, observer: Observer = ignore_event) -> None:
-    """Watch `folder`; between polls, what `polls` have happens; after the last the process is stopped."""
-    waiting = iter(polls)
+def run_watch(folder: Path, polls: list, process, observer: Observer = ignore_event) -> None:
+    """Watch `folder` and call one of `polls` between scans; stop the process after the last."""
+    remaining = iter(polls)
 
     def pause(seconds):
-        happens = next(waiting, None)
-        if happens is None:
+        change = next(remaining, None)
+        if change is None:
             raise Stopped(signal.SIGTERM)
-        happens()
+        change()
 
     with pytest.raises(Stopped):
-        watch(folder, carried_out, pause, observer)
+        watch(folder, process, pause, observer)
 
 
 def nothing() -> None:
-    """Happens."""
+    """Change nothing between two scans."""
 
 
-def test_lists_are_taken_when_they_stand_still_and_put_aside(lists):
-    taken = []
+def test_lists_are_processed_when_they_are_complete_and_then_moved(lists):
+    processed = []
 
-    def carried_out(path):
-        taken.append(path.name)
+    def process(path):
+        processed.append(path.name)
         return "bad" not in path.name
 
     (lists / "a.txt").write_text("a")
@@ -52,76 +52,76 @@ def test_lists_are_taken_when_they_stand_still_and_put_aside(lists):
     (lists / "done/a-2.txt").write_text("older")
     grows = [lambda n=n: (lists / "bad.csv").write_text("x" * n) for n in (1, 2, 3)]
     again = [lambda: (lists / "a.txt").write_text("again")]
-    watched(lists, [*grows, nothing, *again, nothing, nothing, nothing], carried_out)
-    assert taken == ["a.txt", "bad.csv", "a.txt"]
+    run_watch(lists, [*grows, nothing, *again, nothing, nothing, nothing], process)
+    assert processed == ["a.txt", "bad.csv", "a.txt"]
     names = {str(path.relative_to(lists)) for path in lists.rglob("*") if path.is_file()}
     done = {f"done/{name}" for name in ("a.txt", "a-2.txt", "a-3.txt", "a-4.txt")}
     assert names == {".hidden", "b.part", "c.tmp", "failed/bad.csv"} | done
     assert (lists / "done/a.txt").read_text() == "older"
 
 
-def test_a_list_that_changes_while_it_is_carried_out_is_taken_again(lists):
-    taken = []
+def test_a_list_that_changes_during_processing_is_processed_again(lists):
+    processed = []
 
-    def carried_out(path):
-        taken.append(path.read_text())
-        if len(taken) == 1:
+    def process(path):
+        processed.append(path.read_text())
+        if len(processed) == 1:
             path.write_text("changed")
         return True
 
     (lists / "a.txt").write_text("a")
-    watched(lists, [nothing] * 5, carried_out)
-    assert taken == ["a", "changed"] and (lists / "done/a.txt").read_text() == "changed"
+    run_watch(lists, [nothing] * 5, process)
+    assert processed == ["a", "changed"] and (lists / "done/a.txt").read_text() == "changed"
 
 
-def test_a_list_that_cannot_be_put_aside_is_not_done_again(lists, monkeypatch):
-    taken = []
+def test_a_list_that_cannot_be_moved_is_not_processed_again(lists, monkeypatch):
+    processed = []
 
     def refuse(*_):
         raise PermissionError("no")
 
     monkeypatch.setattr("linfusion_cli.batch.watch.rename_noreplace", refuse)
     (lists / "a.txt").write_text("a")
-    watched(lists, [nothing] * 5, lambda path: taken.append(path) or True)
-    assert len(taken) == 1
+    run_watch(lists, [nothing] * 5, lambda path: processed.append(path) or True)
+    assert len(processed) == 1
 
 
 NO_LISTS = ["README.md", "a.png", "b", "c.json", "d.tsv", "e.yaml", "f.txt.bak", "g.jsonl~"]
 LISTS = ["a.jsonl", "b.NDJSON", "c.Csv", "d.toml", "e.TXT"]
 
 
-def test_only_files_with_a_suffix_of_lists_are_taken_and_the_others_are_told_of_once(lists):
-    taken, listener = [], Listener()
+def test_only_job_lists_are_processed_and_other_files_are_reported_once(lists):
+    processed, listener = [], Listener()
     for name in [*NO_LISTS, *LISTS, ".hidden", "h.json.part"]:
         (lists / name).write_text("x")
     (lists / "folder.txt").mkdir()
-    watched(lists, [nothing] * 6, lambda path: taken.append(path.name) or True, listener)
-    assert taken == LISTS
-    said = [notice.text for notice in listener.of(Notice)]
-    assert len(said) == len(NO_LISTS) and all("not a list of jobs" in text and "\n" not in text for text in said)
-    assert [text.split()[0] for text in said] == [str(lists / name) for name in NO_LISTS]
+    run_watch(lists, [nothing] * 6, lambda path: processed.append(path.name) or True, listener)
+    assert processed == LISTS
+    notices = [notice.text for notice in listener.of(Notice)]
+    assert len(notices) == len(NO_LISTS) and all(".ndjson" in text and "\n" not in text for text in notices)
+    assert [text.split()[0] for text in notices] == [str(lists / name) for name in NO_LISTS]
     assert all((lists / name).read_text() == "x" for name in NO_LISTS)
     assert {path.name for path in (lists / "done").iterdir()} == set(LISTS) and not list((lists / "failed").iterdir())
 
 
-def test_what_is_no_list_is_told_of_again_when_it_has_changed_and_stands_still(lists):
+def test_other_files_are_reported_again_after_a_change(lists):
     listener = Listener()
     notes = lists / "notes.md"
     grows = [lambda n=n: notes.write_text("x" * n) for n in range(1, 6)]
-    watched(lists, [*grows, nothing, nothing, nothing], lambda path: True, listener)
+    run_watch(lists, [*grows, nothing, nothing, nothing], lambda path: True, listener)
     assert len(listener.of(Notice)) == 1
     listener = Listener()
     changes, moves = partial(notes.write_text, "changed"), partial(notes.rename, lists / "notes.txt")
-    taken = []
+    processed = []
     polls = [nothing, nothing, changes, nothing, nothing, nothing, moves, nothing, nothing]
-    watched(lists, polls, lambda path: taken.append(path.name) or True, listener)
-    assert len(listener.of(Notice)) == 2 and taken == ["notes.txt"]
+    run_watch(lists, polls, lambda path: processed.append(path.name) or True, listener)
+    assert len(listener.of(Notice)) == 2 and processed == ["notes.txt"]
 
 
-def test_the_record_of_a_batch_is_never_taken_for_a_list(lists):
-    """Where pictures go into the watched folder itself."""
-    taken, listener = [], Listener()
+def test_results_files_are_never_processed_as_lists(lists):
+    """The watched folder can also be the output folder."""
+    processed, listener = [], Listener()
     for name in ("results.jsonl", "results-3-of-8.jsonl", "Results.JSONL", "my-results.jsonl"):
         (lists / name).write_text('{"list": "a.txt", "prompt": "a hill"}\n')
-    watched(lists, [nothing, nothing, nothing], lambda path: not taken.append(path.name), listener)
-    assert taken == ["my-results.jsonl"] and not listener.events
+    run_watch(lists, [nothing, nothing, nothing], lambda path: not processed.append(path.name), listener)
+    assert processed == ["my-results.jsonl"] and not listener.events

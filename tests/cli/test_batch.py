@@ -1,8 +1,9 @@
-"""`linfusion batch` as a person or a script meets it."""
+"""`linfusion batch` on the command line."""
 
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from linfusion_cli.images import read_info
 
 @pytest.fixture
 def quick(xl_model):
-    """Options that make a picture in a moment."""
+    """Options of jobs that take a moment."""
     return ["--output-dir", "out", "--model", xl_model, "--size", 64, "--steps", 1, "--format", "png"]
 
 
@@ -38,19 +39,19 @@ def test_a_list_makes_its_images_and_the_same_command_skips_them(cli, quick, tmp
     code, out, err = cli("batch", "jobs.jsonl", *quick)
     assert (code, out) == (3, "out/0001-a-hill-0.png\nout/0003-a-sea-5.png\n")
     assert "job 3 of 4: 0001-a-hill-0.png" in err and "batch: 2 done, 2 failed" in err
-    assert "  jobs.jsonl:2: It is not JSON" in err and "  jobs.jsonl:4: It has no prompt." in err
+    assert "  jobs.jsonl:2: " in err and re.search(r"  jobs\.jsonl:4: .*prompt", err)
     info = read_info(tmp_path / "out/0003-a-sea-5.png")
     assert (info.width_px, info.height_px, info.request["seed"], info.request["steps"]) == (128, 64, 5, [1])
     code, out, err = cli("batch", "jobs.jsonl", *quick, "--json", "-q")
-    found = json.loads(out)
-    assert code == 3 and (found["skipped"], found["done"], found["failed"]) == (2, 0, 2)
-    assert [failure["line"] for failure in found["failures"]] == [2, 4] and "base" not in err
+    summary = json.loads(out)
+    assert code == 3 and (summary["skipped"], summary["done"], summary["failed"]) == (2, 0, 2)
+    assert [failure["line"] for failure in summary["failures"]] == [2, 4] and "base" not in err
     lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert [line["status"] for line in lines] == ["failed"] * 2 + ["done"] * 2 + ["failed"] * 2 + ["skipped"] * 2
 
 
-def test_a_dry_run_tells_and_makes_nothing(cli, quick, tmp_path, monkeypatch):
-    write(tmp_path / "jobs.txt", "a hill", "a sea", "", "# no job")
+def test_a_dry_run_lists_jobs_and_generates_nothing(cli, quick, tmp_path, monkeypatch):
+    write(tmp_path / "jobs.txt", "a hill", "a sea", "", "# a comment")
     assert cli("batch", "jobs.txt", *quick, "--name", "{slug}")[0] == 0
     (tmp_path / "out/a-sea.png").unlink()
     before = (tmp_path / "out/results.jsonl").read_bytes()
@@ -60,11 +61,11 @@ def test_a_dry_run_tells_and_makes_nothing(cli, quick, tmp_path, monkeypatch):
     code, out, _ = cli("batch", "jobs.txt", *quick, "--name", "{slug}", "--dry-run", "--json")
     assert [job["status"] for job in json.loads(out)["outputs"]] == ["skipped", "planned"]
     code, out, err = cli("batch", "jobs.txt", *quick, "--name", "{slug}", "--dry-run", "--dpi", 72)
-    assert code == 3 and "out/a-hill.png exists, and is another picture" in err
+    assert code == 3 and "out/a-hill.png exists" in err
     assert (tmp_path / "out/results.jsonl").read_bytes() == before
 
 
-def test_what_a_job_says_wins_over_flags_environment_and_preset(cli, quick, tmp_path, monkeypatch):
+def test_settings_of_a_job_override_flags_environment_and_preset(cli, quick, tmp_path, monkeypatch):
     monkeypatch.setenv("LINFUSION_NEGATIVE_PROMPT", "fog")
     monkeypatch.setenv("LINFUSION_SEED", "7")
     write(tmp_path / "jobs.csv", "prompt,steps,negative_prompt,preset", "a hill,2,,", "a sea,,rain,demo")
@@ -86,7 +87,7 @@ def test_what_a_job_says_wins_over_flags_environment_and_preset(cli, quick, tmp_
     assert one["settings"]["seed"] == "LINFUSION_SEED" and other["settings"]["guidance_scale"] == "preset demo"
 
 
-def test_images_grow_in_a_batch(cli, quick, tmp_path):
+def test_a_batch_can_upscale_images(cli, quick, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "p.png")
     write(
         tmp_path / "jobs.toml", "[[job]]", "image = 'p.png'", "size = 128", "[[job]]", "image = 'no.png'", "size = 128"
@@ -113,42 +114,42 @@ def test_standard_input_seeds_and_shards(cli, quick, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "says"),
+    ("options", "code", "pattern"),
     [
-        ([], 2, "either a list of jobs or --watch"),
-        (["jobs.txt", "--watch", "."], 2, "either a list of jobs or --watch"),
+        ([], 2, "--watch"),
+        (["jobs.txt", "--watch", "."], 2, "--watch"),
         (["--watch", ".", "--dry-run"], 2, "--watch and --dry-run"),
-        (["--watch", "nowhere"], 66, "nowhere does not exist"),
-        (["nowhere.jsonl"], 66, "nowhere.jsonl cannot be read"),
-        (["."], 65, "is a folder"),
+        (["--watch", "nowhere"], 66, "nowhere"),
+        (["nowhere.jsonl"], 66, "nowhere.jsonl"),
+        (["."], 65, "folder"),
         (["jobs.txt", "--seeds", "x"], 2, "--seeds 'x'"),
         (["jobs.txt", "--seeds", "1", "--seed", "1"], 2, "--seed and --seeds"),
         (["jobs.txt", "--shard", "3/2"], 2, "--shard '3/2'"),
-        (["jobs.txt", "--name", "{prompt}"], 2, "the field 'prompt'"),
-        (["jobs.txt", "--preset", "nope"], 2, "no preset 'nope'"),
-        (["jobs.txt", "--size", "x"], 2, "'x' is not a size"),
+        (["jobs.txt", "--name", "{prompt}"], 2, "'prompt'"),
+        (["jobs.txt", "--preset", "nope"], 2, "preset 'nope'"),
+        (["jobs.txt", "--size", "x"], 2, "--size 'x'"),
         (["jobs.txt", "--output", "a.png"], 2, "--output"),
-        (["wrong.csv"], 65, "head of the table, line 1, is wrong. There is no field 'promt'"),
-        (["jobs.json"], 65, "jobs.json is not a list of jobs: it ends in '.json'. Lists end in .jsonl"),
-        (["array.jsonl"], 65, "array.jsonl looks like a JSON array (line 1: '[{"),
-        (["array.jsonl", "--dry-run"], 65, "Write JSONL, one object per line"),
-        (["nul.txt"], 65, "nul.txt has a NUL byte in line 3"),
-        (["nul.txt", "--dry-run", "-q"], 65, "nul.txt has a NUL byte in line 3"),
-        (["comments.txt"], 65, "comments.txt has no jobs"),
-        (["comments.txt", "--shard", "2/2", "--seeds", "1-3"], 65, "comments.txt has no jobs"),
-        (["/dev/null"], 65, "/dev/null has no jobs"),
+        (["wrong.csv"], 65, "line 1.*'promt'"),
+        (["jobs.json"], 65, r"jobs\.json .*'\.json'.*\.jsonl"),
+        (["array.jsonl"], 65, r"array\.jsonl .*JSON array \(line 1: '\[{"),
+        (["array.jsonl", "--dry-run"], 65, "JSONL, one object per line"),
+        (["nul.txt"], 65, r"nul\.txt .*NUL.* line 3"),
+        (["nul.txt", "--dry-run", "-q"], 65, r"nul\.txt .*NUL.* line 3"),
+        (["comments.txt"], 65, r"comments\.txt .*no jobs"),
+        (["comments.txt", "--shard", "2/2", "--seeds", "1-3"], 65, r"comments\.txt .*no jobs"),
+        (["/dev/null"], 65, "/dev/null .*no jobs"),
         (["jobs.txt", "--output-dir", "jobs.txt"], 73, "jobs.txt"),
     ],
 )
-def test_what_a_person_gets_wrong_is_one_sentence(cli, quick, tmp_path, options, code, says):
+def test_an_invalid_option_or_list_is_one_line(cli, quick, tmp_path, options, code, pattern):
     write(tmp_path / "jobs.txt", "a hill")
     write(tmp_path / "wrong.csv", "promt", "a hill")
     write(tmp_path / "jobs.json", {"prompt": "a hill"})
     write(tmp_path / "array.jsonl", [{"prompt": "a hill"}])
     write(tmp_path / "nul.txt", "a hill", "a sea", "a\0b")
     write(tmp_path / "comments.txt", "# a hill", "")
-    found, out, err = cli("batch", *quick, *options)
-    assert (found, out) == (code, "") and says in err and "Traceback" not in err
+    exit_code, out, err = cli("batch", *quick, *options)
+    assert (exit_code, out) == (code, "") and re.search(pattern, err) and "Traceback" not in err
     assert not list(tmp_path.glob("out/*.png"))
 
 
@@ -165,7 +166,7 @@ def test_a_bug_is_logged_and_the_next_job_runs(cli, quick, tmp_path, monkeypatch
     monkeypatch.setattr(pipeline, "resolve_request", fail)
     write(tmp_path / "jobs.jsonl", {"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 2})
     code, out, err = cli("batch", "jobs.jsonl", *quick)
-    assert (code, out) == (3, "out/0002-b-2.png\n") and "bug in linfusion (ZeroDivisionError). Log: " in err
+    assert (code, out) == (3, "out/0002-b-2.png\n") and "(ZeroDivisionError). Log: " in err
     log = Path(err.split("Log: ")[1].split()[0])
     assert "ZeroDivisionError: oops" in log.read_text()
     log.unlink()
@@ -178,7 +179,7 @@ def start(tmp_path: Path, *arguments: object) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_signal_ends_a_batch_with_its_code_and_what_was_done_on_record(tmp_path, quick):
+def test_a_signal_ends_a_batch_with_its_code_and_keeps_the_results(tmp_path, quick):
     write(tmp_path / "jobs.jsonl", {"prompt": "a"}, {"prompt": "b", "steps": 1000, "size": 512}, {"prompt": "c"})
     run = start(tmp_path, "batch", "jobs.jsonl", *quick)
     while "job 2 of 3" not in run.stderr.readline():
@@ -193,7 +194,7 @@ def test_a_signal_ends_a_batch_with_its_code_and_what_was_done_on_record(tmp_pat
     assert [json.loads(line)["line"] for line in lines] == [1]
 
 
-def test_a_watched_folder_takes_lists_until_a_signal(tmp_path, quick):
+def test_a_watched_folder_runs_lists_until_a_signal(tmp_path, quick):
     (tmp_path / "in").mkdir()
     write(tmp_path / "in/one.txt", "a hill")
     (tmp_path / "in/two.csv").write_bytes(b"promt\n\xff\n")
@@ -208,16 +209,16 @@ def test_a_watched_folder_takes_lists_until_a_signal(tmp_path, quick):
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 143 and "two.csv" not in {path.name for path in (tmp_path / "in").iterdir()}
-    assert "Traceback" not in err and "head of the table, line 1, is wrong" in err and "batch: 2 done" in err
+    assert "Traceback" not in err and re.search("line 1.*'promt'", err) and "batch: 2 done" in err
     names = {str(path.relative_to(tmp_path / "in")) for path in (tmp_path / "in").rglob("*.*")}
     failed = {"failed/two.csv", "failed/array.jsonl", "failed/empty.txt"}
     assert names == {"done/one.txt", "done/three.txt", "notes.md"} | failed
-    assert "in/array.jsonl looks like a JSON array" in err and "in/empty.txt has no jobs" in err
-    for said in (err, (tmp_path / "log").read_text()):
-        assert said.count("in/notes.md is not a list of jobs, and stays where it is.") == 1
+    assert re.search(r"in/array\.jsonl .*JSON array", err) and re.search(r"in/empty\.txt .*no jobs", err)
+    for messages in (err, (tmp_path / "log").read_text()):
+        assert messages.count("in/notes.md is not a job list") == 1
 
 
-def test_reports_replace_reports_alone_and_come_later_too(cli, tmp_path, quick):
+def test_reports_replace_only_reports_and_can_be_written_later(cli, tmp_path, quick):
     write(tmp_path / "jobs.jsonl", {"prompt": "a"}, {"prompt": "b"})
     report, notes = tmp_path / "out/0001-a-0.png.json", tmp_path / "out/0002-b-0.png.json"
     (tmp_path / "out").mkdir()
@@ -228,62 +229,60 @@ def test_reports_replace_reports_alone_and_come_later_too(cli, tmp_path, quick):
     assert notes.read_text() == '{"mine": 1}' and "0002-b-0.png.json exists" in err
 
 
-def test_fresh_skips_what_is_complete_all_the_same(cli, tmp_path, quick):
+def test_fresh_still_skips_complete_images(cli, tmp_path, quick):
     write(tmp_path / "jobs.jsonl", {"prompt": "a"})
     assert [cli("batch", "jobs.jsonl", *quick, "--fresh")[0] for _ in range(2)] == [0, 0]
 
 
-def test_without_prompts_in_the_files_none_is_taken_for_that_of_another(cli, tmp_path, quick):
+def test_without_prompt_metadata_an_image_of_another_prompt_is_not_skipped(cli, tmp_path, quick):
     for prompt, code in (("a red house", 0), ("a blue sea", 3)):
         write(tmp_path / "jobs.jsonl", {"prompt": prompt})
         assert cli("batch", "jobs.jsonl", *quick, "--name", "{index}", "--no-prompt-metadata")[0] == code
 
 
-def test_a_pipe_and_standard_input_are_told_by_their_first_lines(cli, quick, monkeypatch):
+def test_the_format_of_pipes_and_standard_input_is_detected(cli, quick, monkeypatch):
     data = b"# mine\n[[job]]\nprompt = 'a hill'\nseed = 3\n"
     reading, writing = os.pipe()
     os.write(writing, data)
     os.close(writing)
     planned = (0, "planned\tout/0001-a-hill-3.png\n")
-    assert cli("batch", f"/dev/fd/{reading}", *quick, "--dry-run")[:2] == planned  # as the shell's <(make-list)
+    assert cli("batch", f"/dev/fd/{reading}", *quick, "--dry-run")[:2] == planned  # like <(make-list) in a shell
     os.close(reading)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     assert cli("batch", "-", *quick, "--dry-run")[:2] == planned
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'[\n{"prompt": "a hill"}\n]\n')))
     code, out, err = cli("batch", "-", *quick, "--dry-run")
-    assert (code, out) == (65, "") and "Standard input looks like a JSON array (line 1: '['). Write JSONL" in err
+    assert (code, out) == (65, "") and re.search(r"Standard input .*JSON array \(line 1: '\['\).*JSONL", err)
 
 
-def test_a_shard_without_jobs_of_a_list_that_has_some_is_complete(cli, quick, tmp_path):
+def test_a_shard_without_jobs_is_complete(cli, quick, tmp_path):
     write(tmp_path / "jobs.txt", "a hill")
     assert cli("batch", "jobs.txt", *quick, "--shard", "2/2")[:2] == (0, "")
 
 
 A1111 = ("# mine", "a hill", '--prompt "a fjord" --steps 20', "a hill --ar 16:9 --v 5", "the sea -- at dawn, C--, a--b")
-OPTIONS_SAID = "jobs.txt: 2 prompts have options of other tools, first '--prompt' in line 3; they are read literally"
+NOTICE = r"jobs\.txt: 2 prompts .*options of other tools.* '--prompt' in line 3"
 
 
 @pytest.mark.parametrize("more", [[], ["--seeds", "1-3"], ["--shard", "2/2"], ["--json"]])
-def test_options_in_prompts_are_told_of_once_a_list(cli, quick, tmp_path, more):
+def test_options_in_prompts_are_one_notice_per_list(cli, quick, tmp_path, more):
     write(tmp_path / "jobs.txt", *A1111)
     code, out, err = cli("batch", "jobs.txt", *quick, "--dry-run", "-q", *more)
-    assert (
-        code == 0 and err.count("\n") == 1 and OPTIONS_SAID in err and "JSONL fields" in err and "linfusion" not in out
-    )
+    assert code == 0 and err.count("\n") == 1 and re.search(NOTICE, err) and "linfusion" not in out
 
 
-def test_options_in_prompts_are_told_of_before_any_job_runs(cli, quick, tmp_path):
+def test_options_in_prompts_are_a_notice_before_the_first_job(cli, quick, tmp_path):
     write(tmp_path / "jobs.jsonl", {"prompt": "a hill --v 5"}, {"prompt": "a sea", "negative_prompt": "--no fog"})
     code, _, err = cli("batch", "jobs.jsonl", *quick)
-    said = "jobs.jsonl: 2 prompts have options of other tools, first '--v' in line 1"
-    assert code == 0 and err.count(said) == 1 and err.index(said) < err.index("job 1 of 2")
-    assert "elsewhere: '--v'. --strict-prompt refuses it" in err
+    notices = list(re.finditer(r"jobs\.jsonl: 2 prompts .*options of other tools.* '--v' in line 1", err))
+    assert code == 0 and len(notices) == 1 and notices[0].start() < err.index("job 1 of 2")
+    assert re.search(r"'--v'.*--strict-prompt", err)
     code, _, err = cli("batch", "jobs.jsonl", *quick, "--strict-prompt", "--fresh", "--name", "strict-{index}")
-    assert code == 3 and "The prompt has '--v', which would be read literally" in err and "--negative-prompt has" in err
+    assert code == 3 and re.search("prompt .*'--v'", err) and re.search("--negative-prompt .*'--no'", err)
     write(tmp_path / "jobs.jsonl", {"prompt": "a sea--side, 16:9 -- C--"})
     assert "options of other tools" not in cli("batch", "jobs.jsonl", *quick, "--dry-run")[2]
     write(tmp_path / "jobs.jsonl", {"prompt": "a sea --v 5"})
-    assert "1 prompt has options of other tools" in cli("batch", "jobs.jsonl", *quick, "--dry-run")[2]
+    assert "1 prompt " in cli("batch", "jobs.jsonl", *quick, "--dry-run")[2]
 
 
 def test_help_names_the_suffixes_of_lists(cli):

@@ -1,4 +1,4 @@
-"""Apart from `models pull` and --download no command opens a connection."""
+"""No command opens a network connection, except `models pull` and with --download."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ SMALL = ("--size", "64", "--steps", "1", "--strength", "1", "-q", "--overwrite",
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, sd_model):
-    """A folder with a picture in it, and a hub's cache with a model that lacks its linear attention."""
+    """A folder with an image, and a Hugging Face cache with a model without LinFusion weights."""
     folder = tmp_path_factory.mktemp("home")
     Image.new("RGB", (80, 64), "green").save(folder / "photo.png")
     repository = folder / "hub" / "models--someone--sd"
@@ -41,7 +41,7 @@ def home(tmp_path_factory, sd_model):
 
 @pytest.fixture
 def offline(home, tmp_path):
-    """Run the program as cron would, with no variable that keeps libraries off the network -> exit code, stderr."""
+    """Return a function that runs the program without offline variables -> exit code, stderr."""
 
     def run(*arguments):
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LINFUSION_"))}
@@ -56,7 +56,7 @@ def offline(home, tmp_path):
 
 
 def slow(arguments: tuple[str, ...], code: int):
-    """Each process imports torch and diffusers, which takes seconds."""
+    """Mark a case as slow: its process imports torch and diffusers."""
     return pytest.param(arguments, code, marks=pytest.mark.slow)
 
 
@@ -95,11 +95,11 @@ def slow(arguments: tuple[str, ...], code: int):
     ids=lambda value: " ".join(value[:4]) if isinstance(value, tuple) else str(value),
 )
 def test_no_connection_is_opened(offline, arguments, code):
-    found, err = offline(*arguments)
-    assert found == code, err
+    exit_code, err = offline(*arguments)
+    assert exit_code == code, err
 
 
 @pytest.mark.slow
-def test_the_test_would_see_one(offline):
+def test_a_connection_is_detected(offline):
     with pytest.raises(AssertionError, match="huggingface"):
         offline("models", "pull", "-q", "someone/else")

@@ -1,4 +1,4 @@
-"""`linfusion upscale`, and how values are written on the command line."""
+"""`linfusion upscale`, and the syntax of values on the command line."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_upscale_names_the_file_after_the_image_and_prints_its_path_alone(cli, q
     assert (info.width_px, info.height_px) == (192, 128) and info.request["image"] == "photo.jpg"
 
 
-def test_what_a_preset_shows_is_not_said_of_the_image(cli, photo, tmp_path):
+def test_the_sample_prompt_of_a_preset_is_not_used(cli, photo, tmp_path):
     assert cli("upscale", photo, "--preset", "demo", "--size", 144, "--steps", 2, "-o", "a.png", "--quiet")[0] == 0
     assert read_info(tmp_path / "a.png").request["prompt"] == ""
     assert (
@@ -40,44 +40,44 @@ def test_what_a_preset_shows_is_not_said_of_the_image(cli, photo, tmp_path):
     assert read_info(tmp_path / "b.png").request["prompt"] == "a hill"
 
 
-def test_a_plan_of_it_is_that_of_the_run(cli, quick):
+def test_the_plan_of_an_upscale_is_the_plan_of_the_run(cli, quick):
     planned = json.loads(cli("plan", "--image", *quick[1:], "--json")[1])
     report = json.loads(cli(*quick, "-o", "a.png", "--json")[1])
     assert [stage["kind"] for stage in planned["plan"]["stages"]] == ["encode", "denoise", "decode"]
     for one, other in zip(planned["plan"]["stages"], report["plan"]["stages"], strict=True):
-        assert (one["name"], one["mode"], one["steps"]) == (other["name"], other["mode"], other["steps"])
+        assert (one["name"], one["strategy"], one["steps"]) == (other["name"], other["strategy"], other["steps"])
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "says"),
+    ("options", "code", "text"),
     [
-        (["missing.png"], 66, "missing.png does not exist"),
+        (["missing.png"], 66, "missing.png"),
         (["photo.jpg", "--size", "144x144x3"], 2, "--size '144x144x3'"),
-        (["photo.jpg", "--size", "300x100"], 2, "--size 300x100 has not the proportions"),
+        (["photo.jpg", "--size", "300x100"], 2, "--size 300x100"),
         (["photo.jpg", "--size", "144", "--upscaler", "none"], 2, "--upscaler 'none'"),
-        (["photo.jpg", "--size", "144", "--strength", "0.3,0.2"], 2, "--strength 0.3,0.2 names 2 phases"),
+        (["photo.jpg", "--size", "144", "--strength", "0.3,0.2"], 2, "--strength 0.3,0.2"),
         (["photo.jpg", "--size", "144", "--background", "beige-ish"], 2, "--background 'beige-ish'"),
         (["photo.jpg", "--size", "144", "-o", "photo.jpg"], 73, "photo.jpg exists"),
-        (["text.png", "--size", "144"], 65, "text.png is not a PNG, JPEG, WebP or TIFF"),
-        (["."], 65, "is a folder"),
+        (["text.png", "--size", "144"], 65, "text.png"),
+        (["."], 65, "folder"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(cli, photo, tmp_path, xl_model, options, code, says):
+def test_an_invalid_option_or_image_is_one_line(cli, photo, tmp_path, xl_model, options, code, text):
     (tmp_path / "text.png").write_text("text")
     more = [] if "--size" in options else ["--size", 144]
-    found, out, err = cli("upscale", *options, *more, "--model", xl_model)
-    assert (found, out) == (code, "") and says in err.splitlines()[-1] and "Traceback" not in err
+    exit_code, out, err = cli("upscale", *options, *more, "--model", xl_model)
+    assert (exit_code, out) == (code, "") and text in err.splitlines()[-1] and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "text"),
     [
-        ({"subfiletype": 1}, "a reduced-resolution image as its first page"),
-        ({"extratags": [(50706, 1, 4, b"\1\4\0\0", True)]}, "raw.tif is a camera raw file. Develop it to TIFF,"),
+        ({"subfiletype": 1}, "reduced-resolution"),
+        ({"extratags": [(50706, 1, 4, b"\1\4\0\0", True)]}, "raw.tif is a camera raw file"),
     ],
     ids=["thumbnail", "dng"],
 )
-def test_no_reader_of_images_takes_a_camera_raw_file_for_its_thumbnail(cli, tmp_path, xl_model, options, says):
+def test_camera_raw_files_are_rejected_everywhere(cli, tmp_path, xl_model, options, text):
     write_control(tmp_path / "net", small_control(small_xl_unet()))
     tifffile.imwrite(tmp_path / "raw.tif", np.zeros((64, 64, 3), np.uint8), photometric="rgb", **options)
     for command in (
@@ -87,7 +87,7 @@ def test_no_reader_of_images_takes_a_camera_raw_file_for_its_thumbnail(cli, tmp_
         ("generate", "a hill", "--ip-adapter", "a.safetensors", "--ip-image", "raw.tif"),
     ):
         code, out, err = cli(*command, "--model", xl_model, "--size", 128, "--steps", 2)
-        assert (code, out) == (65, "") and says in err.splitlines()[-1], command
+        assert (code, out) == (65, "") and text in err.splitlines()[-1], command
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_no_reader_of_images_takes_a_camera_raw_file_for_its_thumbnail(cli, tmp_
         (["--scheduler", "dpmpp-2m-karras"], {"scheduler": "dpmpp-2m-karras"}),
     ],
 )
-def test_values_are_written_with_commas_between(cli, xl_model, options, expected):
+def test_lists_of_values_are_separated_by_commas(cli, xl_model, options, expected):
     code, out, err = cli("plan", "a hill", "--model", xl_model, "--size", 128, *options, "--json")
     assert code == 0, err
     request = json.loads(out)["request"]
@@ -118,30 +118,30 @@ def test_values_are_written_with_commas_between(cli, xl_model, options, expected
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "text"),
     [
-        (["--steps", "many"], "--steps 'many' must be a whole number"),
-        (["--steps", "4,,2"], "--steps '4,,2' must be a whole number"),
-        (["--steps", ""], "--steps '' must be a whole number"),
-        (["--steps", "4,2,1"], "--steps 4,2,1 names 3 phases, 1 too many"),
-        (["--cosine", "3,1"], "--cosine 3.0,1.0 is not possible"),
-        (["--base-size", "32"], "--base-size '32' is too small"),
-        (["--base-size", "70x70"], "--base-size 70x70 is not possible with this model"),
+        (["--steps", "many"], "--steps 'many'"),
+        (["--steps", "4,,2"], "--steps '4,,2'"),
+        (["--steps", ""], "--steps ''"),
+        (["--steps", "4,2,1"], "--steps 4,2,1"),
+        (["--cosine", "3,1"], "--cosine 3.0,1.0"),
+        (["--base-size", "32"], "--base-size '32'"),
+        (["--base-size", "70x70"], "--base-size 70x70"),
         (["--scheduler", "heun"], "--scheduler 'heun'"),
-        (["--scheduler", "pndm"], "--scheduler pndm cannot start in the middle"),
-        (["--scheduler", "lcm", "--steps", "60"], "--steps 60 is too many for --scheduler lcm"),
-        (["--lora", "a.safetensors:99"], "--lora 'a.safetensors:99' has the weight 99"),
-        (["--textual-inversion", "a.safetensors:"], "--textual-inversion 'a.safetensors:' is not possible"),
-        (["--clip-skip", "0"], "--clip-skip 0 is not possible"),
-        (["--strict-prompt", "--negative-prompt", "(a:2)"], "--negative-prompt has '(a:2)', which would be read lit"),
+        (["--scheduler", "pndm"], "--scheduler pndm"),
+        (["--scheduler", "lcm", "--steps", "60"], "--steps 60"),
+        (["--lora", "a.safetensors:99"], "--lora 'a.safetensors:99'"),
+        (["--textual-inversion", "a.safetensors:"], "--textual-inversion 'a.safetensors:'"),
+        (["--clip-skip", "0"], "--clip-skip 0"),
+        (["--strict-prompt", "--negative-prompt", "(a:2)"], "'(a:2)'"),
     ],
 )
-def test_values_that_cannot_be_are_named(cli, xl_model, options, says):
+def test_invalid_values_are_named(cli, xl_model, options, text):
     code, out, err = cli("plan", "a hill", "--model", xl_model, "--size", 128, *options)
-    assert (code, out) == (2, "") and says in err
+    assert (code, out) == (2, "") and text in err
 
 
-def test_presets_may_have_lists(cli, xl_model, tmp_path):
+def test_presets_can_contain_lists(cli, xl_model, tmp_path):
     (tmp_path / "mine.toml").write_text(f"model = '{xl_model}'\nsteps = [4, 2]\nstrength = 0.5\nattention = 'linear'\n")
     request = json.loads(cli("plan", "a", "--preset", "mine.toml", "--size", 128, "--json")[1])["request"]
     assert (request["steps"], request["strength"], request["attention"]) == ([4, 2], [0.5], ["linear"])
@@ -159,6 +159,6 @@ def test_options_about_prompts_reach_the_request(cli, xl_model, tmp_path):
     assert (request["clip_skip"], request["strict_prompt"]) == (2, True)
 
 
-def test_a_lora_that_is_not_here_is_not_fetched_unasked(cli, xl_model):
+def test_a_missing_lora_is_not_downloaded_without_the_option(cli, xl_model):
     code, out, err = cli("plan", "a", "--model", xl_model, "--size", 64, "--lora", "nobody/nothing:0.5")
-    assert (code, out) == (69, "") and "--lora nobody/nothing is not on this machine" in err and "--download" in err
+    assert (code, out) == (69, "") and "--lora nobody/nothing" in err and "--download" in err

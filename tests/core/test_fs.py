@@ -1,4 +1,4 @@
-"""Names in a folder are on the disk before a run counts on them."""
+"""Folders are synced after changes of their names."""
 
 import errno
 import os

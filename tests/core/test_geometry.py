@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from linfusion_cli.core.geometry import Size, base_size, phase_sizes, split_evenly, split_rows
+from linfusion_cli.core.geometry import Size, compute_base_size, compute_phase_sizes, split_evenly, split_rows
 
 
 @pytest.mark.parametrize(
@@ -17,24 +17,24 @@ from linfusion_cli.core.geometry import Size, base_size, phase_sizes, split_even
     ],
 )
 def test_base_has_the_native_area_in_the_targets_proportions(target, native_px, multiple_px, base):
-    assert base_size(target, native_px, multiple_px) == base
+    assert compute_base_size(target, native_px, multiple_px) == base
 
 
 def test_a_16k_picture_takes_four_doublings():
-    sizes = phase_sizes(Size(16384, 16384), Size(1024, 1024), 32)
+    sizes = compute_phase_sizes(Size(16384, 16384), Size(1024, 1024), 32)
     assert [size.width for size in sizes] == [1024, 2048, 4096, 8192, 16384]
 
 
 def test_the_last_phase_is_the_target_rounded_up():
-    assert phase_sizes(Size(3001, 2999), Size(1024, 1024), 32)[-1] == Size(3008, 3008)
+    assert compute_phase_sizes(Size(3001, 2999), Size(1024, 1024), 32)[-1] == Size(3008, 3008)
 
 
 def test_a_target_below_the_base_runs_the_base_alone():
-    assert phase_sizes(Size(100, 100), Size(1024, 1024), 32) == [Size(1024, 1024)]
+    assert compute_phase_sizes(Size(100, 100), Size(1024, 1024), 32) == [Size(1024, 1024)]
 
 
 def test_a_double_just_below_the_target_is_left_out():
-    widths = [size.width for size in phase_sizes(Size(4100, 4100), Size(1024, 1024), 32)]
+    widths = [size.width for size in compute_phase_sizes(Size(4100, 4100), Size(1024, 1024), 32)]
     assert widths == [1024, 2048, 4128]
 
 
@@ -43,8 +43,8 @@ def test_a_double_just_below_the_target_is_left_out():
 @pytest.mark.parametrize("height", [64, 200, 1023, 5000])
 def test_any_size_has_a_ladder_that_reaches_it(width, height, native_px):
     target, multiple = Size(width, height), 32
-    base = base_size(target, native_px, multiple)
-    sizes = phase_sizes(target, base, multiple)
+    base = compute_base_size(target, native_px, multiple)
+    sizes = compute_phase_sizes(target, base, multiple)
     assert sizes[0] == base
     assert all(size.width % multiple == size.height % multiple == 0 for size in sizes)
     assert sizes[-1] == target.round_up(multiple) or (len(sizes) == 1 and base.area >= target.area)

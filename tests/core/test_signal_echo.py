@@ -1,4 +1,4 @@
-"""`timeout` signals its child and then the group: two signals in a moment are one wish."""
+"""`timeout` signals its child and then the process group: two signals in quick succession are one request."""
 
 import subprocess
 import sys
@@ -7,16 +7,16 @@ import pytest
 
 CODE = """
 import os, signal, sys
-from linfusion_cli.core import signals as stopping
+from linfusion_cli.core import signals
 from linfusion_cli.core.errors import Stopped
 
-stopping.listen()
+signals.install_handlers()
 try:
-    with stopping.finishing():
+    with signals.critical_section():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
         print("finished")
-    print("went on")
+    print("continued")
 except Stopped as stop:
     print("stopped", stop.exit_code)
 """
@@ -24,6 +24,6 @@ except Stopped as stop:
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_an_echo_of_a_signal_does_not_end_what_the_signal_lets_come_to_its_end(number):
-    """Sent from within: two from outside may be merged by the kernel, and then there is no second."""
+    """The process sends the signals itself, because the kernel can merge two signals from outside."""
     done = subprocess.run([sys.executable, "-c", CODE, number], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["finished", "stopped 143"]

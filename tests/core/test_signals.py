@@ -1,4 +1,4 @@
-"""Signals and the time limit, in processes of their own: they belong to a process."""
+"""Signals and the time limit, in child processes, because they belong to a process."""
 
 import signal
 import subprocess
@@ -9,20 +9,20 @@ import pytest
 
 WORK = """
 import sys, time
-from linfusion_cli.core import signals as stopping
+from linfusion_cli.core import signals
 from linfusion_cli.core.errors import Stopped
 
-said = []
+calls = []
 
 def work(sec):
-    if not said:
+    if not calls:
         print("ready", flush=True)
-    said.append(sec)
+    calls.append(sec)
     end = time.monotonic() + sec
     while time.monotonic() < end:
         time.sleep(0.01)
 
-stopping.listen()
+signals.install_handlers()
 try:
 {body}
 except Stopped as stop:
@@ -37,17 +37,17 @@ def start(body: str, **more) -> subprocess.Popen:
     return run
 
 
-def ended(run: subprocess.Popen) -> tuple[list[str], float]:
-    began = time.monotonic()
+def wait_for_output(run: subprocess.Popen) -> tuple[list[str], float]:
+    started_at = time.monotonic()
     out, _ = run.communicate(timeout=30)
-    return out.split("\n")[:-1], time.monotonic() - began
+    return out.split("\n")[:-1], time.monotonic() - started_at
 
 
-STRETCH = """
-with stopping.finishing():
+CRITICAL_SECTION = """
+with signals.critical_section():
     work(SEC)
     print("finished", flush=True)
-print("went on", flush=True)
+print("continued", flush=True)
 """
 
 
@@ -62,42 +62,42 @@ STOPS = [
 
 @pytest.mark.parametrize(("number", "code"), STOPS)
 def test_a_stretch_comes_to_its_end(number, code):
-    run = start(STRETCH.replace("SEC", "0.7"))
+    run = start(CRITICAL_SECTION.replace("SEC", "0.7"))
     run.send_signal(number)
-    assert ended(run)[0] == ["finished", f"stopped {code}"]
+    assert wait_for_output(run)[0] == ["finished", f"stopped {code}"]
 
 
 def test_one_that_takes_too_long_does_not():
-    run = start(STRETCH.replace("SEC", "20"))
+    run = start(CRITICAL_SECTION.replace("SEC", "20"))
     run.send_signal(signal.SIGTERM)
-    said, took = ended(run)
-    assert said == ["stopped 143"] and 1.5 < took < 5
+    lines, seconds = wait_for_output(run)
+    assert lines == ["stopped 143"] and 1.5 < seconds < 5
 
 
 def test_elsewhere_it_stops_at_once():
     run = start("work(20)")
     run.send_signal(signal.SIGTERM)
-    said, took = ended(run)
-    assert said == ["stopped 143"] and took < 1.5
+    lines, seconds = wait_for_output(run)
+    assert lines == ["stopped 143"] and seconds < 1.5
 
 
 def test_a_second_signal_is_not_asked_to_wait_but_an_echo_is():
-    run = start(STRETCH.replace("SEC", "1.2"))
+    run = start(CRITICAL_SECTION.replace("SEC", "1.2"))
     run.send_signal(signal.SIGTERM)
     run.send_signal(signal.SIGTERM)  # as `timeout` does
-    assert ended(run)[0] == ["finished", "stopped 143"]
-    run = start(STRETCH.replace("SEC", "20"))
+    assert wait_for_output(run)[0] == ["finished", "stopped 143"]
+    run = start(CRITICAL_SECTION.replace("SEC", "20"))
     run.send_signal(signal.SIGTERM)
     time.sleep(0.8)
     run.send_signal(signal.SIGINT)
-    said, took = ended(run)
-    assert said == ["stopped 143"] and took < 1
+    lines, seconds = wait_for_output(run)
+    assert lines == ["stopped 143"] and seconds < 1
 
 
 def test_stretches_within_a_stretch_are_one():
     body = """
-with stopping.finishing():
-    with stopping.finishing():
+with signals.critical_section():
+    with signals.critical_section():
         work(0.5)
     print("inner", flush=True)
     work(0.2)
@@ -105,26 +105,26 @@ print("outer", flush=True)
 """
     run = start(body)
     run.send_signal(signal.SIGTERM)
-    assert ended(run)[0] == ["inner", "stopped 143"]
+    assert wait_for_output(run)[0] == ["inner", "stopped 143"]
 
 
 def test_after_a_stretch_that_was_over_it_stops_at_once():
-    run = start("with stopping.finishing():\n    pass\nwork(20)")
+    run = start("with signals.critical_section():\n    pass\nwork(20)")
     run.send_signal(signal.SIGINT)
-    said, took = ended(run)
-    assert said == ["stopped 130"] and took < 1.5
+    lines, seconds = wait_for_output(run)
+    assert lines == ["stopped 130"] and seconds < 1.5
 
 
 def test_the_time_limit_is_a_stop_with_75():
-    said, took = ended(start("stopping.stop_after(0.5)\n" + STRETCH.replace("SEC", "1")))
-    assert said == ["finished", "stopped 75"] and took < 3
-    said, took = ended(start("stopping.stop_after(0.5)\n" + STRETCH.replace("SEC", "30")))
-    assert said == ["stopped 75"] and 2 < took < 5
+    lines, seconds = wait_for_output(start("signals.start_time_limit(0.5)\n" + CRITICAL_SECTION.replace("SEC", "1")))
+    assert lines == ["finished", "stopped 75"] and seconds < 3
+    lines, seconds = wait_for_output(start("signals.start_time_limit(0.5)\n" + CRITICAL_SECTION.replace("SEC", "30")))
+    assert lines == ["stopped 75"] and 2 < seconds < 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_what_is_ignored_stays_ignored(number):
-    """By nohup, and in what a script starts with &."""
+    """As with nohup, or in a background job of a script."""
     run = start("work(0.8)\nprint('done', flush=True)", preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
     run.send_signal(number)
-    assert ended(run)[0] == ["done"]
+    assert wait_for_output(run)[0] == ["done"]

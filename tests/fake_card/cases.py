@@ -1,4 +1,4 @@
-"""The runs on a fake card: pairwise combinations of what a run can be made of, faults, and the largest size."""
+"""The runs on a fake card: pairwise combinations of settings, faults, and the largest size."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ EXTRAS = ("lora", "controlnet", "ip_adapter")
 
 @dataclass(frozen=True)
 class Case:
-    """One run; None for what the plan chooses.
+    """One run. None lets the plan choose.
 
-    `fails` are sites, "file:function", at which memory runs out, once each and in this order; `stops_at` is the phase
-    in which a first run is stopped after a step, for the second one to resume. Without `decodes` the run ends with the
+    `fails` are sites, "file:function", at which memory runs out, once each and in this order. `stops_at` is the phase
+    in which a first run is stopped after a step; a second one resumes it. Without `decodes` the run ends with the
     latents.
     """
 
@@ -42,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class VaeCase:
-    """An image through the VAE: `start` counts the levels of which whole maps are made, from the last; -1 for none."""
+    """An image through the VAE. `start` is an index into `find_stream_starts`; -1: all stages stream."""
 
     name: str
     kind: str
@@ -54,9 +54,9 @@ class VaeCase:
     is_quick: bool = False
 
 
-# Every pair of values of two factors is in some run: place, upscaler, each extra, batched guidance, kind of segments.
+# Each pair of values of two factors occurs in a run: place, upscaler, each extra, batched guidance, kind of segments.
 PAIRWISE = [
-    replace(case, steps=(1, 2), guidance_scale=(1.0, 5.0))  # the base is in others
+    replace(case, steps=(1, 2), guidance_scale=(1.0, 5.0))  # other cases cover the base phase
     for case in (
         Case("2x-device-lora-ip", 2048, "sdedit", ("lora", "ip_adapter"), "device", False),
         Case(
@@ -87,11 +87,11 @@ SINGLE = [
         batched=True,
         is_quick=True,
         fails=(
-            "unet/transformer.py:finished",
-            "strips/ops.py:convolved",
-            "strips/stats.py:of",
+            "unet/transformer.py:apply_block",
+            "strips/ops.py:convolve",
+            "strips/stats.py:from_rows",
             "strips/storage.py:_on_device",
-            "strips/copies.py:up",
+            "strips/copies.py:upload",
             "unet/resnet.py:run_resnet",
         ),
     ),

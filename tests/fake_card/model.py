@@ -1,4 +1,4 @@
-"""SDXL in the layout of its published repository, with configs of the real shapes and no weights."""
+"""Write SDXL in the layout of its published repository: real configs, and weights files without data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
-from linfusion_cli.mixers.linear.weights import spec_of
+from linfusion_cli.mixers.linear.weights import build_spec
 from tests.support.small_models import scheduler_config, small_tokenizer
 from tools.bench.shapes import linear_attentions, sdxl_unet, sdxl_vae
 
@@ -31,7 +31,7 @@ TEXT = {
         "hidden_act": "gelu",
     },
 }
-VISION = {  # OpenCLIP ViT-bigG/14, which SDXL's plain adapter listens to
+VISION = {  # OpenCLIP ViT-bigG/14, the image encoder of SDXL's plain IP-Adapter
     "hidden_size": 1664,
     "intermediate_size": 8192,
     "num_hidden_layers": 48,
@@ -43,7 +43,7 @@ VISION = {  # OpenCLIP ViT-bigG/14, which SDXL's plain adapter listens to
 
 
 def write_sdxl(folder: Path) -> Path:
-    """The model with LinFusion's weights, a LoRA, a ControlNet, an IP-Adapter and an image beside it."""
+    """Write the model with LinFusion weights, a LoRA, a ControlNet, an IP-Adapter and an image."""
     with torch.device("meta"):
         unet, vae = sdxl_unet(), sdxl_vae()
         linear = linear_attentions(unet)
@@ -57,7 +57,7 @@ def write_sdxl(folder: Path) -> Path:
     names = {part: ["diffusers", ""] for part in ("unet", "vae", *TEXT, "tokenizer", "tokenizer_2", "scheduler")}
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     write_json(folder / "model_index.json", index | names)
-    modules = [spec_of(path, module).__dict__ for path, module in linear.items()]
+    modules = [build_spec(path, module).__dict__ for path, module in linear.items()]
     write_part(folder / "linfusion", {"_class_name": "LinFusion", "modules_list": modules})
     write_part(folder / "adapter" / "image_encoder", CLIPVisionConfig(**VISION).to_dict(), "model.safetensors")
     write_shapes(folder / "adapter" / "ip.safetensors", adapter_shapes(unet))
@@ -77,7 +77,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_shapes(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """A safetensors file of these shapes in fp16, whose numbers take no room on the disk."""
+    """Write a sparse safetensors file with fp16 tensors of these shapes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     end, entries = 0, {}
     for name, shape in shapes.items():
@@ -85,12 +85,12 @@ def write_shapes(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header)
-    with file.open("r+b") as opened:
-        opened.truncate(8 + len(header) + end)
+    with file.open("r+b") as sparse_file:
+        sparse_file.truncate(8 + len(header) + end)
 
 
 def adapter_shapes(unet: UNet2DConditionModel) -> dict[str, tuple[int, ...]]:
-    """Those of the published ip-adapter_sdxl.safetensors."""
+    """Return the shapes in the published ip-adapter_sdxl.safetensors."""
     width = unet.config.cross_attention_dim
     shapes: dict[str, tuple[int, ...]] = {
         "image_proj.proj.weight": (4 * width, VISION["projection_dim"]),
@@ -106,7 +106,7 @@ def adapter_shapes(unet: UNet2DConditionModel) -> dict[str, tuple[int, ...]]:
 
 
 def write_lora(file: Path, unet: UNet2DConditionModel) -> None:
-    """Of some of the attention's layers."""
+    """Write a LoRA for some of the attention layers."""
     layers = {path: layer for path, layer in unet.named_modules() if path.endswith((".to_q", ".to_out.0"))}
     tensors = {}
     for path, layer in list(layers.items())[:LORA_LAYERS]:

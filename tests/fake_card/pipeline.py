@@ -1,8 +1,8 @@
-"""Whole runs at SDXL's real shape on a FakeCard, in a process of its own: what was planned, and what was counted.
+"""Runs with SDXL's real shapes on a FakeCard, in a separate process: planned and counted resources.
 
     python -m tests.fake_card.pipeline FOLDER SHARED NAME …      prints a JSON object: name -> stages, or the error
 
-FOLDER is for the model's files, SHARED for the compiled guard, which is made once.
+FOLDER is for the model files, SHARED for the compiled guard, which is built once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unittest.mock import patch
 from tests.fake_card.cases import CASES, TOTAL_BYTES, Case, VaeCase
 from tests.fake_card.device import driver, guard
 
-driver.install(TOTAL_BYTES)  # before modules of the package take functions of torch
+driver.install(TOTAL_BYTES)  # before modules of the package import functions of torch
 
 # ruff: noqa: E402
 import torch
@@ -37,22 +37,22 @@ from linfusion_cli.planning.estimate import CostEstimator
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.meta_model import MetaModel
 from linfusion_cli.planning.speed import Speed
-from linfusion_cli.planning.vae_strategies import patch_counts
+from linfusion_cli.planning.vae_strategies import list_patch_counts
 from linfusion_cli.run import pipeline
-from linfusion_cli.run.stages import convert
+from linfusion_cli.run.stages import write
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips import storage
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows
-from linfusion_cli.vae.stages import decoder_stages, encoder_stages
-from linfusion_cli.vae.statistics import VaeStrategy, starts
+from linfusion_cli.vae.stages import build_decoder_stages, build_encoder_stages
+from linfusion_cli.vae.statistics import VaeStrategy, find_stream_starts
 from tests.fake_card.device.card import FakeCard
-from tests.fake_card.device.stubs import Checkpoints, CountingSink, as_fake, stubbed
+from tests.fake_card.device.stubs import Checkpoints, CountingSink, make_fake, stub_files
 from tests.fake_card.device.tensor import CUDA
 from tests.fake_card.model import write_sdxl
 from tools.bench.shapes import SDXL_KEYS, sdxl_vae
 
-# Where single values may be read from the card, and what is there.
+# Sites at which single values can be read from the card, and the values that are returned.
 SCALARS = {
     "sampling/schedulers/schedule.py:stepped": True,
     "sampling/schedulers/schedule.py:is_finite": True,
@@ -62,65 +62,70 @@ SCALARS = {
 H200 = Speed(4e14, 1e12)
 
 
-class Watch:
-    """What the card was asked to do, by stage and step; an observer of the run."""
+class CountRecorder:
+    """An observer that records the counts of the card by stage and step."""
 
     def __init__(self, card: FakeCard, stops_at: str | None = None):
         self.card, self.stages, self.notices, self._stops_at = card, [], [], stops_at
-        self._now: dict[str, Any] = {}
+        self._stage: dict[str, Any] = {}
 
     def __call__(self, event: Any) -> None:
         match event:
             case Notice(text):
                 self.notices.append(text)
             case StageStarted(name, size):
-                self._now = {"name": name, "size": str(size), "steps": [self._so_far()]}
+                self._stage = {"name": name, "size": str(size), "steps": [self._count_step()]}
             case StageAdvanced():
-                self._now["steps"].append(self._so_far())
-                if self._now["name"] == self._stops_at:
+                self._stage["steps"].append(self._count_step())
+                if self._stage["name"] == self._stops_at:
                     raise Stopped(signal.SIGTERM)
             case StageFinished():
-                self.stages.append(self._now | self.peaks())
+                self.stages.append(self._stage | self.read_counts())
 
-    def _so_far(self) -> dict[str, int]:
-        """The counts of what a step may do rarely or not at all."""
+    def _count_step(self) -> dict[str, int]:
+        """Return the current counts of events that should be rare within a step."""
         counts = self.card.counts
         sums = {"syncs": counts.syncs, "blocking": counts.blocking}
         return {"kernels": counts.kernels} | {name: sum(found.values()) for name, found in sums.items()}
 
-    def peaks(self) -> dict[str, Any]:
+    def read_counts(self) -> dict[str, Any]:
+        """Return the counts and memory peaks of the card."""
         card = self.card
         peaks = {"reserved": card.expandable.peak_reserved, "allocated": card.expandable.peak_allocated}
         return card.counts.to_json() | peaks | {"native": card.native.peak_reserved, "pinned": card.peak_pinned}
 
 
-def run(case: Case, folder: Path) -> dict[str, Any]:
-    """One run, or the second of two, which goes on from the first -> its stages: planned, and counted."""
+def execute_case(case: Case, folder: Path) -> dict[str, Any]:
+    """Execute a case: one run, or two, of which the second resumes the first -> its planned and counted stages."""
     checkpoints = Checkpoints()
     if case.stops_at:
         with suppress(Stopped):
-            make(case, folder, checkpoints, case.stops_at)
-    return make(case, folder, checkpoints)
+            execute_run(case, folder, checkpoints, case.stops_at)
+    return execute_run(case, folder, checkpoints)
 
 
-def make(case: Case, folder: Path, checkpoints: Checkpoints, stops_at: str | None = None) -> dict[str, Any]:
+def execute_run(case: Case, folder: Path, checkpoints: Checkpoints, stops_at: str | None = None) -> dict[str, Any]:
+    """Execute one run, and stop it after the first step of the phase `stops_at`."""
     with FakeCard(SCALARS) as card:
         card.fails = list(case.fails)
-        sink, watch = CountingSink(), Watch(card, stops_at)
-        with stubbed(checkpoints, sink), chosen(case):
-            report = pipeline.run_pipeline(request_of(case, folder), None, {}, watch)
-        result = {"rows": sink.rows, "complete": sink.is_complete, "notices": watch.notices, "fails": card.fails}
+        sink, recorder = CountingSink(), CountRecorder(card, stops_at)
+        with stub_files(checkpoints, sink), restrict_plans(case):
+            report = pipeline.run_pipeline(build_request(case, folder), None, {}, recorder)
+        result = {"rows": sink.rows, "complete": sink.is_complete, "notices": recorder.notices, "fails": card.fails}
         result |= {"resumed": report.resumed_from, "left_pinned": card.pinned_bytes}
-        return result | {"stages": [stage | needed(stage, report.plan) for stage in watch.stages]}
+        return result | {"stages": [stage | find_plan(stage, report.plan) for stage in recorder.stages]}
 
 
-def needed(stage: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
-    """What the plan says of a stage, if it has it: encode and decode are there for each phase, in this order."""
+def find_plan(stage: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plan of a stage, empty if it has none."""
     found = [each for each in planned["stages"] if each["name"] == stage["name"] and each["size"] == stage["size"]]
-    return {"plan": found[0]["need"] | {"mode": found[0]["mode"], "steps": found[0]["steps"]}} if found else {}
+    if not found:
+        return {}
+    return {"plan": found[0]["estimate"] | {"strategy": found[0]["strategy"], "steps": found[0]["steps"]}}
 
 
-def request_of(case: Case, folder: Path) -> GenerateRequest:
+def build_request(case: Case, folder: Path) -> GenerateRequest:
+    """Build the request of a case."""
     model = folder / "sdxl"
     extras: dict[str, Any] = {}
     if "lora" in case.extras:
@@ -156,65 +161,67 @@ def request_of(case: Case, folder: Path) -> GenerateRequest:
 
 
 @contextmanager
-def chosen(case: Case) -> Iterator[None]:
-    """Within the context plans have only the ways that the case is about."""
+def restrict_plans(case: Case) -> Iterator[None]:
+    """Restrict plans to the strategies of the case."""
 
-    def modes(*args: Any, **kwargs: Any) -> list[Any]:
-        found = [mode for mode in plan_modes(*args, **kwargs) if case.place in (None, mode.place)]
-        return [mode for mode in found if case.batched in (None, mode.together)] or found
+    def list_matching(*args: Any, **kwargs: Any) -> list[Any]:
+        strategies = [each for each in list_strategies(*args, **kwargs) if case.place in (None, each.place)]
+        return [each for each in strategies if case.batched in (None, each.together)] or strategies
 
-    plan_modes = plan.modes_for
+    list_strategies = plan.list_denoise_strategies
     with ExitStack() as stack:
-        stack.enter_context(patch.object(plan, "modes_for", modes))
-        stack.enter_context(patch.object(machine, "measured", lambda device, dtype: H200))
+        stack.enter_context(patch.object(plan, "list_denoise_strategies", list_matching))
+        stack.enter_context(patch.object(machine, "measure_speed", lambda device, dtype: H200))
         for module in (machine, storage):
-            stack.enter_context(patch.object(module, "segments", lambda: case.segments))
+            stack.enter_context(patch.object(module, "detect_segments", lambda: case.segments))
         if not case.decodes:
-            stack.enter_context(patch.object(convert, "write_output", lambda *_: None))
+            stack.enter_context(patch.object(write, "write_output", lambda *_: None))
         yield
 
 
 def run_vae(case: VaeCase) -> dict[str, Any]:
-    """One image through the VAE alone."""
+    """Encode or decode one image with the VAE alone."""
     with torch.device("meta"):
         vae = sdxl_vae()
     encode = case.kind == "encode"
-    stages = encoder_stages(vae) if encode else decoder_stages(vae)
-    start = starts(stages)[case.start] if case.start >= 0 else 0
-    count = 0 if case.start == 0 else patch_counts(case.kind, (case.size // 8) ** 2)[0]
+    stages = build_encoder_stages(vae) if encode else build_decoder_stages(vae)
+    start = find_stream_starts(stages)[case.start] if case.start >= 0 else 0
+    count = 0 if case.start == 0 else list_patch_counts(case.kind, (case.size // 8) ** 2)[0]
     method = VaeStrategy(start, count, SDXL_KEYS, case.height, case.place)
     with (
         FakeCard(SCALARS) as card,
-        patch.object(storage, "segments", lambda: case.segments),
+        patch.object(storage, "detect_segments", lambda: case.segments),
     ):
-        vae = as_fake(vae, torch.bfloat16).to(CUDA)
+        vae = make_fake(vae, torch.bfloat16).to(CUDA)
         facts = ModelFacts("sdxl", True, 1024, 8, 8, 4, 1024, True, {})
         planned_for = Machine(CUDA, torch.float16, torch.bfloat16, 512 << 30, 141 << 30, 0, H200, H200, case.segments)
         size = Size(case.size, case.size)
-        need = CostEstimator(facts, MetaModel(nothing(), {}, vae), planned_for).vae(size, encode, "linear", method)
+        need = CostEstimator(facts, MetaModel(empty_unet(), {}, vae), planned_for).estimate_conversion(
+            size, encode, "linear", method
+        )
         card.reset()
         rows = 0
-        for part in converted(case, vae, method, need.pinned_bytes):
+        for part in convert_rows(case, vae, method, need.pinned_bytes):
             rows += part.shape[2] * 8 if encode else part.shape[0]
             del part
         gc.collect()
-        stage = {"name": case.kind} | Watch(card).peaks() | {"plan": need.__dict__, "steps": []}
+        stage = {"name": case.kind} | CountRecorder(card).read_counts() | {"plan": need.__dict__, "steps": []}
         return {"rows": rows, "stages": [stage], "left_pinned": card.pinned_bytes}
 
 
-def converted(case: VaeCase, vae: AutoencoderKL, method: VaeStrategy, pinned: int) -> Iterator[torch.Tensor]:
+def convert_rows(case: VaeCase, vae: AutoencoderKL, method: VaeStrategy, pinned: int) -> Iterator[torch.Tensor]:
     if case.kind == "decode":
-        yield from decode_rows(vae, torch.zeros(1, 4, case.size // 8, case.size // 8), method, pinned=pinned)
+        yield from decode_rows(vae, torch.zeros(1, 4, case.size // 8, case.size // 8), method, pinned_bytes=pinned)
         return
 
     def read(top: int, bottom: int, left: int, right: int) -> torch.Tensor:
         return torch.zeros(1, 1, 3).expand(bottom - top, right - left, 3)
 
-    yield from encode_rows(vae, read, Size(case.size, case.size), method, pinned=pinned)
+    yield from encode_rows(vae, read, Size(case.size, case.size), method, pinned_bytes=pinned)
 
 
-def nothing() -> torch.nn.Module:
-    """The UNet of a VAE that runs alone."""
+def empty_unet() -> torch.nn.Module:
+    """Return a UNet without layers, for a VAE that runs alone."""
     return torch.nn.Module()
 
 
@@ -223,12 +230,12 @@ def main(folder: Path, shared: Path, names: list[str]) -> None:
     write_sdxl(folder / "sdxl")
     results = {}
     for case in (CASES[name] for name in names):
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
-            results[case.name] = run_vae(case) if isinstance(case, VaeCase) else run(case, folder)
-        except Exception:  # noqa: BLE001 - its test tells of it
+            results[case.name] = run_vae(case) if isinstance(case, VaeCase) else execute_case(case, folder)
+        except Exception:  # noqa: BLE001 - reported by the test of the case
             results[case.name] = {"error": traceback.format_exc()}
-        results[case.name]["seconds"] = time.perf_counter() - began
+        results[case.name]["seconds"] = time.perf_counter() - started
         gc.collect()
     sys.stdout.write(json.dumps(results) + "\n")
 

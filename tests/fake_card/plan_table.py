@@ -1,9 +1,9 @@
-"""What the planner chooses for SDXL on common cards, and what a run in that way reserves on a fake card: a table.
+"""A table of the plans for SDXL on common cards, and of the memory that these runs reserve on a fake card.
 
     python -m tests.fake_card.plan_table FOLDER [--cards 8 12 …] [--sizes 2048 …] [--run]
 
-FOLDER is for the model's files. The base is denoised at each size, with guidance, and decoded; 64 GiB of host memory.
-With --run each of them is run too, which takes minutes for an image of 16384 px.
+FOLDER is for the model files. Each run denoises the base phase at the size, with guidance, and decodes it; the host has
+64 GiB. With --run the runs are executed, which takes minutes for an image of 16384 px.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gc
 import sys
 from pathlib import Path
 
-from tests.fake_card.pipeline import chosen, make, request_of  # first, as it replaces functions of torch
+from tests.fake_card.pipeline import build_request, execute_run, restrict_plans  # first: replaces functions of torch
 
 # isort: split
 from linfusion_cli.core.errors import OutOfMemoryBudget
@@ -22,37 +22,43 @@ from linfusion_cli.run.stages.plan import plan_run
 from tests.fake_card.cases import GIB, Case
 from tests.fake_card.device import guard
 from tests.fake_card.device.card import FakeCard
-from tests.fake_card.device.stubs import Checkpoints, CountingSink, stubbed
+from tests.fake_card.device.stubs import Checkpoints, CountingSink, stub_files
 from tests.fake_card.model import write_sdxl
 
-USABLE = 0.9  # of a card's memory, in GB
+USABLE = 0.9  # share of the card's memory
 HEAD = f"| card | size | UNet | planned | reserved | VAE | planned | reserved | pinned |\n{'|---' * 9}|\n"
 
 
-def row(card: int, size: int, folder: Path, runs: bool) -> str:
+def format_row(card: int, size: int, folder: Path, runs: bool) -> str:
+    """Return the row of a card (GB) and size."""
     budget = int(USABLE * card * 1e9)
     case = Case(f"{card}-{size}", size, vram=budget, ram=64 * GIB, steps=(1,), decodes=True)
     try:
-        stages = make(case, folder, Checkpoints())["stages"] if runs else planned(case, folder)
+        stages = execute_run(case, folder, Checkpoints())["stages"] if runs else plan_stages(case, folder)
     except OutOfMemoryBudget as error:
         return f"| {card} GB | {size} | {error} |\n"
     unet, vae = (next(stage for stage in stages if stage["name"] == name) for name in ("base", "decode"))
-    mode, method = unet["plan"]["mode"], vae["plan"]["mode"]
-    strips = f"{mode['strips']['rows']} rows, {mode['place']}{', batched' if mode['together'] else ''}"
-    statistics = "sampled" if not method["start"] else "partly exact" if method["patches"] else "exact"
-    cells = [strips, *memory(unet), f"{statistics}, {method['height']} rows, {method['place']}", *memory(vae)]
+    denoise, conversion = unet["plan"]["strategy"], vae["plan"]["strategy"]
+    strips = f"{denoise['strips']['rows']} rows, {denoise['place']}{', batched' if denoise['together'] else ''}"
+    statistics = "sampled" if not conversion["start"] else "partly exact" if conversion["patches"] else "exact"
+    cells = [
+        strips,
+        *format_memory(unet),
+        f"{statistics}, {conversion['height']} rows, {conversion['place']}",
+        *format_memory(vae),
+    ]
     pinned = max(stage["plan"]["pinned_bytes"] for stage in (unet, vae)) / GIB
     return f"| {card} GB | {size} | {' | '.join(cells)} | {pinned:.2f} |\n"
 
 
-def planned(case: Case, folder: Path) -> list[dict]:
-    """The stages of the plan alone."""
-    with FakeCard({}), stubbed(Checkpoints(), CountingSink()), chosen(case):
-        stages = plan_run(resolve_request(request_of(case, folder))).to_json()["stages"]
-    return [{"name": stage["name"], "plan": stage["need"] | {"mode": stage["mode"]}} for stage in stages]
+def plan_stages(case: Case, folder: Path) -> list[dict]:
+    """Return the stages of the plan without running them."""
+    with FakeCard({}), stub_files(Checkpoints(), CountingSink()), restrict_plans(case):
+        stages = plan_run(resolve_request(build_request(case, folder))).to_json()["stages"]
+    return [{"name": stage["name"], "plan": stage["estimate"] | {"strategy": stage["strategy"]}} for stage in stages]
 
 
-def memory(stage: dict) -> list[str]:
+def format_memory(stage: dict) -> list[str]:
     reserved = f"{stage['reserved'] / GIB:.2f}" if "reserved" in stage else ""
     return [f"{stage['plan']['device_bytes'] / GIB:.2f}", reserved]
 
@@ -69,7 +75,7 @@ def main() -> None:
     sys.stdout.write(HEAD)
     for card in arguments.cards:
         for size in arguments.sizes:
-            sys.stdout.write(row(card, size, arguments.folder, arguments.run))
+            sys.stdout.write(format_row(card, size, arguments.folder, arguments.run))
             sys.stdout.flush()
             gc.collect()
 

@@ -1,4 +1,4 @@
-"""The results of runs on a fake card, which have a process of their own: it replaces functions of torch."""
+"""Results of runs on a fake card, in a separate process because it replaces functions of torch."""
 
 from __future__ import annotations
 
@@ -16,83 +16,83 @@ from tests.fake_card.cases import CASES, Case, VaeCase
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
-# Copies that wait, by what they are for: once in a stage, never in a step.
-MAY_WAIT = {
-    "pageable upload vae/decode.py:source_of": 1,  # the latents, before their image is decoded
-    "pageable upload strips/storage.py:pixels": 1,  # where the attention of the VAE looks
-    "pageable upload strips/windows.py:places": 8,  # what an enlarged map repeats: kept for all forwards
+# Blocking copies that are allowed, and how often per stage; none of them within a step.
+ALLOWED_BLOCKING = {
+    "pageable upload vae/decode.py:source_of": 1,  # the latents, before decoding
+    "pageable upload strips/feature_map.py:read_pixels": 1,  # the keys of the VAE's attention
+    "pageable upload strips/windows.py:cached_nearest_indices": 8,  # of upsampled maps, cached for all forward passes
 }
-NOISE = "pageable upload sampling/schedulers/schedule.py:<lambda>"  # that some schedulers add: latents, in each step
-# torch.cat widens: diffusers joins SDXL's pooled text with sizes in fp32, and narrows the result.
-MAY_MIX = {"cat in torch.float16, torch.float32", "cat in torch.bfloat16, torch.float32"}
+NOISE = "pageable upload sampling/schedulers/schedule.py:<lambda>"  # added by some schedulers in each step
+# diffusers concatenates SDXL's pooled text with sizes in fp32, then converts the result.
+ALLOWED_MIXING = {"cat in torch.float16, torch.float32", "cat in torch.bfloat16, torch.float32"}
 
 
 @cache
-def results(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Of the runs with these names, all in one process."""
+def run_group(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Run the named cases in one process and return {name: result}."""
     shared = Path(tempfile.gettempdir()) / f"linfusion-fake-card-{torch.__version__}"
     shared.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=shared) as folder:  # several run at a time, and share the guard alone
+    with tempfile.TemporaryDirectory(dir=shared) as folder:  # parallel processes share only the guard
         command = [sys.executable, "-m", "tests.fake_card.pipeline", folder, str(shared), *names]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def result(name: str, group: tuple[str, ...]) -> dict[str, Any]:
-    """Of the run `name`, which runs with its group."""
-    found = results(group)[name]
-    assert "error" not in found, found["error"]
-    return found
+def run_case(name: str, group: tuple[str, ...]) -> dict[str, Any]:
+    """Return the result of the case `name`, which runs in a process with its group."""
+    result = run_group(group)[name]
+    assert "error" not in result, result["error"]
+    return result
 
 
-def check(case: Case | VaeCase, found: dict[str, Any]) -> None:
-    """Everything that holds for every run, whatever it is made of."""
-    planned = [stage for stage in found["stages"] if "plan" in stage]
+def check_result(case: Case | VaeCase, result: dict[str, Any]) -> None:
+    """Check the properties that all runs have."""
+    planned = [stage for stage in result["stages"] if "plan" in stage]
     assert planned
     for stage in planned:
         check_memory(case, stage)
-        check_waiting(stage)
+        check_blocking(stage)
         assert not stage["large"], stage["large"]
-        assert {what.rsplit(" ", 1)[0] for what in stage["mixed"]} <= MAY_MIX, stage["mixed"]
-    assert found["left_pinned"] == 0
+        assert {event.rsplit(" ", 1)[0] for event in stage["mixed"]} <= ALLOWED_MIXING, stage["mixed"]
+    assert result["left_pinned"] == 0
 
 
 def check_memory(case: Case | VaeCase, stage: dict[str, Any]) -> None:
-    """The plan predicts what the allocator in use reserves, and pinned memory."""
+    """Check that the plan predicts the memory that the allocator reserves, and the pinned memory."""
     plan = stage["plan"]
     if case.segments == "expandable":
-        assert 0.85 * plan["device_bytes"] <= stage["reserved"] <= plan["device_bytes"], sizes(stage)
+        assert 0.85 * plan["device_bytes"] <= stage["reserved"] <= plan["device_bytes"], describe_memory(stage)
     else:
-        assert stage["native"] <= plan["device_bytes"], sizes(stage)
-    assert 0.85 * plan["pinned_bytes"] <= stage["pinned"] <= plan["pinned_bytes"], sizes(stage)
+        assert stage["native"] <= plan["device_bytes"], describe_memory(stage)
+    assert 0.85 * plan["pinned_bytes"] <= stage["pinned"] <= plan["pinned_bytes"], describe_memory(stage)
 
 
-def check_waiting(stage: dict[str, Any]) -> None:
-    """The host waits for the card once in a step at most, and for no copy but that of noise."""
+def check_blocking(stage: dict[str, Any]) -> None:
+    """Check that the host waits for the card at most once per step, and for no copies except of noise."""
     noises = stage["blocking"].get(NOISE, 0)
-    assert noises <= len(steps_of(stage))
-    for before, after in steps_of(stage)[1:]:
+    assert noises <= len(list_steps(stage))
+    for before, after in list_steps(stage)[1:]:
         assert after["syncs"] - before["syncs"] <= 1, stage["syncs"]
         assert after["blocking"] - before["blocking"] <= min(1, noises), stage["blocking"]
-    others = {what: count for what, count in stage["blocking"].items() if what != NOISE}
-    assert all(count <= MAY_WAIT.get(what, 0) for what, count in others.items()), others
+    others = {event: count for event, count in stage["blocking"].items() if event != NOISE}
+    assert all(count <= ALLOWED_BLOCKING.get(event, 0) for event, count in others.items()), others
 
 
 def check_work(stage: dict[str, Any], share: float = 1.0) -> None:
-    """FLOPs and copied bytes are as planned, of the `share` of the steps that this run does."""
+    """Check FLOPs and copied bytes against the plan, for a run of a `share` of the steps."""
     plan = stage["plan"]
     assert abs(stage["flops"] / (share * plan["flops"]) - 1) <= 0.02, (stage["flops"], plan["flops"])
     assert abs(stage["copied_bytes"] - share * plan["copied_bytes"]) <= 0.02 * share * plan["copied_bytes"]
 
 
-def steps_of(stage: dict[str, Any]) -> list[tuple[dict[str, int], dict[str, int]]]:
-    """The counts before and after each step."""
+def list_steps(stage: dict[str, Any]) -> list[tuple[dict[str, int], dict[str, int]]]:
+    """Return the counts before and after each step."""
     return list(zip(stage["steps"], stage["steps"][1:], strict=False))
 
 
-def sizes(stage: dict[str, Any]) -> str:
-    """What is shown where memory is not as planned."""
+def describe_memory(stage: dict[str, Any]) -> str:
+    """Return counted and planned memory, for the message of a failed check."""
     names = ("allocated", "reserved", "native", "pinned")
     counted = ", ".join(f"{name} {stage[name] / MIB:.0f}" for name in names)
     plan = stage["plan"]
@@ -101,6 +101,6 @@ def sizes(stage: dict[str, Any]) -> str:
     )
 
 
-def group_of(cases: list[Any]) -> tuple[str, ...]:
-    """The names of the cases that run in one process."""
+def build_group(cases: list[Any]) -> tuple[str, ...]:
+    """Return the names of cases that run in one process."""
     return tuple(case.name for case in cases if case.name in CASES)

@@ -1,4 +1,4 @@
-"""The simulated allocator against what torch's does, case by case."""
+"""The simulated allocator behaves like torch's."""
 
 import random
 
@@ -18,7 +18,7 @@ from tests.fake_card.device.allocator import LARGE_SEGMENT, MIB, SMALL_SEGMENT, 
         (63 * MIB, 64 * MIB, 80 * MIB),
     ],
 )
-def test_segments_are_as_large_as_torch_makes_them(size, native, expandable):
+def test_segments_have_the_sizes_of_torch(size, native, expandable):
     for is_expandable, reserved in ((False, native), (True, expandable)):
         allocator = CachingAllocator(is_expandable)
         allocator.allocate(size)
@@ -26,7 +26,7 @@ def test_segments_are_as_large_as_torch_makes_them(size, native, expandable):
         assert allocator.allocated >= size
 
 
-def test_a_freed_block_serves_again():
+def test_a_freed_block_is_reused():
     for expandable in (False, True):
         allocator = CachingAllocator(expandable)
         allocator.free(allocator.allocate(64 * MIB))
@@ -34,7 +34,7 @@ def test_a_freed_block_serves_again():
         assert allocator.reserved == allocator.peak_reserved <= 80 * MIB
 
 
-def test_a_native_hole_is_not_enough_for_a_larger_block_and_an_expandable_one_is():
+def test_only_expandable_segments_grow_for_a_larger_block():
     reserved = []
     for expandable in (False, True):
         allocator = CachingAllocator(expandable)
@@ -52,7 +52,7 @@ def test_streams_do_not_share_blocks():
 
 
 @pytest.mark.parametrize("expandable", [False, True])
-def test_cached_memory_goes_before_memory_runs_out(expandable):
+def test_cached_memory_is_freed_before_out_of_memory(expandable):
     allocator = CachingAllocator(expandable, limit=100 * MIB)
     blocks = [allocator.allocate(40 * MIB), allocator.allocate(40 * MIB)]
     with pytest.raises(OutOfMemory):
@@ -64,15 +64,15 @@ def test_cached_memory_goes_before_memory_runs_out(expandable):
 
 @pytest.mark.parametrize("expandable", [False, True])
 def test_the_sums_are_right_after_any_sequence(expandable):
-    chance = random.Random(0)
+    rng = random.Random(0)
     allocator, live = CachingAllocator(expandable), []
     for _ in range(3000):
-        if live and chance.random() < 0.5:
-            allocator.free(live.pop(chance.randrange(len(live))))
-        elif chance.random() < 0.01:
+        if live and rng.random() < 0.5:
+            allocator.free(live.pop(rng.randrange(len(live))))
+        elif rng.random() < 0.01:
             allocator.empty_cache()
         else:
-            live.append(allocator.allocate(int(2 ** chance.uniform(0, 27)), chance.choice(["main", "side"])))
+            live.append(allocator.allocate(int(2 ** rng.uniform(0, 27)), rng.choice(["main", "side"])))
         assert allocator.allocated == sum(block.size for block in live)
         spans = sorted((id(block.pool), block.address, block.address + block.size) for block in live)
         assert all(one[0] != other[0] or one[2] <= other[1] for one, other in zip(spans, spans[1:], strict=False))

@@ -1,4 +1,4 @@
-"""How many moments there are, the server that all tests share, and what is said at the end."""
+"""Number of moments per test, the shared fork server, and the summary at the end."""
 
 import sys
 import tempfile
@@ -18,19 +18,19 @@ from tests.faults.harness.trials import Lab  # noqa: E402
 
 WORKERS = 2
 TALLY: dict[str, Counter[str]] = defaultdict(Counter)
-collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]  # /proc, tmpfs, handles of processes
+collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]  # needs /proc, tmpfs and pidfds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", choices=("short", "long"), default="short", help="A sample of the faults, or all.")
+    parser.addoption("--faults", choices=("short", "long"), default="short", help="Test a sample, or all faults.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "moments(short, long): how often a test of faults runs in either length")
+    config.addinivalue_line("markers", "moments(short, long): number of runs with --faults=short or long")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes a `moment` runs as often as its mark says."""
+    """Parametrize tests that take a `moment`, by their mark."""
     if marker := metafunc.definition.get_closest_marker("moments"):
         count = marker.kwargs[metafunc.config.getoption("faults", "short")]
         metafunc.parametrize("moment", [Moment(index, count) for index in range(count)], ids=str)
@@ -38,7 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All faults are slow. Of their kinds, tests/checkpoint/test_store.py and tests/cli have a quick one each."""
+    """Mark all fault tests as slow; tests/checkpoint/test_store.py and tests/cli have a quick test of each kind."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.slow)
@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for kind, counts in TALLY.items():
-        found = ", ".join(f"{what} {count}" for what, count in counts.most_common())
-        terminalreporter.write_line(f"{kind}: {found}")
+        outcomes = ", ".join(f"{outcome} {count}" for outcome, count in counts.most_common())
+        terminalreporter.write_line(f"{kind}: {outcomes}")
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +57,13 @@ def length(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
-    """In a folder that everybody may enter: some runs are another user's."""
+    """Return the lab, in a folder that all users can access: some runs belong to another user."""
     with tempfile.TemporaryDirectory(prefix="linfusion-faults-") as name:
         folder = Path(name)
         folder.chmod(0o755)
         with Server(folder) as server, ThreadPoolExecutor(WORKERS) as pool:
             lab = Lab(folder, server, pool, TALLY)
-            warm = lab.trial("warming up", "phases")
+            warm = lab.create_trial("warming up", "phases")
             server.warm_up(REQUESTS["phases"].arguments, warm.folder)
             yield lab
             pool.shutdown(cancel_futures=True)
@@ -71,5 +71,5 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def names(length: str) -> list[str]:
-    """The requests of the trials: a short session has no time for all of them."""
+    """Return the names of the requests; a short session uses only some of them."""
     return ["png", "phases", "overwrite", "upscale"] if length == "long" else ["png", "phases"]

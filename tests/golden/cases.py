@@ -1,7 +1,7 @@
-"""What is pinned: the noise that runs draw, and the final latents of two small runs of the embedded model.
+"""The golden values: the noise of runs, and the final latents of two small runs of the embedded model.
 
-The values are in the two files beside this one, which `python -m tests.golden.record` writes anew. Do that only for a
-deliberate change of the numerics, and say so in the changelog: the same request makes another image from then on.
+The values are in the two files next to this one, which `python -m tests.golden.record` writes. Record them only after a
+deliberate change of the numerics, and document it in the changelog: the same request then gives another image.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.sampling.noise import SequentialNoise, latent_noise, phase_noise, step_noise
+from linfusion_cli.sampling.noise import SequentialNoise, draw_latent_noise, draw_phase_noise, draw_step_noise
 from linfusion_cli.settings.request import MAX_SEED, GenerateRequest
 
 NOISE_FILE, LATENTS_FILE = (Path(__file__).parent / f"{name}.safetensors" for name in ("noise", "latents"))
-EVERY = 3  # of a noise's rows and columns are kept: whole, it would be ten times the size, and show no more
+STRIDE = 3  # of the recorded rows and columns: complete noise needs ten times the space and shows no more
 # At 4 deviations, torch's kernels for AVX2 and for no vectors at all differ by 2e-6 in fp32.
 NOISE_TOLERANCE = 1e-5
 
@@ -30,7 +30,7 @@ RUN = {
     "size": Size(256, 192),
     "base_size": Size(128, 96),
     "steps": (8,),
-    "strength": (0.45,),  # 3.6 of the steps, of which 4 are run
+    "strength": (0.45,),  # 3.6 steps, rounded up to 4
     "guidance_scale": (4.0,),
     "attention": ("original", "linear"),
     "vae_statistics": "exact",
@@ -40,40 +40,40 @@ RUNS = {
     "demofusion": {"upscaler": "demofusion"},
     "sdedit": {"upscaler": "sdedit", "scheduler": "euler-a", "vae_latents": "sample"},
 }
-# Of latents with a deviation of 0.7. Measured: no difference between 1 and 2 threads, and 1.3e-5 at most between
-# ATEN_CPU_CAPABILITY=default, avx2 and avx512, or with oneDNN and MKL limited to AVX2 or SSE 4.
+# For latents with a standard deviation of 0.7. Measured: no difference between 1 and 2 threads, and at most 1.3e-5
+# between ATEN_CPU_CAPABILITY=default, avx2 and avx512, or with oneDNN and MKL limited to AVX2 or SSE 4.
 LATENTS_TOLERANCE = 3e-4
 
 
-def noises() -> dict[str, Tensor]:
-    """Every kind of noise by name, in fp32; those of phases cross the borders between blocks in both directions."""
+def draw_noises() -> dict[str, Tensor]:
+    """Return every kind of noise by name, in fp32; the sizes cover several blocks in both directions."""
     size = (4, 70, 70)
-    drawn = {
-        "phase": phase_noise(7, 1, *size),
-        "phase, largest seed": phase_noise(MAX_SEED, 4, *size),
-        "latents": latent_noise(7, 1, *size),
-        "step": step_noise(7, 1, *size, 3),
-        "base": second_of(SequentialNoise(7, 4, 24, 40, torch.float32)),
+    noises = {
+        "phase": draw_phase_noise(7, 1, *size),
+        "phase, largest seed": draw_phase_noise(MAX_SEED, 4, *size),
+        "latents": draw_latent_noise(7, 1, *size),
+        "step": draw_step_noise(7, 1, *size, 3),
+        "base": draw_second(SequentialNoise(7, 4, 24, 40, torch.float32)),
     }
-    return {name: noise[..., ::EVERY, ::EVERY].contiguous() for name, noise in drawn.items()}
+    return {name: noise[..., ::STRIDE, ::STRIDE].contiguous() for name, noise in noises.items()}
 
 
-def second_of(draw: SequentialNoise) -> Tensor:
-    """The second noise of a base, which also tells whether the first took as many numbers as it should."""
+def draw_second(draw: SequentialNoise) -> Tensor:
+    """Return the second noise of a base phase, which also depends on the number of values drawn for the first."""
     draw()
     return draw()
 
 
-def final_latents(name: str) -> Tensor:
-    """The latents [1, 4, 24, 32] that the run `name` ends with, made now."""
+def compute_final_latents(name: str) -> Tensor:
+    """Execute the run `name` and return its final latents [1, 4, 24, 32]."""
     with tempfile.TemporaryDirectory() as folder:
-        output, kept = Path(folder, "a.png"), Path(folder, "a.safetensors")
-        generate(GenerateRequest(**RUN | RUNS[name], output=output, keep_latents=kept), {})
-        return load_file(kept)["latents"].clone()
+        output, latents_file = Path(folder, "a.png"), Path(folder, "a.safetensors")
+        generate(GenerateRequest(**RUN | RUNS[name], output=output, keep_latents=latents_file), {})
+        return load_file(latents_file)["latents"].clone()
 
 
-def largest_difference(found: Tensor, recorded: Tensor) -> float:
-    """Infinite where shapes differ or anything is not finite."""
-    if found.shape != recorded.shape or not bool(found.isfinite().all()):
+def max_difference(computed: Tensor, recorded: Tensor) -> float:
+    """Return the largest absolute difference; infinity if the shapes differ or a value is not finite."""
+    if computed.shape != recorded.shape or not bool(computed.isfinite().all()):
         return float("inf")
-    return float((found - recorded).abs().max())
+    return float((computed - recorded).abs().max())

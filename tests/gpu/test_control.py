@@ -1,4 +1,4 @@
-"""ControlNets on a CUDA device: in strips what diffusers' plain forwards give, from wherever maps wait."""
+"""ControlNets on a CUDA device: in strips they equal diffusers' forward passes, for every place of feature maps."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from linfusion_cli.mixers.linear.mount import mounted
-from linfusion_cli.models.load.controlnet import linear_attention
+from linfusion_cli.mixers.linear.mount import mount_modules
+from linfusion_cli.models.load.controlnet import build_linear_attention
 from linfusion_cli.strips.communicator import SingleDevice
-from linfusion_cli.strips.ops import Strips, StripSize, as_nhwc
+from linfusion_cli.strips.ops import StripContext, StripSize, as_nhwc
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.controlnet import StripControlNet, WholeControlNet, embed_control_image
 from linfusion_cli.unet.forward import strip_forward
@@ -23,32 +23,34 @@ CUDA, SIZE = torch.device("cuda"), StripSize(8, 1024)
 
 @pytest.fixture
 def networks():
-    """A UNet and a ControlNet with linear attention."""
+    """Return a UNet and a ControlNet with linear attention."""
     torch.manual_seed(0)
     unet = sdxl_unet(5).eval().requires_grad_(False)
     net, linear = small_control(unet), linear_attentions(unet)
     with ExitStack() as stack:
-        stack.enter_context(mounted(net, linear_attention(net, linear)))
-        stack.enter_context(mounted(unet, linear))
+        stack.enter_context(mount_modules(net, build_linear_attention(net, linear)))
+        stack.enter_context(mount_modules(unet, linear))
         yield unet.to(CUDA), net.to(CUDA)
 
 
-def in_strips(unet, net, image, storage: Storage, latents, condition, dilation: int = 1) -> torch.Tensor:
+def run_in_strips(unet, net, image, storage: Storage, latents, condition, dilation: int = 1) -> torch.Tensor:
     rows = as_nhwc(image)
     hint = embed_control_image(net, lambda *span: rows[:, slice(*span)], *rows.shape[1:3], storage)
     controlled = replace(condition, controlnets=[StripControlNet(net, 0.8, None, hint)])
-    return strip_forward(unet, Strips(SIZE, storage, SingleDevice(), dilation), latents, torch.tensor(500), controlled)
+    return strip_forward(
+        unet, StripContext(SIZE, storage, SingleDevice(), dilation), latents, torch.tensor(500), controlled
+    )
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("place", PLACES)
 def test_strips_equal_the_plain_forwards(networks, place, dilation):
-    """In fp64, where a copy that comes too late or too early shows; several times, as a race does not always."""
+    """In fp64, in which a late or early copy is visible; repeated, because races are not deterministic."""
     unet, net = (network.double() for network in networks)
     latents, condition = torch.randn(1, 4, 53, 77, dtype=torch.float64, device=CUDA), random_condition(unet)
     image = torch.rand(1, 3, 8 * 53, 8 * 77, dtype=torch.float64, device=CUDA)
     whole = WholeUNet(unet, dilation, [WholeControlNet(net, 0.8, None, image)])
-    expected = whole.predictor(condition.text, condition.added)(latents, torch.tensor(500))
+    expected = whole.build_predictor(condition.text, condition.added)(latents, torch.tensor(500))
     for _ in range(3):
-        found = in_strips(unet, net, image, Storage(place, CUDA, torch.float64), latents, condition, dilation)
-        assert ((found - expected).norm() / expected.norm()).item() <= 1e-11
+        output = run_in_strips(unet, net, image, Storage(place, CUDA, torch.float64), latents, condition, dilation)
+        assert ((output - expected).norm() / expected.norm()).item() <= 1e-11

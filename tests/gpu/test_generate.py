@@ -1,4 +1,4 @@
-"""The whole road on a CUDA device."""
+"""Complete runs on a CUDA device."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_card_paints_what_the_cpu_paints(xl_model, tmp_path, dtype):
+def test_the_gpu_generates_the_image_of_the_cpu(xl_model, tmp_path, dtype):
     images = {}
     for device, number_format in (("cpu", "auto"), ("cuda", dtype)):
         output = tmp_path / f"{device}.png"

@@ -1,4 +1,4 @@
-"""Half precision on the CPU, with the switch that is for developers alone: what a card would do, where none is."""
+"""Half precision on the CPU, enabled by a developer switch: tests of the GPU code path without a GPU."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def half_on_the_cpu(monkeypatch, clean_environment):
 
 
 @dataclass
-class Made:
-    """What a run has made: its report, what it said, and its latents."""
+class RunResult:
+    """The report, the events and the latents of a run."""
 
     report: RunReport
     listener: Listener
@@ -36,23 +36,23 @@ class Made:
 
 @pytest.fixture
 def make(xl_model, tmp_path, monkeypatch):
-    """Run a small request in tmp_path, of two phases: four steps in the base, and three above it."""
+    """Return a function that runs a small request in tmp_path: four steps in the base phase and three in the next."""
     monkeypatch.chdir(tmp_path)
 
-    def run(observer=None, model_cache=None, **changed) -> Made:
+    def run(observer=None, model_cache=None, **changes) -> RunResult:
         values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": (4,)}
         values |= {"strength": (0.7,), "upscaler": "sdedit", "guidance_scale": (1.0,), "device": "cpu"}
         values |= {"output": Path("a.png"), "keep_latents": Path("a.safetensors"), "checkpoint_every": 3600.0}
-        request, listener = GenerateRequest(**values | {"dtype": "float16"} | changed), Listener()
+        request, listener = GenerateRequest(**values | {"dtype": "float16"} | changes), Listener()
         report = run_pipeline(request, None, {}, observer or listener, model_cache)
-        return Made(report, listener, open_latents(request.keep_latents).read())
+        return RunResult(report, listener, open_latents(request.keep_latents).read())
 
     return run
 
 
 @pytest.fixture
 def clear(tmp_path):
-    """Remove all files that runs have made."""
+    """Return a function that removes the files of all runs."""
 
     def run() -> None:
         for path in tmp_path.iterdir():
@@ -63,21 +63,25 @@ def clear(tmp_path):
 
 
 @dataclass
-class Forwards:
-    """The UNet's forwards: the dtype of each, and those that give `value`, by rows of latents, step and dtypes."""
+class ForwardSpy:
+    """Records the dtype of each forward pass of the UNet, and makes some of them return `value`.
+
+    `bad` maps (rows of latents, step) to the dtypes in which this pass returns `value`.
+    """
 
     dtypes: list[str] = field(default_factory=list)
     bad: dict[tuple[int, int], Collection[str]] = field(default_factory=dict)
     value: float = math.nan
     _timesteps: dict[int, list[float]] = field(default_factory=dict)
 
-    def seen(self, latents: Tensor, timestep: Tensor, prediction: Tensor) -> Tensor:
-        dtype, of_phase = dtype_name(latents.dtype), self._timesteps.setdefault(latents.shape[-2], [])
+    def record(self, latents: Tensor, timestep: Tensor, prediction: Tensor) -> Tensor:
+        """Record a forward pass and return its prediction, or a bad one."""
+        dtype, timesteps = dtype_name(latents.dtype), self._timesteps.setdefault(latents.shape[-2], [])
         self.dtypes.append(dtype)
-        if float(timestep) not in of_phase:
-            of_phase.append(float(timestep))
-        place = latents.shape[-2], of_phase.index(float(timestep))
-        if dtype not in self.bad.get(place, ()):
+        if float(timestep) not in timesteps:
+            timesteps.append(float(timestep))
+        step = latents.shape[-2], timesteps.index(float(timestep))
+        if dtype not in self.bad.get(step, ()):
             return prediction
         prediction = prediction.clone()
         prediction[0, 1, 2, 3] = self.value
@@ -85,13 +89,13 @@ class Forwards:
 
 
 @pytest.fixture
-def forwards(monkeypatch) -> Forwards:
-    """A step is told by its timestep: the first that a phase has is 0, also in later runs of a test."""
-    found = Forwards()
+def forwards(monkeypatch) -> ForwardSpy:
+    """Spy on all forward passes; steps are numbered by timestep, also in later runs of a test."""
+    spy = ForwardSpy()
 
-    def watched(forward):
-        return lambda self, *inputs: found.seen(*inputs[:2], forward(self, *inputs))
+    def wrap(forward):
+        return lambda self, *inputs: spy.record(*inputs[:2], forward(self, *inputs))
 
     for kind in (predict.WholeUNet, predict.StripUNet):
-        monkeypatch.setattr(kind, "_forward", watched(kind._forward))
-    return found
+        monkeypatch.setattr(kind, "_forward", wrap(kind._forward))
+    return spy

@@ -1,4 +1,4 @@
-"""A CUDA driver for torch's own Python code: what torch asks of it is answered here, and fails where a test says so."""
+"""A stub of the CUDA driver below torch's Python code, with failures on demand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch._dynamo  # of which parts are imported only where there is a driver: not now, but when the stub has gone
+import torch._dynamo  # now: with the stub in place, it would import more modules
 
 from linfusion_cli.hardware import device
 
@@ -15,9 +15,9 @@ TOTAL_BYTES, FREE_BYTES = 24 * GIB, 20 * GIB
 
 
 class StubDriver:
-    """The driver of a machine with `count` cards, which can be made to fail; `limits` and `ran` say what reached it.
+    """The driver of a machine with `count` GPUs; `limits` and `ran` record the calls.
 
-    Only what calls the driver is replaced.
+    Replaces only the functions of torch that call the driver.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int = 2):
@@ -26,15 +26,15 @@ class StubDriver:
         self.ran: list[torch.device] = []
         self.reserved, self.allocated, self.free = 0, 0, FREE_BYTES
         self.has_bf16 = True
-        self.failures: dict[str, Exception] = {}  # of "count", "init", "kernel", "synchronize", "free"
+        self.failures: dict[str, Exception] = {}  # keys: "count", "init", "kernel", "synchronize", "free"
         self._install()
 
     def fail(self, **failures: Exception) -> None:
-        """From now on these calls raise that."""
+        """Let these calls raise the given errors from now on."""
         self.failures |= failures
 
     def built_for(self, cuda: str | None = None, hip: str | None = None) -> None:
-        """torch is built for this platform, or for none."""
+        """Simulate a torch build for this platform, or for the CPU."""
         self._monkeypatch.setattr(torch.version, "cuda", cuda)
         self._monkeypatch.setattr(torch.version, "hip", hip)
 
@@ -44,7 +44,7 @@ class StubDriver:
         return value
 
     def _device_count(self) -> int:
-        """As torch's own: a driver that does not start is a warning, and no card."""
+        """Like torch: warn and return 0 if the driver does not start."""
         if "count" in self.failures:
             import warnings
 

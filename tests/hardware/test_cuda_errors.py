@@ -1,4 +1,4 @@
-"""What torch's errors mean: texts as torch, cuDNN, cuBLAS and the drivers have them."""
+"""Errors of torch are classified by their messages, which are those of torch, cuDNN, cuBLAS and the drivers."""
 
 import errno
 import itertools
@@ -9,8 +9,8 @@ import torch
 
 from linfusion_cli.batch.results import JobResult
 from linfusion_cli.core.errors import DataError, DeviceFailed, OutOfMemory, WriteFailed
-from linfusion_cli.hardware import device, failures
-from tests.batch.helpers import builder, carried_out, entries, failing
+from linfusion_cli.hardware import peak, torch_errors
+from tests.batch.helpers import builder, failing, job_specs, run_batch
 from tests.hardware.stub_driver import GIB, StubDriver
 
 MORE = "\nSearch for `cudaErrorX' in https://docs.nvidia.com for more.\nCUDA kernel errors might be reported elsewhere."
@@ -44,7 +44,7 @@ OUT_OF_MEMORY = [
     RuntimeError("std::bad_alloc"),
     RuntimeError("unable to mmap 4096 bytes from file </models/a (1).bin>: Cannot allocate memory (12)"),
 ]
-OUT_OF_MEMORY[9].args = ("out of memory (2)",)  # as check_error makes it, which needs a runtime
+OUT_OF_MEMORY[9].args = ("out of memory (2)",)  # as by check_error, which needs a CUDA runtime
 
 OTHER = [
     RuntimeError("other"),
@@ -114,26 +114,26 @@ UNUSABLE = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:60] or type(error).__name__)
 def test_every_way_to_run_out_of_memory_is_known(error):
-    known = failures.explained(error)
-    assert device.is_out_of_memory(error) and isinstance(known, OutOfMemory) and known.exit_code == 71
-    assert str(known).startswith("There is not enough memory for this (") and len(str(known).splitlines()) == 1
+    known = torch_errors.translate_error(error)
+    assert torch_errors.is_out_of_memory(error) and isinstance(known, OutOfMemory) and known.exit_code == 71
+    assert str(known).startswith("Not enough memory (") and len(str(known).splitlines()) == 1
 
 
 @pytest.mark.parametrize("error", OTHER, ids=lambda error: str(error)[:60])
 def test_what_only_mentions_memory_or_may_be_a_bug_is_not_explained(error):
-    assert not device.is_out_of_memory(error) and failures.explained(error) is None
+    assert not torch_errors.is_out_of_memory(error) and torch_errors.translate_error(error) is None
 
 
 @pytest.mark.parametrize("text", LOST)
 def test_a_lost_device_is_unavailable(text):
-    known = failures.explained(torch.AcceleratorError(f"{text}{MORE}"))
+    known = torch_errors.translate_error(torch.AcceleratorError(f"{text}{MORE}"))
     assert isinstance(known, DeviceFailed) and known.exit_code == 69 and known.message == f"The GPU was lost: {text}."
 
 
 @pytest.mark.parametrize("text", UNUSABLE)
 def test_a_device_that_cannot_be_used_is_unavailable(text):
     for kind in (RuntimeError, AssertionError):
-        known = failures.explained(kind(f"{text}{MORE}"))
+        known = torch_errors.translate_error(kind(f"{text}{MORE}"))
         assert isinstance(known, DeviceFailed) and known.message == f"The GPU cannot be used: {text.rstrip('.')}."
         assert known.hint.endswith(".") and len(str(known).splitlines()) == 1
 
@@ -150,20 +150,20 @@ def test_a_library_that_does_not_start_has_run_out_of_memory_on_a_full_card_only
     error = RuntimeError(text)
     driver = StubDriver(monkeypatch)
     driver.free = 20 << 20
-    assert not device.is_out_of_memory(error)  # that card is full of others' memory: we use none of it
+    assert not torch_errors.is_out_of_memory(error)  # other processes fill that GPU, this one does not use it
     driver.reserved = GIB
-    assert device.is_out_of_memory(error)
+    assert torch_errors.is_out_of_memory(error)
     driver.free = 4 * GIB
-    assert not device.is_out_of_memory(error) and isinstance(failures.explained(error), DeviceFailed)
+    assert not torch_errors.is_out_of_memory(error) and isinstance(torch_errors.translate_error(error), DeviceFailed)
     driver.fail(free=RuntimeError("CUDA error: unknown error"))
-    assert not device.is_out_of_memory(error)
+    assert not torch_errors.is_out_of_memory(error)
     monkeypatch.undo()
-    assert not device.is_out_of_memory(error)  # CUDA has not started
+    assert not torch_errors.is_out_of_memory(error)  # CUDA has not started
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What `free_memory` asks of a card, in order, and the errors it meets there."""
+    """Record the calls of `release_memory` to CUDA in `made`, and raise the errors in `errors`."""
     made, errors = [], {}
 
     def call(name: str):
@@ -182,10 +182,10 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("failing_calls", [(), ("synchronize",), ("empty_cache",), ("synchronize", "empty_cache")])
 def test_memory_is_freed_after_the_card_is_done_also_where_that_runs_out_of_it(calls, failing_calls):
     calls.errors |= dict.fromkeys(failing_calls, torch.AcceleratorError(f"CUDA error: out of memory{MORE}"))
-    device.free_memory(CUDA0)
+    peak.release_memory(CUDA0)
     assert calls.made == ["synchronize", "empty_cache"]
-    device.free_memory(torch.device("cpu"))
-    device.free_memory(None)
+    peak.release_memory(torch.device("cpu"))
+    peak.release_memory(None)
     assert calls.made == ["synchronize", "empty_cache"]
 
 
@@ -193,25 +193,25 @@ def test_memory_is_freed_after_the_card_is_done_also_where_that_runs_out_of_it(c
 def test_what_went_wrong_on_the_card_is_not_lost_when_memory_is_freed(calls, text):
     calls.errors["synchronize"] = torch.AcceleratorError(f"{text}{MORE}")
     with pytest.raises(torch.AcceleratorError, match=text):
-        device.free_memory(CUDA0)
+        peak.release_memory(CUDA0)
 
 
-def test_a_device_that_is_lost_in_a_batch_leaves_nothing_on_the_shelf(tmp_path):
-    """Models that lie on it cannot be read any more; where memory ran out, they would be in the way."""
+def test_a_device_lost_in_a_batch_empties_the_model_cache(tmp_path):
+    """Cached models on a lost GPU are unreadable; after an out-of-memory error they only take space."""
     dropped = itertools.count()
     errors = {
         "hill 1": RuntimeError(LOST[0]),
         "hill 2": DeviceFailed("The GPU was lost."),
-        "hill 3": OutOfMemory("There is not enough memory for this."),
+        "hill 3": OutOfMemory("Not enough memory."),
         "hill 4": DataError("The weights are broken."),
         "hill 5": RuntimeError(f"CUDA error: device-side assert triggered{MORE}"),
     }
     made = failing(errors)
 
     def make(request, origins, observer, model_cache):
-        model_cache.drop = lambda *names: next(dropped)
+        model_cache.evict = lambda *names: next(dropped)
         return made(request, origins, observer, model_cache)
 
-    told, _ = carried_out(tmp_path / "out", entries(6), make, build=builder())
-    codes = [outcome.exit_code for outcome in told.outcomes if isinstance(outcome, JobResult)]
+    collector, _ = run_batch(tmp_path / "out", job_specs(6), make, build=builder())
+    codes = [result.exit_code for result in collector.results if isinstance(result, JobResult)]
     assert codes == [69, 69, 71, 65, 70, 0] and next(dropped) == 4

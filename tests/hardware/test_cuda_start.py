@@ -1,4 +1,4 @@
-"""What a run asks of a CUDA device before it loads a model: torch's own Python code, on a stubbed driver."""
+"""The checks of a GPU before any model is loaded, with torch's own Python code and a stub driver."""
 
 import os
 import warnings
@@ -9,7 +9,7 @@ import torch
 
 from linfusion_cli.core.errors import DeviceFailed, OutOfMemoryBudget, Unavailable, UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.hardware import allocator, cuda, device, diagnosis
+from linfusion_cli.hardware import allocator, cuda, device, no_gpu, peak, torch_errors, versions
 from linfusion_cli.planning import machine
 from linfusion_cli.planning.speed import Speed
 from linfusion_cli.settings.request import GenerateRequest
@@ -26,18 +26,19 @@ CUDA0 = torch.device("cuda", 0)
 
 @pytest.fixture
 def driver(monkeypatch):
+    """A stub driver with two GPUs, in an environment without variables that affect it."""
     for name in (*allocator.VARIABLES, "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(machine, "measured", lambda device, dtype: Speed(1e12, 1e10))  # which runs kernels
+    monkeypatch.setattr(machine, "measure_speed", lambda device, dtype: Speed(1e12, 1e10))  # without running kernels
     return StubDriver(monkeypatch)
 
 
 @pytest.fixture
 def no_nvidia(monkeypatch, tmp_path):
-    """Nothing on this machine says that it has a card."""
-    monkeypatch.setattr(diagnosis, "NVIDIA", (tmp_path / "gpus",))
-    monkeypatch.setattr(diagnosis, "DRIVER_VERSION", tmp_path / "version")
-    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: None)
+    """Hide all traces of an NVIDIA GPU, and return the folder with the paths to simulate one."""
+    monkeypatch.setattr(no_gpu, "NVIDIA_PATHS", (tmp_path / "gpus",))
+    monkeypatch.setattr(no_gpu, "DRIVER_VERSION", tmp_path / "version")
+    monkeypatch.setattr(no_gpu.shutil, "which", lambda name: None)
     return tmp_path
 
 
@@ -48,12 +49,12 @@ def request(**values: object) -> GenerateRequest:
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
 @pytest.mark.parametrize(("vram", "share"), [(None, 1.0), (8 * GIB, 1 / 3), (80 * GIB, 1.0)])
 def test_a_run_starts_on_every_name_of_a_device(driver, name, index, vram, share):
-    found = machine.survey(request(device=name, vram=vram))
-    device.limit_device_memory(found.device, vram)
-    device.PeakMemory(found.device)
+    found = machine.inspect_machine(request(device=name, vram=vram))
+    cuda.limit_device_memory(found.device, vram)
+    peak.PeakMemory(found.device)
     assert found.device == torch.device("cuda", index) and driver.ran == [found.device]
     assert (found.dtype, found.vae_dtype) == (torch.float16, torch.bfloat16)
-    assert found.device_bytes == (vram or int(machine.SHARE_OF_FREE * FREE_BYTES))
+    assert found.device_bytes == (vram or int(machine.FREE_MEMORY_SHARE * FREE_BYTES))
     assert driver.limits == [(pytest.approx(share), index)] and found.no_gpu is None
 
 
@@ -65,13 +66,13 @@ def test_a_name_that_is_not_written_as_torch_writes_it_is_usage(driver, name):
 
 
 def test_a_device_beyond_the_last_is_unavailable(driver, monkeypatch):
-    with pytest.raises(Unavailable, match=r"cuda:2 is not on this machine: torch sees 2 CUDA devices\."):
+    with pytest.raises(Unavailable, match=r"--device cuda:2 .*\b2 CUDA devices\."):
         device.pick_device("cuda:2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-12,GPU-34")
-    with pytest.raises(Unavailable, match=r"torch sees 2 CUDA devices \(CUDA_VISIBLE_DEVICES='GPU-12,GPU-34'\)"):
+    with pytest.raises(Unavailable, match=r"2 CUDA devices \(CUDA_VISIBLE_DEVICES='GPU-12,GPU-34'\)"):
         device.pick_device("cuda:2")
     driver.built_for(hip="6.4.1")
-    with pytest.raises(Unavailable, match="torch sees 2 ROCm devices"):
+    with pytest.raises(Unavailable, match="2 ROCm devices"):
         device.pick_device("cuda:2")
 
 
@@ -80,12 +81,12 @@ def test_a_device_beyond_the_last_is_unavailable(driver, monkeypatch):
     [
         ("", "CUDA_VISIBLE_DEVICES='' hides all GPUs. Unset CUDA_VISIBLE_DEVICES"),
         ("-1", "CUDA_VISIBLE_DEVICES='-1' hides all GPUs"),
-        ("-1,0", "hides all GPUs"),  # what follows a wrong one does not count
+        ("-1,0", "hides all GPUs"),  # entries after an invalid one are ignored
         ("NoDevFiles", "hides all GPUs"),
-        ("7", "CUDA_VISIBLE_DEVICES='7' names no GPU of this machine. Correct CUDA_VISIBLE_DEVICES."),
-        ("GPU-deadbeef", "CUDA_VISIBLE_DEVICES='GPU-deadbeef' names no GPU"),
-        ("MIG-0000", "CUDA_VISIBLE_DEVICES='MIG-0000' names no GPU"),
-        ("0,0", "CUDA_VISIBLE_DEVICES='0,0' names no GPU"),
+        ("7", "CUDA_VISIBLE_DEVICES='7' selects no GPU of this machine. Correct CUDA_VISIBLE_DEVICES."),
+        ("GPU-deadbeef", "CUDA_VISIBLE_DEVICES='GPU-deadbeef' selects no GPU"),
+        ("MIG-0000", "CUDA_VISIBLE_DEVICES='MIG-0000' selects no GPU"),
+        ("0,0", "CUDA_VISIBLE_DEVICES='0,0' selects no GPU"),
     ],
 )
 @pytest.mark.parametrize(
@@ -101,11 +102,11 @@ def test_the_variable_that_hides_the_card_is_named(driver, monkeypatch, value, s
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     with pytest.raises(Unavailable) as refused:
         device.pick_device("cuda")
-    assert str(refused.value).startswith("--device cuda is not on this machine: CUDA_VISIBLE_DEVICES=")
+    assert str(refused.value).startswith("--device cuda is not available: CUDA_VISIBLE_DEVICES=")
     assert says in str(refused.value)
-    found = machine.survey(request())
+    found = machine.inspect_machine(request())
     assert found.device.type == "cpu"
-    assert says in machine.cpu_notice(found, 1.0)
+    assert says in machine.build_cpu_notice(found, 1.0)
 
 
 def test_on_rocm_its_own_variables_count_first(driver, monkeypatch):
@@ -114,13 +115,13 @@ def test_on_rocm_its_own_variables_count_first(driver, monkeypatch):
     driver.fail(init=RuntimeError("No HIP GPUs are available"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
-    assert diagnosis.why_no_device()[0] == "HIP_VISIBLE_DEVICES='' hides all GPUs"
+    assert no_gpu.explain_no_gpu()[0] == "HIP_VISIBLE_DEVICES='' hides all GPUs"
     monkeypatch.delenv("HIP_VISIBLE_DEVICES")
-    assert diagnosis.why_no_device()[0] == "CUDA_VISIBLE_DEVICES='0' names no GPU of this machine"
+    assert no_gpu.explain_no_gpu()[0] == "CUDA_VISIBLE_DEVICES='0' selects no GPU of this machine"
 
 
 FAULTS = {
-    "no kernel": (f"CUDA error: no kernel image is available for execution on the device{MORE}", "build of torch"),
+    "no kernel": (f"CUDA error: no kernel image is available for execution on the device{MORE}", "torch build"),
     "busy": (f"CUDA error: CUDA-capable device(s) is/are busy or unavailable{MORE}", "try again later"),
     "unknown": ("CUDA unknown error - this may be due to an incorrectly set up environment", "nvidia-smi"),
     "forward": (f"CUDA error: forward compatibility was attempted on non supported HW{MORE}", "Update the driver"),
@@ -128,7 +129,7 @@ FAULTS = {
     "mismatch": (f"CUDA error: system has unsupported display driver / cuda driver combination{MORE}", "driver"),
     "ordinal": (f"CUDA error: invalid device ordinal{MORE}", "CUDA_VISIBLE_DEVICES"),
     "ptx": (f"CUDA error: the provided PTX was compiled with an unsupported toolchain.{MORE}", "Update the driver"),
-    "hip": (f"HIP error: invalid device function{MORE}", "build of torch"),
+    "hip": (f"HIP error: invalid device function{MORE}", "torch build"),
     "ecc": (f"CUDA error: uncorrectable ECC error encountered{MORE}", "nvidia-smi"),
     "new": (f"CUDA error: a fault of tomorrow{MORE}", "nvidia-smi"),
     "old": (TOO_OLD, "Update the driver"),
@@ -171,7 +172,7 @@ def test_errors_of_all_types_are_told(driver, error):
 )
 def test_a_card_without_any_memory_left_is_full(driver, monkeypatch, error):
     driver.fail(kernel=error)
-    with pytest.raises(OutOfMemoryBudget, match="cuda:0 has no memory left"):
+    with pytest.raises(OutOfMemoryBudget, match="cuda:0 has no free memory"):
         device.pick_device("cuda")
     del driver.failures["kernel"]
 
@@ -179,42 +180,42 @@ def test_a_card_without_any_memory_left_is_full(driver, monkeypatch, error):
         raise error
 
     driver.free = 12 << 20
-    monkeypatch.setattr(machine, "measured", fails)
+    monkeypatch.setattr(machine, "measure_speed", fails)
     with pytest.raises(OutOfMemoryBudget, match=r"cuda:0 is full: 12\.0 MiB of its memory are free"):
-        machine.survey(request())
+        machine.inspect_machine(request())
 
 
 def test_options_of_the_allocator_that_torch_does_not_understand_are_usage(driver, monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:true")
     driver.fail(kernel=ValueError("Expected 'True' or 'False' at index 2 in ConfigTokenizer but got 'true'"))
-    with pytest.raises(UsageError, match="PYTORCH_ALLOC_CONF='expandable_segments:true' is not understood"):
+    with pytest.raises(UsageError, match="PYTORCH_ALLOC_CONF='expandable_segments:true'"):
         device.pick_device("auto")
 
 
 def test_a_driver_that_refuses_expandable_segments_is_used_without(driver, monkeypatch):
-    monkeypatch.setattr(allocator, "_Added", type("_Added", (), {"variable": None, "before": ""}))
+    monkeypatch.setattr(allocator, "_AddedOption", type("_AddedOption", (), {"variable": None, "before": ""}))
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda text: driver.failures.clear())
     allocator.configure()
     driver.fail(kernel=RuntimeError("CUDA driver error: operation not supported"))
     assert device.pick_device("auto") == CUDA0 and driver.ran == [CUDA0]
-    assert allocator.segments() == "native"
+    assert allocator.detect_segments() == "native"
     driver.fail(kernel=RuntimeError("CUDA driver error: operation not supported"))
     with pytest.raises(DeviceFailed):
         device.pick_device("auto")
-    os.environ.pop(allocator.NEW, None)
+    os.environ.pop(allocator.COMMON_VARIABLE, None)
 
 
 def test_an_old_driver_is_one_line_where_auto_goes_to_the_cpu(driver):
-    """And none of torch's, which warns where it is asked for devices."""
+    """torch's own warning, which it emits when it counts devices, is suppressed."""
     driver.fail(count=RuntimeError(TOO_OLD), init=RuntimeError(TOO_OLD))
-    with warnings.catch_warnings(record=True) as warned, cuda.quiet_start():
-        found = machine.survey(request())
-        told = machine.cpu_notice(found, 7322.0)
+    with warnings.catch_warnings(record=True) as warned, cuda.suppress_start_warnings():
+        found = machine.inspect_machine(request())
+        told = machine.build_cpu_notice(found, 7322.0)
     assert warned == [] and found.device.type == "cpu" and len(told.splitlines()) == 1
     assert told.startswith("This runs on the CPU and takes about 2 h 02 min: The NVIDIA driver on your system is too ")
-    assert told.endswith("Update the driver, or install a build of torch that it can run.")
-    too_old = pytest.raises(Unavailable, match=r"--device cuda is not on this machine: The NVIDIA driver .* too old")
-    with too_old, cuda.quiet_start():
+    assert told.endswith(torch_errors.HINT_UPDATE_DRIVER)
+    too_old = pytest.raises(Unavailable, match=r"--device cuda .*: The NVIDIA driver .* too old")
+    with too_old, cuda.suppress_start_warnings():
         device.pick_device("cuda")
 
 
@@ -230,7 +231,7 @@ def test_an_old_driver_is_one_line_where_auto_goes_to_the_cpu(driver):
 def test_what_torch_warns_of_at_its_start_is_not_shown(text):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        with cuda.quiet_start():
+        with cuda.suppress_start_warnings():
             warnings.warn(text, stacklevel=1)
             warnings.warn("another", stacklevel=1)
     assert [str(one.message) for one in warned] == ["another"]
@@ -257,45 +258,45 @@ def test_a_card_that_torch_is_not_built_for_gets_the_command_to_install_one(
     driver.built_for()
     driver.count = 0
     monkeypatch.setattr(torch, "__version__", release)
-    found = machine.survey(request())
+    found = machine.inspect_machine(request())
     assert found.no_gpu == (f"this build of torch ({release}) has no CUDA", "")
     (no_nvidia / "gpus").mkdir()
     if version is not None:
         (no_nvidia / "version").write_text(version)
-    command = f"pip install --force-reinstall torch=={release.split('+')[0]} --index-url {diagnosis.WHEELS}/{index}"
-    told = machine.cpu_notice(machine.survey(request()), 3.0)
-    assert told.endswith(f"has no CUDA, and an NVIDIA GPU is here. Install torch for it: {command}")
+    command = f"pip install --force-reinstall torch=={release.split('+')[0]} --index-url {no_gpu.WHEELS_URL}/{index}"
+    told = machine.build_cpu_notice(machine.inspect_machine(request()), 3.0)
+    assert "has no CUDA, but" in told and told.endswith(command)
     with pytest.raises(Unavailable) as refused:
         device.pick_device("cuda")
     assert str(refused.value).endswith(command)
 
 
 def test_nvidia_smi_alone_tells_of_a_card(driver, no_nvidia, monkeypatch):
-    assert not diagnosis.nvidia_is_here()
-    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert diagnosis.nvidia_is_here()
-    assert no_nvidia / "version" == diagnosis.DRIVER_VERSION and diagnosis.driver_number() == 0
+    assert not no_gpu.has_nvidia_gpu()
+    monkeypatch.setattr(no_gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert no_gpu.has_nvidia_gpu()
+    assert no_nvidia / "version" == no_gpu.DRIVER_VERSION and no_gpu.read_driver_major() == 0
 
 
 def test_without_a_card_only_a_long_run_is_told_of(driver, no_nvidia):
     driver.count = 0
     driver.fail(init=RuntimeError("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"))
-    found = machine.survey(request())
-    assert "Found no NVIDIA driver" in machine.cpu_notice(found, 61.0)
+    found = machine.inspect_machine(request())
+    assert "Found no NVIDIA driver" in machine.build_cpu_notice(found, 61.0)
     driver.built_for()
-    found = machine.survey(request())
-    assert machine.cpu_notice(found, 59.0) is None and machine.cpu_notice(found, 61.0) is not None
-    asked = machine.survey(request(device="cpu"))
-    assert machine.cpu_notice(asked, 1e6) is None
+    found = machine.inspect_machine(request())
+    assert machine.build_cpu_notice(found, 59.0) is None and machine.build_cpu_notice(found, 61.0) is not None
+    asked = machine.inspect_machine(request(device="cpu"))
+    assert machine.build_cpu_notice(asked, 1e6) is None
 
 
 def test_bfloat16_on_a_card_without_it_is_usage(driver):
     assert device.pick_dtype("bfloat16", CUDA0) == torch.bfloat16
     driver.has_bf16 = False
-    with pytest.raises(UsageError, match="--dtype bfloat16 is not possible on cuda:0") as refused:
-        machine.survey(request(dtype="bfloat16"))
+    with pytest.raises(UsageError, match="--dtype bfloat16 .* cuda:0") as refused:
+        machine.inspect_machine(request(dtype="bfloat16"))
     assert (refused.value.exit_code, refused.value.setting) == (2, "dtype")
-    assert machine.survey(request()).vae_dtype == torch.float32
+    assert machine.inspect_machine(request()).vae_dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -304,24 +305,24 @@ def test_bfloat16_on_a_card_without_it_is_usage(driver):
 )
 def test_where_the_driver_does_not_say_what_is_free_all_but_our_own_counts(driver, text):
     driver.reserved, driver.allocated = 3 * GIB, GIB
-    assert device.free_device_bytes(CUDA0) == FREE_BYTES + 2 * GIB
+    assert cuda.free_device_bytes(CUDA0) == FREE_BYTES + 2 * GIB
     driver.fail(free=RuntimeError(f"{text}{MORE}"))
-    assert device.free_device_bytes(CUDA0) == TOTAL_BYTES - GIB
+    assert cuda.free_device_bytes(CUDA0) == TOTAL_BYTES - GIB
 
 
 def test_a_card_that_is_lost_is_not_taken_for_one_that_does_not_say(driver):
     driver.fail(free=RuntimeError("CUDA error: unspecified launch failure"))
     with pytest.raises(RuntimeError, match="launch failure"):
-        device.free_device_bytes(CUDA0)
+        cuda.free_device_bytes(CUDA0)
 
 
 def test_the_share_that_the_user_gives_to_torch_is_kept(driver, monkeypatch):
-    monkeypatch.setenv(allocator.NEW, "per_process_memory_fraction:0.5")
+    monkeypatch.setenv(allocator.COMMON_VARIABLE, "per_process_memory_fraction:0.5")
     monkeypatch.setattr(allocator, "_torch_version", lambda: "2.13.0")
     driver.allocated = GIB
-    assert device.free_device_bytes(CUDA0) == TOTAL_BYTES // 2 - GIB
+    assert cuda.free_device_bytes(CUDA0) == TOTAL_BYTES // 2 - GIB
     for vram in (None, 6 * GIB, 20 * GIB):
-        device.limit_device_memory(CUDA0, vram)
+        cuda.limit_device_memory(CUDA0, vram)
     assert driver.limits == [(0.5, 0), (0.25, 0), (0.5, 0)]
 
 
@@ -333,7 +334,7 @@ def test_fp32_is_fp32_in_convolutions_too():
         assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
         if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9
             assert torch.backends.cudnn.conv.fp32_precision != "tf32" != torch.backends.cuda.matmul.fp32_precision
-        with torch.backends.cudnn.flags(enabled=True):  # which fails where both kinds of settings were used
+        with torch.backends.cudnn.flags(enabled=True):  # fails if both kinds of settings are used
             pass
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
@@ -350,12 +351,12 @@ def test_a_report_names_the_platform(driver):
     names = []
     for platform in ({"cuda": "12.8"}, {"hip": "6.4.1"}):
         driver.built_for(**platform)
-        names.append(device.describe(CUDA0)["platform"])
-    assert names == ["CUDA 12.8", "ROCm 6.4.1"] and device.describe(torch.device("cpu"))["platform"] == "CPU"
+        names.append(versions.describe_machine(CUDA0)["platform"])
+    assert names == ["CUDA 12.8", "ROCm 6.4.1"] and versions.describe_machine(torch.device("cpu"))["platform"] == "CPU"
 
 
 def test_the_notice_is_shown_once_and_kept_off_stdout(cli, xl_model, monkeypatch, tmp_path):
-    monkeypatch.setattr(diagnosis, "NVIDIA", (Path("/"),))
+    monkeypatch.setattr(no_gpu, "NVIDIA_PATHS", (Path("/"),))
     options = ["generate", "x", "--model", xl_model, "--size", 64, "--steps", 1]
     code, out, err = cli(*options, "-o", "a.png")
     assert (code, out) == (0, "a.png\n") and err.count("This runs on the CPU and takes about ") == 1

@@ -7,8 +7,8 @@ from linfusion_cli.mixers.linear import linear
 from linfusion_cli.mixers.linear.linear import KeyValueSums, LinearAttention, attend, linear_attention
 
 
-def by_pairs(module: LinearAttention, x: Tensor) -> Tensor:
-    """The formula as the paper writes it, over all pairs of tokens in fp64: [N, C] -> [N, C]."""
+def attention_by_pairs(module: LinearAttention, x: Tensor) -> Tensor:
+    """Compute the paper's formula over all pairs of tokens in fp64: [N, C] -> [N, C]."""
 
     def perceptron(layers, x):
         if isinstance(layers, torch.nn.Identity):
@@ -41,7 +41,7 @@ def test_equals_the_formula_over_all_pairs(mid_dim):
     torch.manual_seed(1)
     module = LinearAttention(12, 3, mid_dim).double()
     x = torch.randn(2, 15, 12, dtype=torch.float64)
-    expected = torch.stack([by_pairs(module, one) for one in x])
+    expected = torch.stack([attention_by_pairs(module, one) for one in x])
     torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -71,7 +71,7 @@ def test_pieces_do_not_change_the_result(monkeypatch):
 
 
 def test_half_precision_sums_are_kept_wide():
-    """A million tokens of about 1 overflow fp16 and stall bf16: the sums must not be in either."""
+    """A million tokens of about 1 overflow fp16 and exceed the precision of bf16: the sums are wider."""
     k = torch.ones(1, 1, 1 << 17, 2, dtype=torch.bfloat16)
     sums = KeyValueSums.of(k, k)
     assert sums.kv.dtype == sums.k.dtype == torch.float32

@@ -7,13 +7,20 @@ from safetensors.torch import load_file, save_file
 
 from linfusion_cli.core.errors import DataError, InputNotFound
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.mixers.linear.mount import self_attentions
-from linfusion_cli.mixers.linear.weights import CONFIG_NAME, WEIGHTS_NAME, load_weights, outline, save_weights, unused
+from linfusion_cli.mixers.linear.mount import find_self_attentions
+from linfusion_cli.mixers.linear.weights import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    build_meta_modules,
+    count_unused_modules,
+    load_weights,
+    save_weights,
+)
 from tests.support.small_models import small_xl_unet, write_linfusion
 
 
-def sdxl_unet_on_meta() -> UNet2DConditionModel:
-    """SDXL's UNet as stabilityai/stable-diffusion-xl-base-1.0 configures it, without its 2.6 billion weights."""
+def build_meta_sdxl_unet() -> UNet2DConditionModel:
+    """Build the UNet of stabilityai/stable-diffusion-xl-base-1.0 on the meta device."""
     with torch.device("meta"):
         return UNet2DConditionModel(
             sample_size=128,
@@ -32,10 +39,10 @@ def sdxl_unet_on_meta() -> UNet2DConditionModel:
 
 
 def write_published_layout(folder, unet):
-    """Config and tensors written out by hand, in the names and shapes of the published LinFusion-XL."""
+    """Write config and tensors with the names and shapes of the published LinFusion-XL."""
     generator = torch.Generator().manual_seed(0)
     entries, tensors = [], {}
-    for i, (path, old) in enumerate(self_attentions(unet).items()):
+    for i, (path, old) in enumerate(find_self_attentions(unet).items()):
         dim = old.to_q.in_features
         mid = dim // 16
         entries.append({"module_name": path, "dim_n": dim, "heads": old.heads, "projection_mid_dim": mid})
@@ -60,10 +67,10 @@ def write_published_layout(folder, unet):
 
 @pytest.mark.slow
 def test_sdxls_seventy_modules_are_read(tmp_path):
-    unet = sdxl_unet_on_meta()
+    unet = build_meta_sdxl_unet()
     tensors = write_published_layout(tmp_path, unet)
     modules = load_weights(tmp_path, unet, torch.float16)
-    assert len(modules) == 70 and list(modules) == list(self_attentions(unet))
+    assert len(modules) == 70 and list(modules) == list(find_self_attentions(unet))
     for i, module in enumerate(modules.values()):
         assert module.heads * 64 == module.to_q.in_features
         assert torch.equal(module.to_q.weight, tensors[f"{i}.to_q.weight"])
@@ -88,7 +95,9 @@ def rewrite(weights, change):
 
 @pytest.mark.parametrize("mid_dim", [None, -1, 6])
 def test_round_trip(tmp_path, unet, mid_dim):
-    modules = {p: LinearAttention(old.to_q.in_features, old.heads, mid_dim) for p, old in self_attentions(unet).items()}
+    modules = {
+        p: LinearAttention(old.to_q.in_features, old.heads, mid_dim) for p, old in find_self_attentions(unet).items()
+    }
     save_weights(tmp_path, modules, torch.float32)
     again = load_weights(tmp_path, unet, torch.float32)
     for path, module in modules.items():
@@ -98,16 +107,18 @@ def test_round_trip(tmp_path, unet, mid_dim):
 
 @pytest.mark.parametrize("middle", [None, "UNetMidBlock2D"])
 def test_a_unet_that_was_cut_down_takes_what_it_has_a_place_for(weights, unet, middle):
-    """SSD-1B's make: SDXL with fewer transformer blocks, and no self-attention in the middle."""
+    """Like SSD-1B: SDXL with fewer transformer blocks, and without self-attention in the mid block."""
     small = small_xl_unet((1, 1, 1), mid_block_type=middle)
     modules, tensors = load_weights(weights, small, torch.float32), load_file(weights / WEIGHTS_NAME)
-    assert list(modules) == list(outline(weights, small)) == list(self_attentions(small))
-    places = {path: i for i, path in enumerate(self_attentions(unet))}
+    assert list(modules) == list(build_meta_modules(weights, small)) == list(find_self_attentions(small))
+    places = {path: i for i, path in enumerate(find_self_attentions(unet))}
     for path, module in modules.items():
         for name, tensor in module.state_dict().items():
             assert torch.equal(tensor, tensors[f"{places[path]}.{name}"])
     assert 0 < len(modules) < len(places) and list(places)[: len(modules)] != list(modules)
-    assert unused(weights, small) == len(places) - len(modules) and unused(weights, unet) == 0
+    assert (
+        count_unused_modules(weights, small) == len(places) - len(modules) and count_unused_modules(weights, unet) == 0
+    )
 
 
 def test_weights_that_lack_a_layer_name_it(tmp_path, unet):
@@ -144,7 +155,7 @@ def test_a_tensor_too_many_is_named(weights, unet):
 
 
 def test_weights_of_another_model_name_the_first_layer(weights):
-    other = sdxl_unet_on_meta()
+    other = build_meta_sdxl_unet()
     with pytest.raises(DataError, match=r"down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn1 has 16 channels"):
         load_weights(weights, other, torch.float32)
 
@@ -152,7 +163,7 @@ def test_weights_of_another_model_name_the_first_layer(weights):
 def test_a_damaged_file_is_refused(weights, unet):
     file = weights / WEIGHTS_NAME
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(DataError, match="not a whole safetensors file"):
+    with pytest.raises(DataError, match=WEIGHTS_NAME):
         load_weights(weights, unet, torch.float32)
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.core.errors import DataError, LinfusionError
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.header import read_header
-from linfusion_cli.models.files.parts import Model, Part
-from linfusion_cli.models.load.parts import load_unet, load_vae
+from linfusion_cli.models.files.layout import Model, Part
+from linfusion_cli.models.load.networks import load_unet, load_vae
 from linfusion_cli.models.locate.model import FAMILY_BASES, find_model
 from tests.models.locate.test_model import put_in_hub
 from tests.support.small_single_files import without_weights, write_original
@@ -103,7 +103,7 @@ def test_a_damaged_single_file_too(sd_model, tmp_path, kind):
     with pytest.raises(DataError, match=r"one\.safetensors") as caught:
         model = find_model(str(file))
         read_facts(model)
-        load_vae(model.part("vae"), torch.float32, CPU)
+        load_vae(model.get_part("vae"), torch.float32, CPU)
         load_unet(model, torch.float32)
     assert "\n" not in str(caught.value)
 

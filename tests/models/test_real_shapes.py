@@ -13,14 +13,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.mixers.linear import weights
-from linfusion_cli.mixers.linear.weights import CONFIG_NAME, ModuleSpec, check_specs, empty, spec_of
-from linfusion_cli.models.families.facts import family_of, family_of_file
+from linfusion_cli.mixers.linear.weights import CONFIG_NAME, ModuleSpec, build_meta_module, build_spec, check_specs
+from linfusion_cli.models.families.facts import detect_family, detect_file_family
 from linfusion_cli.models.files.header import Header
-from linfusion_cli.models.load.parts import fitting_state
-from linfusion_cli.models.load.single_file import depths_in
-from linfusion_cli.planning.meta_model import MetaModel, count
+from linfusion_cli.models.load.networks import read_matching_state
+from linfusion_cli.models.load.single_file import read_transformer_depths
+from linfusion_cli.planning.meta_model import MetaModel, count_parameters
 from linfusion_cli.strips.ops import StripSize
-from linfusion_cli.unet.estimate import Setting, estimate_unet
+from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
 from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.support.small_single_files import original_clip, original_open_clip, original_unet, original_vae
 from tools.bench.shapes import linear_attentions
@@ -119,8 +119,8 @@ def real(request):
 
 def test_a_family_is_told_by_names_and_shapes(real):
     family, (unet, *_), header = real
-    assert family_of(dict(unet.config)) == family_of_file(header) == family
-    assert depths_in(header, unet.config) == {}
+    assert detect_family(dict(unet.config)) == detect_file_family(header) == family
+    assert read_transformer_depths(header, unet.config) == {}
 
 
 def test_the_keys_are_those_of_the_published_files(real):
@@ -132,7 +132,7 @@ def test_the_keys_are_those_of_the_published_files(real):
 def test_every_tensor_of_every_network_is_found_in_the_single_file(real):
     _, networks, header = real
     for network in networks:
-        found = fitting_state(network, header, on_meta=True)
+        found = read_matching_state(network, header, on_meta=True)
         assert found.keys() == dict(network.named_parameters()).keys()
 
 
@@ -170,9 +170,9 @@ def test_linear_attention_fits_key_by_key(real):
     specs = published_modules(family)
     assert len(specs) == COUNTS[family]
     check_specs(Path("published"), specs, unet)
-    modules = [empty(spec) for spec in specs]
-    assert sum(map(count, modules)) == NUMBERS[family]
-    assert [spec_of(spec.module_name, module) for spec, module in zip(specs, modules, strict=True)] == specs
+    modules = [build_meta_module(spec) for spec in specs]
+    assert sum(map(count_parameters, modules)) == NUMBERS[family]
+    assert [build_spec(spec.module_name, module) for spec, module in zip(specs, modules, strict=True)] == specs
     shapes = {name: tuple(tensor.shape) for name, tensor in nn.ModuleList(modules).state_dict().items()}
     expected = {}
     for i, spec in enumerate(specs):
@@ -197,18 +197,18 @@ def sdxl(tmp_path):
     """SDXL's outline, with the linear attention that the published config describes."""
     (tmp_path / CONFIG_NAME).write_text(published_config("sdxl"))
     unet = sdxl_unet_on_meta()
-    return MetaModel(unet, weights.outline(tmp_path, unet), vae_on_meta())
+    return MetaModel(unet, weights.build_meta_modules(tmp_path, unet), vae_on_meta())
 
 
 def test_sdxl_s_unet_with_linear_attention_takes_4_83_gib_in_fp16(sdxl):
-    assert sdxl.all_numbers - sdxl.numbers("original") == NUMBERS["sdxl"]
-    assert sdxl.numbers("linear") == 2_593_261_284
-    assert sdxl.numbers("linear") * 2 / 2**30 == pytest.approx(4.83, abs=0.005)
+    assert sdxl.total_unet_parameters - sdxl.count_unet_parameters("original") == NUMBERS["sdxl"]
+    assert sdxl.count_unet_parameters("linear") == 2_593_261_284
+    assert sdxl.count_unet_parameters("linear") * 2 / 2**30 == pytest.approx(4.83, abs=0.005)
 
 
 def test_a_forward_of_sdxl_at_16k_is_1547_tflop(sdxl):
     with sdxl.with_attention("linear"):
-        found = estimate_unet(sdxl.unet, Setting(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
+        found = estimate_unet(sdxl.unet, ForwardSettings(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
     assert found.flops == pytest.approx(1547e12, rel=0.005)
 
 
@@ -216,7 +216,7 @@ def test_benchmarks_run_linear_attention_as_published():
     unet = sdxl_unet_on_meta()
     with torch.device("meta"):
         modules = linear_attentions(unet)
-    assert [spec_of(path, module) for path, module in modules.items()] == published_modules("sdxl")
+    assert [build_spec(path, module) for path, module in modules.items()] == published_modules("sdxl")
 
 
 @pytest.mark.parametrize("other", UNETS)

@@ -1,17 +1,17 @@
-"""What is reckoned is what happens: products against the design's own sum, maps against those of a real forward."""
+"""Estimates of a UNet forward: flops compared to the design document, maps compared to a real forward."""
 
 import weakref
 
 import pytest
 import torch
 
-from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.mixers.linear.mount import mount_modules
 from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.cost import MemoryLedger
 from linfusion_cli.strips.feature_map import FeatureMap, HostFeatureMap
-from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.strips.ops import StripContext, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
-from linfusion_cli.unet.estimate import Setting, estimate_unet
+from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
 from linfusion_cli.unet.forward import strip_forward
 from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 
@@ -22,46 +22,46 @@ GIB = 1 << 30
 def sdxl():
     with torch.device("meta"):
         unet, linear = sdxl_unet(), linear_attentions(sdxl_unet())
-    with mounted(unet, linear):
+    with mount_modules(unet, linear):
         yield unet
 
 
-def test_sdxl_at_16k_takes_the_products_of_the_design(sdxl):
-    found = estimate_unet(sdxl, Setting(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
-    assert found.flops == pytest.approx(1547e12, rel=0.001)
-    assert found.live == {"device": 0, "host": 0, "nowhere": 0}
+def test_the_flops_of_sdxl_at_16k_equal_the_design(sdxl):
+    ledger = estimate_unet(sdxl, ForwardSettings(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
+    assert ledger.flops == pytest.approx(1547e12, rel=0.001)
+    assert ledger.live == {"device": 0, "host": 0, "computed": 0}
 
 
-@pytest.mark.parametrize(("place", "most_gib"), [("device", 17), ("skips", 12), ("host", 6)])
-def test_sdxl_at_16k_fits_the_cards_that_are_promised(sdxl, place, most_gib):
+@pytest.mark.parametrize(("place", "max_gib"), [("device", 17), ("skips", 12), ("host", 6)])
+def test_sdxl_at_16k_fits_the_documented_gpus(sdxl, place, max_gib):
     weights = 2 * sum(parameter.numel() for parameter in sdxl.parameters())
-    found = estimate_unet(sdxl, Setting(StripSize(16, 8192), place, 1, 2048, 2048, 2))
-    assert weights + found.peak["device"] <= most_gib * GIB
+    ledger = estimate_unet(sdxl, ForwardSettings(StripSize(16, 8192), place, 1, 2048, 2048, 2))
+    assert weights + ledger.peak["device"] <= max_gib * GIB
 
 
 @pytest.mark.parametrize(("side", "allocated_gib"), [(512, 0.90), (2048, 1.93)])
-def test_strips_on_their_way_from_and_to_the_host_are_reckoned(sdxl, side, allocated_gib):
-    """As many bytes as a forward allocates beside its weights on the fake card, and a fifth more at most."""
-    found = estimate_unet(sdxl, Setting(StripSize(64, 32768), "host", 1, side, side, 2)).peak["device"] / GIB
-    assert allocated_gib <= found <= allocated_gib * 1.22
+def test_strips_transferred_to_and_from_the_host_are_included(sdxl, side, allocated_gib):
+    """The estimate is between the allocation of a forward on the fake card, without weights, and 1.22 times that."""
+    ledger = estimate_unet(sdxl, ForwardSettings(StripSize(64, 32768), "host", 1, side, side, 2)).peak["device"] / GIB
+    assert allocated_gib <= ledger <= allocated_gib * 1.22
 
 
 class CountingStorage(Storage):
-    """A Storage that knows the most bytes of maps that were ever alive, on the device and on the host."""
+    """A Storage that measures the peak memory of maps on the device and on the host."""
 
     live = peak = 0, 0
 
     def _on_device(self, shape):
-        return self._counted(super()._on_device(shape))
+        return self._track(super()._on_device(shape))
 
     def _on_host(self, shape):
-        return self._counted(super()._on_host(shape))
+        return self._track(super()._on_host(shape))
 
-    def _counted(self, made: FeatureMap) -> FeatureMap:
-        on_host, count = isinstance(made, HostFeatureMap), made.tensor.nbytes
+    def _track(self, feature_map: FeatureMap) -> FeatureMap:
+        on_host, count = isinstance(feature_map, HostFeatureMap), feature_map.tensor.nbytes
         self._add(on_host, count)
-        weakref.finalize(made.tensor, self._add, on_host, -count)
-        return made
+        weakref.finalize(feature_map.tensor, self._add, on_host, -count)
+        return feature_map
 
     def _add(self, on_host: bool, count: int) -> None:
         self.live = tuple(part + count * (where == on_host) for where, part in enumerate(self.live))
@@ -69,22 +69,23 @@ class CountingStorage(Storage):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_maps_are_reckoned_to_the_byte(place):
+def test_the_peak_memory_of_maps_is_exact(place):
     torch.manual_seed(0)
     unet = sdxl_unet(10).eval()
     storage = CountingStorage(place, torch.device("cpu"), torch.float32)
     latents, size = torch.randn(1, 4, 37, 53), StripSize(4, 64)
-    with mounted(unet, linear_attentions(unet)):
-        strip_forward(unet, Strips(size, storage, SingleDevice()), latents, torch.tensor(500), random_condition(unet))
-        nothing_else = Setting(size, place, 1, 37, 53, 4)
-        found = estimate_unet(unet, nothing_else)
+    with mount_modules(unet, linear_attentions(unet)):
+        context = StripContext(size, storage, SingleDevice())
+        strip_forward(unet, context, latents, torch.tensor(500), random_condition(unet))
+        settings = ForwardSettings(size, place, 1, 37, 53, 4)
+        ledger = estimate_unet(unet, settings)
     assert storage.live == (0, 0)
-    check_peaks(storage, found, largest=37 * 53 * unet.config.block_out_channels[0] * 4)
+    check_peaks(storage, ledger, largest=37 * 53 * unet.config.block_out_channels[0] * 4)
 
 
-def check_peaks(storage: CountingStorage, found: MemoryLedger, largest: int) -> None:
-    """Of maps, to the byte; on a card one that is copied as a skip connection stays until the next one is."""
+def check_peaks(storage: CountingStorage, ledger: MemoryLedger, largest: int) -> None:
+    """Compare peaks exactly, except that a map copied as a skip connection stays on the device until the next copy."""
     on_device, on_host = storage.peak
-    assert found.maps_peak["host"] == on_host
-    more = largest if storage.place == "skips" else 0
-    assert on_device <= found.maps_peak["device"] <= on_device + more
+    assert ledger.maps_peak["host"] == on_host
+    extra = largest if storage.place == "skips" else 0
+    assert on_device <= ledger.maps_peak["device"] <= on_device + extra

@@ -13,11 +13,17 @@ def test_the_wheel_holds_presets_and_model(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    here = [path for path in (ROOT / "linfusion_cli").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sorted(str(path.relative_to(ROOT)) for path in here) == sorted(n for n in names if ".dist-info/" not in n)
+    package = [
+        path for path in (ROOT / "linfusion_cli").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    expected = [str(path.relative_to(ROOT)) for path in package]
+    expected += [f"linfusion_cli/_presets/{path.name}" for path in (ROOT / "presets").glob("*.toml")]
+    assert sorted(expected) == sorted(name for name in names if ".dist-info/" not in name)
     for part in ("unet", "vae", "linfusion"):
         assert f"linfusion_cli/models/demo/{part}/diffusion_pytorch_model.safetensors" in names
-    assert "linfusion_cli/presets/demo.toml" in names
+    assert {"linfusion_cli/_presets/demo.toml", "linfusion_cli/py.typed"} <= set(names)
+    for name in ("LICENSE", "NOTICE"):
+        assert any(path.endswith(f".dist-info/licenses/{name}") for path in names)
 
 
 def test_the_model_is_small():

@@ -1,4 +1,4 @@
-"""The embedded model does what a prompt says; how well is a matter for docs and eyes."""
+"""The embedded demo model follows the prompt."""
 
 import numpy as np
 import pytest
@@ -17,10 +17,10 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
-    """Mean colour of three pictures of each prompt, red, green and blue from 0 to 255."""
+    """Return the mean colour (RGB, 0 to 255) of three images for each prompt."""
     folder = tmp_path_factory.mktemp("demo")
 
-    def colour(name: str, seed: int) -> np.ndarray:
+    def measure_colour(name: str, seed: int) -> np.ndarray:
         output = folder / f"{name}-{seed}.png"
         request = GenerateRequest(
             prompt=PROMPTS[name],
@@ -34,7 +34,7 @@ def colours(tmp_path_factory):
         generate(request, {})
         return np.asarray(Image.open(output)).mean(axis=(0, 1))
 
-    return {name: np.mean([colour(name, seed) for seed in range(3)], axis=0) for name in PROMPTS}
+    return {name: np.mean([measure_colour(name, seed) for seed in range(3)], axis=0) for name in PROMPTS}
 
 
 def test_nights_are_darker_than_days(colours):

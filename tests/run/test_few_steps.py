@@ -1,4 +1,4 @@
-"""The presets for few steps: each paints what diffusers paints with the same LoRA as its makers publish it."""
+"""The presets for few steps produce the same images as diffusers with the published settings and the same LoRA."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from linfusion_cli import settings
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.mixers.linear.weights import load_weights
-from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.load.parts import load_unet
+from linfusion_cli.models.files.layout import Model
+from linfusion_cli.models.load.networks import load_unet
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
 from tests.support.fakes import Listener
 
-# What the model cards say: the scheduler made from the model's own, and how its timesteps are spread.
+# From the model cards: the scheduler class and the options that override the model's scheduler config.
 PUBLISHED = {
     "sdxl-lcm": (LCMScheduler, {}),
     "sdxl-lightning": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
@@ -26,7 +26,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def lora(xl_model, tmp_path_factory):
-    """Random factors of rank 2 for all projections of attention, in diffusers' layout."""
+    """Write a LoRA of rank 2 with random factors for all attention projections, in diffusers' layout."""
     torch.manual_seed(3)
     factors, unet = {}, load_unet(Model(xl_model), torch.float32)
     for path, module in unet.named_modules():
@@ -49,7 +49,7 @@ def make(xl_model, tmp_path, lora):
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_a_base_is_what_diffusers_paints_with_the_published_settings(make, preset, xl_model, lora, tmp_path):
+def test_the_base_matches_diffusers_with_the_published_settings(make, preset, xl_model, lora, tmp_path):
     make(preset, seed=5)
     pipeline = StableDiffusionXLPipeline.from_pretrained(xl_model)
     kind, options = PUBLISHED[preset]
@@ -65,13 +65,13 @@ def test_a_base_is_what_diffusers_paints_with_the_published_settings(make, prese
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_the_ladder_runs_a_few_steps_in_each_phase(make, preset):
+def test_each_phase_runs_a_few_steps(make, preset):
     report = make(preset, size=Size(256, 256))
     steps = [stage["steps"] for stage in report.plan["stages"] if stage["kind"] == "denoise"]
     assert steps == [8, 3, 2]
 
 
-def test_linear_attention_hears_the_lora_too(xl_model, lora):
+def test_the_lora_is_merged_into_linear_attention_too(xl_model, lora):
     from linfusion_cli.models.adapters.lora import merge_lora
 
     unet = load_unet(Model(xl_model), torch.float32)

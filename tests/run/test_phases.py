@@ -1,4 +1,4 @@
-"""The ladder as a whole run climbs it, by each of the upscalers and their settings."""
+"""Runs with several phases: the upscalers and their settings."""
 
 import numpy as np
 import pytest
@@ -9,16 +9,16 @@ from PIL import Image
 from linfusion_cli.core.errors import CannotCreateOutput, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.mixers.linear.mount import mount_modules
 from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.families.facts import read_facts
-from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.text.encode import encode_prompts
 from linfusion_cli.planning import machine, plan
 from linfusion_cli.planning.speed import Speed
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.run.stages import denoise
-from linfusion_cli.sampling.noise import phase_noise
+from linfusion_cli.run.stages import predictors
+from linfusion_cli.sampling.noise import draw_phase_noise
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.dilation import dilate
 from linfusion_cli.strips.ops import StripSize
@@ -39,46 +39,47 @@ def make(xl_model, tmp_path):
     return run
 
 
-def grown(phases):
-    """Of each phase above the base, what it began with, the base's channels, and its latents."""
-    return [(reached.begun.encoded, reached.begun.base, reached.latents) for _, reached in phases[1:]]
+def list_upscaled_phases(phases):
+    """Return the encoded start, the channel statistics of the base and the latents of each phase above the base."""
+    states = [state for _, state in phases[1:]]
+    return [(state.phase_state.start_latents, state.phase_state.base_statistics, state.latents) for state in states]
 
 
-def pixels(path) -> np.ndarray:
+def read_pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def apart(one, other) -> int:
-    """The largest difference between two pictures, in steps of 8 bits."""
-    return int(np.abs(pixels(one).astype(int) - pixels(other)).max())
+def max_difference(one, other) -> int:
+    """Return the largest difference between two images in 8-bit values."""
+    return int(np.abs(read_pixels(one).astype(int) - read_pixels(other)).max())
 
 
-def names(folder) -> set[str]:
+def list_names(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def plain_phase(folder, encoded, channels, index, r, scale=5.0):
-    """A phase of DemoFusion with Euler steps in one piece, written down from the paper: guided, dilated, whole."""
+def run_reference_phase(folder, encoded, channels, index, r, scale=5.0):
+    """Return the latents of a DemoFusion phase with Euler steps, implemented from the paper without strips."""
     facts = read_facts(Model(folder))
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     text = encode_prompts(Model(folder), facts, "a hill", "", torch.float32, torch.device("cpu"))
-    told = torch.tensor([[256.0, 256, 0, 0, 256, 256]])
+    time_ids = torch.tensor([[256.0, 256, 0, 0, 256, 256]])
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     signal = (1 - betas).cumprod(0)
     timesteps = [int(t) for t in np.arange(8)[::-1] * 125 + 1][-4 if index == 1 else -2 :]
     sigmas = [float(((1 - signal[t]) / signal[t]) ** 0.5) for t in timesteps] + [0.0]
-    noise = phase_noise(0, index, *encoded.shape[1:])
+    noise = draw_phase_noise(0, index, *encoded.shape[1:])
 
     def guided(x, sigma, t):
         halves = []
         for half in (text.negative, text.positive):
-            added = {"text_embeds": half.pooled, "time_ids": told} if half.pooled is not None else None
+            added = {"text_embeds": half.pooled, "time_ids": time_ids} if half.pooled is not None else None
             scaled = x / (sigma**2 + 1) ** 0.5
             halves.append(unet(scaled, t, half.hidden, added_cond_kwargs=added).sample)
         return halves[0] + scale * (halves[1] - halves[0])
 
     x = encoded + sigmas[0] * noise
-    with torch.inference_mode(), mounted(unet, load_weights(folder / "linfusion", unet, torch.float32)):
+    with torch.inference_mode(), mount_modules(unet, load_weights(folder / "linfusion", unet, torch.float32)):
         for sigma, after, t in zip(sigmas, sigmas[1:], timesteps, strict=False):
             cf = 0.5 * (1 + np.cos(np.pi * (1000 - t) / 1000))
             x = (1 - cf**3) * x + cf**3 * (encoded + sigma * noise)
@@ -92,18 +93,18 @@ def plain_phase(folder, encoded, channels, index, r, scale=5.0):
     return (x - mean) / std * channels.deviation + channels.mean
 
 
-def test_demofusion_in_strips_is_the_paper_in_one_piece(make, phases, xl_model):
-    """Both phases of a ladder, r = 2 and 4, from the same encoded picture: whole networks, the formulas as written."""
+def test_demofusion_in_strips_matches_the_paper_without_strips(make, phases, xl_model):
+    """Both upscaled phases, with dilation 2 and 4, from the same encoded image."""
     make(dilated_min=0.0)
-    for index, (encoded, channels, latents) in enumerate(grown(phases), 1):
-        expected = plain_phase(xl_model, encoded, channels, index, r=2**index)
+    for index, (encoded, channels, latents) in enumerate(list_upscaled_phases(phases), 1):
+        expected = run_reference_phase(xl_model, encoded, channels, index, r=2**index)
         assert (latents - expected).norm() / expected.norm() < 1e-4
     assert len(phases) == 3
 
 
 def test_the_channels_of_every_phase_are_those_of_the_base(make, phases):
     make()
-    for _, channels, latents in grown(phases):
+    for _, channels, latents in list_upscaled_phases(phases):
         torch.testing.assert_close(latents.mean((0, 2, 3), keepdim=True), channels.mean, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(latents.std((0, 2, 3), keepdim=True), channels.deviation, atol=1e-5, rtol=1e-4)
 
@@ -113,73 +114,75 @@ def test_the_image_does_not_depend_on_strips_even_where_noise_is_added(make, tmp
     for rows in (16, 3):
         monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(rows, 64),))
         make(output=f"{rows}.png", scheduler=scheduler, size=Size(160, 136))
-    assert apart(tmp_path / "16.png", tmp_path / "3.png") <= 1
+    assert max_difference(tmp_path / "16.png", tmp_path / "3.png") <= 1
 
 
 def test_the_upscalers_make_different_images_of_the_same_base(make, tmp_path):
     for upscaler in ("demofusion", "sdedit"):
         make(output=f"{upscaler}.png", upscaler=upscaler, save_phases=True)
-    assert apart(tmp_path / "demofusion-64x64.png", tmp_path / "sdedit-64x64.png") == 0
-    assert apart(tmp_path / "demofusion.png", tmp_path / "sdedit.png") > 0
+    assert max_difference(tmp_path / "demofusion-64x64.png", tmp_path / "sdedit-64x64.png") == 0
+    assert max_difference(tmp_path / "demofusion.png", tmp_path / "sdedit.png") > 0
 
 
 def test_without_an_upscaler_there_is_one_phase_at_the_full_size(make):
     report = make(upscaler="none", size=Size(150, 130))
     stages = [(stage["kind"], stage["size"], stage["steps"]) for stage in report.plan["stages"]]
     assert stages == [("denoise", "160x160", 8), ("decode", "160x160", 0)]
-    assert report.plan["stages"][0]["mode"]["attention"] == "linear"  # larger than the model's native size
+    assert report.plan["stages"][0]["strategy"]["attention"] == "linear"  # larger than the model's native size
 
 
 def test_dilated_passes_are_planned_and_run_as_often_as_their_weight_asks(make, monkeypatch):
-    calls, forward = [], plan.CostEstimator.forward
-    monkeypatch.setattr(machine, "measured", lambda *_: Speed(1e12, 1e10))  # two probes of a busy machine differ
+    calls, forward = [], plan.CostEstimator.estimate_forward
+    monkeypatch.setattr(
+        machine, "measure_speed", lambda *_: Speed(1e12, 1e10)
+    )  # two measurements on a busy machine differ
     monkeypatch.setattr(
         plan.CostEstimator,
-        "forward",
+        "estimate_forward",
         lambda self, mode, size, r=1, *more: calls.append(r) or forward(self, mode, size, r, *more),
     )
     always, never = (make(output=f"{least}.png", dilated_min=least) for least in (0.0, 1.0))
     assert set(calls) == {1, 2, 4}
     seconds = [
-        [stage["need"]["seconds"] for stage in report.plan["stages"] if stage["kind"] == "denoise"]
+        [stage["estimate"]["seconds"] for stage in report.plan["stages"] if stage["kind"] == "denoise"]
         for report in (always, never)
     ]
     assert seconds[0][1] > 1.5 * seconds[1][1]
 
 
-def test_guidance_within_an_interval_saves_the_other_half(make, monkeypatch):
-    halves, predictor = [], denoise.WholeUNet.predictor
+def test_guidance_outside_its_interval_skips_the_unconditional_half(make, monkeypatch):
+    halves, predictor = [], predictors.WholeUNet.build_predictor
 
     def counted(self, text, added):
         predict = predictor(self, text, added)
         return lambda latents, timestep: halves.append(float(timestep)) or predict(latents, timestep)
 
-    monkeypatch.setattr(denoise.WholeUNet, "predictor", counted)
+    monkeypatch.setattr(predictors.WholeUNet, "build_predictor", counted)
     make(size=Size(64, 64), guidance_interval=(1.0, 5.0))
     always = len(set(halves))
     assert always == 8 < len(halves) < 16
 
 
-def test_every_phase_is_kept_beside_the_output(make, tmp_path):
+def test_every_phase_is_saved_next_to_the_output(make, tmp_path):
     make(output="a.tif", save_phases=True, bits=16)
-    assert names(tmp_path) == {"a.tif", "a-64x64.tif", "a-128x128.tif"}
+    assert list_names(tmp_path) == {"a.tif", "a-64x64.tif", "a-128x128.tif"}
     for name, side in (("a-64x64.tif", 64), ("a-128x128.tif", 128), ("a.tif", 256)):
         info = read_info(tmp_path / name)
         assert (info.width_px, info.height_px, info.bits) == (side, side, 16) and info.request["prompt"] == "a hill"
 
 
-def test_keeping_phases_changes_nothing(make, tmp_path):
+def test_saving_phases_does_not_change_the_image(make, tmp_path):
     make(output="a.png")
     make(output="b.png", save_phases=True)
-    assert apart(tmp_path / "a.png", tmp_path / "b.png") == 0
+    assert max_difference(tmp_path / "a.png", tmp_path / "b.png") == 0
 
 
-def test_a_phase_that_is_in_the_way_is_refused_before_any_work(make, tmp_path):
+def test_an_existing_phase_file_is_refused_before_any_work(make, tmp_path):
     (tmp_path / "a-128x128.tif").write_bytes(b"mine")
     listener = Listener()
-    with pytest.raises(CannotCreateOutput, match="a-128x128.tif"):
+    with pytest.raises(CannotCreateOutput, match=r"a-128x128\.tif"):
         make(output="a.tif", save_phases=True, observer=listener)
-    assert names(tmp_path) == {"a-128x128.tif"}
+    assert list_names(tmp_path) == {"a-128x128.tif"}
 
 
 @pytest.mark.parametrize("save", [False, True])
@@ -189,34 +192,34 @@ def test_latents_can_be_enlarged_instead_of_pixels(make, tmp_path, save):
     decodes = ["decode"] if save else []
     assert kinds == ["denoise", *decodes, "denoise", *decodes, "denoise", "decode"]
     make(output="pixel.png")
-    assert apart(tmp_path / "latent.png", tmp_path / "pixel.png") > 0
+    assert max_difference(tmp_path / "latent.png", tmp_path / "pixel.png") > 0
 
 
-def test_what_sdxl_is_told_of_sizes_can_be_said(make, monkeypatch):
-    told = []
+def test_the_size_conditioning_can_be_set(make, monkeypatch):
+    recorded = []
     monkeypatch.setattr(
-        "linfusion_cli.models.text.encode.PromptEmbedding.added",
+        "linfusion_cli.models.text.encode.PromptEmbedding.build_added_conditions",
         lambda self, sizes: (
-            told.append(sizes.numbers)
-            or {"text_embeds": self.pooled, "time_ids": torch.tensor([sizes.numbers], dtype=torch.float32)}
+            recorded.append(sizes.values)
+            or {"text_embeds": self.pooled, "time_ids": torch.tensor([sizes.values], dtype=torch.float32)}
         ),
     )
     make(size=Size(100, 70))
-    assert told[0] == [70, 100, 0, 0, 70, 100]  # the finished size, in every phase
-    told.clear()
+    assert recorded[0] == [70, 100, 0, 0, 70, 100]  # the size of the final image in every phase
+    recorded.clear()
     sizes = {"original_size": Size(640, 480), "crop_top_left": (8, 16), "target_size": Size(320, 240)}
     make(output="b.png", size=Size(100, 70), **sizes)
-    assert told and all(numbers == [480, 640, 8, 16, 240, 320] for numbers in told)
+    assert recorded and all(numbers == [480, 640, 8, 16, 240, 320] for numbers in recorded)
 
 
 @pytest.mark.parametrize(("base", "reason"), [(Size(100, 100), "multiples of 32"), (Size(128, 64), "proportions")])
-def test_a_base_that_cannot_be_is_refused(make, base, reason):
+def test_an_invalid_base_size_is_refused(make, base, reason):
     with pytest.raises(UsageError, match="--base-size") as refused:
         make(base_size=base)
     assert reason in str(refused.value)
 
 
-def test_a_base_of_another_size_starts_the_ladder_there(make):
+def test_phases_start_at_the_given_base_size(make):
     report = make(base_size=Size(96, 96))
     assert [stage["size"] for stage in report.plan["stages"] if stage["kind"] == "denoise"] == [
         "96x96",
@@ -226,17 +229,17 @@ def test_a_base_of_another_size_starts_the_ladder_there(make):
 
 
 def test_v_prediction_works_in_every_phase(tmp_path, phases):
-    """SD 2.1's, through a whole run; that its steps are right is tested beside the schedulers."""
+    """A whole run with v_prediction, as in SD 2.1. The scheduler tests check the steps themselves."""
     folder = write_small_sd(tmp_path / "model", prediction_type="v_prediction")
     request = GenerateRequest(
         prompt="a hill", size=Size(256, 256), output=tmp_path / "a.png", model=str(folder), linfusion="none",
         steps=(8,), strength=(0.5,), upscaler="demofusion", dilated_min=0.0, vae_statistics="exact",
     )  # fmt: skip
     generate(request, {}, Listener())
-    assert len(phases) == 3 and all(reached.latents.isfinite().all() for _, reached in phases)
+    assert len(phases) == 3 and all(state.latents.isfinite().all() for _, state in phases)
 
 
 def test_a_scheduler_that_cannot_start_in_the_middle_is_refused_for_phases_only(make):
-    with pytest.raises(UsageError, match="--scheduler pndm cannot start in the middle"):
+    with pytest.raises(UsageError, match="--scheduler pndm"):
         make(scheduler="pndm")
     make(scheduler="pndm", size=Size(64, 64))

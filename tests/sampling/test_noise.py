@@ -1,9 +1,17 @@
+"""The noise equals that of diffusers in the base, and does not depend on the size of maps in other phases."""
+
 import torch
 
-from linfusion_cli.sampling.noise import BLOCK_LAT, SequentialNoise, latent_noise, phase_noise, step_noise
+from linfusion_cli.sampling.noise import (
+    BLOCK_LAT,
+    SequentialNoise,
+    draw_latent_noise,
+    draw_phase_noise,
+    draw_step_noise,
+)
 
 
-def test_the_noise_of_a_base_is_what_diffusers_draws_one_after_the_other():
+def test_the_noise_of_a_base_equals_that_of_diffusers():
     from diffusers.utils.torch_utils import randn_tensor
 
     for dtype in (torch.float32, torch.float16):
@@ -13,22 +21,22 @@ def test_the_noise_of_a_base_is_what_diffusers_draws_one_after_the_other():
             assert torch.equal(draw(step), expected.float())
 
 
-def test_noise_for_several_uses_is_independent():
-    drawn = [phase_noise(3, 1, 1, 64, 64), latent_noise(3, 1, 1, 64, 64)]
-    drawn += [step_noise(3, 1, 1, 64, 64, step) for step in range(3)]
+def test_noise_for_different_purposes_is_independent():
+    drawn = [draw_phase_noise(3, 1, 1, 64, 64), draw_latent_noise(3, 1, 1, 64, 64)]
+    drawn += [draw_step_noise(3, 1, 1, 64, 64, step) for step in range(3)]
     table = torch.corrcoef(torch.stack([noise.flatten() for noise in drawn]))
     assert (table - torch.eye(len(drawn))).abs().max() < 0.06
 
 
 def test_phase_noise_does_not_depend_on_the_size_of_the_map():
-    large = phase_noise(3, 2, 4, 3 * BLOCK_LAT, 2 * BLOCK_LAT + 5)
-    small = phase_noise(3, 2, 4, BLOCK_LAT + 9, BLOCK_LAT + 1)
+    large = draw_phase_noise(3, 2, 4, 3 * BLOCK_LAT, 2 * BLOCK_LAT + 5)
+    small = draw_phase_noise(3, 2, 4, BLOCK_LAT + 9, BLOCK_LAT + 1)
     assert torch.equal(large[..., : BLOCK_LAT + 9, : BLOCK_LAT + 1], small)
 
 
 def test_phase_noise_differs_by_seed_phase_and_place():
     def corner(seed, phase, top, left):
-        noise = phase_noise(seed, phase, 1, 2 * BLOCK_LAT, 2 * BLOCK_LAT)
+        noise = draw_phase_noise(seed, phase, 1, 2 * BLOCK_LAT, 2 * BLOCK_LAT)
         return noise[..., top : top + BLOCK_LAT, left : left + BLOCK_LAT]
 
     blocks = [corner(*place) for place in [(0, 1, 0, 0), (1, 1, 0, 0), (0, 2, 0, 0), (0, 1, 64, 0), (0, 1, 0, 64)]]
@@ -38,5 +46,5 @@ def test_phase_noise_differs_by_seed_phase_and_place():
 
 
 def test_phase_noise_is_normal():
-    noise = phase_noise(0, 1, 4, 256, 256)
+    noise = draw_phase_noise(0, 1, 4, 256, 256)
     assert noise.mean().abs() < 0.01 and (noise.std() - 1).abs() < 0.01

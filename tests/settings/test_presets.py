@@ -7,6 +7,7 @@ from linfusion_cli import settings
 from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.settings.fields import PARSERS
+from linfusion_cli.settings.presets import find_built_in_folder
 from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
 
 REQUIRED = {"prompt": "a", "size": Size(64, 64), "output": Path("a.png"), "model": "demo"}
@@ -26,14 +27,14 @@ def test_every_setting_is_a_field_of_a_request():
 def test_flag_before_environment_before_config_before_preset_before_default(tmp_path, monkeypatch):
     config, preset = tmp_path / "config.toml", tmp_path / "mine.toml"
     preset.write_text("steps = 1\nseed = 1\nstrength = 0.1\ndpi = 100")
-    config.write_text("steps = 2\nseed = 2\nstrength = 0.2\npreset = 'x.toml'")
+    config.write_text("steps = 2\nseed = 2\nstrength = 0.2\npreset = 'mine.toml'")
     environ = {"LINFUSION_CONFIG": str(config), "LINFUSION_STEPS": "3", "LINFUSION_SEED": "3"}
     config_layer, preset_name = settings.config_layer(environ)
     layers = [settings.flag_layer(REQUIRED | {"steps": (4,), "dtype": None}), settings.environment_layer(environ)]
     merged = settings.merge([*layers, config_layer, settings.preset_layer(str(preset))])
     request = settings.build_request(merged, GenerateRequest)
     assert (request.steps, request.seed, request.strength, request.dpi, request.dtype) == ((4,), 3, (0.2,), 100, "auto")
-    assert preset_name == "x.toml"
+    assert preset_name == str(preset)
     origins = merged.origins(GenerateRequest)
     assert (origins["steps"], origins["seed"], origins["dtype"]) == ("flag", "LINFUSION_SEED", "default")
     assert str(config) in origins["strength"] and str(preset) in origins["dpi"]
@@ -93,9 +94,68 @@ def test_what_is_no_toml_is_refused(tmp_path, content):
         settings.preset_layer(str(path))
 
 
-def test_an_unknown_preset_lists_those_there_are():
+def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(UsageError, match="demo, sd15, sd21, sdxl"):
         settings.preset_layer("nope")
+
+
+@pytest.fixture
+def own_presets(tmp_path, monkeypatch):
+    """A folder in LINFUSION_PRESET_PATH, and the user's config folder, each with presets."""
+    shared, own = tmp_path / "shared", tmp_path / "config" / "linfusion" / "presets"
+    for folder, names in ((shared, ("team", "demo")), (own, ("mine", "team", ".hidden"))):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / f"{name}.toml").write_text(f"model = 'demo'\nprompt = 'from {folder.name}'\nsize = 512")
+    monkeypatch.setenv("LINFUSION_PRESET_PATH", f"{tmp_path / 'missing'}:{shared}")
+    return shared, own
+
+
+def test_presets_come_from_the_path_the_program_and_the_users_folder(own_presets):
+    shared, own = own_presets
+    found = {preset.name: preset.source for preset in settings.find_presets() if preset.shadowed_by is None}
+    expected = {"demo": str(shared), "sdxl": "built in", "team": str(shared), "mine": str(own)}
+    assert found.items() >= expected.items() and ".hidden" not in found
+    shadowed = [preset for preset in settings.find_presets() if preset.shadowed_by is not None]
+    assert {preset.source for preset in shadowed} == {"built in", str(own)}
+    assert {preset.shadowed_by for preset in shadowed} == {shared / "demo.toml", shared / "team.toml"}
+    assert settings.preset_layer("team").values["prompt"] == "from shared"
+    assert settings.preset_layer(str(own / "team.toml")).values["prompt"] == "from presets"
+
+
+def test_a_preset_in_the_users_folder_does_not_replace_a_built_in_one(own_presets, monkeypatch):
+    _, own = own_presets
+    monkeypatch.delenv("LINFUSION_PRESET_PATH")
+    (own / "sdxl.toml").write_text("model = 'demo'")
+    assert settings.preset_layer("sdxl").values["model"] != "demo"
+
+
+def test_built_in_presets_are_found_in_a_wheel_and_in_a_checkout(tmp_path):
+    package = tmp_path / "linfusion_cli"
+    package.mkdir()
+    with pytest.raises(ConfigError, match="no presets"):
+        find_built_in_folder(package)
+    (tmp_path / "presets").mkdir()
+    with pytest.raises(ConfigError, match="no presets"):  # next to a wheel, this is somebody else's folder
+        find_built_in_folder(package)
+    (tmp_path / "pyproject.toml").touch()
+    assert find_built_in_folder(package) == tmp_path / "presets"
+    (package / "_presets").mkdir()
+    assert find_built_in_folder(package) == package / "_presets"
+
+
+def test_a_preset_in_a_config_file_is_relative_to_that_file(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "mine.toml").write_text("seed = 7")
+    config = tmp_path / "conf" / "config.toml"
+    config.write_text("preset = 'mine.toml'")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    _, preset = settings.config_layer({"LINFUSION_CONFIG": str(config)})
+    assert preset is not None and settings.preset_layer(preset).values == {"seed": 7}
+    config.write_text("\npreset = 'nope.toml'")
+    with pytest.raises(ConfigError, match=r"config\.toml:2: .*conf/nope\.toml"):
+        settings.config_layer({"LINFUSION_CONFIG": str(config)})
 
 
 def test_missing_files_are_named(tmp_path):
@@ -113,6 +173,13 @@ def test_without_a_config_file_there_are_no_settings_from_it():
 def test_what_has_no_default_is_asked_for(missing):
     given = {key: value for key, value in REQUIRED.items() if key != missing}
     with pytest.raises(UsageError, match=f"No {missing} was given"):
+        settings.build_request(settings.merge([settings.flag_layer(given)]), GenerateRequest)
+
+
+@pytest.mark.parametrize("missing", ["prompt", "size", "output", "model"])
+def test_a_missing_setting_does_not_hide_a_wrong_one(missing):
+    given = {key: value for key, value in REQUIRED.items() if key != missing} | {"steps": (0,)}
+    with pytest.raises(UsageError, match="--steps 0"):
         settings.build_request(settings.merge([settings.flag_layer(given)]), GenerateRequest)
 
 

@@ -102,7 +102,7 @@ def test_an_interval_without_an_upper_end_is_valid_json_and_read_back():
 
 def test_a_background_that_is_no_colour_is_refused_at_once():
     ask = {"image": Path("a.png"), "size": Size(128, 128), "output": Path("b.png"), "model": "demo"}
-    assert UpscaleRequest(**ask).behind() is None
-    assert UpscaleRequest(**ask, background="#102030").behind() == (16, 32, 48)
+    assert UpscaleRequest(**ask).background_rgb() is None
+    assert UpscaleRequest(**ask, background="#102030").background_rgb() == (16, 32, 48)
     with pytest.raises(UsageError, match="--background 'beige-ish'"):
         UpscaleRequest(**ask, background="beige-ish")

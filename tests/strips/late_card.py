@@ -1,4 +1,4 @@
-"""A card that copies as late as it may: what its streams let happen too late, or too early, happens."""
+"""A simulated GPU that delays every copy until it is waited for, which exposes missing synchronisation."""
 
 from __future__ import annotations
 
@@ -18,56 +18,56 @@ CPU = torch.device("cpu")
 
 
 class LateCard(TorchDispatchMode):
-    """Its computing stream runs at once; a copy on another stream only when somebody waits for it.
+    """Runs the compute stream at once, and copies on other streams only when they are waited for.
 
-    `freed_early` counts copies whose memory on the device was given back before the computing stream waited for them.
+    `freed_early` counts copies with device memory that was freed before the compute stream waited for them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.freed_early = 0
-        self._copying: LateStream | None = None  # the stream of the `with torch.cuda.stream` around
+        self._copying: LateStream | None = None  # the stream of the enclosing `with torch.cuda.stream`
         self._on_host: set[int] = set()
 
     def wait_event(self, event: Event) -> None:
-        """The computing stream waits."""
+        """Make the compute stream wait."""
         event.stream.advance(event.place)
 
     @contextmanager
     def copying_on(self, stream: LateStream) -> Iterator[None]:
-        """As torch.cuda.stream."""
+        """Replace torch.cuda.stream."""
         self._copying = stream
         with self:
             yield
         self._copying = None
 
     def storage(self, place: Place, dtype: torch.dtype) -> Storage:
-        """A Storage whose device is this card, in the memory of the CPU."""
-        made = Storage(place, CPU, dtype)
-        made.copies._uploads, made.copies._downloads = LateStream(), LateStream()
-        new_on_host = made._on_host
+        """Return a Storage with this GPU as its device, in CPU memory."""
+        storage = Storage(place, CPU, dtype)
+        storage.copies._uploads, storage.copies._downloads = LateStream(), LateStream()
+        new_on_host = storage._on_host
 
         def on_host(shape: tuple[int, ...]) -> FeatureMap:
-            found = new_on_host(shape)
-            self._on_host.add(found.tensor.untyped_storage().data_ptr())
-            return found
+            host_map = new_on_host(shape)
+            self._on_host.add(host_map.tensor.untyped_storage().data_ptr())
+            return host_map
 
-        made._on_host = on_host
-        return made
+        storage._on_host = on_host
+        return storage
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is not torch.ops.aten.copy_.default:
-            return function(*args, **(kwargs or {}))  # views of what is copied
+            return function(*args, **(kwargs or {}))  # views of copied tensors
         target, source = args[:2]
         self._copying.waiting.append(self._copy(target, source))
         return target
 
     def _copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
-        """The copy for later, which holds on to what is on the host alone, as torch does."""
-        target_of, source_of = (self._held(tensor) for tensor in (target, source))
+        """Return the delayed copy. Like torch, it keeps only host tensors alive."""
+        get_target, get_source = (self._reference(tensor) for tensor in (target, source))
 
         def run() -> None:
-            late_target, late_source = target_of(), source_of()
+            late_target, late_source = get_target(), get_source()
             if late_target is None or late_source is None:
                 self.freed_early += 1
             else:
@@ -75,22 +75,22 @@ class LateCard(TorchDispatchMode):
 
         return run
 
-    def _held(self, tensor: Tensor) -> Callable[[], Tensor | None]:
+    def _reference(self, tensor: Tensor) -> Callable[[], Tensor | None]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() in self._on_host:
             return lambda: tensor
         dtype = tensor.dtype
-        shape, held = (tensor.storage_offset(), tensor.shape, tensor.stride()), weakref.ref(storage)
-        return lambda: None if held() is None else tensor_of(held(), dtype, shape)
+        layout, reference = (tensor.storage_offset(), tensor.shape, tensor.stride()), weakref.ref(storage)
+        return lambda: None if reference() is None else build_tensor(reference(), dtype, layout)
 
 
-def tensor_of(storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple) -> Tensor:
-    return torch.empty(0, dtype=dtype).set_(storage, *shape)
+def build_tensor(storage: torch.UntypedStorage, dtype: torch.dtype, layout: tuple) -> Tensor:
+    return torch.empty(0, dtype=dtype).set_(storage, *layout)
 
 
 @dataclass(frozen=True)
 class Event:
-    """After so many of a stream's copies and waits."""
+    """The point in a stream after its first `place` copies and waits."""
 
     stream: LateStream
     place: int
@@ -100,14 +100,14 @@ class Event:
 
 
 class LateStream:
-    """Copies, and waits for other streams, in order: done when somebody waits for them, and no sooner."""
+    """Copies, and waits for other streams, executed in order when they are waited for, and no sooner."""
 
     def __init__(self) -> None:
         self.waiting: list[Callable[[], None]] = []
         self._done = 0
 
     def wait_stream(self, _: LateCard) -> None:
-        """What the computing stream was given is done already."""
+        """Do nothing: work of the compute stream is complete."""
 
     def record_event(self) -> Event:
         return Event(self, self._done + len(self.waiting))
@@ -123,13 +123,13 @@ class LateStream:
 
 @contextmanager
 def late_card(monkeypatch) -> Iterator[LateCard]:
-    """Within the context torch's CUDA streams are those of a LateCard, and fresh memory is full of NaN."""
+    """Replace torch's CUDA streams by those of a LateCard, and fill new memory with NaN."""
     card = LateCard()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: card)
     monkeypatch.setattr(torch.cuda, "stream", card.copying_on)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # with which torch.empty fills what it makes
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # makes torch.empty fill new tensors with NaN
     try:
         yield card
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(was_deterministic)

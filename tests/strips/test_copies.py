@@ -1,14 +1,21 @@
-"""Copies between host and device in the worst order that their streams allow, as no card is at hand to run into it."""
+"""Copies between host and device, executed as late as their streams allow."""
 
 import pytest
 import torch
 
 from linfusion_cli.strips.communicator import SingleDevice
-from linfusion_cli.strips.copies import streams
-from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.strips.copies import create_streams
+from linfusion_cli.strips.ops import StripContext, StripSize
 from linfusion_cli.unet.forward import strip_forward
 from tests.strips.late_card import late_card
-from tests.unet.test_forward import FAMILIES, TIMESTEP, error, plain, random_condition, with_linear_attention
+from tests.unet.test_forward import (
+    FAMILIES,
+    TIMESTEP,
+    random_condition,
+    relative_error,
+    run_plain,
+    with_linear_attention,
+)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -17,73 +24,73 @@ from tests.unet.test_forward import FAMILIES, TIMESTEP, error, plain, random_con
 def test_a_forward_waits_for_its_copies(family, place, dilation, monkeypatch):
     with with_linear_attention(FAMILIES[family], torch.float64) as unet, late_card(monkeypatch) as card:
         latents, condition = torch.randn(1, 4, 37, 53, dtype=torch.float64), random_condition(unet)
-        expected = plain(unet, latents, condition, dilation)
-        run = Strips(StripSize(3, 55), card.storage(place, torch.float64), SingleDevice(), dilation)
-        found = strip_forward(unet, run, latents, TIMESTEP, condition)
-        assert error(found, expected) <= 1e-12
+        expected = run_plain(unet, latents, condition, dilation)
+        context = StripContext(StripSize(3, 55), card.storage(place, torch.float64), SingleDevice(), dilation)
+        result = strip_forward(unet, context, latents, TIMESTEP, condition)
+        assert relative_error(result, expected) <= 1e-12
     assert card.freed_early == 0
 
 
 def test_rows_written_through_one_view_are_awaited_by_a_read_through_another(monkeypatch):
     rows = torch.randn(1, 6, 4, 3)
     with late_card(monkeypatch) as card:
-        found = filled(card, torch.zeros_like(rows))
-        found.flattened().write(0, rows.flatten(1, 2).unsqueeze(2))
-        assert torch.equal(found.read(0, 6), rows)
+        host_map = fill_host_map(card, torch.zeros_like(rows))
+        host_map.flatten().write(0, rows.flatten(1, 2).unsqueeze(2))
+        assert torch.equal(host_map.read(0, 6), rows)
     assert card.freed_early == 0
 
 
-def test_rows_under_way_when_a_map_goes_are_awaited(monkeypatch):
+def test_a_pending_upload_is_waited_for_when_its_map_is_deleted(monkeypatch):
     with late_card(monkeypatch) as card:
-        found = filled(card, torch.ones(1, 8, 2, 3))
-        found.read(0, 2)  # and rows 2 to 4 are on their way
-        upload = found._ahead
-        del found
+        host_map = fill_host_map(card, torch.ones(1, 8, 2, 3))
+        host_map.read(0, 2)  # starts the upload of rows 2 to 4
+        upload = host_map._prefetched
+        del host_map
         assert upload.rows.sum() == 12
     assert card.freed_early == 0
 
 
-def filled(card, rows: torch.Tensor):
-    """A map on the host that holds `rows`."""
-    found = card.storage("host", rows.dtype).new(*rows.shape)
-    found.write(0, rows)
-    return found
+def fill_host_map(card, rows: torch.Tensor):
+    """Return a map on the host that contains `rows`."""
+    host_map = card.storage("host", rows.dtype).new(*rows.shape)
+    host_map.write(0, rows)
+    return host_map
 
 
-def test_rows_under_way_are_taken_in_part_and_waited_for(monkeypatch):
+def test_prefetched_rows_are_waited_for_and_can_be_read_in_parts(monkeypatch):
     rows = torch.randn(1, 12, 2, 3)
     with late_card(monkeypatch) as card:
-        found = filled(card, rows)
+        host_map = fill_host_map(card, rows)
         for top, bottom in [(0, 5), (5, 9), (9, 12), (2, 4), (3, 6), (6, 7), (7, 8)]:
-            assert torch.equal(found.read(top, bottom), rows[:, top:bottom])
+            assert torch.equal(host_map.read(top, bottom), rows[:, top:bottom])
     assert card.freed_early == 0
 
 
-def test_rows_that_were_under_way_too_early_are_waited_for_before_their_memory_serves_others(monkeypatch):
+def test_a_stale_upload_is_waited_for_before_its_memory_is_reused(monkeypatch):
     with late_card(monkeypatch) as card:
-        found = filled(card, torch.zeros(1, 12, 2, 3))
-        assert found.read(0, 4).sum() == 0  # and rows 4 to 8 are on their way
-        found.write(6, torch.ones(1, 2, 2, 3))
-        assert found.read(4, 8).sum() == 12
+        host_map = fill_host_map(card, torch.zeros(1, 12, 2, 3))
+        assert host_map.read(0, 4).sum() == 0  # starts the upload of rows 4 to 8
+        host_map.write(6, torch.ones(1, 2, 2, 3))
+        assert host_map.read(4, 8).sum() == 12
     assert card.freed_early == 0
 
 
-def test_a_skip_connection_no_longer_holds_its_original_once_it_is_taken(monkeypatch):
+def test_a_skip_connection_releases_the_device_memory_of_its_copy(monkeypatch):
     with late_card(monkeypatch) as card:
         storage = card.storage("skips", torch.float32)
         source = storage.new(1, 4, 4, 2)
         source.write(0, torch.ones(1, 4, 4, 2))
-        kept = storage.keep(source)
-        assert len(storage.copies._going_down) == 1
-        kept.release()
-        assert len(storage.copies._going_down) == 0
-        assert torch.equal(kept.read(0, 4), torch.ones(1, 4, 4, 2))
+        skip = storage.store_skip(source)
+        assert len(storage.copies._pending_downloads) == 1
+        skip.release()
+        assert len(storage.copies._pending_downloads) == 0
+        assert torch.equal(skip.read(0, 4), torch.ones(1, 4, 4, 2))
 
 
 def test_a_card_has_a_stream_for_each_direction(monkeypatch):
-    """A bus carries both at a time: on one stream, uploads would wait for downloads."""
+    """The bus is full duplex: on a single stream, uploads would wait for downloads."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    up, down = streams(torch.device("cuda", 0))
+    up, down = create_streams(torch.device("cuda", 0))
     assert up is not None
     assert up is not down
-    assert streams(torch.device("cpu")) == (None, None)
+    assert create_streams(torch.device("cpu")) == (None, None)

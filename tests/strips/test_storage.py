@@ -1,76 +1,76 @@
-"""Maps give back what was written, wherever they wait, and their memory goes back to the system."""
+"""Maps return the data that was written, in every place, and free their memory."""
 
 import pytest
 import torch
 
-from linfusion_cli.hardware.device import resident_bytes
+from linfusion_cli.hardware.host_memory import resident_bytes
 from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.feature_map import HostFeatureMap
-from linfusion_cli.strips.ops import Strips, StripSize
-from linfusion_cli.strips.storage import PLACES, Storage, mapped
+from linfusion_cli.strips.ops import StripContext, StripSize
+from linfusion_cli.strips.storage import PLACES, Storage, allocate_mapped
 
 CPU, MIB = torch.device("cpu"), 1 << 20
 
 
-def storage(place: str) -> Storage:
+def create_storage(place: str) -> Storage:
     return Storage(place, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_rows_come_back_in_any_order(place):
     rows = torch.randn(2, 23, 5, 3)
-    found = storage(place).new(*rows.shape)
+    feature_map = create_storage(place).new(*rows.shape)
     for top in (0, 7, 14, 21):
-        found.write(top, rows[:, top : top + 7])
+        feature_map.write(top, rows[:, top : top + 7])
     for top, bottom in [(0, 4), (4, 8), (8, 12), (3, 5), (5, 7), (20, 23), (0, 23), (22, 23)]:
-        assert torch.equal(found.read(top, bottom), rows[:, top:bottom])
-    pixels = found.flattened()
+        assert torch.equal(feature_map.read(top, bottom), rows[:, top:bottom])
+    pixels = feature_map.flatten()
     assert pixels.shape == (2, 115, 1, 3) and torch.equal(pixels.read(5, 17).squeeze(2), rows.flatten(1, 2)[:, 5:17])
 
 
 def test_rows_that_were_read_ahead_are_not_stale():
-    found = storage("host").new(1, 12, 2, 1)
-    found.write(0, torch.zeros(1, 12, 2, 1))
-    assert found.read(0, 4).sum() == 0  # and rows 4 to 8 are on their way
-    found.write(6, torch.ones(1, 2, 2, 1))
-    assert found.read(4, 8).sum() == 4
-    assert found.read(8, 12).sum() == 0
+    host_map = create_storage("host").new(1, 12, 2, 1)
+    host_map.write(0, torch.zeros(1, 12, 2, 1))
+    assert host_map.read(0, 4).sum() == 0  # starts the prefetch of rows 4 to 8
+    host_map.write(6, torch.ones(1, 2, 2, 1))
+    assert host_map.read(4, 8).sum() == 4
+    assert host_map.read(8, 12).sum() == 0
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_skip_connection_is_the_map_or_its_copy_on_the_host(place):
-    made = storage(place)
-    source = made.new(1, 4, 4, 2)
+    storage = create_storage(place)
+    source = storage.new(1, 4, 4, 2)
     source.write(0, torch.ones(1, 4, 4, 2))
-    kept = made.keep(source)
-    assert (kept is source) == (place != "skips") and isinstance(kept, HostFeatureMap) == (place != "device")
-    assert torch.equal(kept.read(0, 4), torch.ones(1, 4, 4, 2))
-    kept.release()
-    assert not kept.kept
+    skip = storage.store_skip(source)
+    assert (skip is source) == (place != "skips") and isinstance(skip, HostFeatureMap) == (place != "device")
+    assert torch.equal(skip.read(0, 4), torch.ones(1, 4, 4, 2))
+    skip.release()
+    assert not skip.is_read_only
 
 
-def test_a_map_s_memory_goes_back_to_the_system():
-    before = resident_bytes()
-    held = mapped((200, MIB), torch.uint8).fill_(1)
-    assert resident_bytes() - before > 180 * MIB
-    view = held[:10]
-    del held
-    assert resident_bytes() - before > 180 * MIB and view.min() == 1  # a sum would copy it, as int64
+def test_the_memory_of_a_map_is_returned_to_the_system():
+    initial_bytes = resident_bytes()
+    tensor = allocate_mapped((200, MIB), torch.uint8).fill_(1)
+    assert resident_bytes() - initial_bytes > 180 * MIB
+    view = tensor[:10]
+    del tensor
+    assert resident_bytes() - initial_bytes > 180 * MIB and view.min() == 1  # a sum would copy it to int64
     del view
-    assert resident_bytes() - before < 20 * MIB
+    assert resident_bytes() - initial_bytes < 20 * MIB
 
 
-def test_memory_that_is_not_there_is_a_memory_error():
+def test_a_failed_allocation_raises_memory_error():
     with pytest.raises(MemoryError):
-        mapped((1 << 30, 1 << 30), torch.float32)
+        allocate_mapped((1 << 30, 1 << 30), torch.float32)
 
 
-def test_where_memory_runs_out_strips_shrink_then_maps_move_out_then_strips_shrink_to_a_row(monkeypatch):
-    """On a card; on a CPU the host's memory is the same, and maps stay where they are."""
-    seen, run = [], Strips(StripSize(64, 32768), storage("device"), SingleDevice())
-    assert run.storage.move_to_host() is None
-    run.storage.device = torch.device("meta")  # none that is the host
-    while run := run.smaller():
-        seen.append((run.size.rows, run.storage.place))
-    assert seen[:5] == [(32, "device"), (16, "device"), (16, "skips"), (16, "host"), (8, "host")]
-    assert seen[-1] == (1, "host")
+def test_memory_is_reduced_by_smaller_strips_then_host_maps_then_single_rows(monkeypatch):
+    """This holds for GPUs. On the CPU, host memory is device memory and maps are not moved."""
+    settings, context = [], StripContext(StripSize(64, 32768), create_storage("device"), SingleDevice())
+    assert context.storage.move_to_host() is None
+    context.storage.device = torch.device("meta")  # any device but the CPU
+    while context := context.reduce_memory():
+        settings.append((context.size.rows, context.storage.place))
+    assert settings[:5] == [(32, "device"), (16, "device"), (16, "skips"), (16, "host"), (8, "host")]
+    assert settings[-1] == (1, "host")

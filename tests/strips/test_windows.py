@@ -1,4 +1,4 @@
-"""Windows are slices of the padded map, whatever they share; enlarging is torch's own."""
+"""Windows are slices of the padded map, with any overlap; upsampling equals that of torch."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from linfusion_cli.strips.communicator import SingleDevice
-from linfusion_cli.strips.dilation import inner, skip_row_padding
+from linfusion_cli.strips.dilation import skip_row_padding, unwrap_lora
 from linfusion_cli.strips.feature_map import FeatureMap
 from linfusion_cli.strips.ops import StripSize
-from linfusion_cli.strips.windows import Enlarged, Source, Windows, nearest
+from linfusion_cli.strips.windows import RowSource, UpsampledSource, Windows, nearest_indices
 
 CPU = torch.device("cpu")
 
@@ -18,12 +18,12 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("length", "longer"), [(27, 53), (13, 25), (5, 9), (8, 16), (100, 199), (1, 1), (7, 13), (2095, 4189), (4189, 8377)]
 )
-def test_places_are_repeated_as_torch_repeats_them(length, longer, dtype):
-    """Rows past 2048 are rounded otherwise in fp32 than in fp64; bfloat16 cannot tell their numbers apart."""
+def test_nearest_indices_are_those_of_torch(length, longer, dtype):
+    """Row indices above 2048 are rounded differently in fp32 and fp64, and are not representable in bfloat16."""
     row, low = torch.arange(length).div(64, rounding_mode="floor"), torch.arange(length) % 64
     rows = torch.stack([row, low])[None, :, :, None].to(dtype)
-    found = F.interpolate(rows, size=(longer, 1), mode="nearest")[0, :, :, 0].long()
-    assert torch.equal(nearest(length, longer, dtype), found[0] * 64 + found[1])
+    result = F.interpolate(rows, size=(longer, 1), mode="nearest")[0, :, :, 0].long()
+    assert torch.equal(nearest_indices(length, longer, dtype), result[0] * 64 + result[1])
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_windows_are_slices_of_the_padded_map(rows, stride, halo):
     parts = [torch.randn(2, 11, 5, channels) for channels in (3, 2)]
     padded = F.pad(torch.cat(parts, dim=-1), (0, 0, 0, 0, halo, halo + rows * stride))
     windows = Windows(
-        Source([FeatureMap(part) for part in parts], SingleDevice(), halo),
+        RowSource([FeatureMap(part) for part in parts], SingleDevice(), halo),
         2,
         rows * stride + 2 * halo,
         torch.float32,
@@ -46,32 +46,32 @@ def test_windows_are_slices_of_the_padded_map(rows, stride, halo):
         assert torch.equal(windows.rows(start, stop), padded[:, start + halo : stop + halo])
 
 
-def test_rows_that_were_read_may_be_written_over():
-    """What a window shares with the next is carried over, not read again."""
+def test_rows_can_be_overwritten_after_they_are_read():
+    """Rows shared with the next window are copied in the buffer, not read again."""
     rows = torch.arange(8.0)[None, :, None, None].clone()
-    source, seen = Source([FeatureMap(rows)], SingleDevice(), 1), []
+    source, contents = RowSource([FeatureMap(rows)], SingleDevice(), 1), []
     windows = Windows(source, 1, 4, torch.float32, CPU)
     for top in range(0, 8, 2):
-        seen.append(windows.rows(top - 1, top + 3).flatten().tolist())
+        contents.append(windows.rows(top - 1, top + 3).flatten().tolist())
         rows[:, top : top + 2] = -1
-    assert seen == [[0, 0, 1, 2], [1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 0]]
+    assert contents == [[0, 0, 1, 2], [1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 0]]
 
 
 @pytest.mark.parametrize("size", [(13, 9), (12, 10), (13, 10)])
 @pytest.mark.parametrize("halo", [1, 3])
-def test_an_enlarged_map_is_torch_s_own(size, halo):
+def test_an_upsampled_map_equals_that_of_torch(size, halo):
     small = torch.randn(1, 7, 5, 2)
-    whole = F.interpolate(small.permute(0, 3, 1, 2), size=size, mode="nearest").permute(0, 2, 3, 1)
-    padded = F.pad(whole, (0, 0, 0, 0, halo, halo))
-    source = Enlarged(FeatureMap(small), SingleDevice(), (halo + 1) // 2, *size, CPU)
+    upsampled = F.interpolate(small.permute(0, 3, 1, 2), size=size, mode="nearest").permute(0, 2, 3, 1)
+    padded = F.pad(upsampled, (0, 0, 0, 0, halo, halo))
+    source = UpsampledSource(FeatureMap(small), SingleDevice(), (halo + 1) // 2, *size, CPU)
     windows = Windows(source, 1, 2 + 2 * halo, torch.float32, CPU)
     for top in range(0, size[0] - 1, 2):
         assert torch.equal(windows.rows(top - halo, top + 2 + halo), padded[:, top : top + 2 + 2 * halo])
 
 
-def test_convolutions_leave_their_rows_to_the_caller_and_are_restored():
+def test_convolutions_do_not_pad_rows_and_are_restored():
     network = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 3, stride=2, padding=1))
-    before = [(layer.dilation, layer.padding) for layer in network]
+    original = [(layer.dilation, layer.padding) for layer in network]
     with pytest.raises(ZeroDivisionError), skip_row_padding(network, 3):
         assert [(layer.dilation, layer.padding) for layer in network] == [
             ((3, 3), (0, 3)),
@@ -79,20 +79,20 @@ def test_convolutions_leave_their_rows_to_the_caller_and_are_restored():
             ((3, 3), (0, 3)),
         ]
         raise ZeroDivisionError
-    assert [(layer.dilation, layer.padding) for layer in network] == before
+    assert [(layer.dilation, layer.padding) for layer in network] == original
 
 
-def test_the_layer_inside_wrappers_is_found():
+def test_nested_lora_wrappers_are_unwrapped():
     layer = nn.Linear(1, 1)
     once, twice = nn.Module(), nn.Module()
     once.base_layer, twice.base_layer = layer, once
-    assert inner(layer) is inner(twice) is layer
+    assert unwrap_lora(layer) is unwrap_lora(twice) is layer
 
 
-def test_strips_are_as_tall_as_their_tokens_need_and_halve_to_a_smallest():
-    assert [StripSize(16, 1024).rows_of(width) for width in (2048, 512, 32, 2)] == [16, 16, 32, 512]
-    size, seen = StripSize(16, 1024), []
+def test_strips_of_narrow_maps_are_taller_and_sizes_halve_to_a_minimum():
+    assert [StripSize(16, 1024).rows_for(width) for width in (2048, 512, 32, 2)] == [16, 16, 32, 512]
+    size, sizes = StripSize(16, 1024), []
     while not size.is_smallest:
-        size = size.halved()
-        seen.append((size.rows, size.tokens))
-    assert seen == [(8, 512), (4, 256), (2, 128), (1, 64)]
+        size = size.halve()
+        sizes.append((size.rows, size.tokens))
+    assert sizes == [(8, 512), (4, 256), (2, 128), (1, 64)]

@@ -1,4 +1,4 @@
-"""Stand-ins for what a run talks to."""
+"""Test doubles for observers, communicators and ControlNets."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from linfusion_cli.core.events import Event
 from linfusion_cli.strips.feature_map import FeatureMap
-from linfusion_cli.strips.ops import Strips, as_nhwc
+from linfusion_cli.strips.ops import StripContext, as_nhwc
 from linfusion_cli.unet.forward import Residuals
 
 T = TypeVar("T")
 
 
 class Listener:
-    """An Observer that remembers."""
+    """An Observer that records all events."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -32,47 +32,49 @@ class Listener:
 
 
 class Rank:
-    """The Exchange of one of several devices, which are threads: all make the same calls in the same order."""
+    """The Communicator of one of several simulated devices: threads that make the same calls in the same order."""
 
     def __init__(self, number: int, barrier: threading.Barrier, table: list):
         self.number, self._barrier, self._table = number, barrier, table
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._said_by_all(tensor)).sum(dim=0)
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self._all_gather(tensor)).sum(dim=0)
 
-    def halo(self, part: FeatureMap, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    def exchange_halo(self, part: FeatureMap, rows: int) -> tuple[Tensor | None, Tensor | None]:
         ends = [part.read(0, rows), part.read(part.height - rows, part.height)]
-        edges = self._said_by_all([end.clone() for end in ends])
+        edges = self._all_gather([end.clone() for end in ends])
         above = edges[self.number - 1][1] if self.number > 0 else None
         below = edges[self.number + 1][0] if self.number + 1 < len(edges) else None
         return above, below
 
-    def _said_by_all(self, mine: T) -> list[T]:
-        self._table[self.number] = mine
+    def _all_gather(self, value: T) -> list[T]:
+        self._table[self.number] = value
         self._barrier.wait()
-        said = list(self._table)
-        self._barrier.wait()  # nobody says the next thing before all have heard this one
-        return said
+        values = list(self._table)
+        self._barrier.wait()  # all ranks have read the table before it is written again
+        return values
 
 
-class GivenControl:
-    """A Control that adds these tensors [B, C, h, w], whatever it hears: to the skip connections, and to the middle."""
+class ConstantControlNet:
+    """A ControlNetBranch with fixed residuals [B, C, h, w]: of the skip connections, then of the middle block."""
 
     def __init__(self, *tensors: Tensor):
         self.tensors, self.encoder = tensors, nn.Identity()
 
-    def residuals(self, run: Strips, latents, timestep, condition, before: Residuals | None) -> Residuals:
-        assert before is None  # it is the first
-        return Residuals(self._map(run, as_nhwc(tensor)) for tensor in self.tensors)
+    def compute_residuals(
+        self, context: StripContext, latents, timestep, condition, previous: Residuals | None
+    ) -> Residuals:
+        assert previous is None  # this is the first ControlNet
+        return Residuals(self._create_map(context, as_nhwc(tensor)) for tensor in self.tensors)
 
-    def _map(self, run: Strips, rows: Tensor) -> FeatureMap:
-        made = run.storage.new_waiting(*rows.shape)
-        made.write(0, rows)
-        return made
+    def _create_map(self, context: StripContext, rows: Tensor) -> FeatureMap:
+        residual = context.storage.new_skip(*rows.shape)
+        residual.write(0, rows)
+        return residual
 
 
-def on_ranks(count: int, work: Callable[[Rank], T]) -> list[T]:
-    """What `work` returns on each of so many simulated devices; if one fails, none waits for it."""
+def run_on_ranks(count: int, work: Callable[[Rank], T]) -> list[T]:
+    """Return the results of `work` on `count` simulated devices; if one fails, the others stop waiting."""
     barrier, table = threading.Barrier(count, timeout=60), [None] * count
 
     def run(number: int) -> T:

@@ -1,4 +1,4 @@
-"""What another process does meanwhile: a lock that this one has itself would be another thing."""
+"""Locks held by another process; a lock of this process would not conflict in the same way."""
 
 import subprocess
 import sys
@@ -16,8 +16,8 @@ sys.stdin.read()
 
 
 @contextmanager
-def locked_elsewhere(path: Path) -> Iterator[None]:
-    """Within, another process has the lock on the file at `path`, which is made if it is missing."""
+def lock_in_other_process(path: Path) -> Iterator[None]:
+    """Let another process lock the file at `path`, which is created if it is missing."""
     command = [sys.executable, "-c", HOLD, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "locked\n"

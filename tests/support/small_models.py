@@ -16,7 +16,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.mixers.linear.mount import self_attentions
+from linfusion_cli.mixers.linear.mount import find_self_attentions
 from linfusion_cli.mixers.linear.weights import save_weights
 
 TEXT_WIDTH = 16
@@ -157,7 +157,7 @@ def write_small_sd(folder: Path, **scheduler_options: object) -> Path:
 def write_linfusion(folder: Path, unet: UNet2DConditionModel) -> Path:
     """Random LinFusion weights for `unet` in the published layout."""
     modules = {
-        path: LinearAttention(module.to_q.in_features, module.heads) for path, module in self_attentions(unet).items()
+        path: LinearAttention(module.to_q.in_features, module.heads) for path, module in find_self_attentions(unet).items()
     }
     save_weights(folder, modules, torch.float32)
     return folder

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from linfusion_cli.models.adapters.lora import original_places
-from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.load.parts import outline
+from linfusion_cli.models.adapters.lora import list_original_names
+from linfusion_cli.models.files.layout import Model
+from linfusion_cli.models.load.networks import load_meta
 from tests.support.small_models import small_sd_unet, small_text_config, small_tokenizer, small_vae
 
 UNET_PLACES = {
@@ -55,7 +55,7 @@ def renamed(name: str, words: dict[str, str]) -> str:
 
 def original_unet(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The UNet's tensors under "model.diffusion_model."."""
-    places = {path: place for place, path in original_places(unet)} | UNET_PLACES
+    places = {path: place for place, path in list_original_names(unet)} | UNET_PLACES
     found = {}
     for name, tensor in state.items():
         path = next(path for path in sorted(places, key=len, reverse=True) if name.startswith(f"{path}."))
@@ -114,8 +114,8 @@ def part_state(folder: Path, part: str) -> dict[str, Tensor]:
 
 def write_original(folder: Path, file: Path, family: str, notes: dict[str, str] | None = None) -> Path:
     """The model in diffusers' `folder` as one original file of its family."""
-    unet = outline(UNet2DConditionModel, Model(folder).part("unet"))
-    vae = outline(AutoencoderKL, Model(folder).part("vae"))
+    unet = load_meta(UNet2DConditionModel, Model(folder).get_part("unet"))
+    vae = load_meta(AutoencoderKL, Model(folder).get_part("vae"))
     tensors = original_unet(unet, part_state(folder, "unet")) | original_vae(vae, part_state(folder, "vae"))
     first = part_state(folder, "text_encoder")
     if family == "sdxl":

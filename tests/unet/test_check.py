@@ -1,17 +1,17 @@
-"""What the executor does not know is refused by name."""
+"""Unsupported parts of a UNet are rejected with their path."""
 
 import pytest
 import torch
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.unet.check import check_supported, unknown_parts
+from linfusion_cli.unet.check import check_supported, find_unsupported_parts
 from tests.support.small_models import small_xl_unet
 from tests.unet.test_forward import FAMILIES, with_linear_attention
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_families_are_known(family):
-    assert not list(unknown_parts(FAMILIES[family]()))
+def test_supported_families(family):
+    assert not list(find_unsupported_parts(FAMILIES[family]()))
     with with_linear_attention(FAMILIES[family], torch.float32) as unet:
         check_supported(unet)
 
@@ -21,10 +21,10 @@ def test_a_block_of_another_kind_is_named():
     config["down_block_types"] = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
     with (
         with_linear_attention(lambda: type(small_xl_unet()).from_config(config), torch.float32) as unet,
-        pytest.raises(DataError, match=r"down_blocks.1 is a AttnDownBlock2D.*--attention original") as refused,
+        pytest.raises(DataError, match=r"down_blocks.1 is a AttnDownBlock2D.*--attention original") as error_info,
     ):
         check_supported(unet)
-    assert refused.value.exit_code == 65
+    assert error_info.value.exit_code == 65
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,12 @@ def test_a_block_of_another_kind_is_named():
         ("up_blocks.0.upsamplers.0", "use_conv_transpose", True),
     ],
 )
-def test_a_layer_that_works_otherwise_is_named(path, attribute, value):
+def test_an_unsupported_layer_is_named(path, attribute, value):
     with with_linear_attention(small_xl_unet, torch.float32) as unet:
         setattr(unet.get_submodule(path), attribute, value)
-        with pytest.raises(DataError) as refused:
+        with pytest.raises(DataError) as error_info:
             check_supported(unet)
-    assert path.split(".transformer_blocks")[0] in refused.value.message
+    assert path.split(".transformer_blocks")[0] in error_info.value.message
 
 
 def test_self_attention_over_all_tokens_is_named():
@@ -50,7 +50,7 @@ def test_self_attention_over_all_tokens_is_named():
         check_supported(small_xl_unet())
 
 
-def test_cross_attention_with_a_processor_of_its_own_is_named():
+def test_cross_attention_with_a_custom_processor_is_named():
     with with_linear_attention(small_xl_unet, torch.float32) as unet:
         unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor = object()
         with pytest.raises(DataError, match="mid_block.attentions.0"):

@@ -1,4 +1,4 @@
-"""A forward in strips is the plain forward with the same attention, whatever the strips, sizes, storage or dilation."""
+"""A forward in strips equals the plain forward with the same attention, for all strip sizes, storages and dilations."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.mixers.linear.mount import mounted, self_attentions
+from linfusion_cli.mixers.linear.mount import find_self_attentions, mount_modules
 from linfusion_cli.mixers.linear.weights import load_weights
-from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.load.parts import load_unet
+from linfusion_cli.models.files.layout import Model
+from linfusion_cli.models.load.networks import load_unet
 from linfusion_cli.models.locate.model import DEMO_FOLDER
 from linfusion_cli.strips.communicator import SingleDevice
-from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.strips.ops import StripContext, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.check import check_supported
 from linfusion_cli.unet.forward import UNetInputs, strip_forward
-from tests.support.fakes import GivenControl
+from tests.support.fakes import ConstantControlNet
 from tests.support.small_models import small_sd_unet, small_xl_unet
 
 CPU, TIMESTEP = torch.device("cpu"), torch.tensor(500)
@@ -29,7 +29,7 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def small_sd21_unet() -> UNet2DConditionModel:
-    """SD 2.1's linear projections and its upcast attention, with a number of heads for each level."""
+    """SD 2.1's linear projections and upcast attention, with a different number of heads in each level."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16, 16, 16),
@@ -43,7 +43,7 @@ def small_sd21_unet() -> UNet2DConditionModel:
 
 
 def deep_unet() -> UNet2DConditionModel:
-    """Ten transformer layers, groups that straddle the parts of an up block, and a condition on the timestep."""
+    """Ten transformer layers, norm groups that extend over several parts of an up block, and timestep conditioning."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 24),
@@ -69,14 +69,14 @@ FAMILIES = {"xl": small_xl_unet, "sd15": small_sd_unet, "sd21": small_sd21_unet,
 def with_linear_attention(
     make: Callable[[], UNet2DConditionModel], dtype: torch.dtype
 ) -> Iterator[UNet2DConditionModel]:
-    """The UNet with linear attention mounted: trained for the demo model, random for the others."""
+    """Mount linear attention: trained for the demo model, random for the others."""
     torch.manual_seed(0)
     unet = make().eval().requires_grad_(False)
     if make is demo_unet:
         modules = load_weights(DEMO_FOLDER / "linfusion", unet, torch.float32)
     else:
-        modules = {p: LinearAttention(old.to_q.in_features, old.heads) for p, old in self_attentions(unet).items()}
-    with mounted(unet, modules):
+        modules = {p: LinearAttention(old.to_q.in_features, old.heads) for p, old in find_self_attentions(unet).items()}
+    with mount_modules(unet, modules):
         yield unet.to(dtype)
 
 
@@ -91,8 +91,8 @@ def random_condition(unet: UNet2DConditionModel, batch: int = 1, **more) -> UNet
 
 
 @contextmanager
-def dilated(unet: nn.Module, dilation: int) -> Iterator[None]:
-    """Every 3x3 convolution dilated, as the plain forward has it: rows and columns padded alike."""
+def dilate_all(unet: nn.Module, dilation: int) -> Iterator[None]:
+    """Dilate and pad every 3x3 convolution, rows and columns alike."""
     large = [module for module in unet.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
     for module in large:
         module.dilation = module.padding = (dilation, dilation)
@@ -102,10 +102,10 @@ def dilated(unet: nn.Module, dilation: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def plain(unet: UNet2DConditionModel, latents: Tensor, condition: UNetInputs, dilation: int = 1) -> Tensor:
-    """Under at most one control, a GivenControl."""
+def run_plain(unet: UNet2DConditionModel, latents: Tensor, condition: UNetInputs, dilation: int = 1) -> Tensor:
+    """Run the plain forward with at most one ControlNet, a ConstantControlNet."""
     *residuals, middle = [tensor for control in condition.controlnets for tensor in control.tensors] or [None]
-    with dilated(unet, dilation):
+    with dilate_all(unet, dilation):
         return unet(
             latents,
             TIMESTEP,
@@ -117,35 +117,35 @@ def plain(unet: UNet2DConditionModel, latents: Tensor, condition: UNetInputs, di
         ).sample
 
 
-def in_strips(unet, latents, condition, size=None, place="device", dilation=1) -> Tensor:
-    strips = Strips(size or StripSize(3, 55), Storage(place, CPU, unet.dtype), SingleDevice(), dilation)
-    return strip_forward(unet, strips, latents, TIMESTEP, condition)
+def run_in_strips(unet, latents, condition, size=None, place="device", dilation=1) -> Tensor:
+    context = StripContext(size or StripSize(3, 55), Storage(place, CPU, unet.dtype), SingleDevice(), dilation)
+    return strip_forward(unet, context, latents, TIMESTEP, condition)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    return ((found - expected).norm() / expected.norm()).item()
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    assert result.shape == expected.shape and result.dtype == expected.dtype
+    return ((result - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_strips_of_any_height_equal_the_plain_forward(family, dtype):
-    """37 x 53 latents are odd at every level."""
+    """The sides of 37 x 53 latents are odd in every level."""
     with with_linear_attention(FAMILIES[family], dtype) as unet:
         check_supported(unet)
         latents, condition = torch.randn(1, 4, 37, 53, dtype=dtype), random_condition(unet)
-        before, expected = latents.clone(), plain(unet, latents, condition)
+        original, expected = latents.clone(), run_plain(unet, latents, condition)
         for size in (StripSize(1, 61), StripSize(2, 106), StripSize(3, 64), StripSize(7, 371), WHOLE):
-            assert error(in_strips(unet, latents, condition, size), expected) <= BOUNDS[dtype], size
-        assert torch.equal(latents, before)
+            assert relative_error(run_in_strips(unet, latents, condition, size), expected) <= BOUNDS[dtype], size
+        assert torch.equal(latents, original)
 
 
 @pytest.mark.parametrize("height_width", [(37, 53), (8, 8), (9, 31), (40, 3), (1, 5), (2, 2)])
-def test_sizes_of_every_kind(height_width):
+def test_all_sizes(height_width):
     with with_linear_attention(small_sd_unet, torch.float64) as unet:
         latents, condition = torch.randn(1, 4, *height_width, dtype=torch.float64), random_condition(unet)
-        expected = plain(unet, latents, condition)
-        assert error(in_strips(unet, latents, condition, StripSize(2, 8)), expected) <= 1e-12
+        expected = run_plain(unet, latents, condition)
+        assert relative_error(run_in_strips(unet, latents, condition, StripSize(2, 8)), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 4])
@@ -155,48 +155,48 @@ def test_every_storage_and_dilation(family, place, dilation):
     """Strips of one row are lower than the halo of every dilated convolution."""
     with with_linear_attention(FAMILIES[family], torch.float64) as unet:
         latents, condition = torch.randn(1, 4, 37, 53, dtype=torch.float64), random_condition(unet)
-        expected = plain(unet, latents, condition, dilation)
+        expected = run_plain(unet, latents, condition, dilation)
         for rows in (1, 5):
-            found = in_strips(unet, latents, condition, StripSize(rows, 70), place, dilation)
-            assert error(found, expected) <= 1e-12
+            result = run_in_strips(unet, latents, condition, StripSize(rows, 70), place, dilation)
+            assert relative_error(result, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["xl", "sd15"])
-def test_what_a_control_finds_is_added_to_every_skip_connection(family, place, dilation):
+def test_residuals_of_a_controlnet_are_added_to_every_skip_connection(family, place, dilation):
     with with_linear_attention(FAMILIES[family], torch.float64) as unet:
         latents, condition = torch.randn(1, 4, 21, 13, dtype=torch.float64), random_condition(unet)
         shapes = skip_shapes(unet, latents, condition)
         residuals = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-        control = GivenControl(*residuals, torch.randn_like(residuals[-1]))
+        control = ConstantControlNet(*residuals, torch.randn_like(residuals[-1]))
         controlled = UNetInputs(condition.text, condition.added, controlnets=[control])
-        expected = plain(unet, latents, controlled, dilation)
-        assert error(expected, plain(unet, latents, condition, dilation)) > 0.01
-        found = in_strips(unet, latents, controlled, StripSize(2, 9), place, dilation)
-        assert error(found, expected) <= 1e-12
+        expected = run_plain(unet, latents, controlled, dilation)
+        assert relative_error(expected, run_plain(unet, latents, condition, dilation)) > 0.01
+        result = run_in_strips(unet, latents, controlled, StripSize(2, 9), place, dilation)
+        assert relative_error(result, expected) <= 1e-12
 
 
 def skip_shapes(unet, latents, condition) -> list[torch.Size]:
-    """The shapes of the skip connections, in the order in which a plain forward makes them."""
+    """Return the shapes of the skip connections, in order of computation."""
     shapes = []
     hooks = [unet.conv_in.register_forward_hook(lambda module, args, out: shapes.append(out.shape))]
     for block in unet.down_blocks:
         hook = block.register_forward_hook(lambda module, args, out: shapes.extend(skip.shape for skip in out[1]))
         hooks.append(hook)
-    plain(unet, latents, condition)
+    run_plain(unet, latents, condition)
     for hook in hooks:
         hook.remove()
     return shapes
 
 
 @pytest.mark.parametrize("family", ["xl", "sd15"])
-def test_two_at_once_are_each_of_them(family):
+def test_a_batch_of_two(family):
     with with_linear_attention(FAMILIES[family], torch.float64) as unet:
         latents, condition = torch.randn(2, 4, 19, 11, dtype=torch.float64), random_condition(unet, batch=2)
-        expected = plain(unet, latents, condition)
+        expected = run_plain(unet, latents, condition)
         for place in PLACES:
-            assert error(in_strips(unet, latents, condition, place=place), expected) <= 1e-12
+            assert relative_error(run_in_strips(unet, latents, condition, place=place), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -212,33 +212,34 @@ def test_two_at_once_are_each_of_them(family):
 def test_lora_layers_are_called_and_dilated(family, targets, dilation):
     with with_linear_attention(FAMILIES[family], torch.float64) as unet:
         latents, condition = torch.randn(1, 4, 21, 13, dtype=torch.float64), random_condition(unet)
-        without = plain(unet, latents, condition, dilation)
+        without = run_plain(unet, latents, condition, dilation)
         unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=targets))
         unet.to(torch.float64).eval()
-        expected = plain(unet, latents, condition, dilation)
-        assert error(expected, without) > 0.001
-        assert error(in_strips(unet, latents, condition, StripSize(2, 9), dilation=dilation), expected) <= 1e-12
+        expected = run_plain(unet, latents, condition, dilation)
+        assert relative_error(expected, without) > 0.001
+        result = run_in_strips(unet, latents, condition, StripSize(2, 9), dilation=dilation)
+        assert relative_error(result, expected) <= 1e-12
 
 
-def test_convolutions_are_as_they_were_also_after_an_error(monkeypatch):
+def test_convolutions_are_restored_even_after_an_error(monkeypatch):
     with with_linear_attention(small_xl_unet, torch.float64) as unet:
         latents, condition = torch.randn(1, 4, 9, 9, dtype=torch.float64), random_condition(unet)
-        before = [(layer.dilation, layer.padding) for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
-        in_strips(unet, latents, condition, dilation=2)
-        assert before == [(layer.dilation, layer.padding) for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
+        original = [(layer.dilation, layer.padding) for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
+        run_in_strips(unet, latents, condition, dilation=2)
+        assert original == [(layer.dilation, layer.padding) for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
 
         def stop(*_):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(unet.mid_block.resnets[0].conv1, "forward", stop)
         with pytest.raises(KeyboardInterrupt):
-            in_strips(unet, latents, condition, dilation=2)
-        assert before == [(layer.dilation, layer.padding) for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
+            run_in_strips(unet, latents, condition, dilation=2)
+        assert original == [(layer.dilation, layer.padding) for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
 
 
 def test_the_same_strips_give_the_same_bits():
     with with_linear_attention(small_xl_unet, torch.float32) as unet:
         latents, condition = torch.randn(1, 4, 37, 53), random_condition(unet)
-        assert torch.equal(in_strips(unet, latents, condition), in_strips(unet, latents, condition))
-        on_host = in_strips(unet, latents, condition, place="host")
-        assert torch.equal(in_strips(unet, latents, condition), on_host)
+        assert torch.equal(run_in_strips(unet, latents, condition), run_in_strips(unet, latents, condition))
+        on_host = run_in_strips(unet, latents, condition, place="host")
+        assert torch.equal(run_in_strips(unet, latents, condition), on_host)

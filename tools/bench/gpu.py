@@ -20,19 +20,21 @@ import torch
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware.cuda import synchronize
-from linfusion_cli.hardware.device import PeakMemory, free_memory, pick_vae_dtype, resident_bytes
-from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.hardware.device import pick_vae_dtype
+from linfusion_cli.hardware.host_memory import resident_bytes
+from linfusion_cli.hardware.peak import PeakMemory, release_memory
+from linfusion_cli.mixers.linear.mount import mount_modules
 from linfusion_cli.planning.plan import STRIP_SIZES
-from linfusion_cli.planning.speed import mean_seconds
-from linfusion_cli.planning.vae_strategies import STREAM_ROWS, patch_counts
+from linfusion_cli.planning.speed import measure_mean_seconds
+from linfusion_cli.planning.vae_strategies import STREAM_ROWS, list_patch_counts
 from linfusion_cli.strips.communicator import SingleDevice
-from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.strips.ops import StripContext, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
-from linfusion_cli.unet.estimate import Setting, estimate_unet
+from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
 from linfusion_cli.unet.forward import strip_forward
 from linfusion_cli.vae.decode import decode_rows
-from linfusion_cli.vae.estimate import vae_cost
-from linfusion_cli.vae.stages import decoder_stages
+from linfusion_cli.vae.estimate import estimate_vae
+from linfusion_cli.vae.stages import build_decoder_stages
 from linfusion_cli.vae.statistics import VaeStrategy
 from tools.bench.shapes import SDXL_KEYS, linear_attentions, random_condition, sdxl_unet, sdxl_vae
 
@@ -49,14 +51,14 @@ def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
     channels, side = (64, 64) if device.type == "cpu" else (256, 1024)
     x = torch.randn(1, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
-    return 2 * layer.weight.numel() * side**2 / mean_seconds(lambda: layer(x), device)
+    return 2 * layer.weight.numel() * side**2 / measure_mean_seconds(lambda: layer(x), device)
 
 
 def matmul_rate(device: torch.device) -> float:
     """FLOP/s of a large product: what the card can do."""
     side = 1024 if device.type == "cpu" else 8192
     x = torch.randn(side, side, device=device, dtype=dtype_for(device))
-    return 2 * side**3 / mean_seconds(lambda: x @ x, device)
+    return 2 * side**3 / measure_mean_seconds(lambda: x @ x, device)
 
 
 @torch.inference_mode()
@@ -67,8 +69,8 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     with device:
         vae = sdxl_vae(arguments.divisor).eval().to(dtype, memory_format=torch.channels_last)
-    method = VaeStrategy(0, patch_counts("decode", side**2)[0], SDXL_KEYS, STREAM_ROWS[device.type][0])
-    ledger = vae_cost(decoder_stages(vae), Size(side, side), 1, 4, method, dtype.itemsize)
+    method = VaeStrategy(0, list_patch_counts("decode", side**2)[0], SDXL_KEYS, STREAM_ROWS[device.type][0])
+    ledger = estimate_vae(build_decoder_stages(vae), Size(side, side), 1, 4, method, dtype.itemsize)
     weights = sum(parameter.numel() for parameter in vae.parameters()) * dtype.itemsize
 
     def forward(side: int) -> None:
@@ -76,7 +78,7 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
             pass
 
     forward(min(side, 64))
-    free_memory(device)
+    release_memory(device)
     peak, began = PeakMemory(device), time.perf_counter()
     forward(side)
     seconds = time.perf_counter() - began
@@ -99,7 +101,7 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
         linear = {path: module.to(unet.dtype) for path, module in linear_attentions(unet).items()}
     condition, side = random_condition(unet), arguments.sizes[0] // VAE_FACTOR
     size = StripSize(arguments.rows, arguments.tokens)
-    run = Strips(size, Storage(arguments.places[0], device, unet.dtype), SingleDevice(), compiled=arguments.compile)
+    run = StripContext(size, Storage(arguments.places[0], device, unet.dtype), SingleDevice(), compiled=arguments.compile)
 
     def forward(side: int) -> None:
         latents, timestep = torch.randn(1, 4, side, side, device=device, dtype=unet.dtype), torch.tensor(500)
@@ -109,11 +111,11 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
             strip_forward(unet, run, latents, timestep, condition)
         synchronize(device)
 
-    with mounted(unet, linear):
+    with mount_modules(unet, linear):
         weights = sum(parameter.numel() for parameter in unet.parameters()) * unet.dtype.itemsize
-        ledger = estimate_unet(unet, Setting(size, run.storage.place, 1, side, side, unet.dtype.itemsize))
+        ledger = estimate_unet(unet, ForwardSettings(size, run.storage.place, 1, side, side, unet.dtype.itemsize))
         forward(side if arguments.compile else min(side, 64))  # warms up; a compiled program is one for this shape
-        free_memory(device)  # of what loading and warming up left: a peak counts what torch holds, used or not
+        release_memory(device)  # of what loading and warming up left: a peak counts what torch holds, used or not
         peak, began = PeakMemory(device), time.perf_counter()
         forward(side)
         seconds = time.perf_counter() - began

@@ -2,7 +2,7 @@
 
 python -m tools.bench.ladder pictures [--seeds 32]    paints them, in .work/ladder; goes on where it was stopped
 python -m tools.bench.ladder measure [--seeds 32]     discs, likeness to the base, detail beyond a plain resize
-python -m tools.bench.ladder show [--seed 0]          side by side, with crops at 100 %, for docs/pictures
+python -m tools.bench.ladder show [--seed 0]          side by side, with crops at 100 %, for docs/images
 python -m tools.bench.ladder dilated [--rounds 3]     --dilated-min 0.01 against 0: seconds and PSNR
 """
 
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--subject", choices=list(PROMPTS), default="sun")
     parser.add_argument("--corner", type=int, nargs=2, default=(800, 1024), metavar=("TOP", "LEFT"))
-    parser.add_argument("--output", type=Path, default=Path("docs/pictures/ladder.jpg"))
+    parser.add_argument("--output", type=Path, default=Path("docs/images/ladder.jpg"))
     given = parser.parse_args()
     if given.what == "pictures":
         paint(given.seeds)

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.mixers.linear.mount import self_attentions
+from linfusion_cli.mixers.linear.mount import find_self_attentions
 from linfusion_cli.unet.forward import UNetInputs
 
 TEXT_TOKENS, POOLED = 77, 1280
@@ -35,7 +35,7 @@ def sdxl_unet(divisor: int = 1) -> UNet2DConditionModel:
 
 def linear_attentions(unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
     """Random linear attention for every self-attention of `unet`, in the shapes of the published LinFusion-XL."""
-    modules = self_attentions(unet).items()
+    modules = find_self_attentions(unet).items()
     return {path: linear_attention(module.to_q.in_features, module.heads) for path, module in modules}
 
 

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from linfusion_cli.hardware.device import PeakMemory, cpu_count, free_memory, resident_bytes
-from linfusion_cli.mixers.linear.mount import mounted
-from linfusion_cli.planning.estimate import HEAP_BYTES
+from linfusion_cli.hardware.host_memory import resident_bytes
+from linfusion_cli.hardware.peak import PeakMemory, release_memory
+from linfusion_cli.hardware.versions import cpu_count
+from linfusion_cli.mixers.linear.mount import mount_modules
+from linfusion_cli.planning.estimate import LIBRARY_HEAP_BYTES
 from linfusion_cli.strips.communicator import SingleDevice
-from linfusion_cli.strips.ops import Strips, StripSize
+from linfusion_cli.strips.ops import StripContext, StripSize
 from linfusion_cli.strips.storage import Storage
-from linfusion_cli.unet.estimate import Setting, estimate_unet
+from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
 from linfusion_cli.unet.forward import strip_forward
 from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
 
@@ -38,8 +40,8 @@ def child(kind: str, side: int, rows: int, tokens: int, divisor: int) -> dict[st
     torch.set_num_threads(cpu_count())
     unet = sdxl_unet(divisor).eval().to(memory_format=torch.channels_last)
     condition = random_condition(unet)
-    run = Strips(StripSize(rows, tokens), Storage("device", CPU, torch.float32), SingleDevice())
-    with mounted(unet, linear_attentions(unet)):
+    run = StripContext(StripSize(rows, tokens), Storage("device", CPU, torch.float32), SingleDevice())
+    with mount_modules(unet, linear_attentions(unet)):
 
         def forward(side: int) -> None:
             latents, timestep = torch.randn(1, 4, side, side), torch.tensor(500)
@@ -49,12 +51,12 @@ def child(kind: str, side: int, rows: int, tokens: int, divisor: int) -> dict[st
                 unet(latents, timestep, condition.text, added_cond_kwargs=condition.added)
 
         forward(32)
-        free_memory(CPU)
+        release_memory(CPU)
         loaded = resident_bytes()
         peak, began = PeakMemory(CPU), time.perf_counter()
         forward(side)
         seconds = time.perf_counter() - began
-        planned = estimate_unet(unet, Setting(run.size, "device", 1, side, side, 4)).peak["device"] + HEAP_BYTES
+        planned = estimate_unet(unet, ForwardSettings(run.size, "device", 1, side, side, 4)).peak["device"] + LIBRARY_HEAP_BYTES
         return {"seconds": seconds, "peak_bytes": peak.host_bytes() - loaded, "planned_bytes": planned}
 
 

@@ -25,19 +25,20 @@ from PIL import Image
 from torch import Tensor
 
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.hardware.device import PeakMemory, free_memory, resident_bytes
+from linfusion_cli.hardware.host_memory import resident_bytes
+from linfusion_cli.hardware.peak import PeakMemory, release_memory
 from linfusion_cli.images import ImageInfo, open_sink
 from linfusion_cli.images.process.quantise import quantise
-from linfusion_cli.models.files.parts import Part
-from linfusion_cli.models.load.parts import load_vae
+from linfusion_cli.models.files.layout import Part
+from linfusion_cli.models.load.networks import load_vae
 from linfusion_cli.models.locate.model import DEMO_FOLDER
-from linfusion_cli.planning.vae_strategies import STREAM_ROWS, patch_counts
+from linfusion_cli.planning.vae_strategies import STREAM_ROWS, list_patch_counts
 from linfusion_cli.run.outputs.async_writer import AsyncWriter
-from linfusion_cli.strips.stream import reach
+from linfusion_cli.strips.stream import receptive_radius
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows
-from linfusion_cli.vae.stages import decoder_stages
-from linfusion_cli.vae.statistics import VaeStrategy, last_normed
+from linfusion_cli.vae.stages import build_decoder_stages
+from linfusion_cli.vae.statistics import VaeStrategy, find_last_norm
 from tools.bench.shapes import SDXL_KEYS, sdxl_vae
 from tools.demo_model.scenes.scene import scene
 
@@ -54,11 +55,11 @@ def demo_vae() -> AutoencoderKL:
 
 def sampled(latents: Tensor) -> VaeStrategy:
     """What a plan takes where whole maps have no room."""
-    return VaeStrategy(0, patch_counts("decode", latents[0, 0].numel())[0], DEMO_KEYS, HEIGHT)
+    return VaeStrategy(0, list_patch_counts("decode", latents[0, 0].numel())[0], DEMO_KEYS, HEIGHT)
 
 
 def exact(vae: AutoencoderKL, keys: int = DEMO_KEYS) -> VaeStrategy:
-    return VaeStrategy(last_normed(decoder_stages(vae)), 0, keys, HEIGHT)
+    return VaeStrategy(find_last_norm(build_decoder_stages(vae)), 0, keys, HEIGHT)
 
 
 def whole(vae: AutoencoderKL, latents: Tensor, method: VaeStrategy) -> np.ndarray:
@@ -75,7 +76,7 @@ def plain(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
 def make_latents(vae: AutoencoderKL, path: Path, size: int) -> dict[str, Any]:
     """Encode a drawn scene into `path`."""
     image = torch.from_numpy(scene(1, (size, size))[0]).float() / 255
-    method = VaeStrategy(0, patch_counts("encode", (size // FACTOR) ** 2)[0], DEMO_KEYS, HEIGHT)
+    method = VaeStrategy(0, list_patch_counts("encode", (size // FACTOR) ** 2)[0], DEMO_KEYS, HEIGHT)
     read = lambda top, bottom, left, right: image[top:bottom, left:right]  # noqa: E731
     torch.save(torch.cat(list(encode_rows(vae, read, Size(size, size), method)), dim=2), path)
     return {}
@@ -88,7 +89,7 @@ def streamed(vae: AutoencoderKL, latents: Tensor, output: Path) -> None:
     sink, top = open_sink(output, "png", size, 8, info, overwrite=True), 0
     with AsyncWriter(sink) as writing:
         for rows in decode_rows(vae, latents, sampled(latents)):
-            writing.take(quantise(rows.numpy(), top, 8))
+            writing.write(quantise(rows.numpy(), top, 8))
             top += len(rows)
         writing.finish()
     sink.close()
@@ -104,7 +105,7 @@ def measured(way: Callable[[AutoencoderKL, Tensor, Path], None], latents: Tensor
     """Seconds, and memory above the loaded model, of decoding and writing."""
     vae = demo_vae()
     way(vae, latents[..., :WARM_LAT, :WARM_LAT], folder / "warm.png")
-    free_memory(CPU)
+    release_memory(CPU)
     loaded, peak, began = resident_bytes(), PeakMemory(CPU), time.perf_counter()
     way(vae, latents, folder / "out.png")
     return {"seconds": time.perf_counter() - began, "peak_bytes": peak.host_bytes() - loaded}
@@ -124,7 +125,7 @@ def fidelity(latents: Tensor) -> dict[str, Any]:
     """Differences from the decode with exact statistics, of samples and of tiles; of strips; of a flat picture."""
     vae, area = demo_vae(), latents[0, 0].numel()
     true, method = whole(vae, latents, exact(vae)), sampled(latents)
-    share = max(1, round(patch_counts("decode", LARGE_LAT**2)[0] * area / LARGE_LAT**2))
+    share = max(1, round(list_patch_counts("decode", LARGE_LAT**2)[0] * area / LARGE_LAT**2))
     found = {"the share of 16384²": whole(vae, latents, VaeStrategy(0, share, DEMO_KEYS, HEIGHT)), "sampled": None}
     found["sampled"] = whole(vae, latents, method)
     result = {f"{name}, to exact": difference(image, true) for name, image in found.items()}
@@ -132,7 +133,7 @@ def fidelity(latents: Tensor) -> dict[str, Any]:
     tall = whole(vae, latents[:, :, :64], VaeStrategy(0, method.patches, DEMO_KEYS, 1 << 20))
     result["strips of 3 rows, to one piece"] = difference(low, tall)
     flat = whole(vae, latents.mean(dim=(2, 3), keepdim=True).expand_as(latents)[..., :256, :256], method)
-    edge = reach(decoder_stages(vae)) * FACTOR  # what the zeros around the picture touch, in any decoder
+    edge = receptive_radius(build_decoder_stages(vae)) * FACTOR  # what the zeros around the picture touch, in any decoder
     inner = flat[edge:-edge, edge:-edge]
     result["flat latents, to their mean"] = difference(inner, inner.mean(axis=(0, 1), dtype=np.float64))
     vae.enable_tiling()

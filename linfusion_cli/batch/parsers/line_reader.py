@@ -1,4 +1,4 @@
-"""Read a text file line by line in bounded memory. Invalid lines are reported; files that are not text are rejected."""
+"""Read a text file line by line in bounded memory; report invalid lines, and reject files that are not text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import BinaryIO
 
 from linfusion_cli.core.errors import DataError
 
-MAX_JOB_BYTES = 100_000  # of one job: a prompt has a few hundred
-START_BYTES = 200  # of a line with a problem: enough to recognise a format
-TOO_LONG = f"It is longer than {MAX_JOB_BYTES // 1000} kB, which no job may be."
-NOT_UTF8 = "It is not valid UTF-8."
+MAX_JOB_BYTES = 100_000  # of one job; a prompt has a few hundred bytes
+START_BYTES = 200  # kept of an invalid line: enough to detect a format
+TOO_LONG = f"The job is longer than {MAX_JOB_BYTES // 1000} kB."
+NOT_UTF8 = "The line is not valid UTF-8."
 BYTE_ORDER_MARK = "\ufeff"
-ENCODINGS = {  # UTF-32 first: in little-endian order its mark begins with that of UTF-16
+ENCODINGS = {  # UTF-32 first: its little-endian mark starts with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -32,12 +32,12 @@ BINARY_FORMATS = {
     b"\x28\xb5\x2f\xfd": "compressed with zstd",
     b"\xfd7zXZ\0": "compressed with xz",
 }
-NEEDS_TEXT = "A list of jobs is text in UTF-8."
+NEEDS_TEXT = "Job lists are UTF-8 text."
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line's number, counted from 1, and its text without the end; with a `problem`, only the start of its text."""
+    """A line: its number, from 1, and its text without the line ending; with a `problem`, only the start of it."""
 
     number: int
     text: str
@@ -45,23 +45,23 @@ class Line:
 
 
 def read_lines(file: BinaryIO, name: str) -> Iterator[Line]:
-    """Every line of `file`, which is UTF-8; raises DataError, naming it `name`, if it is another encoding or binary."""
+    """Yield the lines of a UTF-8 file; raise DataError, which calls it `name`, for other encodings or binary data."""
     for number in count(1):
         raw = b""
-        for piece in _pieces(file):
+        for piece in _read_pieces(file):
             if number == 1 and not raw:
                 _check_start(piece, name)
             if b"\0" in piece:
-                what = f"{name} has a NUL byte in line {number}, as images and UTF-16 text have."
-                raise DataError(what, NEEDS_TEXT)
+                reason = f"{name} has a NUL byte in line {number}, like an image or UTF-16 text."
+                raise DataError(reason, NEEDS_TEXT)
             raw = raw or piece
         if not raw:
             return
-        yield _line(number, raw.removesuffix(b"\n").removesuffix(b"\r"))
+        yield _decode_line(number, raw.removesuffix(b"\n").removesuffix(b"\r"))
 
 
-def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    """The next line of `file`; the first piece holds all of it if it is short enough for a job."""
+def _read_pieces(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the next line of `file` in pieces; a line that is short enough for a job is one piece."""
     while piece := file.readline(MAX_JOB_BYTES + 2):
         yield piece
         if piece.endswith(b"\n"):
@@ -69,24 +69,24 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _check_start(start: bytes, name: str) -> None:
-    """Raise DataError if a file that begins like this is not UTF-8 text."""
+    """Raise DataError if `start` is the start of a file that is not UTF-8 text."""
     for mark, encoding in ENCODINGS.items():
         if start.startswith(mark):
             raise DataError(f"{name} is {encoding} text.", f"Convert it: iconv -f {encoding} -t UTF-8")
-    for magic, what in BINARY_FORMATS.items():
+    for magic, description in BINARY_FORMATS.items():
         if start.startswith(magic):
-            raise DataError(f"{name} is {what}.", NEEDS_TEXT)
+            raise DataError(f"{name} is {description}.", NEEDS_TEXT)
 
 
-def _line(number: int, raw: bytes) -> Line:
+def _decode_line(number: int, raw: bytes) -> Line:
     problem = TOO_LONG if len(raw) > MAX_JOB_BYTES else ""
     if not problem:
         try:
-            return Line(number, _without_mark(number, raw.decode("utf-8")))
+            return Line(number, _strip_mark(number, raw.decode("utf-8")))
         except UnicodeDecodeError:
             problem = NOT_UTF8
-    return Line(number, _without_mark(number, raw[:START_BYTES].decode("utf-8", "replace")), problem)
+    return Line(number, _strip_mark(number, raw[:START_BYTES].decode("utf-8", "replace")), problem)
 
 
-def _without_mark(number: int, text: str) -> str:
+def _strip_mark(number: int, text: str) -> str:
     return text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text

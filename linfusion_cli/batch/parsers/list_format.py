@@ -1,4 +1,4 @@
-"""Recognise the format of a job list by its suffix, else by its first lines, and reject everything else."""
+"""Detect the format of a job list by its suffix or its first lines, and reject other files."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from linfusion_cli.core.text import quote
 Format = Literal["JSONL", "CSV", "TOML", "text"]
 
 SUFFIXES: dict[str, Format] = {".jsonl": "JSONL", ".ndjson": "JSONL", ".csv": "CSV", ".toml": "TOML", ".txt": "text"}
-LIST_NAMES = (
-    "Lists end in .jsonl or .ndjson (one JSON object per line), .csv (separated by commas), .toml ([[job]] tables) "
+SUFFIX_HINT = (
+    "Job lists end in .jsonl or .ndjson (one JSON object per line), .csv (comma-separated), .toml ([[job]] tables) "
     "or .txt (one prompt per line)."
 )
 TABLE = re.compile(r"\s*\[\[\s*job\s*\]\]\s*(#.*)?")
-# The start of a JSON or Python array, and not of A1111's [cat:dog:0.5], [1girl:2girls:5] or [true love].
+# The start of a JSON or Python array, but not of prompts for A1111: [cat:dog:0.5], [1girl:2girls:5], [true love].
 VALUE = r"(?:[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|true|false|null|True|False|None)"
 ARRAY = re.compile(rf"""\[\s*(?:[{{"'\[\]]|$|{VALUE}\s*(?:[],]|$))""")
 OBJECT = re.compile(r'\{\s*"')
 YAML = re.compile(rf"---\s*$|-\s+(?:{'|'.join(FIELDS)})\s*:(?:\s|$)")
 MARKUP = re.compile(r"<(?:\?xml|!doctype|html)\b", re.IGNORECASE)
-SEPARATORS = re.compile(r"[,;\t|]")  # a table with others than commas is refused by the reader of CSV
+SEPARATORS = re.compile(r"[,;\t|]")  # the CSV reader accepts commas only, and reports the others
 ONE_PER_LINE = 'Write JSONL, one object per line: {"prompt": "a hill"}'
 
 
 def has_list_suffix(name: str) -> bool:
-    """Whether a file of this name may be a list of jobs."""
+    """Return True if a file with this name can be a job list."""
     return PurePath(name).suffix.lower() in SUFFIXES
 
 
 def check_suffix(path: PurePath) -> None:
-    """Raise DataError if the file's name has a suffix that no list has."""
+    """Raise DataError if the file has a suffix, but not that of a job list."""
     if path.suffix and not has_list_suffix(path.name):
-        raise DataError(f"{path} is not a list of jobs: it ends in {quote(path.suffix)}.", LIST_NAMES)
+        raise DataError(f"{path} is not a job list: its suffix is {quote(path.suffix)}.", SUFFIX_HINT)
 
 
-def recognise_format(suffix: str, lines: Iterator[Line], name: str) -> tuple[Format, Iterator[Line]]:
-    """The format, by suffix or without one by the first lines, and the lines from the first that is not blank.
+def detect_format(suffix: str, lines: Iterator[Line], name: str) -> tuple[Format, Iterator[Line]]:
+    """Return the format, by the suffix or else by the first lines, and the lines without leading blank ones.
 
-    Raises DataError, with `name` for the list, if it begins like another format.
+    Raises DataError, with `name` for the list, if it starts like another format.
     """
     expected = SUFFIXES.get(suffix.lower())
-    if expected in ("CSV", "TOML"):  # their readers reject a list without a header or [[job]]
+    if expected in ("CSV", "TOML"):  # their readers reject lists without a header or [[job]]
         return expected, lines
     first, lines = _skip(lines)
     is_json = expected == "JSONL" or (expected is None and first is not None and first.text.lstrip().startswith("{"))
@@ -61,14 +61,14 @@ def recognise_format(suffix: str, lines: Iterator[Line], name: str) -> tuple[For
         return "TOML", lines
     if expected is None and not is_json and _is_header(text):
         return "CSV", lines
-    if other := _other_format(text, expected, is_json):
-        what, hint = other
-        raise DataError(f"{name} looks like {what} (line {first.number}: {quote(text)}).", hint)
+    if other := _detect_other_format(text, expected, is_json):
+        description, hint = other
+        raise DataError(f"{name} looks like {description} (line {first.number}: {quote(text)}).", hint)
     return "JSONL" if is_json else "text", lines
 
 
 def _skip(lines: Iterator[Line], comments: bool = False) -> tuple[Line | None, Iterator[Line]]:
-    """The first line that is not blank (nor a comment, with `comments`), and the lines from there on."""
+    """Return the first line that is not blank (nor, with `comments`, a comment), and the lines from there on."""
     for line in lines:
         text = line.text.strip()
         if line.problem or (text and not (comments and text.startswith("#"))):
@@ -76,38 +76,38 @@ def _skip(lines: Iterator[Line], comments: bool = False) -> tuple[Line | None, I
     return None, lines
 
 
-def _other_format(text: str, expected: Format | None, is_json: bool) -> tuple[str, str] | None:
-    """Another format that the first line `text` of a JSONL or text list looks like, and a hint; None if it fits."""
+def _detect_other_format(text: str, expected: Format | None, is_json: bool) -> tuple[str, str] | None:
+    """Return the other format that the first line of a JSONL or text list looks like, and a hint; None if it fits."""
     if TABLE.fullmatch(text):
-        return "TOML", "End its name in .toml."
+        return "TOML", "Use the suffix .toml."
     if ARRAY.match(text):
         return "a JSON array", ONE_PER_LINE
     if is_json:
         return None
     if expected is None and text.startswith("["):
-        return "a JSON array", "Write JSONL, one object per line, or put prompts that begin with [ into a .txt file."
+        return "a JSON array", "Write JSONL, one object per line, or put prompts that start with [ into a .txt file."
     if OBJECT.match(text):
-        return "JSONL", "End its name in .jsonl." if expected else "Leave out the comments above, which JSONL has not."
-    if _is_sure_header(text):
-        return "CSV", "End its name in .csv, and separate the columns by commas."
+        return "JSONL", "Use the suffix .jsonl." if expected else "Remove the comments above: JSONL has none."
+    if _is_certain_header(text):
+        return "CSV", "Use the suffix .csv, and separate the columns by commas."
     if YAML.match(text):
         return "YAML", ONE_PER_LINE
     return ("HTML or XML", ONE_PER_LINE) if MARKUP.match(text) else None
 
 
 def _is_header(text: str) -> bool:
-    """Whether this is a CSV header, valid or not: the CSV reader names what is wrong with it."""
-    names = _columns(text)
+    """Return True for a CSV header, valid or not: the CSV reader reports its problem."""
+    names = _split_columns(text)
     if len(names) == 1:
-        return names[0] in ("prompt", "image")  # other names of fields, such as model, are words of prompts
+        return names[0] in ("prompt", "image")  # other field names, such as model, are also words in prompts
     return all(name in FIELDS for name in names) or "prompt" in map(str.lower, names)
 
 
-def _is_sure_header(text: str) -> bool:
-    """Whether this can only be a CSV header, also where one prompt per line is expected."""
-    names = _columns(text)
+def _is_certain_header(text: str) -> bool:
+    """Return True if this can only be a CSV header, even where one prompt per line is expected."""
+    names = _split_columns(text)
     return len(names) > 1 and "prompt" in names and all(name in FIELDS for name in names)
 
 
-def _columns(text: str) -> list[str]:
+def _split_columns(text: str) -> list[str]:
     return [cell.strip().strip('"') for cell in SEPARATORS.split(text)]

@@ -1,64 +1,76 @@
-"""`linfusion batch`: a list of jobs and options -> pictures in a folder, and what came of each."""
+"""`linfusion batch`: generate or upscale many images from a list of jobs."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from linfusion_cli import settings
-from linfusion_cli.batch.filenames import TEMPLATE, FilenameTemplate
-from linfusion_cli.batch.shard import Shard as Part
-from linfusion_cli.batch.shard import parse_seeds
-from linfusion_cli.cli.commands.generate import report_file
-from linfusion_cli.cli.output import log_file as output_log_file
-from linfusion_cli.cli.output import render
-from linfusion_cli.cli.output.crash_report import bug_sentence
-from linfusion_cli.cli.parsing import options
-from linfusion_cli.cli.parsing.build_request import Sources, keep_to, quieten_hub, read_options
+from linfusion_cli.batch.filenames import DEFAULT_TEMPLATE, FilenameTemplate
+from linfusion_cli.batch.seeds import parse_seeds
+from linfusion_cli.batch.shard import Shard as ListShard
+from linfusion_cli.cli.output.batch_reporter import BatchReporter
+from linfusion_cli.cli.output.crash_report import report_crash
+from linfusion_cli.cli.output.progress import observe_run
+from linfusion_cli.cli.output.streams import log as log_message
+from linfusion_cli.cli.parsing import option_groups, options
+from linfusion_cli.cli.parsing.build_request import Sources, configure_hub, parse_options, start_time_limit
 from linfusion_cli.core.errors import LinfusionError, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice, Observer
 from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
 
 if TYPE_CHECKING:
     from linfusion_cli.batch.queue import JobQueue
-    from linfusion_cli.batch.results import JobResult, Summary
+    from linfusion_cli.batch.results import Summary
     from linfusion_cli.batch.runner import BatchRunner
-    from linfusion_cli.core.report import RunReport
 
-PER_IMAGE_FILES = ("output", "preview", "keep_latents")  # files: one name cannot be that of many
-MAX_LISTED = 20
+PER_IMAGE_OPTIONS = ("output", "preview", "keep_latents")  # names of single files
 
-OutputDir = Annotated[Path, typer.Option(help="The folder of the pictures, made if it is missing.", show_default=False)]
+OutputDir = Annotated[Path, typer.Option(help="Folder of the images; created if it is missing.", show_default=False)]
 Name = Annotated[
-    str, typer.Option(help="How they are called, by index, slug (of the prompt), seed, size, width and height.")
+    str, typer.Option(help="File names; the fields are index, slug (of the prompt), seed, size, width and height.")
 ]
-Seeds = Annotated[str | None, typer.Option(help="Make each job that names no seed once for each: 1-20, or 1,5,9-12.")]
-Shard = Annotated[str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts, for several machines.")]
-StopOnError = Annotated[bool, typer.Option("--stop-on-error", help="End with the first job that fails.")]
+Seeds = Annotated[
+    str | None, typer.Option(help="Run each job that has no seed once per seed: 1-20, or 1,5,9-12.", metavar="SEEDS")
+]
+Shard = Annotated[str | None, typer.Option(metavar="I/N", help="Run only the I-th of N parts, for several machines.")]
+StopOnError = Annotated[bool, typer.Option("--stop-on-error", help="Stop after the first job that fails.")]
 Watch = Annotated[
     Path | None,
     typer.Option(
-        help="Instead of one list, every list that appears in this folder, until stopped by a signal. Files with other "
-        "suffixes stay there."
+        help="Instead of a single list, run every list that appears in this folder, until a signal stops the program. "
+        "Files with other suffixes are ignored."
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the jobs, their files, and what is there already.")]
-Reports = Annotated[bool, typer.Option("--reports", help="Write each picture's report beside it, as FILE.json.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, instead of the files' paths.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the jobs and their files, and which are complete.")]
+Reports = Annotated[bool, typer.Option("--reports", help="Write the report of each image next to it, as FILE.json.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the files' paths.")]
 
 
-@options.takes_a_request(options.of_batch, without=PER_IMAGE_FILES, own_first=True)
+@dataclass(frozen=True)
+class ListOptions:
+    """The options that define how a list of jobs is expanded and where its files are written."""
+
+    folder: Path
+    name: str
+    seeds: str | None
+    shard: str | None
+    reports: bool
+
+
+@option_groups.collect_options(
+    option_groups.batch_options, *option_groups.REQUEST_GROUPS, without=PER_IMAGE_OPTIONS, own_first=True
+)
 def command(
     given: dict[str, Any],
     output_dir: OutputDir,
-    name: Name = TEMPLATE,
+    name: Name = DEFAULT_TEMPLATE,
     seeds: Seeds = None,
     shard: Shard = None,
     stop_on_error: StopOnError = False,
@@ -70,186 +82,104 @@ def command(
     log_file: options.LogFile = None,
     time_limit: options.TimeLimit = None,
 ) -> None:
-    """Make many pictures from a list of jobs, each with any setting of its own; options hold for those without.
+    """Generate many images from a list of jobs. A job can define any setting; options apply to jobs without it.
 
-    Lists are files that end in .jsonl, .ndjson, .csv, .toml or .txt, pipes, and standard input.
+    Lists are files with the suffix .jsonl, .ndjson, .csv, .toml or .txt, pipes, or standard input.
 
-    The same command again skips what is complete and goes on with the rest. 0: all are; 3: some failed.
+    The same command again skips complete images and resumes the others. Exit codes: 0 if all are complete, 3 if some
+    failed.
     """
     source = given.pop("jobs")
-    check_together(source, watch, dry_run, seeds, given)
-    quieten_hub(bool(given["download"]), quiet)
-    keep_to(time_limit)
-    with ExitStack() as at_the_end, render.watching(quiet, log_file) as observer:
-        listing = read_listing(given, observer, output_dir, name, seeds, shard, reports)
-        shown = Shown(observer, as_json, reports, source or str(watch), dry_run, quiet)
-        batch = opened_batch(listing, observer, shown, stop_on_error, dry_run)
-        at_the_end.callback(shown.summary, batch)  # when no bars are drawn any more, also after a signal
+    check_conflicts(source, watch, dry_run, seeds, given)
+    configure_hub(bool(given["download"]), quiet)
+    start_time_limit(time_limit)
+    with ExitStack() as at_exit, observe_run(quiet, log_file) as observer:
+        queue = build_queue(given, ListOptions(output_dir, name, seeds, shard, reports), observer)
+        reporter = BatchReporter(observer, as_json, reports, source or str(watch), dry_run, quiet)
+        batch = build_runner(queue, observer, reporter, stop_on_error, dry_run)
+        at_exit.callback(reporter.show_summary, batch)  # after the progress bars are closed, also after a signal
         if watch is None:
-            carry_out(batch, listing, source)
+            run_list(batch, queue, source)
         else:
-            watch_folder(batch, listing, watch)
-    raise typer.Exit(batch.tally.exit_code)
+            watch_folder(batch, queue, watch)
+    raise typer.Exit(batch.summary.exit_code)
 
 
-def check_together(
+def check_conflicts(
     source: str | None, watch: Path | None, dry_run: bool, seeds: str | None, given: Mapping[str, Any]
 ) -> None:
-    """Raise UsageError for options that contradict each other."""
+    """Raise UsageError for options that exclude each other."""
     if (source is None) == (watch is None):
-        raise UsageError("Give either a list of jobs or --watch.", "Name the list, or - for standard input.")
+        raise UsageError("Give either a list of jobs or --watch.", "The list is a file, or - for standard input.")
     if watch is not None and dry_run:
-        raise UsageError("--watch and --dry-run do not go together.", "Leave one of them out.")
+        raise UsageError("--watch and --dry-run exclude each other.", "Omit one of them.")
     if seeds is not None and given["seed"] is not None:
-        raise UsageError("--seed and --seeds do not go together.", "Leave one of them out.")
+        raise UsageError("--seed and --seeds exclude each other.", "Omit one of them.")
 
 
-def read_listing(
-    given: dict[str, Any],
-    observer: Observer,
-    folder: Path,
-    name: str,
-    seeds: str | None,
-    shard: str | None,
-    reports: bool,
-) -> JobQueue:
-    """How lists become jobs; raises UsageError, InputMissing or ConfigError for what holds for all of them."""
-    from linfusion_cli.batch.queue import JobQueue  # numpy and more: not for --help to wait for
+def build_queue(given: dict[str, Any], list_options: ListOptions, observer: Observer) -> JobQueue:
+    """Return the queue that expands lists to jobs; raises UsageError, InputNotFound or ConfigError."""
+    from linfusion_cli.batch.queue import JobQueue  # numpy and more: slow to import, not needed for --help
 
-    given = read_options(given)
+    given = parse_options(given)
     preset = given.pop("preset")
     sources = Sources.read(given, preset, os.environ, observer)
+    seeds, shard = list_options.seeds, list_options.shard
     return JobQueue(
-        build=lambda values: job_request(sources, values),
-        folder=folder,
-        template=FilenameTemplate.parse(name),
+        build_request=lambda values: build_job_request(sources, values),
+        folder=list_options.folder,
+        template=FilenameTemplate.parse(list_options.name),
         seeds=() if seeds is None else parse_seeds(seeds),
-        shard=Part() if shard is None else Part.parse(shard),
-        reports=reports,
+        shard=ListShard() if shard is None else ListShard.parse(shard),
+        reports=list_options.reports,
     )
 
 
-def job_request(sources: Sources, values: Mapping[str, Any]) -> tuple[dict[str, str], ImageRequest]:
-    """The request of a job that says this, all else from `sources`; before it, where each setting came from."""
+def build_job_request(sources: Sources, values: Mapping[str, Any]) -> tuple[dict[str, str], ImageRequest]:
+    """Build the request of a job from its own values and `sources` -> origins of its settings, request."""
     kind = GenerateRequest if "image" not in values else UpscaleRequest
     own = {name: value for name, value in values.items() if name != "preset"}
     merged = sources.merge(kind, settings.Layer(settings.JOB, own), values.get("preset"))
     if kind is GenerateRequest and "prompt" not in merged.values:
-        raise UsageError("It has no prompt.", "Give it one, or an image to upscale.")
+        raise UsageError("Empty job: a prompt is required.", "Add a prompt, or an image to upscale.")
     return merged.origins(kind), settings.build_request(merged, kind)
 
 
-def opened_batch(
-    listing: JobQueue, observer: Observer, shown: Shown, stop_on_error: bool, dry_run: bool
+def build_runner(
+    queue: JobQueue, observer: Observer, reporter: BatchReporter, stop_on_error: bool, dry_run: bool
 ) -> BatchRunner:
-    """What carries jobs out, with its record, which a dry run has not; raises CannotCreate."""
+    """Return the runner of the jobs, which records results unless it is a dry run; raises CannotCreateOutput."""
     from linfusion_cli.batch.results import ResultsLog
     from linfusion_cli.batch.runner import BatchRunner, dry_run_job, run_job
 
-    record = None if dry_run else ResultsLog(listing.folder / listing.shard.record)
-    make = dry_run_job if dry_run else run_job
-    return BatchRunner(make, record, observer, shown, bug_sentence, stop_on_error)
+    results_log = None if dry_run else ResultsLog(queue.folder / queue.shard.results_name)
+    execute = dry_run_job if dry_run else run_job
+    return BatchRunner(execute, results_log, observer, reporter, report_crash, stop_on_error)
 
 
-def carry_out(batch: BatchRunner, listing: JobQueue, source: str) -> Summary:
-    """Run the jobs of one list; raises InputMissing, or DataError for a file that is not a list or has no jobs."""
-    from linfusion_cli.batch.parsers.parsers import STDIN, read_list
-    from linfusion_cli.batch.prompt_options import OptionsInList
+def run_list(batch: BatchRunner, queue: JobQueue, source: str) -> Summary:
+    """Run the jobs of one list; raises InputNotFound, or DataError for an invalid list or one without jobs."""
+    from linfusion_cli.batch.parsers.reader import STDIN, read_list
+    from linfusion_cli.batch.prompt_options import PromptOptionCounter
 
-    options_found, name = OptionsInList(), Path(source).name
-    jobs = listing.jobs(options_found.count(read_list(source)))
-    if notice := options_found.notice("standard input" if source == STDIN else name):
+    option_counter, name = PromptOptionCounter(), Path(source).name
+    jobs = queue.build_jobs(option_counter.count(read_list(source)))
+    if notice := option_counter.build_notice("standard input" if source == STDIN else name):
         batch.observer(Notice(notice))
     return batch.run(jobs, name)
 
 
-def watch_folder(batch: BatchRunner, listing: JobQueue, folder: Path) -> None:
-    """Run the jobs of every list that appears, for ever, and report unreadable lists and files that are not lists."""
+def watch_folder(batch: BatchRunner, queue: JobQueue, folder: Path) -> None:
+    """Run the jobs of every list that appears in the folder, until a signal; log the errors of invalid lists."""
     from linfusion_cli.batch.watch import watch
 
-    def carried_out(path: Path) -> bool:
+    def run_watched_list(path: Path) -> bool:
         try:
-            return not carry_out(batch, listing, str(path)).failed  # what another run has begun, that will end
-        except WriteFailed:  # of the record: no list is to blame
+            return not run_list(batch, queue, str(path)).failed  # jobs that another run has locked are its own
+        except WriteFailed:  # the results file cannot be written: not an error of this list
             raise
         except LinfusionError as error:
-            render.announce(f"linfusion: {error}")
+            log_message(f"linfusion: {error}")
             return False
 
-    watch(folder, carried_out, observer=batch.observer)
-
-
-@dataclass
-class Shown:
-    """What is told of a batch: on stdout the files as they become complete, or JSON at the end."""
-
-    observer: Observer
-    as_json: bool
-    reports: bool
-    source: str
-    is_dry: bool
-    is_quiet: bool
-    listed: list[dict[str, Any]] = field(default_factory=list)
-
-    def __call__(self, outcome: JobResult, report: RunReport | None) -> None:
-        """An outcome."""
-        if outcome.status in ("done", "skipped") and self.reports and not self.is_dry:
-            self._write_report(Path(outcome.output), report)
-        if outcome.status in ("failed", "held"):
-            self.observer(Notice(f"line {outcome.line} {outcome.status}: {outcome.error}"))
-        elif self.is_dry and self.as_json:
-            self.listed.append({"line": outcome.line, "status": outcome.status, "output": outcome.output})
-        elif not self.as_json:
-            render.answer(f"{outcome.status}\t{outcome.output}" if self.is_dry else outcome.output)
-
-    def _write_report(self, output: Path, report: RunReport) -> None:
-        """One that cannot be written does not take its picture with it."""
-        try:
-            write_report(output, report)
-        except LinfusionError as error:
-            self.observer(Notice(str(error)))
-
-    def summary(self, batch: BatchRunner) -> None:
-        """What came of all jobs."""
-        tally = asdict(batch.tally)
-        record = None if batch.record is None else str(batch.record.path)
-        counts = ", ".join(f"{count} {status}" for status, count in tally.items() if count) or "no job is finished"
-        told = f"batch: {counts}" if record is None else f"batch: {counts}; all are told of in {record}"
-        tell = render.announce if not self.is_quiet or batch.tally.exit_code else output_log_file.write
-        for line in (told, *failures_shown(batch.failures)):
-            tell(line)
-        if self.as_json:
-            failures = [asdict(outcome) for outcome in batch.failures]
-            result = {"jobs": self.source, **tally, "results": record, "failures": failures}
-            result |= {"outputs": self.listed} if self.is_dry else {}
-            render.answer(json.dumps(result, indent=2))
-
-
-def failures_shown(failures: list[JobResult]) -> list[str]:
-    """The first of them, a line each."""
-    lines = [f"  {failure.list}:{failure.line}: {failure.error}" for failure in failures[:MAX_LISTED]]
-    more = len(failures) - MAX_LISTED
-    return [*lines, f"  and {more} more"] if more > 0 else lines
-
-
-def write_report(output: Path, report: RunReport) -> None:
-    """The report beside the picture, in place of an older one; of a picture that was there, only where none is.
-
-    Raises CannotCreate where another file is in its place.
-    """
-    from linfusion_cli.batch.queue import REPORT_SUFFIX
-
-    path = output.with_name(output.name + REPORT_SUFFIX)
-    ours = is_report(path)
-    if report.already_complete and ours:
-        return
-    with report_file(path, overwrite=ours) as save:
-        save(report)
-
-
-def is_report(path: Path) -> bool:
-    """Whether there is a report of a run at `path`."""
-    try:
-        return {"schema", "request", "stages"} <= json.loads(path.read_bytes()).keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+    watch(folder, run_watched_list, observer=batch.observer)

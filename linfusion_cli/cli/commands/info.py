@@ -1,4 +1,4 @@
-"""`linfusion info FILE`: what a picture file is and what it says of itself; `--verify` decodes all of it as well."""
+"""`linfusion info FILE`: show format and metadata of an image file; `--verify` also decodes all of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linfusion_cli.cli.output import render
+from linfusion_cli.cli.output.streams import emit_result
 from linfusion_cli.core.units import format_bytes
 
 if TYPE_CHECKING:
@@ -19,52 +19,51 @@ if TYPE_CHECKING:
 
 def command(
     file: Annotated[Path, typer.Argument(help="A TIFF, PNG or JPEG file.")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Decode every tile or row, and check the checksum that the file carries.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Decode the whole file, and verify its checksum.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What a picture file says of itself; fails if it is not whole."""
+    """Show format and metadata of an image file. The exit code is 65 if the file is damaged."""
     from linfusion_cli import images
 
-    found = images.verify_image(file) if verify else images.read_info(file)
-    verified = decoded(found) | {"checksum": found.file_sha256} if verify else None
+    info = images.verify_image(file) if verify else images.read_info(file)
+    verified = count_units(info) | {"checksum": info.file_sha256} if verify else None
     if as_json:
-        render.answer(json.dumps(asdict(found) | {"path": str(file), "verified": verified}, indent=2))
+        emit_result(json.dumps(asdict(info) | {"path": str(file), "verified": verified}, indent=2))
     else:
-        render.answer(described(found, verified))
+        emit_result(format_info(info, verified))
 
 
-def decoded(found: FileInfo) -> dict[str, Any]:
-    """What there was to decode: the unit, and how many of it."""
-    if not found.tile_px:
-        return {"unit": "rows", "count": found.height_px}
-    sides = zip((found.width_px, found.height_px), found.tile_px, strict=True)
-    across, down = (-(-side // tile) for side, tile in sides)
-    return {"unit": "tiles", "count": across * down}
+def count_units(info: FileInfo) -> dict[str, Any]:
+    """Return the unit in which the file is decoded, "tiles" or "rows", and their number."""
+    if not info.tile_px:
+        return {"unit": "rows", "count": info.height_px}
+    sides = zip((info.width_px, info.height_px), info.tile_px, strict=True)
+    columns, rows = (-(-side // tile) for side, tile in sides)
+    return {"unit": "tiles", "count": columns * rows}
 
 
-def described(found: FileInfo, verified: Mapping[str, Any] | None) -> str:
-    """Lines of `name: value` for a person."""
-    tiles = f", tiles of {found.tile_px[0]}x{found.tile_px[1]}" if found.tile_px else ""
+def format_info(info: FileInfo, verified: Mapping[str, Any] | None) -> str:
+    """Return lines of `name: value`."""
+    tiles = f", tiles of {info.tile_px[0]}x{info.tile_px[1]}" if info.tile_px else ""
     values = {
-        "file": found.path,
-        "format": f"{found.format}, {found.compression}{tiles}",
-        "size": f"{found.width_px}x{found.height_px}",
-        "bits": found.bits,
-        "dpi": f"{found.dpi:g}" if found.dpi else None,
-        "bytes": f"{found.file_bytes} ({format_bytes(found.file_bytes)})",
-        "verified": verdict(**verified) if verified else None,
+        "file": info.path,
+        "format": f"{info.format}, {info.compression}{tiles}",
+        "size": f"{info.width_px}x{info.height_px}",
+        "bits": info.bits,
+        "dpi": f"{info.dpi:g}" if info.dpi else None,
+        "bytes": f"{info.file_bytes} ({format_bytes(info.file_bytes)})",
+        "verified": format_verification(**verified) if verified else None,
     }
-    return "\n".join([*lines(values), *(["request:", *lines(found.request, "  ")] if found.request else [])])
+    request = ["request:", *format_values(info.request, "  ")] if info.request else []
+    return "\n".join([*format_values(values), *request])
 
 
-def verdict(unit: str, count: int, checksum: str | None) -> str:
-    """A file without a checksum may have changed unnoticed, and the reader is told."""
-    seal = f"checksum {checksum} is right" if checksum else "it carries no checksum"
-    return f"all {count} {unit} decode, {seal}"
+def format_verification(unit: str, count: int, checksum: str | None) -> str:
+    """Return the result of a verification; without a checksum, changes that still decode are not detected."""
+    checksum_result = f"checksum {checksum} matches" if checksum else "the file has no checksum"
+    return f"all {count} {unit} decode, {checksum_result}"
 
 
-def lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
-    """One line for each value there is."""
+def format_values(values: Mapping[str, Any], indent: str = "") -> list[str]:
+    """Return one line per value that is set."""
     return [f"{indent}{name}: {value}" for name, value in values.items() if value not in (None, "")]

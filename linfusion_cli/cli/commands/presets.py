@@ -7,20 +7,34 @@ from typing import Annotated
 import typer
 
 from linfusion_cli import settings
-from linfusion_cli.cli.output import render
+from linfusion_cli.cli.output.streams import echo_line, emit_result
+from linfusion_cli.core.errors import ConfigError
 
-app = typer.Typer(help="The presets that come with the program.", no_args_is_help=True, rich_markup_mode=None)
+SHADOWED = "{} is ignored: {} has the same name."
+app = typer.Typer(
+    help="List and show presets: the built-in ones and your own.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command("list")
 def list_presets() -> None:
-    """Names and models of all presets."""
-    for name in settings.preset_names():
-        render.answer(f"{name:16}{settings.preset_layer(name).values['model']}")
+    """List all presets: name, model, default size and source."""
+    presets = settings.find_presets()
+    width = max(len(preset.name) for preset in presets)
+    for preset in presets:
+        if preset.shadowed_by is not None:
+            echo_line(SHADOWED.format(preset.path, preset.shadowed_by))
+            continue
+        try:
+            values = settings.preset_layer(str(preset.path)).values
+        except ConfigError as error:  # one broken file must not hide the others
+            echo_line(str(error))
+            continue
+        emit_result(f"{preset.name:{width}}  {values.get('model', '-')}  {values.get('size', '-')}  {preset.source}")
 
 
 @app.command("show")
 def show(name: Annotated[str, typer.Argument(help="A name from the list, or the path of a .toml file.")]) -> None:
-    """The file of one preset: a start for one's own."""
+    """Print the file of a preset, as a start for your own."""
     settings.preset_layer(name)
-    render.answer(settings.preset_path(name).read_text(encoding="utf-8").rstrip())
+    emit_result(settings.preset_path(name).read_text(encoding="utf-8").rstrip())

@@ -1,16 +1,15 @@
-"""`linfusion upscale`: a picture and options -> request, run, report."""
+"""`linfusion upscale`: upscale an existing image."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from linfusion_cli.cli.commands.generate import asked, run
-from linfusion_cli.cli.parsing import options
+from linfusion_cli.cli.commands.run_command import RunOptions, run_request
+from linfusion_cli.cli.parsing import option_groups, options
 from linfusion_cli.settings.request import UpscaleRequest
 
 
-@options.takes_a_request(options.of_upscale)
+@option_groups.collect_options(option_groups.upscale_options, *option_groups.REQUEST_GROUPS)
 def command(
     given: dict[str, Any],
     report: options.Report = None,
@@ -19,7 +18,7 @@ def command(
     log_file: options.LogFile = None,
     time_limit: options.TimeLimit = None,
 ) -> None:
-    """Grow a picture that you have, and write the larger one to a file."""
-    from linfusion_cli.run.pipeline import upscale  # numpy and more: not for --help to wait for
+    """Upscale an existing image and write the larger one to a file."""
+    from linfusion_cli.run.pipeline import upscale  # numpy and more: slow to import, not needed for --help
 
-    run(partial(asked, given, UpscaleRequest, upscale), given, report, as_json, quiet, log_file, time_limit)
+    run_request(given, UpscaleRequest, upscale, RunOptions(report, as_json, quiet, log_file, time_limit))

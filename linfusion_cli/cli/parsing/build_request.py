@@ -1,4 +1,4 @@
-"""From the options of a command to a request: prompt, sizes, presets, and where each setting came from."""
+"""Build requests from command-line options, environment, config file and presets, with the origin of each setting."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from linfusion_cli import settings
-from linfusion_cli.cli.output import render
+from linfusion_cli.cli.output.streams import is_terminal
 from linfusion_cli.core import signals
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.events import Notice, Observer
 from linfusion_cli.core.units import parse_seconds, parse_size
-from linfusion_cli.models.locate.model import is_here
+from linfusion_cli.models.locate.model import is_local
 from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest, flag
 
 R = TypeVar("R", bound=ImageRequest)
 
 MAX_TIME_LIMIT_SEC = 1000 * 3600
 SIZES = ("size", "base_size", "original_size", "target_size")
-PHASED = ("steps", "guidance_scale", "strength", "attention")
-WRITTEN = (  # text, for Typer
+PER_PHASE = ("steps", "guidance_scale", "strength", "attention")
+TEXT_OPTIONS = (  # Typer passes their text, which is parsed here
     *SIZES,
-    *PHASED,
+    *PER_PHASE,
     "guidance_interval",
     "cosine",
     "crop_top_left",
@@ -35,7 +35,7 @@ WRITTEN = (  # text, for Typer
     "control_phases",
 )
 
-REPEATED = (  # lists, for Typer
+LIST_OPTIONS = (  # Typer passes lists
     "lora",
     "textual_inversion",
     "ip_adapter",
@@ -51,25 +51,25 @@ REPEATED = (  # lists, for Typer
 def read_request(
     given: dict[str, Any], observer: Observer, kind: type[R] = GenerateRequest
 ) -> tuple[dict[str, str], R]:
-    """The request of this kind that `given` options, environment, config file and preset make together.
+    """Build the request of this kind from the `given` options, environment, config file and preset.
 
-    Before it, where each of its settings came from.
+    Returns the origin of each setting, and the request.
     """
-    given = read_options(given)
+    given = parse_options(given)
     preset = given.pop("preset")
     given["prompt"] = read_prompt(given["prompt"])
-    merged = resolve(given, preset, os.environ, observer, kind)
+    merged = Sources.read(given, preset, os.environ, observer).merge(kind)
     return merged.origins(kind), settings.build_request(merged, kind)
 
 
-def read_options(given: dict[str, Any]) -> dict[str, Any]:
-    """What Typer took as text or lists, as a request has it; raises UsageError."""
-    given = given | {name: read_text(name, given[name]) for name in WRITTEN if given.get(name) is not None}
-    return given | {name: tuple(given[name]) if given[name] else None for name in REPEATED}
+def parse_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Convert the options that Typer passes as text or lists to the types of a request; raises UsageError."""
+    given = given | {name: parse_option(name, given[name]) for name in TEXT_OPTIONS if given.get(name) is not None}
+    return given | {name: tuple(given[name]) if given[name] else None for name in LIST_OPTIONS}
 
 
-def read_text(setting: str, text: str) -> Any:
-    """The value that the `text` of an option means; raises UsageError."""
+def parse_option(setting: str, text: str) -> Any:
+    """Parse the text of an option; raises UsageError."""
     if setting in SIZES:
         return parse_size(text, setting)
     try:
@@ -78,8 +78,8 @@ def read_text(setting: str, text: str) -> Any:
         raise UsageError(f"{flag(setting)} {text!r} {error}.", "", setting) from error
 
 
-def keep_to(time_limit: str | None) -> None:
-    """Stop when the time that --time-limit says, from now on, is over; raises UsageError."""
+def start_time_limit(time_limit: str | None) -> None:
+    """Stop the run after the time of --time-limit, counted from now; raises UsageError."""
     if time_limit is None:
         return
     try:
@@ -87,60 +87,55 @@ def keep_to(time_limit: str | None) -> None:
     except ValueError as error:
         raise UsageError(f"--time-limit {time_limit!r} {error}.") from error
     if not 0 < seconds <= MAX_TIME_LIMIT_SEC:
-        raise UsageError(f"--time-limit {time_limit!r} is not possible.", "Use 1s to 1000h.")
-    signals.stop_after(seconds)
+        raise UsageError(f"--time-limit {time_limit!r} is out of range.", "Use 1s to 1000h.")
+    signals.start_time_limit(seconds)
 
 
-def quieten_hub(download: bool, quiet: bool) -> None:
-    """Tell the hub's library, before it is imported, to keep off the network unless asked, and off a log's lines."""
+def configure_hub(download: bool, quiet: bool) -> None:
+    """Set huggingface_hub to offline mode unless `download`, and without progress bars in logs.
+
+    Must be called before huggingface_hub is imported.
+    """
     if not download:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    if quiet or not render.on_terminal():
+    if quiet or not is_terminal():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def read_prompt(argument: str | None) -> str | None:
-    """The prompt, which `-` takes from standard input; None if there was none."""
+    """Return the prompt, read from standard input if the argument is "-"; None if no prompt is given."""
     text = read_stdin() if argument == "-" else argument
     if text is not None and not text.strip():
-        raise UsageError("The prompt is empty.", "Write what to paint, or leave it out for the preset's sample prompt.")
+        raise UsageError(
+            "The prompt is empty.", "Describe the image, or omit the prompt to use the preset's sample prompt."
+        )
     return text
 
 
 def read_stdin() -> str:
-    """All of standard input, which is UTF-8 whatever the locale says."""
+    """Return all of standard input, decoded as UTF-8 independent of the locale."""
     try:
         return "" if sys.stdin is None else sys.stdin.buffer.read().decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise UsageError("The prompt on standard input is not valid UTF-8.", "Convert it, with iconv say.") from error
-
-
-def resolve(
-    given: Mapping[str, Any],
-    preset: str | None,
-    environ: Mapping[str, str],
-    observer: Observer,
-    kind: type[ImageRequest],
-) -> settings.Settings:
-    """All settings of a run, merged."""
-    return Sources.read(given, preset, environ, observer).merge(kind)
+        raise UsageError("The prompt on standard input is not valid UTF-8.", "Convert it, e.g. with iconv.") from error
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where settings come from: flags, environment and config file, and below them the preset that one of these names.
+    """The sources of settings, in descending precedence: flags, environment, config file, preset.
 
-    With no preset and no model named anywhere, that is SDXL's if SDXL is here, else the embedded model's.
+    `preset` is the first one that any of these names. Without a preset and a model, the preset is sdxl if that model is
+    installed, else demo.
     """
 
     layers: list[settings.Layer]
     preset: str | None
     observer: Observer
-    found: dict[str, settings.Layer] = field(default_factory=dict)  # presets that were read
+    preset_layers: dict[str, settings.Layer] = field(default_factory=dict)  # cache of presets by name
 
     @staticmethod
     def read(given: Mapping[str, Any], preset: str | None, environ: Mapping[str, str], observer: Observer) -> Sources:
-        """Read all of them; raises UsageError, InputMissing or ConfigError."""
+        """Read all sources; raises UsageError, InputNotFound or ConfigError."""
         config, config_preset = settings.config_layer(environ)
         layers = [settings.flag_layer(given), settings.environment_layer(environ), config]
         named = (preset, environ.get("LINFUSION_PRESET"), config_preset)
@@ -150,40 +145,48 @@ class Sources:
     def merge(
         self, kind: type[ImageRequest], job: settings.Layer | None = None, preset: str | None = None
     ) -> settings.Settings:
-        """All settings, merged: above all others those of a `job`, whose `preset` is another one."""
+        """Merge all settings. Those of a `job` have the highest precedence; its `preset` replaces the common one."""
         layers = [job, *self.layers] if job else list(self.layers)
         name = self.preset if preset is None else preset
         if name is None and not any("model" in layer.values for layer in layers):
-            name = self._default
+            name = self._default_preset
         if name is not None:
             layer = self._preset_layer(name)
-            layers.append(without_prompt(layer) if kind is UpscaleRequest or job else layer)
+            layers.append(drop_inapplicable(layer, is_upscale=kind is UpscaleRequest, is_job=job is not None))
         return settings.merge([*layers, output_layer(layers)])
 
     @cached_property
-    def _default(self) -> str:
-        if is_here(settings.preset_layer(settings.SDXL).values["model"]):
+    def _default_preset(self) -> str:
+        """Return sdxl if its model is installed, else demo, with a notice."""
+        if is_local(settings.preset_layer(settings.SDXL).values.get("model", settings.SDXL)):
             return settings.SDXL
         self.observer(
-            Notice("SDXL with LinFusion's weights is not on this machine: the small embedded demo model paints.")
+            Notice(
+                "SDXL with LinFusion's weights is not installed: using the small embedded demo model. "
+                "Run `linfusion models pull sdxl`, or use --preset."
+            )
         )
         return settings.DEMO
 
     def _preset_layer(self, name: str) -> settings.Layer:
-        if name not in self.found:
-            self.found[name] = settings.preset_layer(name)
-        return self.found[name]
+        if name not in self.preset_layers:
+            self.preset_layers[name] = settings.preset_layer(name)
+        return self.preset_layers[name]
 
 
-def without_prompt(preset: settings.Layer) -> settings.Layer:
-    """A preset without its sample prompt: of a picture that there is it says nothing, and no job means it."""
-    return replace(preset, values={name: value for name, value in preset.values.items() if name != "prompt"})
+def drop_inapplicable(preset: settings.Layer, is_upscale: bool, is_job: bool) -> settings.Layer:
+    """Return a preset without its sample prompt for a job or an upscale, and without its size for an upscale.
+
+    The prompt of an upscale describes the source image, and its size depends on that image.
+    """
+    dropped = ("prompt", "size") if is_upscale else ("prompt",) if is_job else ()
+    return replace(preset, values={name: value for name, value in preset.values.items() if name not in dropped})
 
 
 def output_layer(layers: list[settings.Layer]) -> settings.Layer:
-    """The output's name where none is given: it tells size and seed, or the picture it grew from, and stands here."""
+    """Return the default output: in the current folder, named after size and seed, or after the upscaled image."""
     values = settings.merge(layers).values
-    suffix = {"png": ".png", "jpeg": ".jpg"}.get(values.get("format"), ".tif")
+    suffix = {"png": ".png", "jpeg": ".jpg"}.get(values.get("format") or "", ".tif")
     size, image = values.get("size"), values.get("image")
     name = f"linfusion-{size}-seed{values.get('seed', 0)}"
     if image is not None and size is not None:

@@ -1,4 +1,4 @@
-"""What a picture says about itself."""
+"""The metadata of an output file, and its serialisation as JSON and as A1111 parameters."""
 
 import json
 import re
@@ -9,18 +9,19 @@ from typing import Any
 
 PROMPT_KEY = re.compile(r"(negative_)?prompt(_\d+)?")
 NEEDS_QUOTES = re.compile(r"[,:\n]")
-# Every request begins with the file's checksum, so that its digits always lie at the same place in the text.
-CHECKSUM = "file_sha256"
-NO_DIGITS = "0" * 64
-DIGITS_AT = len(f'{{"{CHECKSUM}": "')
-PROFILE_DATE = bytes.fromhex("07e8 0001 0001 0000 0000 0000")  # 2024-01-01: littlecms writes the present time
+# The checksum is the first key of every request, which gives its digits a fixed offset in the text.
+CHECKSUM_KEY = "file_sha256"
+EMPTY_CHECKSUM = "0" * 64
+CHECKSUM_OFFSET = len(f'{{"{CHECKSUM_KEY}": "')
+PROFILE_DATE = bytes.fromhex("07e8 0001 0001 0000 0000 0000")  # 2024-01-01; littlecms writes the current time
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Goes into every file: who made it, its resolution in dots per inch, and the request that makes it again.
+    """The metadata of an output file: the software, the resolution in dots per inch, and the request.
 
-    `request` holds JSON values; `parameters` is the same in the layout people's tools read (`a1111_parameters`).
+    `request` is a JSON object; it is enough to generate the image again. `parameters` is the same information in the
+    text format of A1111 (see `format_a1111_parameters`).
     """
 
     software: str
@@ -31,7 +32,7 @@ class ImageInfo:
     parameters: str
 
 
-def a1111_parameters(
+def format_a1111_parameters(
     prompt: str,
     negative_prompt: str,
     *,
@@ -43,9 +44,9 @@ def a1111_parameters(
     model: str,
     version: str,
     model_hash: str = "",
-    more: Mapping[str, object] | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> str:
-    """The text of AUTOMATIC1111's web UI (`create_infotext`): prompt, negative prompt, one line of `Key: value`."""
+    """Return the text of AUTOMATIC1111's `create_infotext`: prompt, negative prompt, and a line of `Key: value`."""
     settings: dict[str, object] = {
         "Steps": steps,
         "Sampler": sampler,
@@ -54,58 +55,58 @@ def a1111_parameters(
         "Size": f"{size_px[0]}x{size_px[1]}",
         "Model hash": model_hash,
         "Model": model,
-        **(more or {}),
+        **(extra or {}),
         "Version": version,
     }
-    line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items() if value != "")
+    line = ", ".join(f"{key}: {_quote_value(str(value))}" for key, value in settings.items() if value != "")
     negative = [f"Negative prompt: {negative_prompt}"] if negative_prompt else []
     return "\n".join([prompt, *negative, line])
 
 
-def without_prompt(info: ImageInfo) -> ImageInfo:
-    """The same without prompts: empty fields, no prompt keys in the request, only the settings line of `parameters`."""
-    settings = info.parameters.rpartition("\n")[2]  # values with line breaks are quoted, so this is all of it
+def remove_prompt_metadata(info: ImageInfo) -> ImageInfo:
+    """Return `info` with empty prompts, a request without prompt keys, and only the settings line of `parameters`."""
+    settings = info.parameters.rpartition("\n")[2]  # complete, because values with line breaks are quoted
     return replace(
         info,
         prompt="",
         negative_prompt="",
-        request=remove_prompts(info.request),
+        request=remove_prompt_keys(info.request),
         parameters=settings if settings.startswith("Steps: ") else "",
     )
 
 
-def request_json(info: ImageInfo) -> str:
-    """The request as 7-bit ASCII JSON (TIFF's ImageDescription allows nothing else), with 64 zeros for a checksum."""
-    return json.dumps({CHECKSUM: NO_DIGITS} | dict(info.request), ensure_ascii=True, allow_nan=False)
+def serialize_request(info: ImageInfo) -> str:
+    """Return the request as JSON in 7-bit ASCII, as TIFF's ImageDescription requires, with 64 zeros as checksum."""
+    return json.dumps({CHECKSUM_KEY: EMPTY_CHECKSUM} | dict(info.request), ensure_ascii=True, allow_nan=False)
 
 
-def sealed(text: str, digits: str) -> str:
-    """The text of `request_json` with these digits instead of the zeros."""
-    return text[:DIGITS_AT] + digits + text[DIGITS_AT + len(NO_DIGITS) :]
+def insert_checksum(text: str, digits: str) -> str:
+    """Replace the zeros in the result of `serialize_request` by the checksum's digits."""
+    return text[:CHECKSUM_OFFSET] + digits + text[CHECKSUM_OFFSET + len(EMPTY_CHECKSUM) :]
 
 
-def utf8(text: str) -> bytes:
-    """UTF-8 without NUL, which ends a text in most formats, and without lone surrogates (undecodable arguments)."""
+def encode_utf8(text: str) -> bytes:
+    """Encode as UTF-8; replace NUL, which ends a text in most formats, and lone surrogates (undecodable arguments)."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", errors="replace")
 
 
 @cache
-def srgb_profile() -> bytes:
-    """The ICC profile of sRGB, the same bytes at every call."""
+def build_srgb_profile() -> bytes:
+    """Return the ICC profile of sRGB, the same bytes in every process."""
     from PIL import ImageCms
 
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return profile[:24] + PROFILE_DATE + profile[36:]
 
 
-def _quoted(value: str) -> str:
+def _quote_value(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if NEEDS_QUOTES.search(value) else value
 
 
-def remove_prompts(value: Any) -> Any:
-    """A request, or any JSON value, without what prompts it holds."""
+def remove_prompt_keys(value: Any) -> Any:
+    """Return a request, or any JSON value, without its prompt keys at any depth."""
     if isinstance(value, Mapping):
-        return {key: remove_prompts(item) for key, item in value.items() if not PROMPT_KEY.fullmatch(key)}
+        return {key: remove_prompt_keys(item) for key, item in value.items() if not PROMPT_KEY.fullmatch(key)}
     if isinstance(value, list | tuple):
-        return [remove_prompts(item) for item in value]
+        return [remove_prompt_keys(item) for item in value]
     return value

@@ -1,4 +1,4 @@
-"""What a picture file says about itself."""
+"""Information about an image file, and the parsers of its embedded request."""
 
 import json
 import re
@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.images.metadata.metadata import CHECKSUM, NO_DIGITS
+from linfusion_cli.images.metadata.metadata import CHECKSUM_KEY, EMPTY_CHECKSUM
 
-# Any characters: a damaged digit must not pass for a file without a checksum.
-SEAL = re.compile(rf'{{"{CHECKSUM}": "(.{{{len(NO_DIGITS)}}})"', re.DOTALL)
+# Any characters match: a file with a damaged digit must not count as a file without a checksum.
+CHECKSUM_PATTERN = re.compile(rf'{{"{CHECKSUM_KEY}": "(.{{{len(EMPTY_CHECKSUM)}}})"', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A complete picture file: its format (tiff, png or jpeg), size in pixels, bits per sample, tile `(width, height)`
-    in pixels, compression by name, resolution in dots per inch, and the request and A1111 parameters it carries.
+    """The properties of an image file.
 
-    `file_sha256` is the checksum it carries and `file_sha256_at` the byte at which its digits begin; `verify` has the
-    rule, `read_info` does not compute it."""
+    format: tiff, png or jpeg; bits: per sample; tile_px: (width, height); dpi: dots per inch; request, parameters: the
+    embedded request and A1111 parameters; file_sha256: the embedded checksum, which `read_info` does not verify;
+    file_sha256_at: the offset of its first digit in bytes (see `verify.verify`).
+    """
 
     path: Path
     format: str
@@ -36,21 +37,21 @@ class FileInfo:
     file_sha256_at: int | None
 
 
-def truncated(path: Path, what: str) -> DataError:
-    """The error for a file that ends too early."""
-    return DataError(f"{path} is cut off: {what}.", "Make or copy it again.")
+def build_truncation_error(path: Path, reason: str) -> DataError:
+    """Return the error for a file that is incomplete."""
+    return DataError(f"{path} is truncated: {reason}.", "Copy or generate it again.")
 
 
 def parse_request(text: str | None) -> dict[str, Any] | None:
-    """The request in `text`, or None when other software wrote it."""
+    """Return the request in `text` without its checksum, or None if the text is from other software."""
     try:
         value = json.loads(text or "null")
     except (ValueError, RecursionError):
         return None
-    return {key: item for key, item in value.items() if key != CHECKSUM} if isinstance(value, dict) else None
+    return {key: item for key, item in value.items() if key != CHECKSUM_KEY} if isinstance(value, dict) else None
 
 
 def parse_checksum(text: str | None) -> str | None:
-    """The checksum of the file in `text`, also when the request after it is damaged."""
-    found = SEAL.match(text or "")
-    return found[1] if found else None
+    """Return the checksum in `text`, even if the rest of the request is damaged; None without a checksum."""
+    match = CHECKSUM_PATTERN.match(text or "")
+    return match[1] if match else None

@@ -1,4 +1,4 @@
-"""What a picture file says about itself, without decoding it."""
+"""Format detection and file information, without decoding pixels."""
 
 import os
 import struct
@@ -7,48 +7,48 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from linfusion_cli.core.errors import DataError, InputNotFound
-from linfusion_cli.images.read.file_info import FileInfo, truncated
+from linfusion_cli.images.read.file_info import FileInfo, build_truncation_error
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAGIC_BYTES = 12
 JPEG_MAGIC = b"\xff\xd8\xff"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# What the parsers raise on bytes that are not what they should be.
+# The exceptions of the parsers for malformed data.
 MALFORMED = (ValueError, LookupError, TypeError, ArithmeticError, EOFError, SyntaxError, struct.error)
 
 
 def read_info(path: str | os.PathLike[str]) -> FileInfo:
-    """Reads TIFF, PNG and JPEG of any size in moments: chunks, tags and segments, not pixels.
+    """Read the chunks, tags or segments of a TIFF, PNG or JPEG of any size, but no pixels.
 
-    Raises InputMissing when there is no file to read, and DataError when it is not a picture, or not all of it: a PNG
-    or JPEG without its end mark, a TIFF whose tiles reach past the end of the file.
+    Raise InputNotFound if the file does not exist or is not readable, and DataError if it is not an image or is
+    incomplete: a PNG or JPEG without an end marker, or a TIFF with tiles beyond the end of the file.
     """
     path = Path(path)
-    with reading(path):
+    with translate_read_errors(path):
         with path.open("rb") as file:
             magic = file.read(MAGIC_BYTES)
-        return _reader(path, magic)(path)
+        return _find_reader(path, magic)(path)
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Whatever is wrong with the file at `path` becomes an InputMissing or a DataError that names it."""
+def translate_read_errors(path: Path) -> Iterator[None]:
+    """Convert I/O and parser errors to InputNotFound or DataError with the path."""
     try:
         yield
     except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder.", "Name a picture.") from error
+        raise DataError(f"{path} is a folder.", "Use an image file.") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputNotFound(f"{path} does not exist.") from error
     except PermissionError as error:
-        raise InputNotFound(f"{path} may not be read.", "Check its permissions.") from error
+        raise InputNotFound(f"{path} is not readable.", "Check its permissions.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
     except MALFORMED as error:
-        raise DataError(f"{path} is damaged: {error}.", "Make or copy it again.") from error
+        raise DataError(f"{path} is damaged: {error}.", "Copy or generate it again.") from error
 
 
-def _reader(path: Path, magic: bytes) -> Callable[[Path], FileInfo]:
-    format = format_of(path, magic)
+def _find_reader(path: Path, magic: bytes) -> Callable[[Path], FileInfo]:
+    format = detect_image_format(path, magic)
     if format == "png":
         from linfusion_cli.images.read.png import read_png
 
@@ -61,13 +61,16 @@ def _reader(path: Path, magic: bytes) -> Callable[[Path], FileInfo]:
         from linfusion_cli.images.read.tiff import read_tiff
 
         return read_tiff
-    raise DataError(f"{path} is not a TIFF, PNG or JPEG picture.")
+    raise DataError(f"{path} is not a TIFF, PNG or JPEG image.")
 
 
-def format_of(path: Path, magic: bytes) -> str | None:
-    """png, jpeg, webp or tiff, by the first 12 bytes of the file at `path`; None for others, DataError without any."""
+def detect_image_format(path: Path, magic: bytes) -> str | None:
+    """Return png, jpeg, webp or tiff by the first 12 bytes of the file at `path`, or None for any other format.
+
+    Raise DataError if the file is empty or begins with zeros.
+    """
     if not any(magic):
-        raise truncated(path, "it is empty, or was never finished")
+        raise build_truncation_error(path, "it is empty or incomplete")
     if magic.startswith(PNG_MAGIC):
         return "png"
     if magic.startswith(JPEG_MAGIC):

@@ -1,40 +1,50 @@
-"""JPEG files, segment by segment (ITU-T T.81)."""
+"""Reading the segments of JPEG files (ITU-T T.81)."""
 
 import mmap
 import struct
 import warnings
 from pathlib import Path
 
-from linfusion_cli.images.read.file_info import FileInfo, parse_checksum, parse_request, truncated
-from linfusion_cli.images.write.jpeg import APP0, APP1, COM, COMMENT_NAME, DIGITS_IN_COMMENT, END, SOS, segments
+from linfusion_cli.images.read.file_info import FileInfo, build_truncation_error, parse_checksum, parse_request
+from linfusion_cli.images.write.jpeg import (
+    APP0,
+    APP1,
+    CHECKSUM_OFFSET_IN_SEGMENT,
+    COM,
+    COMMENT_NAME,
+    END,
+    SOS,
+    iter_segments,
+)
 
-NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # the tables among the markers C0 to CF
+NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # markers of tables in the range C0 to CF
 FRAMES = [marker for marker in range(0xC0, 0xD0) if marker not in NOT_FRAMES]
 EXIF_NAME = b"Exif\0\0"
 
 
 def read_jpeg(path: Path) -> FileInfo:
-    """Raises DataError when the file has no end mark after its picture data, ValueError when it is malformed."""
+    """Read a JPEG; raise DataError if it has no end marker after the image data, ValueError if it is malformed."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found: dict[int, list[bytes]] = {}
+        values: dict[int, list[bytes]] = {}
         comments: dict[int, bytes] = {}
-        for marker, begin, end in segments(content):
+        end = 0
+        for marker, begin, end in iter_segments(content):
             value = content[begin + 4 : end]
-            found.setdefault(marker, []).append(value)
+            values.setdefault(marker, []).append(value)
             if marker == COM and value.startswith(COMMENT_NAME):
                 comments[begin] = value.removeprefix(COMMENT_NAME)
             if end > len(content):
-                raise truncated(path, "its header is not complete")
-        # Within the data 0xFF is followed by 0 or a restart marker, so this is the end mark and no accident.
+                raise build_truncation_error(path, "its header is incomplete")
+        # In entropy-coded data, 0xFF is always followed by 0 or a restart marker: a match is the end marker.
         if content.rfind(END, end) < 0:
-            raise truncated(path, "it has no end mark (EOI)")
-    return _info(path, found, comments)
+            raise build_truncation_error(path, "it has no end marker (EOI)")
+    return _build_info(path, values, comments)
 
 
-def _info(path: Path, found: dict[int, list[bytes]], comments: dict[int, bytes]) -> FileInfo:
-    frame = next((found[marker][0] for marker in FRAMES if marker in found), None)
-    if frame is None or SOS not in found:
-        raise ValueError("there is no picture in it")
+def _build_info(path: Path, values: dict[int, list[bytes]], comments: dict[int, bytes]) -> FileInfo:
+    frame = next((values[marker][0] for marker in FRAMES if marker in values), None)
+    if frame is None or SOS not in values:
+        raise ValueError("it contains no image data")
     bits, height_px, width_px = struct.unpack(">BHH", frame[:5])
     request = b"".join(comments.values()).decode(errors="replace")
     checksum = parse_checksum(request)
@@ -46,31 +56,31 @@ def _info(path: Path, found: dict[int, list[bytes]], comments: dict[int, bytes])
         bits=bits,
         tile_px=None,
         compression="jpeg",
-        dpi=_dpi(found.get(APP0, [b""])[0]),
+        dpi=_parse_dpi(values.get(APP0, [b""])[0]),
         file_bytes=path.stat().st_size,
         request=parse_request(request),
-        parameters=_parameters(found.get(APP1, [])),
+        parameters=_parse_parameters(values.get(APP1, [])),
         file_sha256=checksum,
-        file_sha256_at=min(comments) + DIGITS_IN_COMMENT if checksum else None,
+        file_sha256_at=min(comments) + CHECKSUM_OFFSET_IN_SEGMENT if checksum else None,
     )
 
 
-def _dpi(jfif: bytes) -> float | None:
+def _parse_dpi(jfif: bytes) -> float | None:
     if not jfif.startswith(b"JFIF\0"):
         return None
     unit, density = struct.unpack(">BH", jfif[7:10])
     return {1: float(density), 2: round(density * 2.54, 2)}.get(unit)
 
 
-def _parameters(segments_app1: list[bytes]) -> str | None:
+def _parse_parameters(app1_values: list[bytes]) -> str | None:
     from PIL import Image
 
-    data = next((data for data in segments_app1 if data.startswith(EXIF_NAME)), None)
+    data = next((value for value in app1_values if value.startswith(EXIF_NAME)), None)
     if data is None:
         return None
     exif = Image.Exif()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a library prints nothing, and a damaged comment is no comment
+        warnings.simplefilter("ignore")  # a damaged comment is ignored silently
         exif.load(data)
         comment = exif.get_ifd(0x8769).get(0x9286)
     if not isinstance(comment, bytes) or not comment.startswith(b"UNICODE\0"):

@@ -1,0 +1,1 @@
+"""Verification of image files: decode all data and compare the checksum."""

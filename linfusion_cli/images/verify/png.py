@@ -1,4 +1,4 @@
-"""PNG files decoded from end to end, and nothing kept (ISO/IEC 15948)."""
+"""Decode a PNG without storing pixels (ISO/IEC 15948)."""
 
 from __future__ import annotations
 
@@ -8,41 +8,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from linfusion_cli.images.metadata.metadata import NO_DIGITS
-from linfusion_cli.images.write.deflate import INFLATE_ERRORS, crc32, inflater
-from linfusion_cli.images.write.png import DIGITS_IN_CHUNK
+from linfusion_cli.images.metadata.metadata import EMPTY_CHECKSUM
+from linfusion_cli.images.write.deflate import INFLATE_ERRORS, Inflater, crc32
+from linfusion_cli.images.write.png import CHECKSUM_OFFSET_IN_CHUNK
 
-PIECE_BYTES = 1 << 15  # inflates to a thousand times as much at the most
+PIECE_BYTES = 1 << 15  # deflate expands it at most a thousandfold
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-WHOLE = ((0, 1, 0, 1),)
-# Section 8.2: the first column of each pass and their distance, the first row and their distance.
+# Per pass: the first column, the column step, the first row, the row step (section 8.2).
+NOT_INTERLACED = ((0, 1, 0, 1),)
 ADAM7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
 FILTERS = bytes(range(5))
 
 
 def decode_png(path: Path) -> None:
-    """Raises ValueError for a chunk with another CRC, data that do not inflate, or rows that are not those of a picture
-    of this size."""
+    """Decode all rows; raise ValueError for a wrong CRC, corrupt data, or missing, excess or invalid rows."""
     with path.open("rb") as file:
         file.seek(8)
-        _, header = next(_pieces(file))
+        _, header = next(_iter_pieces(file))
         file.seek(8)
-        rows, codec = Rows(header), inflater()
-        for kind, piece in _pieces(file):
+        counter, codec = RowCounter(header), Inflater()
+        for kind, piece in _iter_pieces(file):
             if kind == b"IDAT":
                 try:
-                    rows.take(codec.decompress(piece))
+                    counter.add(codec.decompress(piece))
                 except INFLATE_ERRORS as error:
-                    raise ValueError(f"its data do not inflate after {rows} ({error})") from error
+                    raise ValueError(f"its data do not inflate after {counter} ({error})") from error
                 if codec.unused_data:
-                    raise ValueError(f"there are more data after {rows}")
-    if rows.missing or not codec.eof:
-        raise ValueError(f"its data end after {rows}")
+                    raise ValueError(f"it has excess data after {counter}")
+    if counter.missing_bytes or not codec.eof:
+        raise ValueError(f"its data end after {counter}")
 
 
-def _pieces(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """The data of each chunk with its kind, in pieces; raises ValueError for a wrong CRC."""
+def _iter_pieces(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the type and the data of each chunk, in pieces; raise ValueError for a wrong CRC."""
     kind = b""
     while kind != b"IEND":
         head = file.read(8)
@@ -51,69 +50,74 @@ def _pieces(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
         while missing:
             piece = file.read(min(missing, PIECE_BYTES))
             if not piece:
-                raise EOFError("it became shorter while it was read")
+                raise EOFError("it was truncated during the verification")
             missing -= len(piece)
             crc = crc32(piece, crc)
             yield kind, piece
         if crc != int.from_bytes(file.read(4)):
-            name, at = kind.decode("latin-1"), file.tell()
-            raise ValueError(f"the checksum of its {name} chunk that ends at byte {at} is wrong")
+            name, end = kind.decode("latin-1"), file.tell()
+            raise ValueError(f"the CRC of its {name} chunk that ends at byte {end} is wrong")
 
 
-def rest_of_chunk(file: BinaryIO, digits_at: int) -> bytes:
-    """What follows the checksum's digits in their chunk, with the CRC that it had when there were zeros."""
-    file.seek(digits_at - DIGITS_IN_CHUNK)
+def read_chunk_remainder(file: BinaryIO, digits_at: int) -> bytes:
+    """Return the rest of the chunk after the checksum's digits, with the CRC of the chunk with zeros as digits."""
+    file.seek(digits_at - CHECKSUM_OFFSET_IN_CHUNK)
     length = int.from_bytes(file.read(4))
     chunk = file.read(4 + length)
-    before, after = chunk[: DIGITS_IN_CHUNK - 4], chunk[DIGITS_IN_CHUNK - 4 + len(NO_DIGITS) :]
-    return after + crc32(before + NO_DIGITS.encode() + after).to_bytes(4)
+    before, after = chunk[: CHECKSUM_OFFSET_IN_CHUNK - 4], chunk[CHECKSUM_OFFSET_IN_CHUNK - 4 + len(EMPTY_CHECKSUM) :]
+    return after + crc32(before + EMPTY_CHECKSUM.encode() + after).to_bytes(4)
 
 
-class Rows:
-    """Counts the rows in the inflated data, of which it is given one piece after the other, and looks at the byte that
-    each begins with: its filter. `missing` bytes are still to come."""
+class RowCounter:
+    """Counts the rows in inflated data and checks their filter types.
+
+    `missing_bytes` is the number of bytes until the end of the image.
+    """
 
     def __init__(self, header: bytes):
         width_px, height_px, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
         if bits not in DEPTHS.get(colour, ()) or not width_px or not height_px:
-            raise ValueError(f"{width_px}x{height_px} px of {bits} bits in colour type {colour} are no picture")
-        self._passes = list(_passes(width_px, height_px, bits * CHANNELS[colour], ADAM7 if interlaced else WHOLE))
-        self.missing = sum(rows * row_bytes for rows, row_bytes in self._passes)
-        self._all = sum(rows for rows, _ in self._passes)
-        self._begun = 0
-        self._left, self._row_bytes, self._ahead = 0, 1, 0  # of this pass: bytes, bytes a row, bytes to the next filter
+            header_values = f"{width_px}x{height_px} px, {bits} bits, colour type {colour}"
+            raise ValueError(f"its header is invalid ({header_values})")
+        pattern = ADAM7 if interlaced else NOT_INTERLACED
+        self._passes = list(_iter_passes(width_px, height_px, bits * CHANNELS[colour], pattern))
+        self.missing_bytes = sum(rows * row_bytes for rows, row_bytes in self._passes)
+        self._total_rows = sum(rows for rows, _ in self._passes)
+        self._started_rows = 0
+        # Of the current pass: remaining bytes, bytes per row, bytes until the next filter type.
+        self._pass_bytes, self._row_bytes, self._to_next_filter = 0, 1, 0
 
     def __str__(self) -> str:
-        """How many rows are complete, of how many; the passes of an interlaced picture have rows of their own."""
-        return f"{self._begun - (self._ahead > 0)} of {self._all} rows"
+        """Return the number of complete rows and of all rows; the passes of an interlaced image count separately."""
+        return f"{self._started_rows - (self._to_next_filter > 0)} of {self._total_rows} rows"
 
-    def take(self, data: bytes) -> None:
-        """Raises ValueError for a filter that does not exist, and for more data than the picture has."""
-        if len(data) > self.missing:
-            raise ValueError(f"there are more data than its {self._all} rows have")
+    def add(self, data: bytes) -> None:
+        """Count the next piece of data; raise ValueError for an invalid filter type or excess data."""
+        if len(data) > self.missing_bytes:
+            raise ValueError(f"it has excess data after {self._total_rows} rows")
         while data:
-            if not self._left:
+            if not self._pass_bytes:
                 rows, self._row_bytes = self._passes.pop(0)
-                self._left, self._ahead = rows * self._row_bytes, 0
-            part, data = data[: self._left], data[self._left :]
+                self._pass_bytes, self._to_next_filter = rows * self._row_bytes, 0
+            part, data = data[: self._pass_bytes], data[self._pass_bytes :]
             self._count(part)
 
     def _count(self, part: bytes) -> None:
-        filters = part[self._ahead :: self._row_bytes]
-        sound = len(filters) - len(filters.lstrip(FILTERS))  # those before the first that does not exist
-        self._begun += sound
-        if sound < len(filters):
-            self._ahead = 0
-            raise ValueError(f"a filter that does not exist follows {self}")
-        self._ahead = (self._ahead - len(part)) % self._row_bytes
-        self._left -= len(part)
-        self.missing -= len(part)
+        filters = part[self._to_next_filter :: self._row_bytes]
+        valid = len(filters) - len(filters.lstrip(FILTERS))  # the number before the first invalid one
+        self._started_rows += valid
+        if valid < len(filters):
+            self._to_next_filter = 0
+            raise ValueError(f"it has an invalid filter type after {self}")
+        self._to_next_filter = (self._to_next_filter - len(part)) % self._row_bytes
+        self._pass_bytes -= len(part)
+        self.missing_bytes -= len(part)
 
 
-def _passes(
+def _iter_passes(
     width_px: int, height_px: int, pixel_bits: int, pattern: tuple[tuple[int, int, int, int], ...]
 ) -> Iterator[tuple[int, int]]:
-    """Rows and bytes per row, the filter included, of each pass that has any pixels."""
+    """Yield rows and bytes per row (with the filter type) of each pass that contains pixels."""
     for left, across, top, down in pattern:
         columns, rows = -(-(width_px - left) // across), -(-(height_px - top) // down)
         if columns > 0 and rows > 0:

@@ -1,4 +1,4 @@
-"""From the name of a format to the sink that writes it."""
+"""The formats of output files, and the creation of their sinks."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from linfusion_cli.core.atomic_file import AtomicFile
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.images.metadata.metadata import ImageInfo
+from linfusion_cli.images.write.block_sink import SinkOptions
 from linfusion_cli.images.write.sink import RowSink
 
 FORMATS = ("tiff", "png", "jpeg")
@@ -17,43 +18,43 @@ COMPRESSIONS = {
 }
 BITS = {"tiff": (8, 16), "png": (8, 16), "jpeg": (8,)}
 METADATA_BYTES = 1 << 20
-# What noise, the worst picture, can grow to: deflate stores what it cannot shrink and adds 5 bytes per 16 KiB; LZW
-# spends up to 12 bits on a byte; JPEG at quality 100 spends up to 1.3 times the bytes on noise.
-WORST_GROWTH = {"deflate": 1.002, "zstd": 1.002, "none": 1.0, "lzw": 1.5, "jpeg": 1.4}
+# The growth of noise, which compresses worst: deflate stores incompressible data with 5 extra bytes per 16 KiB, LZW
+# uses up to 12 bits per byte, and JPEG at quality 100 produces up to 1.3 times the input.
+MAX_GROWTH = {"deflate": 1.002, "zstd": 1.002, "none": 1.0, "lzw": 1.5, "jpeg": 1.4}
 
 
-def format_for(path: str | os.PathLike[str], format: str | None = None) -> str:
-    """The format by name, or else by suffix; raises UsageError that names the choices."""
+def resolve_format(path: str | os.PathLike[str], format: str | None = None) -> str:
+    """Return `format`, or the format of the suffix of `path`; raise UsageError if it is unknown."""
     if format is not None:
         if format not in FORMATS:
-            raise UsageError(f"--format {format!r} is unknown.", f"Use one of {', '.join(FORMATS)}.")
+            raise UsageError(f"--format {format} is not supported.", f"Use one of {', '.join(FORMATS)}.")
         return format
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(
-            f"{Path(path).name!r} does not say which format it has.",
-            f"End the name in one of {', '.join(SUFFIXES)}, or use --format {'|'.join(FORMATS)}.",
+            f"The format of {Path(path).name!r} cannot be detected by its suffix.",
+            f"Use one of {', '.join(SUFFIXES)}, or --format {'|'.join(FORMATS)}.",
         )
     return SUFFIXES[suffix]
 
 
-def bytes_needed(format: str, size_px: tuple[int, int], bits: int, compression: str | None = None) -> int:
-    """An upper bound of the file's bytes: what noise would take, which compresses worse than any photograph.
+def compute_max_file_bytes(format: str, size_px: tuple[int, int], bits: int, compression: str | None = None) -> int:
+    """Return an upper bound of the file size in bytes: the size of noise, with whole tiles and 1 MiB of metadata.
 
-    Photographs take about half of it. TIFF counts whole tiles, PNG a filter byte per row; metadata is taken
-    as 1 MiB. Raises UsageError for a combination that `open_sink` would refuse.
+    Photographs take about half of it. Raise UsageError for a combination that `open_sink` rejects.
     """
-    compression = _checked(format, size_px, bits, compression)
+    compression = _resolve_compression(format, size_px, bits, compression)
     width_px, height_px = size_px
     if format == "tiff":
-        from linfusion_cli.images.write.tiff import tile_px
+        from linfusion_cli.images.write.tiff import compute_tile_size
 
-        width_px, height_px = (-(-side // tile) * tile for side, tile in zip(size_px, tile_px(size_px), strict=True))
-    raw = (width_px * 3 * bits // 8 + 1) * height_px
-    return int(raw * WORST_GROWTH[compression]) + METADATA_BYTES
+        tile_px = compute_tile_size(size_px)
+        width_px, height_px = (-(-side // tile) * tile for side, tile in zip(size_px, tile_px, strict=True))
+    raw_bytes = (width_px * 3 * bits // 8 + 1) * height_px  # one byte per row is the filter type of PNG
+    return int(raw_bytes * MAX_GROWTH[compression]) + METADATA_BYTES
 
 
-def hold(
+def create_output_file(
     path: str | os.PathLike[str],
     format: str,
     size_px: tuple[int, int],
@@ -61,11 +62,12 @@ def hold(
     compression: str | None = None,
     overwrite: bool = False,
 ) -> AtomicFile:
-    """The file of a picture of `size_px` (width, height), nobody else's from now on, checked as far as can be.
+    """Create and lock the temporary file for an image of `size_px` (width, height).
 
-    Raises UsageError for a combination no format has, CannotCreate, TryAgain and WriteFailed as PendingFile does.
+    Raise UsageError for an unsupported combination, and CannotCreateOutput, TemporaryFailure and WriteFailed as
+    AtomicFile does.
     """
-    return AtomicFile(path, overwrite, bytes_needed(format, size_px, bits, compression))
+    return AtomicFile(path, overwrite, compute_max_file_bytes(format, size_px, bits, compression))
 
 
 def open_sink(
@@ -79,53 +81,44 @@ def open_sink(
     overwrite: bool = False,
     threads: int | None = None,
 ) -> RowSink:
-    """A sink for a picture, to a path or to a file that is held already; raises as `hold` does.
+    """Open a sink for an image that writes to a path or to an existing AtomicFile.
 
-    `threads` compress; without it, min(8, the CPUs this process may use).
+    `threads` compress; the default is the number of usable CPUs, at most 8. Raise the errors of `create_output_file`.
     """
-    compression = _checked(format, size_px, bits, compression)
+    compression = _resolve_compression(format, size_px, bits, compression)
     if not 1 <= jpeg_quality <= 100:
         raise UsageError(f"JPEG quality {jpeg_quality} is out of range.", "Use 1 to 100.")
-    held = isinstance(target, AtomicFile)
-    pending = target if held else hold(target, format, size_px, bits, compression, overwrite)
+    is_open = isinstance(target, AtomicFile)
+    file = target if is_open else create_output_file(target, format, size_px, bits, compression, overwrite)
     try:
-        return _sink(pending, format, size_px, bits, info, compression, jpeg_quality, threads)
+        return _create_sink(format, SinkOptions(file, size_px, bits, info, compression, jpeg_quality, threads))
     except BaseException:
-        pending.abort()
+        file.abort()
         raise
 
 
-def _sink(
-    pending: AtomicFile,
-    format: str,
-    size_px: tuple[int, int],
-    bits: int,
-    info: ImageInfo,
-    compression: str,
-    jpeg_quality: int,
-    threads: int | None,
-) -> RowSink:
+def _create_sink(format: str, options: SinkOptions) -> RowSink:
     if format == "png":
         from linfusion_cli.images.write.png import PngSink
 
-        return PngSink(pending, size_px, bits, info, threads)
+        return PngSink(options)
     if format == "jpeg":
         from linfusion_cli.images.write.jpeg import JpegSink
 
-        return JpegSink(pending, size_px, info, jpeg_quality, threads)
+        return JpegSink(options)
     from linfusion_cli.images.write.tiff import TiffSink
 
-    return TiffSink(pending, size_px, bits, info, compression, jpeg_quality, threads)
+    return TiffSink(options)
 
 
-def _checked(format: str, size_px: tuple[int, int], bits: int, compression: str | None) -> str:
-    """The compression in use; raises UsageError for what cannot be written."""
-    format_for("", format)
+def _resolve_compression(format: str, size_px: tuple[int, int], bits: int, compression: str | None) -> str:
+    """Return the compression, deflate by default; raise UsageError for a combination that cannot be written."""
+    resolve_format("", format)
     if min(size_px) < 1:
-        raise UsageError(f"A picture of {size_px[0]}x{size_px[1]} has no pixels.", "Use sides of 1 px or more.")
+        raise UsageError(f"An image of {size_px[0]}x{size_px[1]} px is empty.", "Use sides of 1 px or more.")
     if compression is not None and compression not in COMPRESSIONS[format]:
         choices = ", ".join(COMPRESSIONS[format])
-        raise UsageError(f"{format} has no compression {compression!r}.", f"Use one of {choices}.")
+        raise UsageError(f"--compression {compression} is not supported for {format}.", f"Use one of {choices}.")
     if format == "jpeg":
         from linfusion_cli.images.write.jpeg import check_jpeg_size
 
@@ -133,5 +126,5 @@ def _checked(format: str, size_px: tuple[int, int], bits: int, compression: str 
         compression = "jpeg"
     allowed = (8,) if compression == "jpeg" else BITS[format]
     if bits not in allowed:
-        raise UsageError(f"{bits} bits do not go with {compression or format}.", f"Use {allowed[-1]}.")
+        raise UsageError(f"--bits {bits} is not supported for {compression or format}.", f"Use {allowed[-1]}.")
     return compression or "deflate"

@@ -1,4 +1,4 @@
-"""The seam between whoever makes rows of a picture and whoever stores them."""
+"""The interface between the code that computes rows and the writers of image files."""
 
 from typing import Protocol
 
@@ -8,29 +8,29 @@ from linfusion_cli.images.metadata.metadata import ImageInfo
 
 
 class RowSink(Protocol):
-    """Takes a picture from top to bottom and holds a bounded number of its rows.
+    """A writer that takes an image from top to bottom and holds a bounded number of rows.
 
-    A sink that raised, in `write` or in `close`, has already aborted itself: nothing is left on disk.
+    After an exception in `write`, `update_info` or `close`, the sink is aborted and has removed its file.
     """
 
     def write(self, rows: np.ndarray) -> None:
-        """Take the next `[rows, W, 3]` rows, uint8 or uint16 as declared, any number of them. They are copied.
+        """Append any number of rows [n, W, 3] of the declared type, uint8 or uint16. The rows are copied.
 
-        Raises ValueError for another shape or dtype or for more rows than declared, WriteFailed when the disk refuses.
+        Raise ValueError for another shape or dtype or for too many rows, WriteFailed if the disk is full or fails.
         """
 
     def update_info(self, info: ImageInfo) -> None:
-        """Let the file say this of itself instead, which is possible before its first rows; not if it is complete.
+        """Replace the metadata of the file. Does nothing after `close`.
 
-        Raises ValueError after the first rows, WriteFailed when the disk refuses.
+        Raise ValueError if rows were already written, WriteFailed if the disk is full or fails.
         """
 
     def close(self) -> None:
-        """All rows were written: complete the file, sync file and folder, give it its final name.
+        """Complete the file: sync it, rename it to its target, and sync the folder. A second call does nothing.
 
-        Raises ValueError when rows are missing, WriteFailed when the disk refuses, CannotCreate when the target has
-        appeared meanwhile. Closing twice does nothing.
+        Raise ValueError if rows are missing, WriteFailed if the disk is full or fails, CannotCreateOutput if another
+        process has created the target.
         """
 
     def abort(self) -> None:
-        """Remove the temporary file. Harmless after `close`, and never raises."""
+        """Remove the temporary file. Does nothing after `close`, and never raises."""

@@ -1,1 +1,1 @@
-"""LinFusion's linear attention (arXiv 2409.02097): the formula, the swap into a UNet, the weights file."""
+"""LinFusion's linear attention (arXiv 2409.02097): the module, its use in a UNet, and the weights files."""

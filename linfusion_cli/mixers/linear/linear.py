@@ -3,7 +3,7 @@
     q = φ(W_q (x + f_q(x)))      k = φ(W_k (x + f_k(x)))      v = W_v x      φ(x) = elu(x) + 1
     out = W_o · [ q (Σ kᵀ v / N) ] / [ q · (Σ k / N) + 1e-4 ]
 
-All that a token needs to know of the others is in two sums, so the attention can be taken piece by piece.
+Each token depends on the others only through two sums, so the attention can be computed piece by piece.
 Shape letters: B batch, N tokens, C channels, K heads, D head width.
 """
 
@@ -16,17 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPSILON = 1e-4
-PIECE_TOKENS = 1 << 16  # tokens widened to fp32 at a time: bounds the copies without slowing the product
+PIECE_TOKENS = 1 << 16  # tokens per fp32 copy: limits memory without slowing down the product
 
 
 def feature_map(x: Tensor) -> Tensor:
-    """φ(x) = elu(x) + 1, elementwise and positive, [...] -> [...]."""
+    """Compute φ(x) = elu(x) + 1 elementwise, which is positive, [...] -> [...]."""
     return F.elu(x) + 1
 
 
 @dataclass(frozen=True)
 class KeyValueSums:
-    """What attention needs of all tokens: `kv` = Σ kᵀv [B, K, D, D] and `k` = Σ k [B, K, D], both fp32 or wider."""
+    """Sums over all tokens: `kv` = Σ kᵀv [B, K, D, D] and `k` = Σ k [B, K, D], both fp32 or wider."""
 
     kv: Tensor
     k: Tensor
@@ -34,7 +34,7 @@ class KeyValueSums:
 
     @staticmethod
     def of(k: Tensor, v: Tensor) -> KeyValueSums:
-        """The sums over the tokens of k and v, each [B, K, N, D]."""
+        """Compute the sums for k and v, each [B, K, N, D]."""
         wide = torch.promote_types(k.dtype, torch.float32)
         return KeyValueSums(k.to(wide).mT @ v.to(wide), k.sum(dim=-2, dtype=wide), k.shape[-2])
 
@@ -43,7 +43,7 @@ class KeyValueSums:
 
 
 def attend(q: Tensor, sums: KeyValueSums) -> Tensor:
-    """q [B, K, n, D] against the sums of all N tokens -> [B, K, n, D], in q's dtype."""
+    """Compute the attention output of q [B, K, n, D] from the sums over all N tokens -> [B, K, n, D], in q's dtype."""
     wide_q = q.to(sums.kv.dtype)
     mixed = wide_q @ (sums.kv / sums.tokens)
     weight = wide_q @ (sums.k / sums.tokens).unsqueeze(-1)
@@ -51,15 +51,15 @@ def attend(q: Tensor, sums: KeyValueSums) -> Tensor:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of q over k and v, each [B, K, N, D] with q and k already positive -> [B, K, N, D]."""
+    """Compute linear attention of q, k and v, each [B, K, N, D] with φ applied to q and k -> [B, K, N, D]."""
     pieces = zip(k.split(PIECE_TOKENS, -2), v.split(PIECE_TOKENS, -2), strict=True)
     first, *rest = (KeyValueSums.of(k_piece, v_piece) for k_piece, v_piece in pieces)
     sums = sum(rest, first)
     return torch.cat([attend(q_piece, sums) for q_piece in q.split(PIECE_TOKENS, -2)], dim=-2)
 
 
-def projection(dim: int, mid_dim: int | None) -> nn.Module:
-    """f_q or f_k, [..., C] -> [..., C]; `mid_dim` None means C, -1 the identity (as the published configs have it)."""
+def build_projection(dim: int, mid_dim: int | None) -> nn.Sequential | nn.Identity:
+    """Build f_q or f_k, [..., C] -> [..., C]; `mid_dim` None means C, -1 the identity (as in the published configs)."""
     if mid_dim == -1:
         return nn.Identity()
     mid = mid_dim or dim
@@ -67,7 +67,7 @@ def projection(dim: int, mid_dim: int | None) -> nn.Module:
 
 
 class LinearAttention(nn.Module):
-    """Takes the place of a UNet's `attn1`; keeps the names `to_q`, `to_k`, `to_v`, `to_out`, by which LoRA finds it."""
+    """Replacement for a UNet's `attn1`, with the same names `to_q`, `to_k`, `to_v` and `to_out`, which LoRAs use."""
 
     def __init__(self, dim: int, heads: int, mid_dim: int | None = None):
         super().__init__()
@@ -76,23 +76,23 @@ class LinearAttention(nn.Module):
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.to_q_ = projection(dim, mid_dim)
-        self.to_k_ = projection(dim, mid_dim)
+        self.to_q_ = build_projection(dim, mid_dim)
+        self.to_k_ = build_projection(dim, mid_dim)
 
     def queries(self, x: Tensor) -> Tensor:
-        """x [B, N, C] -> q [B, K, N, D]."""
+        """Compute the queries: x [B, N, C] -> q [B, K, N, D]."""
         return self._split(feature_map(self.to_q(x + self.to_q_(x))))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, N, C] -> k and v, each [B, K, N, D]."""
+        """Compute keys and values: x [B, N, C] -> k and v, each [B, K, N, D]."""
         return self._split(feature_map(self.to_k(x + self.to_k_(x)))), self._split(self.to_v(x))
 
     def project_out(self, heads_out: Tensor) -> Tensor:
-        """[B, K, N, D] -> [B, N, C]."""
+        """Merge the heads and apply the output projection: [B, K, N, D] -> [B, N, C]."""
         return self.to_out[0](heads_out.transpose(1, 2).flatten(2))
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_unused) -> Tensor:
-        """Self-attention over [B, N, C]; called with diffusers' arguments for `attn1`, which names no other tokens."""
+        """Compute self-attention over [B, N, C], with the arguments that diffusers passes to `attn1`."""
         if encoder_hidden_states is not None:
             raise ValueError("linear attention is self-attention: encoder_hidden_states must be None")
         q = self.queries(hidden_states)

@@ -1,11 +1,12 @@
-"""What of a fine-tune goes into LinFusion's weights, which were made for its base and bring projections of their own.
+"""Combine LinFusion's weights, which were trained for a base model, with the projections of a fine-tune of that base.
 
-    published   W                 as the weights file has them: the fine-tune's self-attention is not heard
-    keep        W_own             the fine-tune's, with LinFusion's f_q and f_k
+    published   W                 those of the weights file: the fine-tune's self-attention is not used
+    keep        W_own             those of the fine-tune, with LinFusion's f_q and f_k
     delta       W + W_own − W_base
 
-W are the projections `to_q`, `to_k`, `to_v` and `to_out`. Adding what a fine-tune changed to weights that come from
-the same base is task arithmetic, arXiv 2212.04089. All are copies: the UNet's own attention stays as it is.
+W are the projections `to_q`, `to_k`, `to_v` and `to_out`. Adding the changes of a fine-tune to other weights of the
+same base is task arithmetic, arXiv 2212.04089. The functions change LinFusion's modules only, never the UNet's own
+attention.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ ReadLayer = Callable[[str], Mapping[str, Tensor]]
 
 
 @torch.no_grad()
-def keep_own(linear: Mapping[str, LinearAttention], own: Mapping[str, nn.Module]) -> None:
-    """Give the modules of `linear` (UNet path -> module) the projections of those of `own`, in place."""
+def copy_own_projections(linear: Mapping[str, LinearAttention], own: Mapping[str, nn.Module]) -> None:
+    """Copy the projections of `own` into the modules of `linear` (both UNet path -> module)."""
     for path, module in linear.items():
         for name in PROJECTIONS:
             module.get_parameter(name).copy_(own[path].get_parameter(name))
 
 
 @torch.no_grad()
-def add_difference(linear: Mapping[str, LinearAttention], own: Mapping[str, nn.Module], base: ReadLayer) -> None:
-    """Add `own` − base to the projections of `linear` (UNet path -> module), in place, in fp32 and rounded once.
+def add_difference(linear: Mapping[str, LinearAttention], own: Mapping[str, nn.Module], read_base: ReadLayer) -> None:
+    """Add `own` − base to the projections of `linear` in place, in fp32 and rounded once (UNet path -> module).
 
-    `base` reads the projections of one UNet path: name -> tensor, for every name of `PROJECTIONS`.
+    `read_base` returns the base model's projections for a UNet path: name -> tensor for all names in `PROJECTIONS`.
     """
     for path, module in linear.items():
-        layer = base(path)
+        base = read_base(path)
         for name in PROJECTIONS:
-            published, ours = module.get_parameter(name), own[path].get_parameter(name)
-            # Rounded as ours were, the base's give no difference where there is none; taking a zero away changes no
-            # bit of any number, and adding it would turn -0 into 0.
-            backwards = layer[name].to(ours).float() - ours.float()
-            published.copy_(published.float() - backwards)
+            published, fine_tuned = module.get_parameter(name), own[path].get_parameter(name)
+            # Rounded to the dtype of the fine-tune, equal weights differ by exactly 0. Subtracting 0 changes no bit;
+            # adding it would turn -0 into 0.
+            negated_difference = base[name].to(fine_tuned).float() - fine_tuned.float()
+            published.copy_(published.float() - negated_difference)

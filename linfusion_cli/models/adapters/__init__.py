@@ -1,0 +1,1 @@
+"""LoRAs, textual inversions and IP-Adapters: read their files and apply them to the networks."""

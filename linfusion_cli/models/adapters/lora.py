@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.models.adapters.lora_file import PREFIX, UNET, Factors, Lora, read_lora
+from linfusion_cli.models.adapters.lora_file import NETWORK_PREFIX, UNET_PART, Factors, Lora, read_lora
 
-OTHER_FAMILY = "Use a LoRA made for this model's family."
-ORIGINAL_PLACES = {
+OTHER_FAMILY_HINT = "Use a LoRA made for this model's family."
+ORIGINAL_TOP_LEVEL_NAMES = {
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
     "time_embed.0": "time_embedding.linear_1",
@@ -34,18 +34,18 @@ ORIGINAL_PLACES = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
-ORIGINAL_LAYERS = {
+ORIGINAL_RESNET_NAMES = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-TEXT_LEVEL = "text_model."  # gone from the newer CLIPTextModel; files have it, or not
-OLD_TEXT_LAYERS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+TEXT_MODEL_PREFIX = "text_model."  # gone from the newer CLIPTextModel; files have it, or not
+OLD_ATTENTION_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeCounts:
     """How many of the UNet's layers a LoRA changed, and of linear attention's."""
 
     layers: int
@@ -53,101 +53,103 @@ class Merged:
 
 
 @torch.no_grad()
-def merge_lora(unet: UNet2DConditionModel, linear: Mapping[str, LinearAttention], file: Path, weight: float) -> Merged:
+def merge_lora(
+    unet: UNet2DConditionModel, linear: Mapping[str, LinearAttention], file: Path, weight: float
+) -> MergeCounts:
     """Add the LoRA in `file`, times `weight`, to the UNet's weights and to those of linear attention, in place.
 
     `linear` has UNet path -> module, none of them mounted now: each is changed as the `attn1` whose place it takes.
     Sums are taken in fp32 and rounded once. Raises DataError, with all weights as they were, for a file that is no
     LoRA, is of another kind, or does not fit.
     """
-    layers = fit(read_lora(file, UNET), unet, layer_paths(unet))
-    twins = linear_layers(linear)
+    layers = match_layers(read_lora(file, UNET_PART), unet, build_layer_paths(unet))
+    twins = collect_linear_layers(linear)
     for path, factors in layers.items():
         factors.add_to(unet.get_submodule(path).weight, weight)
         if path in twins:
             factors.add_to(twins[path].weight, weight)
-    return Merged(len(layers), len(layers.keys() & twins.keys()))
+    return MergeCounts(len(layers), len(layers.keys() & twins.keys()))
 
 
 @torch.no_grad()
 def merge_text_lora(encoder: PreTrainedModel, part: str, file: Path, weight: float) -> int:
     """As `merge_lora`, for the text encoder that is the model's `part`: how many of its layers were changed."""
-    layers = fit(read_lora(file, part), encoder, text_layer_paths(encoder))
+    layers = match_layers(read_lora(file, part), encoder, build_text_layer_paths(encoder))
     for path, factors in layers.items():
         factors.add_to(encoder.get_submodule(path).weight, weight)
     return len(layers)
 
 
-def linear_layers(linear: Mapping[str, LinearAttention]) -> dict[str, nn.Module]:
+def collect_linear_layers(linear: Mapping[str, LinearAttention]) -> dict[str, nn.Module]:
     """UNet path -> layer, of the linear attentions' layers that stand where the original attention has one."""
     names = ("to_q", "to_k", "to_v", "to_out.0")
     return {f"{path}.{name}": module.get_submodule(name) for path, module in linear.items() for name in names}
 
 
-def fit(lora: Lora, network: nn.Module, paths: Mapping[str, str]) -> dict[str, Factors]:
+def match_layers(lora: Lora, network: nn.Module, paths: Mapping[str, str]) -> dict[str, Factors]:
     """Path -> factors of all layers; raises DataError naming the first that `network` does not have like this.
 
     `paths` has each layer's path by all its names, with underscores for dots.
     """
     found: dict[str, Factors] = {}
     for name, factors in lora.layers.items():
-        spelling = spelled(name)
+        spelling = normalize_layer_name(name)
         path = paths.get(spelling)
         shape = None if path is None else tuple(network.get_submodule(path).weight.shape)
-        if shape is None or without_ones(shape) != without_ones(factors.shape):
+        if shape is None or drop_unit_kernel(shape) != drop_unit_kernel(factors.shape):
             reason = f"{name} is {factors.shape} in the file and {shape or 'no such layer'} in the model."
-            raise DataError(f"The LoRA {lora.file} does not fit the model: {reason}", OTHER_FAMILY)
+            raise DataError(f"The LoRA {lora.file} does not fit the model: {reason}", OTHER_FAMILY_HINT)
         # Some files hold a layer under both names: as in diffusers, its own is the one that counts.
         if path not in found or spelling == path.replace(".", "_"):
             found[path] = factors
     return found
 
 
-def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+def drop_unit_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
     """[out, in, 1, 1] -> [out, in]: one family has a 1 x 1 convolution where another has a linear layer."""
     return shape[:2] if all(side == 1 for side in shape[2:]) else shape
 
 
-def spelled(name: str) -> str:
+def normalize_layer_name(name: str) -> str:
     """A layer's name as it is looked up: without the prefix, and without what diffusers' old layout put into it."""
-    name = PREFIX.sub("", name)
+    name = NETWORK_PREFIX.sub("", name)
     if ".processor." in name:
         name = re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor.", "."))
     return name.replace(".", "_")
 
 
-def layer_paths(unet: UNet2DConditionModel) -> dict[str, str]:
+def build_layer_paths(unet: UNet2DConditionModel) -> dict[str, str]:
     """Name -> UNet path of every layer, by its own name and its original one, underscores for dots in both."""
-    paths, blocks = weighted(unet), dict(unet.named_modules())
-    names = {original: path for original, path in ORIGINAL_PLACES.items() if path in paths}
-    for place, path in original_places(unet):
-        for layer in weighted(blocks[path]) if path in blocks else ():  # some smaller SDXLs have no middle
-            names[f"{place}.{ORIGINAL_LAYERS.get(layer, layer)}".rstrip(".")] = f"{path}.{layer}".rstrip(".")
+    paths, blocks = find_weight_layers(unet), dict(unet.named_modules())
+    names = {original: path for original, path in ORIGINAL_TOP_LEVEL_NAMES.items() if path in paths}
+    for place, path in list_original_names(unet):
+        for layer in find_weight_layers(blocks[path]) if path in blocks else ():  # some smaller SDXLs have no middle
+            names[f"{place}.{ORIGINAL_RESNET_NAMES.get(layer, layer)}".rstrip(".")] = f"{path}.{layer}".rstrip(".")
     names |= {path: path for path in paths}
     return {name.replace(".", "_"): path for name, path in names.items()}
 
 
-def text_layer_paths(encoder: PreTrainedModel) -> dict[str, str]:
+def build_text_layer_paths(encoder: PreTrainedModel) -> dict[str, str]:
     """As `layer_paths`, of a text encoder: with the level `text_model` and without, by today's names and the old."""
     names: dict[str, str] = {}
-    for path in weighted(encoder):
-        plain = path.removeprefix(TEXT_LEVEL)
+    for path in find_weight_layers(encoder):
+        plain = path.removeprefix(TEXT_MODEL_PREFIX)
         block, _, layer = plain.rpartition(".")
-        for spelling in (plain, f"{block}.{OLD_TEXT_LAYERS.get(layer, layer)}".lstrip(".")):
-            names |= {spelling: path, TEXT_LEVEL + spelling: path}
+        for spelling in (plain, f"{block}.{OLD_ATTENTION_NAMES.get(layer, layer)}".lstrip(".")):
+            names |= {spelling: path, TEXT_MODEL_PREFIX + spelling: path}
     return {name.replace(".", "_"): path for name, path in names.items()}
 
 
-def weighted(module: nn.Module) -> list[str]:
+def find_weight_layers(module: nn.Module) -> list[str]:
     """The paths of the linear layers and convolutions in `module`, "" for itself."""
     return [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
 
 
-def original_places(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
+def list_original_names(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
     """Place in the original SDXL code, and UNet path, of every block: input_blocks.4.1, down_blocks.1.attentions.0."""
     place = 1  # input_blocks.0 is conv_in
     for i, block in enumerate(unet.down_blocks):
-        yield from original_layers(f"input_blocks.{place}", f"down_blocks.{i}", block)
+        yield from list_block_names(f"input_blocks.{place}", f"down_blocks.{i}", block)
         place += len(block.resnets)
         if block.downsamplers:
             yield f"input_blocks.{place}.0.op", f"down_blocks.{i}.downsamplers.0.conv"
@@ -156,14 +158,14 @@ def original_places(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
         yield f"middle_block.{i}", f"mid_block.{name}"
     place = 0
     for i, block in enumerate(unet.up_blocks):
-        yield from original_layers(f"output_blocks.{place}", f"up_blocks.{i}", block)
+        yield from list_block_names(f"output_blocks.{place}", f"up_blocks.{i}", block)
         place += len(block.resnets)
         if block.upsamplers:  # the last thing in the place of the block's last layer
             number = 2 if hasattr(block, "attentions") else 1
             yield f"output_blocks.{place - 1}.{number}.conv", f"up_blocks.{i}.upsamplers.0.conv"
 
 
-def original_layers(first: str, path: str, block: nn.Module) -> Iterator[tuple[str, str]]:
+def list_block_names(first: str, path: str, block: nn.Module) -> Iterator[tuple[str, str]]:
     """As `original_places`, for the resnets and attentions of one block, whose first layer is at the place `first`."""
     kind, number = first.split(".")
     for j in range(len(block.resnets)):

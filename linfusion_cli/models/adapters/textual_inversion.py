@@ -25,8 +25,8 @@ ENCODER_KEYS = {
     "text_encoders_0": "text_encoder",
     "text_encoders_1": "text_encoder_2",
 }
-WORD_END = "</w>"
-OTHER_NAME = "Give it another one: FILE:TOKEN."
+WORD_END_SUFFIX = "</w>"
+RENAME_HINT = "Give it another one: FILE:TOKEN."
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ def read_inversions(wanted: Iterable[tuple[Path, str | None]]) -> list[Inversion
         other = found.setdefault(inversion.token.lower(), inversion)
         if other is not inversion:
             reason = f"Both {other.file} and {file} are called {inversion.token!r} in prompts."
-            raise UsageError(reason, OTHER_NAME, "textual_inversion")
+            raise UsageError(reason, RENAME_HINT, "textual_inversion")
     return list(found.values())
 
 
 def read_inversion(file: Path, token: str | None = None) -> Inversion:
     """As `read_inversions`, one file."""
     header = read_header(file)
-    parts = parts_in(header)
+    parts = map_tensors_to_parts(header)
     own = next(iter(header.shapes))
     named = own if own not in (A1111_KEY, *ENCODER_KEYS) else file.stem
     try:
         with safe_open(file, framework="pt") as opened:
             vectors = {part: opened.get_tensor(name) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
-        raise broken(file, f"it cannot be read ({error}).") from error
+        raise build_broken_error(file, f"it cannot be read ({error}).") from error
     for name, part in parts.items():
         if not vectors[part].is_floating_point() or not bool(vectors[part].float().isfinite().all()):
-            raise broken(file, f"{name} is not all finite numbers.")
+            raise build_broken_error(file, f"{name} is not all finite numbers.")
     return Inversion(
         file, token or named, {part: values.reshape(-1, values.shape[-1]) for part, values in vectors.items()}
     )
@@ -78,7 +78,7 @@ def is_inversion(header: Header) -> bool:
     return bool(names) and (names <= ENCODER_KEYS.keys() or (len(names) == 1 and "." not in min(names)))
 
 
-def parts_in(header: Header) -> dict[str, str]:
+def map_tensors_to_parts(header: Header) -> dict[str, str]:
     """The file's tensors, name -> part of the model that they are for; raises DataError for what they cannot be."""
     names = sorted(header.shapes)
     parts = {name: ENCODER_KEYS.get(name, "text_encoder") for name in names}
@@ -89,7 +89,7 @@ def parts_in(header: Header) -> dict[str, str]:
         raise DataError(reason, "Name a textual inversion's safetensors file.")
     for name, shape in header.shapes.items():
         if len(shape) not in (1, 2) or 0 in shape:
-            raise broken(header.file, f"{name} has the shape {shape}.")
+            raise build_broken_error(header.file, f"{name} has the shape {shape}.")
     return parts
 
 
@@ -105,7 +105,7 @@ def check_widths(inversion: Inversion, widths: Mapping[str, int]) -> None:
 
 
 @torch.no_grad()
-def add_words(
+def add_tokens(
     encoder: PreTrainedModel, tokenizer: CLIPTokenizer, part: str, inversions: Sequence[Inversion]
 ) -> dict[str, tuple[int, list[int]]]:
     """Teach the model's `part` and its tokenizer new words: token -> its id, and the embedding's rows it stands for.
@@ -118,20 +118,20 @@ def add_words(
     rows = [embedding.weight]
     for inversion in inversions:
         token, vectors = inversion.token, inversion.vectors[part].to(embedding.weight)
-        if any(text + end in known for text in (token, token.lower()) for end in ("", WORD_END)):
+        if any(text + end in known for text in (token, token.lower()) for end in ("", WORD_END_SUFFIX)):
             reason = f"The token {token!r} of the textual inversion {inversion.file} is a word of the model's own."
-            raise UsageError(reason, OTHER_NAME, "textual_inversion")
+            raise UsageError(reason, RENAME_HINT, "textual_inversion")
         tokenizer.add_tokens([token])
         first = sum(map(len, rows))
         words[token] = tokenizer.convert_tokens_to_ids(token), list(range(first, first + len(vectors)))
         rows.append(vectors)
     if inversions:
         embedding.weight = nn.Parameter(torch.cat(rows), requires_grad=False)
-        mark_the_end(encoder, tokenizer.eos_token_id)
+        set_eos_token_id(encoder, tokenizer.eos_token_id)
     return words
 
 
-def mark_the_end(encoder: PreTrainedModel, eos_token_id: int) -> None:
+def set_eos_token_id(encoder: PreTrainedModel, eos_token_id: int) -> None:
     """Let the pooled embedding stand at the end of the text, also where the config says nonsense of it, as SDXL's does.
 
     transformers then takes the largest id for the end, which is that of a new word now.
@@ -141,6 +141,6 @@ def mark_the_end(encoder: PreTrainedModel, eos_token_id: int) -> None:
             module.eos_token_id = eos_token_id
 
 
-def broken(file: Path, what: str) -> DataError:
+def build_broken_error(file: Path, what: str) -> DataError:
     """The error for a textual inversion with which nothing can be done."""
     return DataError(f"The textual inversion {file} is broken: {what}", "Download it again, or use another one.")

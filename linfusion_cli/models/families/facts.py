@@ -1,4 +1,4 @@
-"""The facts of a model that its config files, or the header of its one file, tell without loading weights."""
+"""Facts about a model from its config files or the header of its single file. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.models.families.compatibility import (
-    KINDS,
-    POOLED_TEXT,
-    UNET,
-    ZERO_SNR,
+    POOLED_TEXT_KEY,
+    SUPPORTED_MODELS_HINT,
+    UNET_PREFIX,
+    ZERO_SNR_MARKER,
     check_compatible,
-    prediction_in,
+    read_prediction_type,
 )
 from linfusion_cli.models.files.header import Header, read_header
-from linfusion_cli.models.files.parts import Model, Part
+from linfusion_cli.models.files.layout import Model, Part
 
 FAMILY_NAMES = {"sdxl": "SDXL", "sd21": "SD 2.1", "sd15": "SD 1.5"}
-# In a single file: what the names of the VAE begin with, and those that only SDXL's refiner has.
-VAE, IN_REFINER = "first_stage_model.", "conditioner.embedders.0.model."
+# Prefixes of tensor names in single files; the second one occurs only in SDXL's refiner.
+VAE_PREFIX, REFINER_PREFIX = "first_stage_model.", "conditioner.embedders.0.model."
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What sizes, text and schedule a model works with.
+    """Family, sizes, text conditioning and noise schedule of a model.
 
-    `native_px` is the side of the square it was trained on, `vae_factor` pixels per latent, `multiple_px` what the
-    sides of a picture must be a multiple of; `is_xl` says that it takes two text encoders and size conditioning.
-    `warnings` are what a user should know of it, a sentence each.
+    `native_px` is the side of the training images, `vae_factor` the pixels per latent, and image sides must be
+    multiples of `multiple_px`. Models with `is_xl` have two text encoders and size conditioning. `warnings` are
+    sentences for the user.
     """
 
     family: str
@@ -47,31 +47,34 @@ class ModelFacts:
 
     @property
     def prediction_type(self) -> str | None:
-        """What the UNet predicts, `epsilon`, `v_prediction` or `sample`; None where nothing says it."""
+        """`epsilon`, `v_prediction` or `sample`; None if unknown."""
         return self.scheduler_config.get("prediction_type")
 
-    def predicting(self, prediction_type: str) -> ModelFacts:
-        """The same of a model that predicts this, whatever it says of it itself."""
+    def with_prediction_type(self, prediction_type: str) -> ModelFacts:
+        """Return a copy with this prediction type and without warnings."""
         return replace(self, scheduler_config=self.scheduler_config | {"prediction_type": prediction_type}, warnings=())
 
 
 def read_facts(model: Model, vae_part: Part | None = None) -> ModelFacts:
-    """The facts of `model`, with its own VAE or `vae_part`; raises Unavailable or DataError naming the file."""
-    index = read_config(model.index)
-    unet = read_config(model.part("unet").config)
-    own_vae = read_config(model.part("vae").config)
-    vae = own_vae if vae_part is None else read_config(vae_part.config)
-    check_kind(model, index, unet, vae)
+    """Read the facts about `model`, with its own VAE or with `vae_part`.
+
+    Raise Unavailable if a config is missing, and DataError if it is broken or the model is not supported.
+    """
+    index = read_config(model.index_path)
+    unet = read_config(model.get_part("unet").config_path)
+    own_vae = read_config(model.get_part("vae").config_path)
+    vae = own_vae if vae_part is None else read_config(vae_part.config_path)
+    check_model_kind(model, index, unet, vae)
     header = None if model.file is None else read_header(model.file)
-    scheduler, warnings = scheduler_config(model, header)
+    scheduler, warnings = read_scheduler_config(model, header)
     check_compatible(model, unet, scheduler, header)
     try:
-        vae_factor = factor(vae)
-        if vae_factor != factor(own_vae):
-            reason = f"The VAE in {vae_part} has {vae_factor} pixels per latent, unlike the model's own."
-            raise DataError(reason, "Name another --vae.")
+        vae_factor = compute_vae_factor(vae)
+        if vae_factor != compute_vae_factor(own_vae):
+            reason = f"The VAE in {vae_part} has {vae_factor} pixels per latent, unlike the VAE of the model."
+            raise DataError(reason, "Use another --vae.")
         return ModelFacts(
-            family=family_of(unet),
+            family=detect_family(unet),
             is_xl=is_xl(unet),
             native_px=unet["sample_size"] * vae_factor,
             vae_factor=vae_factor,
@@ -83,82 +86,91 @@ def read_facts(model: Model, vae_part: Part | None = None) -> ModelFacts:
             warnings=warnings,
         )
     except (KeyError, TypeError) as error:
-        raise DataError(f"The configs in {model.folder} lack {error}.", KINDS) from error
+        raise DataError(f"The configs in {model.folder} lack {error}.", SUPPORTED_MODELS_HINT) from error
 
 
-def scheduler_config(model: Model, header: Header | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Its noise schedule, of a single file that of its family but for what its `header` says; and warnings about it."""
+def read_scheduler_config(model: Model, header: Header | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the scheduler config and warnings; for a single file, adapt the config of its family by `header`."""
     config = read_config(model.folder / "scheduler" / "scheduler_config.json")
     if header is None:
         return config, ()
-    predicted, warning = prediction_in(header)
-    return scheduled_by(config, header, predicted), () if warning is None else (warning,)
+    predicted, warning = read_prediction_type(header)
+    return adapt_scheduler_config(config, header, predicted), () if warning is None else (warning,)
 
 
-def scheduled_by(config: Mapping[str, Any], header: Header, predicted: str | None) -> dict[str, Any]:
-    """A family's noise schedule as it is for one file; what that predicts its family does not tell."""
-    kept = {name: value for name, value in config.items() if name != "prediction_type"}
-    if ZERO_SNR in header.shapes:
-        kept |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return kept | ({"prediction_type": predicted} if predicted else {})
+def adapt_scheduler_config(config: Mapping[str, Any], header: Header, predicted: str | None) -> dict[str, Any]:
+    """Adapt the scheduler config of a family to a single file; the prediction type is always that of the file."""
+    adapted = {name: value for name, value in config.items() if name != "prediction_type"}
+    if ZERO_SNR_MARKER in header.shapes:
+        adapted |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return adapted | ({"prediction_type": predicted} if predicted else {})
 
 
-def check_kind(model: Model, index: dict[str, Any], unet: dict[str, Any], vae: dict[str, Any]) -> None:
-    """Raise DataError for models of a kind that would run and paint something wrong, or fail after minutes."""
+def check_model_kind(model: Model, index: dict[str, Any], unet: dict[str, Any], vae: dict[str, Any]) -> None:
+    """Raise DataError for models that would run and produce wrong images, or fail after minutes."""
     channels = (unet.get("in_channels"), vae.get("latent_channels"))
     if channels[0] != channels[1]:
-        raise DataError(f"The UNet in {model} takes {channels[0]} channels, and its VAE makes {channels[1]}.", KINDS)
+        raise DataError(
+            f"The UNet in {model} has {channels[0]} input channels, but its VAE has {channels[1]} latent channels.",
+            SUPPORTED_MODELS_HINT,
+        )
     if index.get("requires_aesthetics_score"):
-        raise DataError(f"{model} is SDXL's refiner, which paints nothing by itself.", KINDS)
+        raise DataError(f"{model} is the SDXL refiner, which cannot be used alone.", SUPPORTED_MODELS_HINT)
     if not isinstance(unet.get("sample_size"), int):
-        raise DataError(f"The UNet in {model} has the sample_size {unet.get('sample_size')!r}.", KINDS)
+        message = f"The UNet in {model} has sample_size {unet.get('sample_size')!r}; an integer is required."
+        raise DataError(message, SUPPORTED_MODELS_HINT)
     for name in ("latents_mean", "latents_std", "shift_factor"):
         if vae.get(name):
-            raise DataError(f"The VAE of {model} has {name}, which is not supported.", KINDS)
+            raise DataError(f"The VAE of {model} has {name}, which is not supported.", SUPPORTED_MODELS_HINT)
 
 
-def factor(vae_config: dict[str, Any]) -> int:
-    """Pixels per latent along a side; a tiny VAE's older configs name the channels of its networks apart."""
+def compute_vae_factor(vae_config: dict[str, Any]) -> int:
+    """Return the pixels per latent along a side; old configs of tiny VAEs have only `decoder_block_out_channels`."""
     channels = vae_config.get("block_out_channels") or vae_config["decoder_block_out_channels"]
     return 2 ** (len(channels) - 1)
 
 
 def is_xl(unet_config: dict[str, Any]) -> bool:
-    """Whether the UNet takes pooled text and sizes beside the timestep, as SDXL does."""
+    """Return whether the UNet takes pooled text and sizes in addition to the timestep, like SDXL."""
     return unet_config.get("addition_embed_type") == "text_time"
 
 
-def family_of(unet_config: dict[str, Any]) -> str:
-    """`sdxl`, `sd21` or `sd15`: the last projects into its transformers with convolutions, the others linearly."""
+def detect_family(unet_config: dict[str, Any]) -> str:
+    """Return `sdxl`, `sd21` or `sd15`; only `sd15` has convolutions as input projections of its transformers."""
     if is_xl(unet_config):
         return "sdxl"
     return "sd21" if unet_config.get("use_linear_projection") else "sd15"
 
 
-def family_of_file(header: Header) -> str:
-    """`sdxl`, `sd21` or `sd15`, by the names and shapes in a single file; raises DataError where it is none of them."""
+def detect_file_family(header: Header) -> str:
+    """Return `sdxl`, `sd21` or `sd15` by tensor names and shapes; raise DataError for all other files."""
     shapes = header.shapes
-    if not any(name.startswith(UNET) for name in shapes):
-        some = min(shapes, default="nothing")
-        raise DataError(f"{header.file} is no whole model: it holds {some}, and nothing called {UNET}*.", KINDS)
-    if any(name.startswith(IN_REFINER) for name in shapes):
-        raise DataError(f"{header.file} is SDXL's refiner, which paints nothing by itself.", KINDS)
-    if POOLED_TEXT in shapes:
+    if not any(name.startswith(UNET_PREFIX) for name in shapes):
+        example = min(shapes, default="no tensors")
+        raise DataError(
+            f"{header.file} is not a complete model: it has {example}, but no {UNET_PREFIX}*.",
+            SUPPORTED_MODELS_HINT,
+        )
+    if any(name.startswith(REFINER_PREFIX) for name in shapes):
+        raise DataError(f"{header.file} is the SDXL refiner, which cannot be used alone.", SUPPORTED_MODELS_HINT)
+    if POOLED_TEXT_KEY in shapes:
         return "sdxl"
-    into = [shape for name, shape in shapes.items() if name.startswith(UNET) and name.endswith(".proj_in.weight")]
-    if not into:
-        raise DataError(f"{header.file} is a model of another kind.", KINDS)
-    return "sd21" if len(into[0]) == 2 else "sd15"
+    projections = [
+        shape for name, shape in shapes.items() if name.startswith(UNET_PREFIX) and name.endswith(".proj_in.weight")
+    ]
+    if not projections:
+        raise DataError(f"{header.file} is a model of an unsupported family.", SUPPORTED_MODELS_HINT)
+    return "sd21" if len(projections[0]) == 2 else "sd15"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; raises Unavailable when it is absent, DataError when it is not one."""
+    """Read a JSON object; raise Unavailable if the file is missing, DataError if it is not a JSON object."""
     if not path.is_file():
-        raise Unavailable(f"The model is incomplete: {path} is missing.", "Add --download, or name another --model.")
+        raise Unavailable(f"The model is incomplete: {path} is missing.", "Add --download, or use another --model.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}).", "Download the model again.") from error
+        raise DataError(f"{path} is not valid JSON ({error}).", "Download the model again.") from error
     if not isinstance(config, dict):
-        raise DataError(f"{path} is not a config: it holds no JSON object.", "Download the model again.")
+        raise DataError(f"{path} is not a config: it is not a JSON object.", "Download the model again.")
     return config

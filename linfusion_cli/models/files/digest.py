@@ -1,4 +1,4 @@
-"""Which weights a picture was made with: the SHA-256 of every file of them. Needs no torch."""
+"""SHA-256 hashes of the weights files of a run. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from linfusion_cli.core.errors import DataError
 
-Identity = tuple[str, int, int, int]
+FileIdentity = tuple[str, int, int, int]  # path, size in bytes, modification time in ns, inode
 
-READERS = 4  # files at a time: hashing keeps a core busy, reading may keep a disk
+HASH_THREADS = 4  # files hashed in parallel: either the CPU or the disk can be the limit
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of weights that a run reads: what for ("unet", "lora" …), where it lies, its length, and its SHA-256."""
+    """A weights file of a run: its use ("unet", "lora" …), path, size and SHA-256."""
 
     use: str
     path: Path
@@ -26,38 +26,39 @@ class WeightsFile:
 
     @property
     def name(self) -> str:
-        """What a picture's metadata call it: not where it lies on the machine it was made on."""
+        """The name in the image's metadata; it does not contain the folder."""
         return f"{self.use}/{self.path.name}"
 
 
-def digested(
-    files: Iterable[tuple[str, Path]], known: MutableMapping[Identity, str] | None = None
+def hash_files(
+    files: Iterable[tuple[str, Path]], known: MutableMapping[FileIdentity, str] | None = None
 ) -> list[WeightsFile]:
-    """`files`, each with its use, hashed; a file of several uses once. Raises DataError for one that cannot be read.
+    """Hash `files`, pairs of use and path; a file with several uses is hashed once.
 
-    `known` are the SHA-256 of files that have been hashed before, and gets those that have not.
+    `known` has the SHA-256 of files that have been hashed before; new hashes are added to it. Raises DataError if a
+    file cannot be read.
     """
     known = {} if known is None else known
     uses: dict[Path, str] = {}
     for use, path in files:
         uses.setdefault(path, use)
-    with ThreadPoolExecutor(READERS) as readers:
-        return list(readers.map(lambda path: digest(uses[path], path, known), uses))
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return list(pool.map(lambda path: hash_file(uses[path], path, known), uses))
 
 
-def digest(use: str, path: Path, known: MutableMapping[Identity, str]) -> WeightsFile:
-    """`path`, hashed."""
+def hash_file(use: str, path: Path, known: MutableMapping[FileIdentity, str]) -> WeightsFile:
+    """Hash `path`, unless its hash is in `known`."""
     try:
-        now = identity(path)
-        if now not in known:
+        identity = read_file_identity(path)
+        if identity not in known:
             with path.open("rb") as file:
-                known[now] = hashlib.file_digest(file, "sha256").hexdigest()
-        return WeightsFile(use, path, path.stat().st_size, known[now])
+                known[identity] = hashlib.file_digest(file, "sha256").hexdigest()
+        return WeightsFile(use, path, path.stat().st_size, known[identity])
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).", "Check the disk.") from error
 
 
-def identity(path: Path) -> Identity:
-    """What changes when a file does, as far as its folder tells; OSError where it is not there."""
-    found = path.stat()
-    return str(path), found.st_size, found.st_mtime_ns, found.st_ino
+def read_file_identity(path: Path) -> FileIdentity:
+    """Return path, size, modification time and inode; raise OSError if the file does not exist."""
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino

@@ -1,4 +1,4 @@
-"""Hugging Face's hub: its cache on this machine, and downloads into it when they are asked for."""
+"""The Hugging Face hub: look up its local cache, and download into it on request."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from linfusion_cli.core.errors import Unavailable, first_line
-from linfusion_cli.models.files.parts import LINFUSION, PARTS
+from linfusion_cli.models.files.layout import LINFUSION_FOLDER, PARTS
 
-SMALL_FILES = ("*.json", "*.txt", "*.model")
+CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """`owner/repo@revision` -> the repository, and the revision if one is pinned."""
+    """Split `owner/repo@revision` into the repository and the revision, None if none is given."""
     repository, _, revision = name.partition("@")
     return repository, revision or None
 
 
-def find_in_hub(name: str, download: bool, kind: str, is_complete: Callable[[Path], bool]) -> Path:
-    """The snapshot of hub id `name` in the local cache; what is not complete there is fetched, if `download`."""
-    found = cached(name, kind)
+def find_in_hub(name: str, download: bool, flag: str, is_complete: Callable[[Path], bool]) -> Path:
+    """Return the local snapshot of hub id `name`; with `download`, fetch it if it is missing or incomplete."""
+    found = find_snapshot(name, flag)
     if found is not None and (not download or is_complete(found)):
         return found
     if download:
-        return fetch(name, kind)
-    hint = f"Add --download or run `linfusion models pull {name}` to fetch it, name a folder, or use --preset demo."
-    raise Unavailable(f"{kind} {name} is not on this machine.", hint)
+        return download_repository(name, flag)
+    hint = f"Add --download or run `linfusion models pull {name}`, use a local folder, or use --preset demo."
+    raise Unavailable(f"{flag} {name} is not on this machine.", hint)
 
 
-def cached(name: str, kind: str) -> Path | None:
-    """The snapshot of hub id `name` in the local cache, complete or not; raises Unavailable for what is no hub id."""
+def find_snapshot(name: str, flag: str) -> Path | None:
+    """Return the local snapshot of hub id `name`, complete or not; None if there is none.
+
+    Raise Unavailable if `name` is not a valid hub id.
+    """
     from huggingface_hub import logging, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -39,30 +42,31 @@ def cached(name: str, kind: str) -> Path | None:
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
-        # Newer libraries call a snapshot incomplete that lacks any of the hub's files, and we fetch what is needed.
-        partly = getattr(error, "snapshot_path", None)
-        return None if partly is None else Path(partly)
+        # Newer versions of huggingface_hub raise if any file of the repository is missing; not all files are needed.
+        partial_snapshot = getattr(error, "snapshot_path", None)
+        return None if partial_snapshot is None else Path(partial_snapshot)
     except (HFValidationError, OSError) as error:
-        raise Unavailable(f"{kind} {name}: there is no such folder, and it is no hub id.", "Check it.") from error
+        message = f"{flag} {name} does not exist: there is no such folder, and it is not a valid hub id."
+        raise Unavailable(message, "Check the path or the hub id.") from error
 
 
-def fetch(name: str, kind: str, configs_only: bool = False) -> Path:
-    """Download what is needed of hub id `name` into the local cache -> its snapshot; raises Unavailable.
+def download_repository(name: str, flag: str, configs_only: bool = False) -> Path:
+    """Download the required files of hub id `name` into the local cache and return its snapshot.
 
-    Where a connection breaks it is taken up again, and files that are there are left as they are. `configs_only` leaves
-    the weights out.
+    Interrupted downloads are resumed, and files in the cache are not downloaded again. With `configs_only` no weights
+    are downloaded. Raise Unavailable if the hub or the network refuses.
     """
     from huggingface_hub import snapshot_download
 
     repository, revision = split_revision(name)
-    with hub_errors(name, kind):
-        patterns = small_patterns() if configs_only else download_patterns(name)
+    with translate_hub_errors(name, flag):
+        patterns = build_config_patterns() if configs_only else build_download_patterns(name)
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
 @contextmanager
-def hub_errors(name: str, kind: str) -> Iterator[None]:
-    """Within the context what the hub or the network refuses is an Unavailable that names `kind` and `name`."""
+def translate_hub_errors(name: str, flag: str) -> Iterator[None]:
+    """Translate errors of the hub and the network into Unavailable, with `flag` and `name` in the message."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         RemoteEntryNotFoundError,
@@ -70,49 +74,49 @@ def hub_errors(name: str, kind: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    # The hub's HTTP library differs between its versions; its own error derives from that one's, and from OSError.
+    # huggingface_hub uses requests or httpx, depending on its version; HfHubHTTPError derives from its error class.
     network_errors = HfHubHTTPError.__bases__
-    subject = f"{kind} {name}".strip()
+    subject = f"{flag} {name}".strip()
     try:
         yield
     except RepositoryNotFoundError as error:
-        hint = "Check the name; a private or gated one needs HF_TOKEN."
+        hint = "Check the name. Private and gated repositories need HF_TOKEN."
         raise Unavailable(f"{subject}: the hub has no such repository.", hint) from error
     except RevisionNotFoundError as error:
-        raise Unavailable(f"{subject}: the hub's repository has no such revision.", "Check it.") from error
+        raise Unavailable(f"{subject}: the repository has no such revision.", "Check the revision.") from error
     except RemoteEntryNotFoundError as error:
-        raise Unavailable(f"{subject}: the hub's repository has no such file.", "Check the name.") from error
+        raise Unavailable(f"{subject}: the repository has no such file.", "Check the file name.") from error
     except (*network_errors, ValueError) as error:
-        raise Unavailable(f"{subject} could not be fetched ({first_line(error)}).", "Try again later.") from error
+        raise Unavailable(f"{subject} could not be downloaded ({first_line(error)}).", "Try again later.") from error
 
 
-def is_fetched_whole(name: str) -> bool:
-    """Whether hub id `name` holds a model, or a part of one with its config, and not files of many kinds.
+def is_network_repository(name: str) -> bool:
+    """Return whether hub id `name` holds a model or a single network, with a config, instead of loose files.
 
-    Raises Unavailable.
+    Raise Unavailable if the hub or the network refuses.
     """
     from huggingface_hub import list_repo_files
 
     repository, revision = split_revision(name)
-    with hub_errors(name, ""):
+    with translate_hub_errors(name, ""):
         files = list_repo_files(repository, revision=revision)
     return "model_index.json" in files or "config.json" in files
 
 
-def small_patterns() -> list[str]:
-    """Configs and tokenizers."""
-    return [*SMALL_FILES, *(f"*/{pattern}" for pattern in SMALL_FILES)]
+def build_config_patterns() -> list[str]:
+    """Return the patterns of configs and tokenizers."""
+    return [*CONFIG_PATTERNS, *(f"*/{pattern}" for pattern in CONFIG_PATTERNS)]
 
 
-def download_patterns(name: str) -> list[str]:
-    """What of a repository is needed: its configs and, of each part, the half-precision weights where there are any."""
+def build_download_patterns(name: str) -> list[str]:
+    """Return the patterns to download: configs, and the weights of each network, in fp16 if the repository has them."""
     from huggingface_hub import list_repo_files
 
     repository, revision = split_revision(name)
     weights = [file for file in list_repo_files(repository, revision=revision) if file.endswith(".safetensors")]
     wanted = []
-    for folder in {str(Path(file).parent) for file in weights} & {*PARTS, LINFUSION, "."}:
+    for folder in {str(Path(file).parent) for file in weights} & {*PARTS, LINFUSION_FOLDER, "."}:
         files = [file for file in weights if str(Path(file).parent) == folder]
         half = [file for file in files if ".fp16" in file]
         wanted += half or [file for file in files if folder != "." or file == "diffusion_pytorch_model.safetensors"]
-    return [*small_patterns(), *sorted(wanted)]
+    return [*build_config_patterns(), *sorted(wanted)]

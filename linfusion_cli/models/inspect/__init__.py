@@ -1,0 +1,1 @@
+"""Commands `linfusion models list`, `pull` and `check`."""

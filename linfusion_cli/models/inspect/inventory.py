@@ -8,21 +8,21 @@ from pathlib import Path
 
 from linfusion_cli import settings
 from linfusion_cli.core.errors import LinfusionError, UsageError
-from linfusion_cli.core.units import is_file, is_folder, user_path
+from linfusion_cli.core.fs import expand_home, is_file, is_folder
 from linfusion_cli.models.families.facts import FAMILY_NAMES, read_config, read_facts
 from linfusion_cli.models.files.header import read_header
-from linfusion_cli.models.files.hub import fetch, is_fetched_whole
-from linfusion_cli.models.files.parts import CONVERT, LINFUSION, Model
-from linfusion_cli.models.locate.files import LORA, Kind, fetch_file, is_lora, split_hub_name
+from linfusion_cli.models.files.hub import download_repository, is_network_repository
+from linfusion_cli.models.files.layout import CONVERT_HINT, LINFUSION_FOLDER, Model
+from linfusion_cli.models.locate.files import LORA_KIND, FileKind, download_file, is_lora, split_hub_path
 from linfusion_cli.models.locate.model import DEMO, DEMO_FOLDER, PUBLISHED_LINFUSION
 
-PULLED = Kind("models pull", "a model", LORA.usual, CONVERT)
+PULL_KIND = FileKind("models pull", "a model", LORA_KIND.standard_names, CONVERT_HINT)
 
 Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Entry:
+class InventoryEntry:
     """One model: its name as options take it, what it is, its bytes on disk, the commit of a hub's, and its folder."""
 
     name: str
@@ -32,13 +32,13 @@ class Entry:
     path: Path
 
 
-def on_this_machine() -> Iterator[Entry]:
+def list_local_models() -> Iterator[InventoryEntry]:
     """The embedded model, and every snapshot of a model's repository in the hub's cache."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     size = sum(file.stat().st_size for file in DEMO_FOLDER.rglob("*") if file.is_file())
-    yield Entry(DEMO, f"{described(DEMO_FOLDER)}, embedded", size, "", DEMO_FOLDER)
+    yield InventoryEntry(DEMO, f"{describe_snapshot(DEMO_FOLDER)}, embedded", size, "", DEMO_FOLDER)
     try:
         repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
@@ -46,45 +46,50 @@ def on_this_machine() -> Iterator[Entry]:
     for repository in sorted(repositories, key=lambda repository: repository.repo_id):
         for revision in repository.revisions if repository.repo_type == "model" else ():
             folder = Path(revision.snapshot_path)
-            yield Entry(repository.repo_id, described(folder), revision.size_on_disk, revision.commit_hash, folder)
+            yield InventoryEntry(
+                repository.repo_id, describe_snapshot(folder), revision.size_on_disk, revision.commit_hash, folder
+            )
 
 
-def pulled(name: str, configs: bool, say: Notify) -> Iterator[Path]:
+def pull_model(name: str, configs: bool, say: Notify) -> Iterator[Path]:
     """Fetch `name` and what it needs; where each thing lies, as it arrives. Raises UsageError or Unavailable."""
-    for wanted in wanted_by(name):
+    for wanted in resolve_pull_names(name):
         say(f"Fetching {wanted}")
-        path = fetched(wanted, configs)
+        path = pull_one(wanted, configs)
         yield path
-        if not configs and is_file(path / "model_index.json") and not is_folder(path / LINFUSION):
+        if not configs and is_file(path / "model_index.json") and not is_folder(path / LINFUSION_FOLDER):
             linfusion = PUBLISHED_LINFUSION[read_facts(Model(path)).family]
             say(f"Fetching {linfusion}")
-            yield fetch(linfusion, "")
+            yield download_repository(linfusion, "")
 
 
-def wanted_by(name: str) -> list[str]:
+def resolve_pull_names(name: str) -> list[str]:
     """The hub's names that a preset means, or `name` itself; raises UsageError for what is on this machine anyway."""
-    if is_folder(user_path(name)) or is_file(user_path(name)) or name == DEMO:
+    if is_folder(expand_home(name)) or is_file(expand_home(name)) or name == DEMO:
         raise UsageError(f"{name} is on this machine already.", "Name a hub id or a preset.")
     if name not in settings.preset_names():
         return [name]
     values = settings.preset_layer(name).values
-    return [values["model"], *values.get("lora", ())]
+    names = [values[key] for key in ("model",) if key in values] + list(values.get("lora", ()))
+    if not names:
+        raise UsageError(f"The preset {name} names no model.", "Name a hub id, or a preset with a model.")
+    return names
 
 
-def fetched(name: str, configs: bool) -> Path:
+def pull_one(name: str, configs: bool) -> Path:
     """One repository, or one file of it, from the hub."""
-    repository, file = split_hub_name(PULLED, name)
-    if file is None and (configs or is_fetched_whole(name)):
-        return fetch(name, "", configs)
-    return fetch_file(PULLED, name, repository, file).path
+    repository, file = split_hub_path(PULL_KIND, name)
+    if file is None and (configs or is_network_repository(name)):
+        return download_repository(name, "", configs)
+    return download_file(PULL_KIND, name, repository, file).path
 
 
-def described(folder: Path) -> str:
+def describe_snapshot(folder: Path) -> str:
     """What the snapshot of a hub repository is, at a glance: by its configs, and whether weights are there."""
     try:
         if is_file(folder / "model_index.json"):
             model = Model(folder)
-            have = [bool(model.part(name).weights) for name in ("unet", "vae", "text_encoder")]
+            have = [bool(model.get_part(name).weights) for name in ("unet", "vae", "text_encoder")]
             lacks = "" if all(have) else ", weights incomplete" if any(have) else ", configs alone"
             return FAMILY_NAMES[read_facts(model).family] + lacks
         if is_file(folder / "config.json"):

@@ -1,0 +1,1 @@
+"""Load the networks of a model, from diffusers folders and from single files."""

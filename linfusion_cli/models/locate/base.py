@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 
 from linfusion_cli.core.errors import DataError, Unavailable
-from linfusion_cli.core.units import is_file, is_folder, user_path
+from linfusion_cli.core.fs import expand_home, is_file, is_folder
 from linfusion_cli.models.files.header import read_header
-from linfusion_cli.models.files.hub import SMALL_FILES, cached, download_patterns, hub_errors, split_revision
-from linfusion_cli.models.files.parts import Model, weights_files
+from linfusion_cli.models.files.hub import (
+    CONFIG_PATTERNS,
+    build_download_patterns,
+    find_snapshot,
+    split_revision,
+    translate_hub_errors,
+)
+from linfusion_cli.models.files.layout import Model, find_weights_files
 from linfusion_cli.models.locate.model import DEMO, DEMO_FOLDER, FAMILY_BASES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KIND = "--linfusion-base"
-OTHER_MERGE = "or use --linfusion-merge published or keep"
+FLAG = "--linfusion-base"
+MERGE_HINT = "or use --linfusion-merge published or keep"
 
 
 def find_base(name: str, model: Model, linfusion: Path, family: str, download: bool = False) -> Path:
@@ -31,18 +37,18 @@ def find_base(name: str, model: Model, linfusion: Path, family: str, download: b
     """
     if name == "auto":
         name = str(model.folder) if model.folder in (linfusion.parent, DEMO_FOLDER) else FAMILY_BASES[family]
-    folder = DEMO_FOLDER if name == DEMO else user_path(name)
+    folder = DEMO_FOLDER if name == DEMO else expand_home(name)
     if is_file(folder):
-        raise DataError(f"{KIND} {name} is a file.", "Name a folder in diffusers' layout, a hub id, or demo.")
+        raise DataError(f"{FLAG} {name} is a file.", "Name a folder in diffusers' layout, a hub id, or demo.")
     if not is_folder(folder):
         folder = find_base_in_hub(name, download)
     unet = folder / "unet" if is_folder(folder / "unet") else folder
-    if not weights_files(unet):
-        raise DataError(f"{KIND} {name} has no UNet's weights.", f"Name another base, {OTHER_MERGE}.")
+    if not find_weights_files(unet):
+        raise DataError(f"{FLAG} {name} has no UNet's weights.", f"Name another base, {MERGE_HINT}.")
     return unet
 
 
-def base_here(model: Model, linfusion: Path, family: str) -> Path | None:
+def find_local_base(model: Model, linfusion: Path, family: str) -> Path | None:
     """As `find_base` for `auto`, None where it is not on this machine."""
     try:
         return find_base("auto", model, linfusion, family)
@@ -52,23 +58,23 @@ def base_here(model: Model, linfusion: Path, family: str) -> Path | None:
 
 def find_base_in_hub(name: str, download: bool) -> Path:
     """The snapshot of hub id `name` in the local cache that has a UNet, fetched if `download`; raises Unavailable."""
-    found = cached(name, KIND)
-    if found is not None and weights_files(found / "unet"):
+    found = find_snapshot(name, FLAG)
+    if found is not None and find_weights_files(found / "unet"):
         return found
     if download:
-        return fetch_base(name)
-    reason = f"The model's base, {KIND} {name}, is not on this machine."
-    raise Unavailable(reason, f"Name its folder with {KIND}, add --download to fetch it, {OTHER_MERGE}.")
+        return download_base(name)
+    reason = f"The model's base, {FLAG} {name}, is not on this machine."
+    raise Unavailable(reason, f"Name its folder with {FLAG}, add --download to fetch it, {MERGE_HINT}.")
 
 
-def fetch_base(name: str) -> Path:
+def download_base(name: str) -> Path:
     """Download the UNet alone of hub id `name` into the local cache -> its snapshot; raises Unavailable."""
     from huggingface_hub import snapshot_download
 
     repository, revision = split_revision(name)
-    with hub_errors(name, KIND):
-        weights = [pattern for pattern in download_patterns(name) if pattern.startswith("unet/")]
-        patterns = [*SMALL_FILES, "unet/*.json", *weights]
+    with translate_hub_errors(name, FLAG):
+        weights = [pattern for pattern in build_download_patterns(name) if pattern.startswith("unet/")]
+        patterns = [*CONFIG_PATTERNS, "unet/*.json", *weights]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
@@ -80,7 +86,7 @@ class BaseWeights:
         self.part = part
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in weights_files(part):
+        for path in find_weights_files(part):
             shapes = read_header(path).shapes
             self.shapes |= shapes
             self.files |= dict.fromkeys(shapes, path)
@@ -91,7 +97,7 @@ class BaseWeights:
             if self.shapes.get(name) != shape:
                 given = self.shapes.get(name, "no such tensor")
                 reason = f"{name} is {given} in the base {self.part} and {shape} in the model."
-                raise DataError(reason, f"Name the model's own base with {KIND}, {OTHER_MERGE}.")
+                raise DataError(reason, f"Name the model's own base with {FLAG}, {MERGE_HINT}.")
 
     def read(self, layer: str, names: Sequence[str]) -> dict[str, Tensor]:
         """The tensors `names` of a layer, by these names, in the dtype of the file."""

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from linfusion_cli.core.errors import DataError, Unavailable, UsageError
-from linfusion_cli.core.units import is_file, is_folder, user_path
+from linfusion_cli.core.fs import expand_home, is_file, is_folder
 from linfusion_cli.models.files.header import Header
-from linfusion_cli.models.files.hub import cached, hub_errors, split_revision
-from linfusion_cli.models.files.parts import CONVERT, PICKLES
+from linfusion_cli.models.files.hub import find_snapshot, split_revision, translate_hub_errors
+from linfusion_cli.models.files.layout import CONVERT_HINT, PICKLE_SUFFIXES
 
 MAX_LORA_WEIGHT = 10.0
-SAFE = ".safetensors"
+SAFETENSORS_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """What is looked for: the option that names it, what it is, and the names that its file usually has.
 
     `convert` is what to do with a pickle; in a folder called `other` lies something else.
@@ -26,27 +26,27 @@ class Kind:
 
     flag: str
     noun: str
-    usual: tuple[str, ...]
-    convert: str
-    other: str = ""
+    standard_names: tuple[str, ...]
+    convert_hint: str
+    excluded_folder: str = ""
 
-    def may_be(self, file: str) -> bool:
+    def accepts(self, file: str) -> bool:
         """Whether `file`, a path in a folder or repository, is a safetensors file that may be it."""
-        return file.endswith(SAFE) and self.other not in PurePosixPath(file).parts
+        return file.endswith(SAFETENSORS_SUFFIX) and self.excluded_folder not in PurePosixPath(file).parts
 
 
 @dataclass(frozen=True)
-class FoundFile:
+class FileLocation:
     """Where a file is; of a hub repository also which, and its path `inside`."""
 
     path: Path
     repository: str = ""
-    inside: str = ""
+    path_in_repository: str = ""
 
 
-MODEL = Kind("--model", "a model", (), CONVERT)
-LORA = Kind("--lora", "a LoRA", ("pytorch_lora_weights.safetensors",), CONVERT)
-INVERSION = Kind(
+MODEL_KIND = FileKind("--model", "a model", (), CONVERT_HINT)
+LORA_KIND = FileKind("--lora", "a LoRA", ("pytorch_lora_weights.safetensors",), CONVERT_HINT)
+INVERSION_KIND = FileKind(
     "--textual-inversion",
     "a textual inversion",
     ("learned_embeds.safetensors",),
@@ -81,7 +81,7 @@ def split_token(text: str) -> tuple[str, str | None]:
     The colon may be the path's own: behind it is no token where that looks like a path, or where the whole is a file.
     """
     name, colon, token = text.rpartition(":")
-    if not colon or is_file(user_path(text)) or token.endswith(SAFE) or set(token) & {"/", "\\"}:
+    if not colon or is_file(expand_home(text)) or token.endswith(SAFETENSORS_SUFFIX) or set(token) & {"/", "\\"}:
         name, token = text, None
     if not name.strip() or (token is not None and not token.strip()):
         raise UsageError(
@@ -92,99 +92,99 @@ def split_token(text: str) -> tuple[str, str | None]:
 
 def is_hub_file(name: str) -> bool:
     """Whether `name` is OWNER/REPO/FILE.safetensors, and not a file on this machine."""
-    return name.endswith(SAFE) and name.count("/") > 1 and not is_file(user_path(name))
+    return name.endswith(SAFETENSORS_SUFFIX) and name.count("/") > 1 and not is_file(expand_home(name))
 
 
 def find_lora(name: str, download: bool = False) -> Path:
     """The safetensors file of the LoRA `name`, as `find_file`."""
-    return find_file(LORA, name, download).path
+    return find_file(LORA_KIND, name, download).path
 
 
 def find_inversion(name: str, download: bool = False) -> Path:
     """The safetensors file of the textual inversion `name`, as `find_file`."""
-    return find_file(INVERSION, name, download).path
+    return find_file(INVERSION_KIND, name, download).path
 
 
-def find_file(kind: Kind, name: str, download: bool) -> FoundFile:
+def find_file(kind: FileKind, name: str, download: bool) -> FileLocation:
     """The safetensors file `name` means: a file, a folder, a hub id, or a file in a hub repository.
 
     Of a folder or a repository it is the one with a usual name, else the only one that may be it. Raises Unavailable
     when it is not on this machine and not to be fetched, DataError for pickles and for several files.
     """
-    path = user_path(name)
+    path = expand_home(name)
     if is_folder(path):
-        usual = [file for file in kind.usual if is_file(path / file)]
-        return FoundFile(path / pick_file(kind, name, [*usual, *(file.name for file in path.glob("*"))]))
-    if path.suffix.lower() in PICKLES:
+        usual = [file for file in kind.standard_names if is_file(path / file)]
+        return FileLocation(path / pick_file(kind, name, [*usual, *(file.name for file in path.glob("*"))]))
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise pickled(kind, name)
     if not is_file(path):
         return find_in_repository(kind, name, download)
-    if path.suffix.lower() != SAFE:
+    if path.suffix.lower() != SAFETENSORS_SUFFIX:
         raise DataError(f"{kind.flag} {name} is no safetensors file.", f"Name {kind.noun}'s safetensors file.")
-    return FoundFile(path)
+    return FileLocation(path)
 
 
-def find_in_repository(kind: Kind, name: str, download: bool) -> FoundFile:
+def find_in_repository(kind: FileKind, name: str, download: bool) -> FileLocation:
     """As `find_file`, for `owner/repo` or `owner/repo/file.safetensors`, whose file may lie in a sub folder."""
-    repository, file = split_hub_name(kind, name)
+    repository, file = split_hub_path(kind, name)
     try:
-        snapshot = cached(repository, kind.flag)
+        snapshot = find_snapshot(repository, kind.flag)
     except Unavailable as error:
-        raise no_such_file(kind, name) from error
+        raise build_missing_error(kind, name) from error
     here = [] if snapshot is None else [path for path in snapshot.rglob("*") if is_file(path)]
     files = [path.relative_to(snapshot).as_posix() for path in here]
-    wanted = next((usual for usual in ([file] if file else kind.usual) if usual in files), None)
+    wanted = next((usual for usual in ([file] if file else kind.standard_names) if usual in files), None)
     if wanted is None and download:
-        return fetch_file(kind, name, repository, file)
+        return download_file(kind, name, repository, file)
     # The cache holds what was fetched before, the hub perhaps more: its only file will do where we may not ask.
-    if wanted is None and file is None and any(kind.may_be(path) for path in files):
+    if wanted is None and file is None and any(kind.accepts(path) for path in files):
         wanted = pick_file(kind, name, files)
     if wanted is None:
         hint = "Add --download to fetch it, or name a safetensors file."
         raise Unavailable(f"{kind.flag} {name} is not on this machine.", hint)
-    return FoundFile(snapshot / wanted, repository, wanted)
+    return FileLocation(snapshot / wanted, repository, wanted)
 
 
-def split_hub_name(kind: Kind, name: str) -> tuple[str, str | None]:
+def split_hub_path(kind: FileKind, name: str) -> tuple[str, str | None]:
     """`owner/repo` or `owner/repo/folder/file.safetensors` -> the repository, and the file in it if one is named."""
     parts = name.split("/")
-    names_file = name.endswith(SAFE)
+    names_file = name.endswith(SAFETENSORS_SUFFIX)
     if names_file != (len(parts) > 2):
-        raise no_such_file(kind, name)
+        raise build_missing_error(kind, name)
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
-def fetch_file(kind: Kind, name: str, repository: str, file: str | None) -> FoundFile:
+def download_file(kind: FileKind, name: str, repository: str, file: str | None) -> FileLocation:
     """Download one file of a hub repository, by default the one that `pick_file` finds; raises Unavailable."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
     repo, revision = split_revision(repository)
-    with hub_errors(name, kind.flag):
+    with translate_hub_errors(name, kind.flag):
         file = file or pick_file(kind, name, list_repo_files(repo, revision=revision))
-        return FoundFile(Path(hf_hub_download(repo, file, revision=revision)), repository, file)
+        return FileLocation(Path(hf_hub_download(repo, file, revision=revision)), repository, file)
 
 
-def pick_file(kind: Kind, name: str, files: Iterable[str]) -> str:
+def pick_file(kind: FileKind, name: str, files: Iterable[str]) -> str:
     """Which of the `files` of `name` is meant; raises DataError when that is not clear."""
     files = sorted(set(files))
-    if usual := next((file for file in kind.usual if file in files), None):
+    if usual := next((file for file in kind.standard_names if file in files), None):
         return usual
-    safe = [file for file in files if kind.may_be(file)]
+    safe = [file for file in files if kind.accepts(file)]
     if len(safe) > 1:
         hint = f"Name one of them, as in {kind.flag} {name.rstrip('/')}/{safe[0]}."
         raise DataError(f"{kind.flag} {name} holds several safetensors files: {', '.join(safe)}.", hint)
     if safe:
         return safe[0]
-    if any(PurePosixPath(file).suffix.lower() in PICKLES for file in files):
+    if any(PurePosixPath(file).suffix.lower() in PICKLE_SUFFIXES for file in files):
         raise pickled(kind, name)
     raise DataError(f"{kind.flag} {name} holds no safetensors file.", f"Name {kind.noun}'s safetensors file.")
 
 
-def no_such_file(kind: Kind, name: str) -> Unavailable:
+def build_missing_error(kind: FileKind, name: str) -> Unavailable:
     """The error for what is neither on this machine nor a name on the hub."""
     return Unavailable(f"{kind.flag} {name}: there is no such file or folder, and it is no hub id.", "Check it.")
 
 
-def pickled(kind: Kind, name: str) -> DataError:
+def pickled(kind: FileKind, name: str) -> DataError:
     """The error for a pickle, or where there are only pickles."""
-    return DataError(f"{kind.flag} {name} is a pickle, which can run code when it is opened.", kind.convert)
+    return DataError(f"{kind.flag} {name} is a pickle, which can run code when it is opened.", kind.convert_hint)

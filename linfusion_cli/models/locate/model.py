@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from linfusion_cli.core.errors import DataError, Unavailable
-from linfusion_cli.core.units import is_file, is_folder, user_path
+from linfusion_cli.core.fs import expand_home, is_file, is_folder
 from linfusion_cli.models.families.compatibility import check_markers
-from linfusion_cli.models.families.facts import family_of_file, read_config, read_facts
+from linfusion_cli.models.families.facts import detect_file_family, read_config, read_facts
 from linfusion_cli.models.files.header import read_header
-from linfusion_cli.models.files.hub import cached, fetch, find_in_hub
-from linfusion_cli.models.files.parts import LINFUSION, PARTS, PICKLES, Model, Part, pickled, weights_files
-from linfusion_cli.models.locate.files import MODEL, find_file, is_hub_file
+from linfusion_cli.models.files.hub import download_repository, find_in_hub, find_snapshot
+from linfusion_cli.models.files.layout import (
+    LINFUSION_FOLDER,
+    PARTS,
+    PICKLE_SUFFIXES,
+    Model,
+    Part,
+    build_pickle_error,
+    find_weights_files,
+)
+from linfusion_cli.models.locate.files import MODEL_KIND, find_file, is_hub_file
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
@@ -27,7 +35,7 @@ FAMILY_BASES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 LINFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
-LAYOUTS = "Name a folder in diffusers' layout, a safetensors file, a hub id, or demo."
+LAYOUT_HINT = "Name a folder in diffusers' layout, a safetensors file, a hub id, or demo."
 
 
 def find_model(name: str, download: bool = False) -> Model:
@@ -37,35 +45,35 @@ def find_model(name: str, download: bool = False) -> Model:
     """
     if name == DEMO:
         return Model(DEMO_FOLDER)
-    path = find_file(MODEL, name, download).path if is_hub_file(name) else user_path(name)
-    check_weights_name("--model", path)
+    path = find_file(MODEL_KIND, name, download).path if is_hub_file(name) else expand_home(name)
+    check_weights_suffix("--model", path)
     if is_file(path):
         header = read_header(path)
         check_markers(header)  # before its family's configs are looked for, or fetched
-        return Model(find_configs(family_of_file(header), path, download), path)
+        return Model(find_configs(detect_file_family(header), path, download), path)
     if not is_folder(path):
         return Model(find_in_hub(name, download, "--model", has_all_parts))
     if not is_file(path / "model_index.json"):
-        raise DataError(f"--model {name} has no model_index.json.", LAYOUTS)
+        raise DataError(f"--model {name} has no model_index.json.", LAYOUT_HINT)
     return Model(path)
 
 
-def check_weights_name(flag: str, path: Path) -> None:
+def check_weights_suffix(flag: str, path: Path) -> None:
     """Raise DataError where `path` is named as pickles are, or is a file of another kind than safetensors."""
-    if path.suffix.lower() in PICKLES:
-        raise pickled(f"{flag} {path}".strip())
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise build_pickle_error(f"{flag} {path}".strip())
     if is_file(path) and path.suffix.lower() != ".safetensors":
-        raise DataError(f"{flag} {path} is no safetensors file.".strip(), LAYOUTS)
+        raise DataError(f"{flag} {path} is no safetensors file.".strip(), LAYOUT_HINT)
 
 
 def find_configs(family: str, file: Path, download: bool) -> Path:
     """The folder with the configs and tokenizers of a family, which a single `file` lacks; raises Unavailable."""
     base = FAMILY_BASES[family]
-    found = cached(base, "--model")
+    found = find_snapshot(base, "--model")
     if found is not None and is_file(found / "model_index.json"):
         return found
     if download:
-        return fetch(base, "--model", configs_only=True)
+        return download_repository(base, "--model", configs_only=True)
     reason = f"{file} needs the configs and tokenizers of {base}, which are not on this machine."
     raise Unavailable(reason, f"Run `linfusion models pull {base} --configs` once where there is a network.")
 
@@ -75,22 +83,22 @@ def find_linfusion(name: str, model: Model, family: str, download: bool = False)
 
     `auto` means those that lie in the model's own folder `linfusion`, else those published for its family.
     """
-    own = model.folder / LINFUSION
+    own = model.folder / LINFUSION_FOLDER
     if name == "none":
         return None
     if name == "auto" and model.file is None and is_folder(own):
         return own
     name = PUBLISHED_LINFUSION[family] if name == "auto" else name
-    folder = user_path(name)
+    folder = expand_home(name)
     return folder if is_folder(folder) else find_in_hub(name, download, "--linfusion", has_linfusion)
 
 
 def find_vae(name: str, model: Model, download: bool = False) -> Part:
     """The VAE `name`: a folder of its own or a model's, a safetensors file, a hub id, or `auto`, the one of `model`."""
     if name == "auto":
-        return model.part("vae")
-    folder = DEMO_FOLDER if name == DEMO else user_path(name)
-    check_weights_name("--vae", folder)
+        return model.get_part("vae")
+    folder = DEMO_FOLDER if name == DEMO else expand_home(name)
+    check_weights_suffix("--vae", folder)
     if is_file(folder):
         beside = is_file(folder.parent / "config.json")
         return Part(folder.parent if beside else model.folder / "vae", folder)
@@ -98,16 +106,16 @@ def find_vae(name: str, model: Model, download: bool = False) -> Part:
         folder = find_in_hub(name, download, "--vae", has_vae)
     folder = folder / "vae" if is_folder(folder / "vae") else folder
     if not is_file(folder / "config.json"):
-        raise DataError(f"--vae {name} has no config.json.", LAYOUTS)
+        raise DataError(f"--vae {name} has no config.json.", LAYOUT_HINT)
     return Part(folder)
 
 
 def has_vae(folder: Path) -> bool:
     """Whether `folder` is a VAE's with its weights, or a model's with one."""
-    return any(is_file(part / "config.json") and bool(weights_files(part)) for part in (folder, folder / "vae"))
+    return any(is_file(part / "config.json") and bool(find_weights_files(part)) for part in (folder, folder / "vae"))
 
 
-def is_here(name: str) -> bool:
+def is_local(name: str) -> bool:
     """Whether the model, with the weights of all its parts and LinFusion's for its family, is on this machine."""
     try:
         model = find_model(name)
@@ -122,7 +130,7 @@ def has_all_parts(folder: Path) -> bool:
     """Whether the model in `folder` has the weights of every part that its index names."""
     try:
         index = read_config(folder / "model_index.json")
-        return all(weights_files(folder / part) for part in PARTS if part in index)
+        return all(find_weights_files(folder / part) for part in PARTS if part in index)
     except (Unavailable, DataError):
         return False
 

@@ -1,0 +1,1 @@
+"""Prompts: tokenization, text encoding, and detection of prompt syntax that is not supported."""

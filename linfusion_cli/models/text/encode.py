@@ -17,10 +17,10 @@ from linfusion_cli.core.errors import NonFinite, UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.adapters.lora import merge_text_lora
 from linfusion_cli.models.adapters.lora_file import check_parts
-from linfusion_cli.models.adapters.textual_inversion import Inversion, add_words, check_widths
+from linfusion_cli.models.adapters.textual_inversion import Inversion, add_tokens, check_widths
 from linfusion_cli.models.families.facts import ModelFacts, read_config
-from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.load.parts import load_part
+from linfusion_cli.models.files.layout import Model
+from linfusion_cli.models.load.networks import load_part
 from linfusion_cli.models.text.tokens import load_tokenizer, tokenize
 
 ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -40,7 +40,7 @@ class PromptEmbedding:
     pooled: Tensor | None
     images: tuple[Tensor, ...] = ()
 
-    def zeros(self) -> PromptEmbedding:
+    def make_zeros(self) -> PromptEmbedding:
         """The same shapes, silent: what SDXL was trained to hear as "no prompt"."""
         return PromptEmbedding(
             torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled)
@@ -52,11 +52,11 @@ class PromptEmbedding:
         images = tuple(torch.cat(pair) for pair in zip(self.images, other.images, strict=True))
         return PromptEmbedding(torch.cat([self.hidden, other.hidden]), pooled, images)
 
-    def added(self, sizes: TimeIds) -> dict[str, Tensor | list[Tensor]] | None:
+    def build_added_conditions(self, sizes: TimeIds) -> dict[str, Tensor | list[Tensor]] | None:
         """The conditions beside the text: SDXL's, and IP-Adapters'; None where there are none."""
         added: dict[str, Tensor | list[Tensor]] = {"image_embeds": list(self.images)} if self.images else {}
         if self.pooled is not None:
-            time_ids = torch.tensor([sizes.numbers], dtype=torch.float32)
+            time_ids = torch.tensor([sizes.values], dtype=torch.float32)
             added |= {"text_embeds": self.pooled, "time_ids": time_ids.repeat(len(self.pooled), 1)}
         return added or None
 
@@ -70,7 +70,7 @@ class TimeIds:
     target: Size
 
     @property
-    def numbers(self) -> list[int]:
+    def values(self) -> list[int]:
         """In SDXL's order, heights first."""
         original, target = self.original, self.target
         return [original.height, original.width, *self.crop_top_left, target.height, target.width]
@@ -86,8 +86,8 @@ class Conditioning:
 
     positive: PromptEmbedding
     negative: PromptEmbedding
-    unheard: dict[str, str]
-    unused: tuple[str, ...]
+    truncated: dict[str, str]
+    unused_tokens: tuple[str, ...]
 
     def with_images(self, heard: Sequence[tuple[Tensor, Tensor]]) -> Conditioning:
         """The same with what each IP-Adapter hears of its picture, and of none, in the two halves."""
@@ -121,7 +121,9 @@ class TextEncoderChanges:
         for file, _ in self.loras:
             check_parts(file, parts)
         for inversion in self.inversions:
-            check_widths(inversion, {part: read_config(model.part(part).config).get("hidden_size") for part in parts})
+            check_widths(
+                inversion, {part: read_config(model.get_part(part).config_path).get("hidden_size") for part in parts}
+            )
 
 
 UNCHANGED = TextEncoderChanges()
@@ -133,16 +135,16 @@ class TextEncoder:
 
     network: PreTrainedModel
     tokenizer: CLIPTokenizer
-    words: Mapping[str, tuple[int, list[int]]]
+    added_tokens: Mapping[str, tuple[int, list[int]]]
 
     @staticmethod
     def load(model: Model, part: str, dtype: torch.dtype, changes: TextEncoderChanges) -> TextEncoder:
         """The model's `part`, on the CPU."""
-        network = load_part(ENCODERS[part], model.part(part), dtype, torch.device("cpu"))
+        network = load_part(ENCODERS[part], model.get_part(part), dtype, torch.device("cpu"))
         tokenizer = load_tokenizer(model.folder / part.replace("text_encoder", "tokenizer"), network.config)
         for file, weight in changes.loras:
             merge_text_lora(network, part, file, weight)
-        return TextEncoder(network, tokenizer, add_words(network, tokenizer, part, changes.inversions))
+        return TextEncoder(network, tokenizer, add_tokens(network, tokenizer, part, changes.inversions))
 
 
 EncoderProvider = Callable[
@@ -175,8 +177,8 @@ def encode_prompts(
     encoded = []
     for part in parts:
         encoder = get(part, partial(TextEncoder.load, model, part, dtype, changes))
-        layer = clip_layer_index(changes.clip_skip, facts.is_xl, part, encoder.network.config.num_hidden_layers)
-        encoded.append(_encode(encoder, texts, layer, device, facts.is_xl))
+        layer = resolve_clip_layer(changes.clip_skip, facts.is_xl, part, encoder.network.config.num_hidden_layers)
+        encoded.append(_run_encoder(encoder, texts, layer, device, facts.is_xl))
         del encoder  # before the next one is loaded, if nobody else has it
     hidden = torch.cat([by_one.hidden for by_one in encoded], dim=-1)
     pooled = encoded[-1].pooled
@@ -184,35 +186,37 @@ def encode_prompts(
         PromptEmbedding(hidden[i : i + 1], None if pooled is None else pooled[i : i + 1]) for i in range(len(texts))
     )
     if facts.zeros_for_empty_prompt and not negative_prompt:
-        negative = positive.zeros()
-    ends = [max(by_all, key=len) for by_all in zip(*(by_one.unheard for by_one in encoded), strict=True)]
+        negative = positive.make_zeros()
+    ends = [max(by_all, key=len) for by_all in zip(*(by_one.truncated for by_one in encoded), strict=True)]
     unheard = {name: end for name, end in zip(("prompt", "negative prompt"), ends, strict=True) if end}
-    return Conditioning(positive, negative, unheard, encoded[0].unused)
+    return Conditioning(positive, negative, unheard, encoded[0].unused_tokens)
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class _EncoderOutput:
     """`texts` by one encoder: `hidden` [2, T, C], `pooled` [2, C]; the rest as in Conditioning."""
 
     hidden: Tensor
     pooled: Tensor | None
-    unheard: tuple[str, ...]
-    unused: tuple[str, ...]
+    truncated: tuple[str, ...]
+    unused_tokens: tuple[str, ...]
 
 
-def _encode(encoder: TextEncoder, texts: list[str], layer: int, device: torch.device, is_xl: bool) -> _Encoded:
+def _run_encoder(
+    encoder: TextEncoder, texts: list[str], layer: int, device: torch.device, is_xl: bool
+) -> _EncoderOutput:
     """`texts` as this layer of `encoder` hears them, counted from the end."""
-    network, tokenizer, words = encoder.network.to(device), encoder.tokenizer, encoder.words
+    network, tokenizer, words = encoder.network.to(device), encoder.tokenizer, encoder.added_tokens
     tokens = [tokenize(tokenizer, text, dict(words.values())) for text in texts]
-    unused = tuple(word for word, (number, _) in words.items() if not any(number in text.words for text in tokens))
+    unused = tuple(word for word, (number, _) in words.items() if not any(number in text.token_ids for text in tokens))
     with torch.inference_mode():
         out = network(torch.tensor([text.ids for text in tokens], device=device), output_hidden_states=True)
         hidden = out.hidden_states[-layer] if is_xl else apply_final_norm(network, out, layer)
     pooled = out.text_embeds.cpu() if "text_embeds" in out else None
-    return _Encoded(hidden.cpu(), pooled, tuple(text.unheard for text in tokens), unused)
+    return _EncoderOutput(hidden.cpu(), pooled, tuple(text.truncated for text in tokens), unused)
 
 
-def clip_layer_index(clip_skip: int | None, is_xl: bool, part: str, layers: int) -> int:
+def resolve_clip_layer(clip_skip: int | None, is_xl: bool, part: str, layers: int) -> int:
     """Which layer of an encoder is listened to, counted from the end; raises UsageError for one that it lacks."""
     if clip_skip is None:
         return 2 if is_xl else 1

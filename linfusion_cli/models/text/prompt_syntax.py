@@ -13,12 +13,12 @@ from dataclasses import dataclass
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 WEIGHT = re.compile(rf":\s*{NUMBER}\s*$")
 RATIO = re.compile(r"\d:\d+\s*$")  # 16:9, 10:30
-BEHIND = re.compile(rf"{NUMBER}(?!\w)|\++|-+(?![\w-])")
-NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
-SIGNS = re.compile(r"\w{2,}(?:\+{2,}|-{2,}(?=[\s,.;:)]|$))")  # C++ is a language
+TRAILING_WEIGHT = re.compile(rf"{NUMBER}(?!\w)|\++|-+(?![\w-])")
+NETWORK_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
+SIGN_WEIGHT = re.compile(r"\w{2,}(?:\+{2,}|-{2,}(?=[\s,.;:)]|$))")  # C++ is a language
 OPTION = re.compile(r"(?<!\S)--[^\W\d_][\w-]*")  # not word--word, C-- or a dash of its own
-SPLITS = re.compile(r"\b(?:BREAK|AND)\b")
-CLOSING = {"(": ")", "[": "]"}
+SPLIT_WORD = re.compile(r"\b(?:BREAK|AND)\b")
+CLOSING_BRACKETS = {"(": ")", "[": "]"}
 
 
 @dataclass(frozen=True)
@@ -29,57 +29,63 @@ class Span:
     end: int
 
 
-def commands_in(prompt: str) -> list[str]:
+def find_commands(prompt: str) -> list[str]:
     """What of `prompt` other tools would read as commands, in order; a text in capitals has no AND and no BREAK.
 
     Single round brackets without a number are left out: they are emphasis for A1111, and far more often prose.
     """
-    pairs = brackets_in(prompt)
-    spans = [Span(pair.start, pair.end + behind(prompt, pair)) for pair in pairs if weighs(prompt, pair, pairs)]
-    patterns = (NETWORK, SIGNS, OPTION) if prompt.isupper() else (NETWORK, SIGNS, OPTION, SPLITS)
+    pairs = find_brackets(prompt)
+    spans = [
+        Span(pair.start, pair.end + measure_trailing_weight(prompt, pair))
+        for pair in pairs
+        if is_weight(prompt, pair, pairs)
+    ]
+    patterns = (
+        (NETWORK_TAG, SIGN_WEIGHT, OPTION) if prompt.isupper() else (NETWORK_TAG, SIGN_WEIGHT, OPTION, SPLIT_WORD)
+    )
     spans += [Span(*match.span()) for pattern in patterns for match in pattern.finditer(prompt)]
-    return texts(prompt, spans)
+    return extract_spans(prompt, spans)
 
 
-def option_in(prompt: str) -> str | None:
+def find_option(prompt: str) -> str | None:
     """The first word of `prompt` that is written like an option, `--steps`."""
     match = OPTION.search(prompt)
     return match and match[0]
 
 
-def plain_brackets_in(prompt: str) -> list[str]:
+def find_plain_brackets(prompt: str) -> list[str]:
     """The round brackets that `commands_in` leaves out."""
-    pairs = brackets_in(prompt)
-    return texts(prompt, [pair for pair in pairs if not weighs(prompt, pair, pairs)])
+    pairs = find_brackets(prompt)
+    return extract_spans(prompt, [pair for pair in pairs if not is_weight(prompt, pair, pairs)])
 
 
-def brackets_in(prompt: str) -> set[Span]:
+def find_brackets(prompt: str) -> set[Span]:
     """All pairs of brackets that hold something and have no backslash before them."""
     found: set[Span] = set()
     opened: list[int] = []
     for match in re.finditer(r"\\.|[()\[\]]", prompt, re.DOTALL):
-        if match[0] in CLOSING:
+        if match[0] in CLOSING_BRACKETS:
             opened.append(match.start())
-        elif opened and CLOSING[prompt[opened[-1]]] == match[0]:
+        elif opened and CLOSING_BRACKETS[prompt[opened[-1]]] == match[0]:
             found.add(Span(opened.pop(), match.end()))
     return {pair for pair in found if prompt[pair.start + 1 : pair.end - 1].strip()}
 
 
-def weighs(prompt: str, pair: Span, pairs: set[Span]) -> bool:
+def is_weight(prompt: str, pair: Span, pairs: set[Span]) -> bool:
     """Whether these brackets are a weight for sure: square, double, or with a number in them or behind."""
     inside = prompt[pair.start + 1 : pair.end - 1]
     numbered = WEIGHT.search(inside) is not None and RATIO.search(inside) is None
     doubled = Span(pair.start + 1, pair.end - 1) in pairs
-    return prompt[pair.start] == "[" or numbered or doubled or behind(prompt, pair) > 0
+    return prompt[pair.start] == "[" or numbered or doubled or measure_trailing_weight(prompt, pair) > 0
 
 
-def behind(prompt: str, pair: Span) -> int:
+def measure_trailing_weight(prompt: str, pair: Span) -> int:
     """How long the weight is that stands behind these brackets, 0 where there is none."""
-    match = BEHIND.match(prompt, pair.end)
+    match = TRAILING_WEIGHT.match(prompt, pair.end)
     return 0 if match is None else len(match[0])
 
 
-def texts(prompt: str, spans: list[Span]) -> list[str]:
+def extract_spans(prompt: str, spans: list[Span]) -> list[str]:
     """The texts at these places, in order, each once, without those that lie within another."""
     found: list[str] = []
     end = 0

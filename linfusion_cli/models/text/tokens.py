@@ -19,8 +19,8 @@ class Tokens:
     """
 
     ids: list[int]
-    words: frozenset[int]
-    unheard: str
+    token_ids: frozenset[int]
+    truncated: str
 
 
 def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:

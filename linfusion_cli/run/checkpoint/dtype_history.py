@@ -1,7 +1,7 @@
-"""The history of a run's number formats: {phase, step, dtype} holds after so many steps of the phase, until the next.
+"""The dtypes in which a run computed its steps, as a list of {phase, step, dtype}. Needs no torch.
 
-It stands in journals, metadata, reports and kept latents: the dtype of the request may be auto, and a run may change
-its own after NaN or Inf. Needs no torch.
+An entry applies after `step` steps of `phase`, until the next entry. Checkpoints, metadata, reports and saved latents
+hold this history, because --dtype can be auto and a run changes its dtype after NaN or Inf.
 """
 
 from __future__ import annotations
@@ -10,34 +10,38 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli.checkpoint.store import Checkpoint
-from linfusion_cli.run.inputs.provenance import DTYPES
+from linfusion_cli.run.inputs.provenance import DTYPES_KEY
 
 if TYPE_CHECKING:
     from linfusion_cli.run.checkpoint.state import RunState
 
-WIDTHS = ("float16", "bfloat16", "float32")  # each takes numbers at which the one before overflows, or rounds less
-NON_FINITE = "non_finite"  # in a journal's head: the message of the NaN or Inf that ended the run
+# From narrow to wide: each dtype has a larger range or a higher precision than the one before.
+DTYPES_BY_WIDTH = ("float16", "bfloat16", "float32")
+NON_FINITE_KEY = "non_finite"  # in a checkpoint's metadata: the message of the NaN or Inf that ended the run
 
 
-def add_dtype(before: Sequence[Mapping[str, Any]], reached: RunState, dtype: str) -> list[dict[str, Any]]:
-    """The history `before`, and that all steps after `reached` have this `dtype`."""
-    used = drop_later(before, reached)
-    return used if used and used[-1]["dtype"] == dtype else [*used, place_of(reached) | {"dtype": dtype}]
+def add_dtype(history: Sequence[Mapping[str, Any]], state: RunState, dtype: str) -> list[dict[str, Any]]:
+    """Return `history` with `dtype` for all steps after `state`."""
+    used = drop_unused(history, state)
+    return used if used and used[-1]["dtype"] == dtype else [*used, get_position(state) | {"dtype": dtype}]
 
 
-def find_used_dtypes(entry: Checkpoint) -> list[dict[str, Any]]:
-    """The history of an earlier run, without the dtypes of a step that gave NaN or Inf in them and so ended it."""
+def find_used_dtypes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return the history of an earlier run; if NaN or Inf ended it, without the dtype of the failed step."""
     from linfusion_cli.run.checkpoint.state import RunState
 
-    found = entry.head.get(DTYPES, [])
-    return drop_later(found, RunState.of(entry.parts)) if NON_FINITE in entry.head else list(found)
+    history = checkpoint.metadata.get(DTYPES_KEY, [])
+    if NON_FINITE_KEY in checkpoint.metadata:
+        return drop_unused(history, RunState.from_state_dict(checkpoint.state))
+    return list(history)
 
 
-def drop_later(history: Sequence[Mapping[str, Any]], reached: RunState) -> list[dict[str, Any]]:
-    """`history` without what holds only after `reached`, the last step there is."""
-    place = place_of(reached)
-    return [dict(entry) for entry in history if not place.items() <= entry.items()]
+def drop_unused(history: Sequence[Mapping[str, Any]], state: RunState) -> list[dict[str, Any]]:
+    """Return `history` without entries that apply only to steps after `state`, the last state of the run."""
+    position = get_position(state)
+    return [dict(entry) for entry in history if not position.items() <= entry.items()]
 
 
-def place_of(reached: RunState) -> dict[str, Any]:
-    return {"phase": reached.begun.phase, "step": reached.steps}
+def get_position(state: RunState) -> dict[str, Any]:
+    """Return the phase and the number of its steps that `state` has reached."""
+    return {"phase": state.phase_state.phase, "step": state.steps}

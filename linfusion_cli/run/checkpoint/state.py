@@ -1,4 +1,4 @@
-"""How far a run has come: what goes into its journal, and what it goes on from."""
+"""The progress of a run: the part of a checkpoint that a later run resumes from."""
 
 from __future__ import annotations
 
@@ -13,68 +13,83 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+RUN_STATE_FIELDS = ("steps", "latents", "is_done", "scheduler_state", "noise_state")
+
 
 @dataclass(frozen=True)
 class PhaseState:
-    """A phase, by its index, and what it began with: a picture as latents [1, C, h, w], unless with noise.
+    """The state at the start of a phase.
 
-    `base` is what the channels of the ladder's first latents were like.
+    phase: the index of the phase.
+    start_latents: the encoded image [1, C, h, w] that the phase starts from; None for a phase that starts from noise.
+    base_statistics: mean and deviation of the channels of the first phase's latents, for DemoFusion.
     """
 
     phase: int = 0
-    encoded: Tensor | None = None
-    base: ChannelStatistics | None = None
+    start_latents: Tensor | None = None
+    base_statistics: ChannelStatistics | None = None
 
-    @cached_property  # a journal does not write the same object again
-    def state(self) -> dict[str, Any]:
-        base = None if self.base is None else {"mean": self.base.mean, "deviation": self.base.deviation}
-        return {"phase": self.phase, "encoded": self.encoded, "base": base}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the JSON values and tensors to save: always the same object, which the store writes only once."""
+        return self._state_dict
+
+    @cached_property
+    def _state_dict(self) -> dict[str, Any]:
+        base = self.base_statistics
+        statistics = None if base is None else {"mean": base.mean, "deviation": base.deviation}
+        return {"phase": self.phase, "start_latents": self.start_latents, "base_statistics": statistics}
 
     @staticmethod
-    def of(state: Mapping[str, Any]) -> PhaseState:
-        base = None if state["base"] is None else ChannelStatistics(**state["base"])
-        return PhaseState(state["phase"], state["encoded"], base)
+    def from_state_dict(state: Mapping[str, Any]) -> PhaseState:
+        """Return the PhaseState that `state_dict` saved."""
+        saved = state["base_statistics"]
+        statistics = None if saved is None else ChannelStatistics(saved["mean"], saved["deviation"])
+        return PhaseState(state["phase"], state["start_latents"], statistics)
 
 
 @dataclass(frozen=True)
 class RunState:
-    """So many `steps` of a phase are done, with these `latents` [1, C, h, w], None before the first.
+    """The state of a run after a number of steps of a phase.
 
-    `is_done` says that these are the phase's last. `scheduler` and `noise` are what has to go on with them: see
-    `Schedule.state` and `InTurn.state`.
+    phase_state: what the current phase started from.
+    steps: the number of steps done in this phase.
+    latents: the latents [1, C, h, w] after these steps; None before the first step.
+    is_done: True after the last step of the phase.
+    scheduler_state: the state of the scheduler, see `Schedule`.
+    noise_state: the state of the noise generator, see `SequentialNoise`; None for a phase that does not use it.
     """
 
-    begun: PhaseState = PhaseState()
+    phase_state: PhaseState = PhaseState()
     steps: int = 0
     latents: Tensor | None = None
     is_done: bool = False
-    scheduler: Mapping[str, Any] = field(default_factory=dict)
-    noise: Tensor | None = None
+    scheduler_state: Mapping[str, Any] = field(default_factory=dict)
+    noise_state: Tensor | None = None
 
     @property
     def is_finite(self) -> bool:
-        """Whether neither its latents nor those that the phase began with have NaN or Inf."""
-        found = (self.latents, self.begun.encoded)
-        return all(bool(latents.isfinite().all()) for latents in found if latents is not None)
+        """True if neither the current nor the start latents contain NaN or Inf."""
+        tensors = (self.latents, self.phase_state.start_latents)
+        return all(bool(latents.isfinite().all()) for latents in tensors if latents is not None)
 
-    def on(self, device: torch.device) -> RunState:
-        """The same with its latents, and what a scheduler has to go on with, on `device`."""
+    def to(self, device: torch.device) -> RunState:
+        """Return the state with its latents and scheduler state on `device`."""
         latents = None if self.latents is None else self.latents.to(device)
-        return replace(self, latents=latents, scheduler=move_to_device(self.scheduler, device))
+        return replace(self, latents=latents, scheduler_state=move_to_device(self.scheduler_state, device))
 
-    @property
-    def parts(self) -> dict[str, dict[str, Any]]:
-        """As a journal keeps it."""
-        names = ("steps", "latents", "is_done", "scheduler", "noise")
-        return {"begun": self.begun.state, "reached": {name: getattr(self, name) for name in names}}
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the sections to save in a checkpoint."""
+        run_state = {name: getattr(self, name) for name in RUN_STATE_FIELDS}
+        return {"phase_state": self.phase_state.state_dict(), "run_state": run_state}
 
     @staticmethod
-    def of(parts: Mapping[str, Mapping[str, Any]]) -> RunState:
-        return RunState(PhaseState.of(parts["begun"]), **parts["reached"])
+    def from_state_dict(state: Mapping[str, Mapping[str, Any]]) -> RunState:
+        """Return the RunState that `state_dict` saved."""
+        return RunState(PhaseState.from_state_dict(state["phase_state"]), **state["run_state"])
 
 
 def move_to_device(value: Any, device: torch.device) -> Any:
-    """A scheduler's state where its latents are; single numbers, as timesteps, stay on the CPU."""
+    """Return a scheduler's state with its tensors on `device`; scalars such as timesteps stay on the CPU."""
     if isinstance(value, Mapping):
         return {name: move_to_device(item, device) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The ControlNets of a request and their pictures: found, and refused early. Needs no torch."""
+"""Find the ControlNets of a request and their control images, and reject unsuitable ones early. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linfusion_cli.core.errors import UsageError
+from linfusion_cli.core.fs import expand_home
 from linfusion_cli.core.geometry import MAX_ASPECT_ERROR, Size, aspect_error
-from linfusion_cli.core.units import user_path
 from linfusion_cli.images.read.source import SourceImage, inspect_source
-from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, kind_number
-from linfusion_cli.sampling.phases import broadcast_per_phase
+from linfusion_cli.models.files.layout import Model
+from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, parse_control_type
+from linfusion_cli.sampling.phases import broadcast_values
 from linfusion_cli.settings.request import ImageRequest
 
 
 @dataclass(frozen=True)
 class ControlNetSpec:
-    """A ControlNet's folder, its picture, its scale, and what the picture shows, by a union model's number for it."""
+    """A ControlNet: its folder, control image and scale; for a union model, the number of the image's control type."""
 
     folder: Path
     image: SourceImage
@@ -27,70 +27,74 @@ class ControlNetSpec:
 
 @dataclass(frozen=True)
 class ControlNetSpecs:
-    """The ControlNets of a request, and the indices of the phases in which they act."""
+    """The ControlNets of a request, and the indices of the phases that use them."""
 
-    found: tuple[ControlNetSpec, ...] = ()
+    specs: tuple[ControlNetSpec, ...] = ()
     phases: frozenset[int] = frozenset()
 
-    def in_phase(self, index: int) -> tuple[ControlNetSpec, ...]:
-        """Those that act in the phase of this index."""
-        return self.found if index in self.phases else ()
+    def for_phase(self, index: int) -> tuple[ControlNetSpec, ...]:
+        """Return the ControlNets that the phase with this index uses."""
+        return self.specs if index in self.phases else ()
 
     @property
-    def largest_px(self) -> int:
-        """The area of the largest picture."""
-        return max((control.image.size.area for control in self.found), default=0)
+    def max_image_px(self) -> int:
+        """The area of the largest control image."""
+        return max((control.image.size.area for control in self.specs), default=0)
 
     @property
     def held_bytes(self) -> int:
-        """What reading the pictures, one after the other, holds at once."""
-        return max((control.image.held_bytes for control in self.found), default=0)
+        """The most memory that reading the control images, one after the other, needs."""
+        return max((control.image.held_bytes for control in self.specs), default=0)
 
 
 def find_controlnets(request: ImageRequest, model: Model, phases: int) -> ControlNetSpecs:
-    """What `request` asks for, for `model` and so many phases.
+    """Return the ControlNets of `request` for `model` and a number of phases.
 
-    Raises Unavailable, DataError or InputMissing for what is not there or does not fit, and UsageError.
+    Raises UsageError, Unavailable, InputNotFound or DataError if one of them or an image is missing or unsuitable.
     """
     if not request.controlnet:
         return ControlNetSpecs()
-    acting = parse_phases(request.control_phases, phases)
+    used_phases = parse_phases(request.control_phases, phases)
     folders = [find_controlnet(name, request.download) for name in request.controlnet]
     for folder in folders:
         check_fits(folder, model)
     kinds = match_control_types(request, folders)
-    scales = broadcast_per_phase(request.control_scale, len(folders), "control_scale")
-    images = [open_control_image(name, request.size) for name in request.control_image]
-    return ControlNetSpecs(tuple(map(ControlNetSpec, folders, images, scales, kinds)), acting)
+    scales = broadcast_values(request.control_scale, len(folders), "control_scale", "ControlNet")
+    images = [inspect_control_image(name, request.size) for name in request.control_image]
+    return ControlNetSpecs(tuple(map(ControlNetSpec, folders, images, scales, kinds)), used_phases)
 
 
-def parse_phases(written: tuple[str, ...], phases: int) -> frozenset[int]:
-    """The indices that `base`, `all` and numbers mean; raises UsageError for a phase that is not there."""
+def parse_phases(names: tuple[str, ...], phases: int) -> frozenset[int]:
+    """Return the phase indices for `base`, `all` and numbers; raise UsageError for a phase that does not exist."""
     indices: set[int] = set()
-    for name in written:
+    for name in names:
         indices |= set(range(phases)) if name == "all" else {0 if name == "base" else int(name)}
     if max(indices) >= phases:
-        reason = f"--control-phases {max(indices)} is no phase: there are {phases}, counted from 0."
+        existing = "only phase 0" if phases == 1 else f"phases 0 to {phases - 1}"
+        reason = f"--control-phases {max(indices)} does not exist: this run has {existing}."
         raise UsageError(reason, "Use base, all, or smaller numbers.", "control_phases")
     return frozenset(indices)
 
 
 def match_control_types(request: ImageRequest, folders: list[Path]) -> list[int | None]:
-    """The kind of each picture, None for ControlNets that know one only; raises UsageError where they do not match."""
+    """Return the number of each image's control type, None for models with a single type.
+
+    Raises UsageError if the number of control types differs from the number of union models.
+    """
     union = [is_union(folder) for folder in folders]
     if sum(union) != len(request.control_type):
-        given = ",".join(request.control_type) or "of none"
-        reason = f"--control-type {given} does not match {sum(union)} union models among {len(folders)} ControlNets."
-        hint = "Give one for each union model, in their order, such as canny; others take none."
+        given = ",".join(request.control_type) or "(not given)"
+        reason = f"--control-type {given}: {sum(union)} of {len(folders)} ControlNets are union models."
+        hint = "Give one type, such as canny, for each union model, in their order; other models take none."
         raise UsageError(reason, hint, "control_type")
-    written = iter(request.control_type)
-    return [kind_number(folder, next(written)) if one else None for folder, one in zip(folders, union, strict=True)]
+    types = iter(request.control_type)
+    return [parse_control_type(folder, next(types)) if one else None for folder, one in zip(folders, union, strict=True)]
 
 
-def open_control_image(name: str, size: Size) -> SourceImage:
-    """The control picture `name`, for a picture of `size`; raises UsageError for other proportions."""
-    image = inspect_source(user_path(name))
+def inspect_control_image(name: str, size: Size) -> SourceImage:
+    """Return the control image `name` for an output of `size`; raise UsageError if its aspect ratio differs."""
+    image = inspect_source(expand_home(name))
     if aspect_error(image.size, size) > MAX_ASPECT_ERROR:
-        reason = f"--control-image {name} is {image.size} and has not the proportions of {size}."
-        raise UsageError(reason, "Crop it, or choose another --size: it would be stretched.", "control_image")
+        reason = f"--control-image {name} is {image.size} px: its aspect ratio differs from --size {size}."
+        raise UsageError(reason, "Crop it, or choose another --size: it would be distorted.", "control_image")
     return image

@@ -1,4 +1,4 @@
-"""The IP-Adapters of a request, and the pictures they listen to. Needs no torch."""
+"""Find the IP-Adapters of a request, and read their image prompts. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.core.units import user_path
-from linfusion_cli.images.read.source import SourceImage, apply_orientation, inspect_source, source_rows
+from linfusion_cli.core.fs import expand_home
+from linfusion_cli.images.read.source import SourceImage, apply_orientation, inspect_source, read_source_rows
 from linfusion_cli.models.locate.ip_adapter import Adapter, find_adapter, find_encoder, read_adapter
-from linfusion_cli.sampling.phases import broadcast_per_phase
+from linfusion_cli.sampling.phases import broadcast_values
 from linfusion_cli.settings.request import ImageRequest
 
 if TYPE_CHECKING:
@@ -18,37 +18,37 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-MAX_IMAGE_PX = 1 << 26  # of a picture that is listened to: it is held whole, and an encoder sees a few hundred pixels
-WHITE = (255, 255, 255)  # behind transparent parts
+MAX_IMAGE_PX = 1 << 26  # of an image prompt: it is read as a whole, and the encoder scales it to a few hundred pixels
+WHITE = (255, 255, 255)  # the background of transparent images
 
 
 def find_ip_adapters(request: ImageRequest, family: str) -> list[Adapter]:
-    """The adapters of `request` for a model of `family`; raises Unavailable, DataError or InputMissing."""
+    """Return the adapters of `request` for a model of `family`; raise Unavailable, DataError or InputNotFound."""
     images = [inspect_image(name) for name in request.ip_image]
-    scales = broadcast_per_phase(request.ip_scale, len(images), "ip_scale")
-    found = []
+    scales = broadcast_values(request.ip_scale, len(images), "ip_scale", "IP-Adapter")
+    adapters = []
     for name, image, scale in zip(request.ip_adapter, images, scales, strict=True):
         location = find_adapter(name, family, request.download)
         weights = read_adapter(location.path)
         encoder = find_encoder(request.ip_image_encoder, weights, location, request.download)
-        found.append(Adapter(weights, encoder, image, scale))
-    return found
+        adapters.append(Adapter(weights, encoder, image, scale))
+    return adapters
 
 
 def inspect_image(name: str) -> SourceImage:
-    """The picture that --ip-image names; raises InputMissing or DataError."""
-    image = inspect_source(user_path(name))
+    """Return the image of --ip-image; raise InputNotFound or DataError."""
+    image = inspect_source(expand_home(name))
     if image.size.area > MAX_IMAGE_PX:
-        reason = f"--ip-image {name} is {image.size} px, and {MAX_IMAGE_PX >> 20} megapixels are listened to at most."
-        raise DataError(reason, "Make it smaller: the encoder sees a few hundred pixels of a side.")
+        reason = f"--ip-image {name} is {image.size} px; the limit is {MAX_IMAGE_PX >> 20} megapixels."
+        raise DataError(reason, "Make it smaller: the encoder scales it to a few hundred pixels.")
     return image
 
 
 def read_image(image: SourceImage, notify: Callable[[str], None]) -> Image:
-    """All of it as it is to be seen, in sRGB of 8 bits, transparent parts white; raises DataError."""
+    """Read the image, with its EXIF orientation applied, as 8-bit sRGB on a white background; raise DataError."""
     from PIL import Image
 
-    rows = [np.rint(band * 255).astype(np.uint8) for band in source_rows(image, WHITE, notify)]
+    rows = [np.rint(band * 255).astype(np.uint8) for band in read_source_rows(image, WHITE, notify)]
     stored = np.concatenate(rows)
     read = apply_orientation(lambda top, bottom, left, right: stored[top:bottom, left:right], image)
     return Image.fromarray(read(0, image.height_px, 0, image.width_px))

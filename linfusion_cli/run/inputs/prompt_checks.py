@@ -1,34 +1,34 @@
-"""What prompts say that would be commands elsewhere: refused, or told of. Needs no torch."""
+"""Detect prompt syntax of other tools, which is rejected or reported. Needs no torch."""
 
 from __future__ import annotations
 
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.models.text.prompt_syntax import commands_in, plain_brackets_in
+from linfusion_cli.models.text.prompt_syntax import find_commands, find_plain_brackets
 from linfusion_cli.settings.request import ImageRequest, flag
 
-MAX_NAMED = 4
+MAX_QUOTED_COMMANDS = 4
 LITERAL = (
-    "Prompts are read literally, also what would be a weight, an option or a command elsewhere: {}. "
-    "--strict-prompt refuses it."
+    "Prompts are read literally, including weights, options and commands of other tools: {}. --strict-prompt "
+    "rejects such prompts."
 )
 
 
 def check_prompts(request: ImageRequest) -> None:
-    """With --strict-prompt, raise UsageError for what other tools would not read as plain text, doubtful or not."""
+    """With --strict-prompt, raise UsageError for text that other tools interpret, including ambiguous brackets."""
     for setting in ("prompt", "negative_prompt") if request.strict_prompt else ():
         text = getattr(request, setting)
-        if found := commands_in(text) + plain_brackets_in(text):
-            reason = f"{flag(setting)} has {named(found)}, which would be read literally, not as a weight or command."
-            raise UsageError(reason, "Leave it out, or use --no-strict-prompt.", setting)
+        if commands := find_commands(text) + find_plain_brackets(text):
+            reason = f"{flag(setting)} contains {quote_commands(commands)}, which would be read literally."
+            raise UsageError(reason, "Remove it, or use --no-strict-prompt.", setting)
 
 
-def literal_notice(request: ImageRequest) -> str | None:
-    """What to say of commands that are read literally; None where there are none."""
-    found = commands_in(request.prompt) + commands_in(request.negative_prompt)
-    return LITERAL.format(named(list(dict.fromkeys(found)))) if found else None
+def build_literal_notice(request: ImageRequest) -> str | None:
+    """Return a notice about commands of other tools in the prompts; None for plain text."""
+    commands = find_commands(request.prompt) + find_commands(request.negative_prompt)
+    return LITERAL.format(quote_commands(list(dict.fromkeys(commands)))) if commands else None
 
 
-def named(found: list[str]) -> str:
-    """The first of them, in quotes."""
-    more = ["..."] if len(found) > MAX_NAMED else []
-    return ", ".join([*map(repr, found[:MAX_NAMED]), *more])
+def quote_commands(commands: list[str]) -> str:
+    """Return the first commands in quotes, separated by commas."""
+    more = ["..."] if len(commands) > MAX_QUOTED_COMMANDS else []
+    return ", ".join([*map(repr, commands[:MAX_QUOTED_COMMANDS]), *more])

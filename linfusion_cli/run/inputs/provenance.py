@@ -1,4 +1,4 @@
-"""The weights that a run reads, hashed before it begins: what its report and its picture say of them."""
+"""Hash the files that a run reads, for its report and the metadata of its image."""
 
 from __future__ import annotations
 
@@ -7,74 +7,74 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli.models.cache import ModelCache
-from linfusion_cli.models.files.digest import WeightsFile, digested
-from linfusion_cli.models.files.parts import PARTS, weights_files
+from linfusion_cli.models.files.digest import WeightsFile, hash_files
+from linfusion_cli.models.files.layout import PARTS, find_weights_files
 from linfusion_cli.models.locate.model import LINFUSION_WEIGHTS
 from linfusion_cli.run.inputs.resolve import ResolvedRequest
 from linfusion_cli.run.progress.recorder import RunRecorder
 from linfusion_cli.settings.request import ImageRequest
 
-DTYPES = "dtypes"  # of metadata and checkpoints: the dtypes in which steps were computed
-WHOLE = "model"  # the use of a file that holds a whole model
+DTYPES_KEY = "dtypes"  # in metadata and checkpoints: the dtypes in which steps were computed
+MODEL_USE = "model"  # the use of a file that holds a whole model
 
 
 def hash_weights(resolved: ResolvedRequest, recorder: RunRecorder, model_cache: ModelCache) -> list[WeightsFile]:
-    """All of them, with the time that it takes recorded: gigabytes are read, which loading then finds in memory.
+    """Return all weights and input images with their SHA-256.
 
-    `shelf` has the hashes of the jobs before.
+    Hashing reads gigabytes, which the page cache then holds for loading. `model_cache` keeps hashes between jobs.
     """
     with recorder.stage("weights", "hash", None, 1, "hashes"):
-        return digested(list_weights(resolved), model_cache.digests)
+        return hash_files(list_weights(resolved), model_cache.digests)
 
 
 def list_weights(resolved: ResolvedRequest) -> Iterator[tuple[str, Path]]:
-    """Use and path of every file; raises DataError where a shard is missing."""
+    """Yield the use and the path of every file; raise DataError if a shard is missing."""
     model = resolved.model
     if model.file is not None:
-        yield WHOLE, model.file
+        yield MODEL_USE, model.file
     else:
         for name in (part for part in PARTS if part != "vae" and (model.folder / part).is_dir()):
-            yield from ((name, file) for file in model.part(name).weights)
+            yield from ((name, file) for file in model.get_part(name).weights)
     yield from (("vae", file) for file in resolved.vae.weights)
-    if resolved.linfusion is not None:
-        yield "linfusion", resolved.linfusion / LINFUSION_WEIGHTS
+    if resolved.linfusion_folder is not None:
+        yield "linfusion", resolved.linfusion_folder / LINFUSION_WEIGHTS
     yield from (("lora", file) for file, _ in resolved.loras)
-    if resolved.base is not None:
-        yield from (("linfusion_base", file) for file in weights_files(resolved.base))
-    for adapter in resolved.adapters:
+    if resolved.linfusion_base is not None:
+        yield from (("linfusion_base", file) for file in find_weights_files(resolved.linfusion_base))
+    for adapter in resolved.ip_adapters:
         yield "ip_adapter", adapter.weights.file
-        yield from (("image_encoder", file) for file in weights_files(adapter.encoder))
-    yield from (("textual_inversion", file) for file, _ in resolved.inversions)
-    for control in resolved.controlnets.found:
-        yield from (("controlnet", file) for file in weights_files(control.folder))
-    yield from images_read(resolved)
+        yield from (("image_encoder", file) for file in find_weights_files(adapter.encoder))
+    yield from (("textual_inversion", file) for file, _ in resolved.textual_inversions)
+    for control in resolved.controlnets.specs:
+        yield from (("controlnet", file) for file in find_weights_files(control.folder))
+    yield from list_images(resolved)
 
 
-def images_read(resolved: ResolvedRequest) -> Iterator[tuple[str, Path]]:
-    """Use and path of every picture that goes in: other pixels under the same name are another request."""
-    if resolved.image is not None:
-        yield "image", resolved.image.path
-    yield from (("ip_image", adapter.image.path) for adapter in resolved.adapters)
-    yield from (("control_image", control.image.path) for control in resolved.controlnets.found)
+def list_images(resolved: ResolvedRequest) -> Iterator[tuple[str, Path]]:
+    """Yield the use and the path of every input image: other content under the same name makes another request."""
+    if resolved.source_image is not None:
+        yield "image", resolved.source_image.path
+    yield from (("ip_image", adapter.image.path) for adapter in resolved.ip_adapters)
+    yield from (("control_image", control.image.path) for control in resolved.controlnets.specs)
 
 
-def main_hash(weights: Sequence[WeightsFile]) -> str:
-    """What stands for the checkpoint where there is room for one hash: its file's, or its UNet's first."""
-    return next((file.sha256 for file in weights if file.use in (WHOLE, "unet")), "")
+def find_model_hash(weights: Sequence[WeightsFile]) -> str:
+    """Return the hash that identifies the model: of its single file, or of the first file of its UNet."""
+    return next((file.sha256 for file in weights if file.use in (MODEL_USE, "unet")), "")
 
 
-def name_weights(weights: Sequence[WeightsFile]) -> list[dict[str, str]]:
-    """As a picture's metadata have it."""
+def weights_to_metadata(weights: Sequence[WeightsFile]) -> list[dict[str, str]]:
+    """Return `weights` in the format of image metadata."""
     return [{"file": file.name, "sha256": file.sha256} for file in weights]
 
 
-def made_with(
+def build_image_metadata(
     request: ImageRequest, weights: Sequence[WeightsFile], dtypes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The full request, its weights, and the dtypes that steps were computed in: what makes the same picture again."""
-    return request.to_json() | {"weights": name_weights(weights), DTYPES: list(dtypes)}
+    """Return what reproduces the image: the request, its weights, and the dtypes of its steps."""
+    return request.to_json() | {"weights": weights_to_metadata(weights), DTYPES_KEY: list(dtypes)}
 
 
-def to_json(weights: Sequence[WeightsFile]) -> list[dict[str, Any]]:
-    """As a report has it."""
+def weights_to_report(weights: Sequence[WeightsFile]) -> list[dict[str, Any]]:
+    """Return `weights` in the format of a report."""
     return [{"use": file.use, "path": str(file.path), "bytes": file.bytes, "sha256": file.sha256} for file in weights]

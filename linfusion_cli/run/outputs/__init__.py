@@ -1,0 +1,1 @@
+"""The files that a run writes: which exist already, opening and completing them, and the report."""

@@ -1,4 +1,4 @@
-"""Writing beside decoding: one thread hands rows to the file while the next are computed."""
+"""Write rows in a background thread while the next rows are computed."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from linfusion_cli.images import RowSink
 
 
 class AsyncWriter:
-    """Takes rows and hands them to `sink` in order, one strip behind at most; `seconds` is what that took.
+    """Pass rows to `sink` in order, in a thread, at most one strip behind; `seconds` is the time spent writing.
 
-    What the sink raised is raised by the next call. Leaving the context waits for the strip under way.
+    An error of the sink is raised by the next call. Leaving the context waits for the strip that is being written.
     """
 
     def __init__(self, sink: RowSink):
         self.seconds = 0.0
-        self._sink, self._last = sink, None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writing")
+        self._sink = sink
+        self._pending: Future[None] | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="writing")
 
-    def take(self, rows: np.ndarray) -> None:
-        """Rows of the picture, which the caller no longer changes."""
+    def write(self, rows: np.ndarray) -> None:
+        """Write rows of the image; the caller must not change the array afterwards."""
         self.finish()
-        self._last: Future[None] | None = self._thread.submit(self._write, rows)
+        self._pending = self._executor.submit(self._write, rows)
 
     def finish(self) -> None:
-        """Wait until all rows taken so far are the sink's."""
-        if self._last is not None:
-            self._last.result()
+        """Wait until the sink has written all rows."""
+        if self._pending is not None:
+            self._pending.result()
 
     def _write(self, rows: np.ndarray) -> None:
-        began = time.perf_counter()
+        started = time.perf_counter()
         self._sink.write(rows)
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - started
 
     def __enter__(self) -> AsyncWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._thread.shutdown()
+        self._executor.shutdown()

@@ -1,26 +1,27 @@
-"""What of a request's files is there already, by what they hold and not by their names."""
+"""Find files that an earlier run of the same request wrote, by their content instead of their names."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from linfusion_cli import images
-from linfusion_cli.checkpoint.store import Checkpoint, CheckpointStore, DamagedCheckpoint
+from linfusion_cli.checkpoint.store import Checkpoint, CheckpointStore, DamagedCheckpoint, IncompatibleCheckpoint
 from linfusion_cli.core.errors import LinfusionError
+from linfusion_cli.core.fs import is_file
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.core.units import is_file
-from linfusion_cli.hardware.device import versions
+from linfusion_cli.hardware.versions import collect_versions
 from linfusion_cli.images.read.source import SourceImage
 from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.models.files.digest import WeightsFile
 from linfusion_cli.run.checkpoint import latents_file
-from linfusion_cli.run.checkpoint.manager import NON_IDENTITY_FIELDS, as_json, find_request_changes, find_store
-from linfusion_cli.run.inputs.provenance import DTYPES, hash_weights, made_with, to_json
+from linfusion_cli.run.checkpoint.compatibility import NON_IDENTITY_FIELDS, find_request_changes, to_json_values
+from linfusion_cli.run.checkpoint.manager import find_store
+from linfusion_cli.run.inputs.provenance import DTYPES_KEY, build_image_metadata, hash_weights, weights_to_report
 from linfusion_cli.run.inputs.resolve import resolve_request
 from linfusion_cli.run.progress.recorder import RunRecorder
 from linfusion_cli.settings.request import ImageRequest
@@ -28,44 +29,44 @@ from linfusion_cli.settings.request import ImageRequest
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a run makes its files of: a request and weights; `dtypes` are those in which steps were computed.
+    """What the files of a run are made from: the request, its weights, and the dtypes of its steps.
 
-    A file that names no prompts could be of others, unless it is `proven` by a journal that a run of this request was
-    at work here.
+    has_checkpoint: True if a checkpoint proves that an earlier run of this request wrote to the same output. Files
+        without prompts in their metadata could be of other prompts, so they match only with this proof.
     """
 
     request: ImageRequest
     weights: Sequence[WeightsFile]
-    proven: bool
+    has_checkpoint: bool
     dtypes: Sequence[Mapping[str, Any]] = ()
 
-    def may_go(self, path: Path, size: Size) -> bool:
-        """Whether a file at `path` may be replaced: that is wished, or it is the very one that will be made."""
-        return self.request.overwrite or self.made(path, size)
+    def may_replace(self, path: Path, size: Size) -> bool:
+        """Return True if the run may replace a file at `path`: with --overwrite, or if the file matches."""
+        return self.request.overwrite or self.matches(path, size)
 
-    def made(self, path: Path, size: Size) -> bool:
-        """Whether there is a whole picture of this `size`, or latents, at `path` that was made of these.
+    def matches(self, path: Path, size: Size) -> bool:
+        """Return True if `path` is a complete image of this `size`, or latents, with the same provenance.
 
-        Pictures of phases and previews say the same of themselves as the picture does: only sizes tell them apart.
+        Images of phases and previews have the same metadata as the output: only the size distinguishes them.
         """
-        if not (self.request.prompt_metadata or self.proven):
+        if not (self.request.prompt_metadata or self.has_checkpoint):
             return False
+        expected = self.as_metadata()
         if path == self.request.keep_latents:
-            found, expected = latents_file.made_with(path), self.told
+            metadata = latents_file.read_metadata(path)
         else:
-            found = read_image_request(path, size)
-            expected = self.told if self.request.prompt_metadata else images.remove_prompts(self.told)
-        return found is not None and identity_fields(found) == identity_fields(expected)
+            metadata = read_image_metadata(path, size)
+            expected = expected if self.request.prompt_metadata else images.remove_prompt_keys(expected)
+        return metadata is not None and select_identity_fields(metadata) == select_identity_fields(expected)
 
-    @property
-    def told(self) -> dict[str, Any]:
-        """What a file says that is made of these, as it is read back."""
-        return as_json(made_with(self.request, self.weights, self.dtypes))
+    def as_metadata(self) -> dict[str, Any]:
+        """Return the metadata of the files, as they are read back."""
+        return to_json_values(build_image_metadata(self.request, self.weights, self.dtypes))
 
 
 @dataclass(frozen=True)
 class ExistingOutputs:
-    """The files that a run of this very request has made; where those are all of them, the `report` that says so."""
+    """The files that an earlier run of the same request completed; `report` is set if these are all of them."""
 
     files: frozenset[Path] = frozenset()
     report: RunReport | None = None
@@ -78,62 +79,71 @@ def find_existing(
     model_cache: ModelCache,
     keep_complete: bool,
 ) -> ExistingOutputs:
-    """What there is, which is looked at with `keep_complete`, or where a run was killed: its journal is still there.
+    """Return the existing outputs, with `keep_complete` or if a checkpoint folder shows that a run was killed.
 
-    Raises as `prepare` does.
+    Raises the errors of `resolve_request`.
     """
-    killed = find_store(request).has_folder() and not (request.overwrite or request.fresh)
-    if not (keep_complete or killed) or not os.path.lexists(request.output):
+    was_killed = find_store(request).has_folder() and not (request.overwrite or request.fresh)
+    if not (keep_complete or was_killed) or not os.path.lexists(request.output):
         return ExistingOutputs()
     resolved = resolve_request(request, image)
     weights = hash_weights(resolved, recorder, model_cache)
-    making = Provenance(request, weights, read_checkpoint(find_store(request), request) is not None)
-    wanted = list_outputs(request)
-    found = frozenset(path for path, size in wanted.items() if making.made(path, size))
-    if found != wanted.keys():
-        return ExistingOutputs(found)
-    report = RunReport(request.to_json(), {}, {}, versions(), {}, to_json(weights), recorder.stages)
+    provenance = Provenance(request, weights, read_checkpoint(find_store(request), request) is not None)
+    outputs = list_outputs(request)
+    files = frozenset(path for path, size in outputs.items() if provenance.matches(path, size))
+    if files != outputs.keys():
+        return ExistingOutputs(files)
+    report = RunReport(request.to_json(), {}, {}, collect_versions(), {}, weights_to_report(weights), recorder.stages)
     report.already_complete = True
-    return ExistingOutputs(found, report)
+    return ExistingOutputs(files, report)
 
 
 def list_outputs(request: ImageRequest) -> dict[Path, Size]:
-    """What there is when a run is over, but for the pictures of phases, and the size of each picture."""
-    preview = Size(*images.preview_size(request.size.pair))
+    """Return the files of a complete run and the sizes of their images, without those of --save-phases."""
+    preview = Size(*images.compute_preview_size(request.size.pair))
     files = {request.keep_latents: request.size, request.preview: preview, request.output: request.size}
     return {path: size for path, size in files.items() if path is not None}
 
 
-def remove_checkpoint(request: ImageRequest) -> None:
-    """The files of `request` are complete: what a killed run of it has left goes. Raises TryAgain where one goes on."""
+def remove_checkpoint(request: ImageRequest, notify: Callable[[str], None]) -> None:
+    """Remove the checkpoint that a killed run of `request` left after completing all files.
+
+    A checkpoint of another request or a damaged one is kept. One of another format is kept with a notice. Raises
+    TemporaryFailure if a run is active.
+    """
     with (
-        images.AtomicFile(request.output, overwrite=True),  # takes over a temporary name, which goes
-        find_store(request).held() as store,
+        images.AtomicFile(request.output, overwrite=True),  # adopts an abandoned temporary file and removes it on exit
+        find_store(request).lock() as store,
     ):
-        if not store.exists() or read_checkpoint(store, request) is not None:
+        if not store.exists() or read_checkpoint(store, request, notify) is not None:
             store.remove()
 
 
-def read_checkpoint(store: CheckpointStore, request: ImageRequest) -> Checkpoint | None:
-    """What `journal` says, if it is whole and of this request."""
+def read_checkpoint(
+    store: CheckpointStore, request: ImageRequest, notify: Callable[[str], None] = lambda _: None
+) -> Checkpoint | None:
+    """Return the checkpoint if it is valid and belongs to `request`; notify about one of another format or version."""
     try:
-        entry = store.read()
+        checkpoint = store.read()
     except DamagedCheckpoint:
         return None
-    return None if entry is None or find_request_changes(entry, request) else entry
+    except IncompatibleCheckpoint as error:
+        notify(f"{error.message} {request.output} is already complete: delete the folder if you do not need it.")
+        return None
+    return None if checkpoint is None or find_request_changes(checkpoint, request) else checkpoint
 
 
-def read_image_request(path: Path, size: Size) -> Mapping[str, Any] | None:
-    """What the picture at `path` says it was made with; None unless it is whole, and of this size."""
-    if not is_file(path):  # a pipe would be waited for
+def read_image_metadata(path: Path, size: Size) -> Mapping[str, Any] | None:
+    """Return the metadata of the image at `path`; None if it is not a complete image of this size."""
+    if not is_file(path):  # reading a pipe would block
         return None
     try:
-        found = images.read_info(path)
-        return images.verify_image(path).request if (found.width_px, found.height_px) == size.pair else None
+        info = images.read_info(path)
+        return images.verify_image(path).request if (info.width_px, info.height_px) == size.pair else None
     except LinfusionError:
         return None
 
 
-def identity_fields(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What of that decides a file."""
-    return {name: value for name, value in told.items() if name not in (*NON_IDENTITY_FIELDS, DTYPES)}
+def select_identity_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that determine the content of a file."""
+    return {name: value for name, value in metadata.items() if name not in (*NON_IDENTITY_FIELDS, DTYPES_KEY)}

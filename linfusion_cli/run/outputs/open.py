@@ -1,4 +1,4 @@
-"""The files of a run, held from its beginning and complete at its end."""
+"""Reserve the files of a run at its start, and complete them at its end."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from linfusion_cli import __version__, images
 from linfusion_cli.core.errors import LinfusionError, WriteFailed
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.run.inputs.phase_files import phase_path
-from linfusion_cli.run.inputs.provenance import main_hash
-from linfusion_cli.run.inputs.resolve import ResolvedRequest, saved_sizes
+from linfusion_cli.run.inputs.phase_files import build_phase_path
+from linfusion_cli.run.inputs.provenance import find_model_hash
+from linfusion_cli.run.inputs.resolve import ResolvedRequest
 from linfusion_cli.run.outputs.existing import Provenance
 from linfusion_cli.settings.request import ImageRequest
 
 A1111_HASH_DIGITS = 10
-# What the schedulers are called in the A1111 layout.
+# The names of the schedulers in A1111 metadata.
 SAMPLER_NAMES = {
     "euler": "Euler",
     "euler-a": "Euler a",
@@ -33,109 +33,113 @@ SAMPLER_NAMES = {
 
 
 class ImageAndPreview:
-    """The picture's file and its preview as one RowSink. A preview that fails does not take the picture with it."""
+    """The image and its preview as one RowSink. If the preview fails, the image is still completed."""
 
     def __init__(self, image: images.RowSink, preview: images.RowSink | None):
         self._image, self._preview = image, preview
         self._preview_error: LinfusionError | None = None
 
     def write(self, rows: np.ndarray) -> None:
+        """Write the rows to both files."""
         self._image.write(rows)
-        with self._excused():
+        with self._catch_preview_errors():
             if self._preview:
                 self._preview.write(rows)
 
     def update_info(self, info: images.ImageInfo) -> None:
+        """Replace the metadata of both files."""
         self._image.update_info(info)
-        with self._excused():
+        with self._catch_preview_errors():
             if self._preview:
                 self._preview.update_info(info)
 
     def close(self) -> None:
+        """Complete both files; raise WriteFailed if only the image is complete."""
         self._image.close()
-        with self._excused():
+        with self._catch_preview_errors():
             if self._preview:
                 self._preview.close()
         if self._preview_error:
-            raise WriteFailed(f"The picture is complete, but its preview is not: {self._preview_error}")
+            raise WriteFailed(f"The image is complete, but its preview is not: {self._preview_error}")
 
     def abort(self) -> None:
+        """Remove both files unless they are complete."""
         self._image.abort()
         if self._preview:
             self._preview.abort()
 
     @contextmanager
-    def _excused(self) -> Iterator[None]:
+    def _catch_preview_errors(self) -> Iterator[None]:
+        """Keep an error of the preview until `close`."""
         try:
             yield
         except LinfusionError as error:
-            self._preview, self._preview_error = None, error  # a sink that raised has cleaned up after itself
+            self._preview, self._preview_error = None, error  # the failed sink has removed its file
 
 
 @contextmanager
-def reserve_output(request: ImageRequest, made: Collection[Path]) -> Iterator[images.AtomicFile]:
-    """The output from before any work; what is not complete at the end is gone.
+def reserve_output(request: ImageRequest, existing: Collection[Path]) -> Iterator[images.AtomicFile]:
+    """Reserve the output before any work, and remove it on exit unless it is complete.
 
-    One that is among the files that were `made` before, of this very request, may be replaced.
+    existing: files of an earlier run of the same request, which can be replaced.
     """
-    format = images.format_for(request.output, request.format)
+    format = images.resolve_format(request.output, request.format)
     if request.preview is not None:
-        images.format_for(request.preview)
-    how = request.size.pair, request.bits, request.compression, request.overwrite or request.output in made
-    with images.hold(request.output, format, *how) as file:
+        images.resolve_format(request.preview)
+    overwrite = request.overwrite or request.output in existing
+    with images.create_output_file(request.output, format, request.size.pair, request.bits, request.compression, overwrite) as file:
         yield file
 
 
 @contextmanager
-def open_outputs(file: images.AtomicFile, making: Provenance) -> Iterator[images.RowSink]:
-    """What takes the rows of the picture, and of its preview; the files say what they were made of."""
-    request = making.request
-    info = build_info(making, request.size)
+def open_outputs(file: images.AtomicFile, provenance: Provenance) -> Iterator[images.RowSink]:
+    """Open a sink for the rows of the image and of its preview, with `provenance` as their metadata."""
+    request = provenance.request
+    info = build_info(provenance, request.size)
     with ExitStack() as on_exit:
         image, preview = _open_image(request, file, request.size, info), None
         on_exit.callback(image.abort)
         if request.preview:
-            replaces = making.may_go(request.preview, Size(*images.preview_size(request.size.pair)))
-            pending = images.AtomicFile(request.preview, replaces)
-            preview = images.PreviewSink(pending, request.size.pair, request.bits, info)
+            size = Size(*images.compute_preview_size(request.size.pair))
+            preview_file = images.AtomicFile(request.preview, provenance.may_replace(request.preview, size))
+            preview = images.PreviewSink(preview_file, request.size.pair, request.bits, info)
             on_exit.callback(preview.abort)
         yield ImageAndPreview(image, preview)
 
 
 @contextmanager
-def open_phase_files(resolved: ResolvedRequest, making: Provenance, first: int) -> Iterator[dict[int, images.RowSink]]:
-    """Of the phases whose pictures are to be kept, their files: held from now on, complete when the phase is.
+def open_phase_files(
+    resolved: ResolvedRequest, provenance: Provenance, first: int
+) -> Iterator[dict[int, images.RowSink]]:
+    """Open the files of --save-phases, by phase index, from phase `first` on: earlier ones are complete.
 
-    An earlier run has completed those before the phase `first`.
+    A file is complete when its phase is.
     """
     request, sinks = resolved.request, {}
     try:
         if request.save_phases:
-            for phase, size in list(zip(resolved.phases, saved_sizes(resolved), strict=False))[first:]:
-                path, info = phase_path(request.output, size), build_info(making, size)
-                sinks[phase.index] = _open_image(request, path, size, info, making.may_go(path, size))
+            for phase, size in list(zip(resolved.phases, resolved.saved_phase_sizes, strict=False))[first:]:
+                path, info = build_phase_path(request.output, size), build_info(provenance, size)
+                sinks[phase.index] = _open_image(request, path, size, info, provenance.may_replace(path, size))
         yield sinks
     finally:
         for sink in sinks.values():
-            sink.abort()  # one that is complete stays
+            sink.abort()  # does nothing if the file is complete
 
 
 def update_metadata(
-    resolved: ResolvedRequest, making: Provenance, output: images.RowSink, phases: Mapping[int, images.RowSink]
+    resolved: ResolvedRequest, provenance: Provenance, output: images.RowSink, phases: Mapping[int, images.RowSink]
 ) -> None:
-    """Let the files that are not complete say what `making` says now, of which the dtypes may have changed.
-
-    Raises WriteFailed.
-    """
-    output.update_info(build_info(making, resolved.request.size))
+    """Write the current dtype history of `provenance` to all files that are not complete; raise WriteFailed."""
+    output.update_info(build_info(provenance, resolved.request.size))
     for index, sink in phases.items():
-        sink.update_info(build_info(making, resolved.phases[index].size))
+        sink.update_info(build_info(provenance, resolved.phases[index].size))
 
 
-def reserve_latents(making: Provenance) -> AbstractContextManager[images.AtomicFile | None]:
-    """The file for finished latents, if they are to be kept."""
-    path = making.request.keep_latents
-    return nullcontext() if path is None else images.AtomicFile(path, making.may_go(path, making.request.size))
+def reserve_latents(provenance: Provenance) -> AbstractContextManager[images.AtomicFile | None]:
+    """Reserve the file of --keep-latents; return a context of None without that option."""
+    path, size = provenance.request.keep_latents, provenance.request.size
+    return nullcontext() if path is None else images.AtomicFile(path, provenance.may_replace(path, size))
 
 
 def _open_image(
@@ -147,7 +151,7 @@ def _open_image(
 ) -> images.RowSink:
     return images.open_sink(
         target,
-        images.format_for(request.output, request.format),
+        images.resolve_format(request.output, request.format),
         size.pair,
         request.bits,
         info,
@@ -156,10 +160,10 @@ def _open_image(
     )
 
 
-def build_info(making: Provenance, size: Size) -> images.ImageInfo:
-    """What a file of this size says of itself: the full request and its weights, and the same as others read it."""
-    request, software = making.request, f"linfusion {__version__}"
-    parameters = images.a1111_parameters(
+def build_info(provenance: Provenance, size: Size) -> images.ImageInfo:
+    """Return the metadata of a file of this size, in the format of linfusion and in that of A1111."""
+    request, software = provenance.request, f"linfusion {__version__}"
+    parameters = images.format_a1111_parameters(
         request.prompt,
         request.negative_prompt,
         steps=request.steps[0],
@@ -169,8 +173,10 @@ def build_info(making: Provenance, size: Size) -> images.ImageInfo:
         size_px=size.pair,
         model=request.model,
         version=software,
-        model_hash=main_hash(making.weights)[:A1111_HASH_DIGITS],
-        more={} if request.clip_skip is None else {"Clip skip": request.clip_skip},
+        model_hash=find_model_hash(provenance.weights)[:A1111_HASH_DIGITS],
+        extra={} if request.clip_skip is None else {"Clip skip": request.clip_skip},
     )
-    info = images.ImageInfo(software, request.dpi, making.told, request.prompt, request.negative_prompt, parameters)
-    return info if request.prompt_metadata else images.without_prompt(info)
+    info = images.ImageInfo(
+        software, request.dpi, provenance.as_metadata(), request.prompt, request.negative_prompt, parameters
+    )
+    return info if request.prompt_metadata else images.remove_prompt_metadata(info)

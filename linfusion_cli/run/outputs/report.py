@@ -1,4 +1,4 @@
-"""Complete the report of a run whose output is written."""
+"""Complete the report of a run after its output is written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from linfusion_cli.settings.request import ImageRequest
 
 
 def complete_report(report: RunReport, request: ImageRequest, started: float) -> RunReport:
-    """The report of a run that began at `started`, whose file is complete."""
+    """Add the output and the total time to the report of a run that started at `started`; return the report."""
     report.output, report.size = str(request.output), request.size
-    report.format = images.format_for(request.output, request.format)
-    with suppress(OSError):  # whoever waited for the file may have moved it already
+    report.format = images.resolve_format(request.output, request.format)
+    with suppress(OSError):  # another program may have moved the file already
         report.file_bytes = request.output.stat().st_size
     report.total_seconds = time.perf_counter() - started
     return report

@@ -1,0 +1,1 @@
+"""Progress of a run: its stages, events and measurements."""

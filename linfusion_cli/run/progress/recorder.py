@@ -1,4 +1,4 @@
-"""Measures a run stage by stage and tells its observer; memory is freed where one stage ends."""
+"""Measure the stages of a run and report them to the observer. Unused memory is freed between stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from linfusion_cli.core.events import Notice, Observer, Planned, StageAdvanced, StageFinished, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import StageReport
-from linfusion_cli.hardware.device import PeakMemory, free_memory
+from linfusion_cli.hardware.peak import PeakMemory, release_memory
 
 if TYPE_CHECKING:
     import torch
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class StageTimer:
-    """A stretch of work that is going on: its clock, which can be paused, and how far it is.
+    """The clock and the progress of one running stage.
 
-    `is_cut_short` says that it ends before all its units are done.
+    Set `is_cut_short` if the stage ends before all its units are done.
     """
 
     def __init__(self, observer: Observer):
@@ -32,49 +32,51 @@ class StageTimer:
         self._paused_sec = 0.0
 
     def advance(self, done: int) -> None:
-        """Say that `done` of the stage's units are finished."""
+        """Report that `done` units of the stage are finished."""
         self.done = done
         self._observer(StageAdvanced(done))
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens within belongs to another stage: a generator's consumer, say."""
-        began = time.perf_counter()
+    def pause(self) -> Iterator[None]:
+        """Exclude the time spent in this block: it belongs to another stage, for example a generator's consumer."""
+        paused_at = time.perf_counter()
         yield
-        self._paused_sec += time.perf_counter() - began
+        self._paused_sec += time.perf_counter() - paused_at
 
     @property
     def seconds(self) -> float:
+        """The time since the start of the stage, without pauses."""
         return time.perf_counter() - self._started - self._paused_sec
 
 
 class RunRecorder:
-    """Collects the StageReports of one run; `device` is set once it is known."""
+    """Collects the StageReports of one run and sends its events to an observer. Set `device` once it is known."""
 
     def __init__(self, observer: Observer):
         self.stages: list[StageReport] = []
         self.device: torch.device | None = None
         self._observer = observer
-        self._said: set[str] = set()
-        self._repeats = False
+        self._sent_notices: set[str] = set()
+        self._suppresses_repeats = False
 
-    def planned(self, need: ResourceEstimate, device_bytes: int | None) -> None:
-        """Say what the run will take, before it starts."""
-        self._observer(Planned(need.seconds, need.host_bytes, device_bytes))
+    def report_plan(self, estimate: ResourceEstimate, device_bytes: int | None) -> None:
+        """Report the expected time and memory of the run."""
+        self._observer(Planned(estimate.seconds, estimate.host_bytes, device_bytes))
 
-    def notice(self, text: str) -> None:
-        if not (self._repeats and text in self._said):
+    def notify(self, text: str) -> None:
+        """Send a notice, unless it is a repeated one and those are suppressed."""
+        if not (self._suppresses_repeats and text in self._sent_notices):
             self._observer(Notice(text))
-        self._said.add(text)
+        self._sent_notices.add(text)
 
     @contextmanager
-    def repeating(self) -> Iterator[None]:
-        """Within, work is done again: what was said of it is not said twice."""
-        self._repeats = True
+    def suppress_repeated_notices(self) -> Iterator[None]:
+        """Do not send a notice again in this block: it repeats work that has already been reported."""
+        self._suppresses_repeats = True
         try:
             yield
         finally:
-            self._repeats = False
+            self._suppresses_repeats = False
 
     @contextmanager
     def stage(
@@ -88,11 +90,12 @@ class RunRecorder:
         planned: ResourceEstimate | None = None,
         done: int = 0,
     ) -> Iterator[StageTimer]:
-        """Time and measure what happens within: `total` units of it, which the Stage is told of.
+        """Measure the time and peak memory of this block as a stage of `total` units, and add its StageReport.
 
-        `spent_sec` is what the stage took before, in pieces between others; an earlier run has `done` some units.
+        `spent_sec` is time that the stage has already taken in parts during other stages. An earlier run has finished
+        the first `done` units.
         """
-        free_memory(self.device)
+        release_memory(self.device)
         peak = PeakMemory(self.device)
         self._observer(StageStarted(name, size, total, unit))
         stage = StageTimer(self._observer)
@@ -103,12 +106,12 @@ class RunRecorder:
         steps = end - done if unit == "steps" else None
         seconds = stage.seconds + spent_sec
         measured = StageReport(name, kind, size, seconds, steps, peak.host_bytes(), peak.device_bytes())
-        self.stages.append(measured if planned is None else with_plan(measured, planned, (end - done) / total))
+        self.stages.append(measured if planned is None else add_estimate(measured, planned, (end - done) / total))
         self._observer(StageFinished(seconds, stage.is_cut_short))
 
 
-def with_plan(measured: StageReport, planned: ResourceEstimate, share: float) -> StageReport:
-    """What was measured, with what had been planned beside it, for the `share` of it that was done."""
+def add_estimate(measured: StageReport, planned: ResourceEstimate, share: float) -> StageReport:
+    """Return the report with the planned figures added. `share` of the planned work was done."""
     device = planned.device_bytes if measured.peak_device_bytes is not None else None
     return replace(
         measured,

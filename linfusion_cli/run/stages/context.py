@@ -1,17 +1,22 @@
-"""What stays the same from a run's first stage to its last."""
+"""The context that all stages of a run share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from linfusion_cli.core.report import RunReport
+from linfusion_cli.hardware.versions import collect_versions, describe_machine
 from linfusion_cli.images import RowSink
 from linfusion_cli.models.cache import ModelCache
+from linfusion_cli.models.files.digest import WeightsFile
 from linfusion_cli.run.checkpoint.manager import CheckpointManager
+from linfusion_cli.run.inputs.provenance import weights_to_report
 from linfusion_cli.run.inputs.resolve import ResolvedRequest
 from linfusion_cli.run.progress.recorder import RunRecorder, StageTimer
+from linfusion_cli.settings.request import ImageRequest
 
 if TYPE_CHECKING:
     import torch
@@ -21,36 +26,51 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A request that nothing speaks against, the plan to carry it out, and who records how that goes.
+    """A resolved request, its plan, and the services of the run: recorder, checkpoints and model cache.
 
-    On the `shelf` lies what a job before has loaded. `phase_sinks` are the files of the phases whose pictures are
-    kept, by the phase's index. `retell` lets all files that are not complete say which dtypes steps had, as of now.
+    `phase_sinks` maps a phase's index to the file of its image, for phases that are saved. `update_metadata` writes
+    the current dtype history into the metadata of all files that are not complete yet.
     """
 
     resolved: ResolvedRequest
     plan: Plan
     recorder: RunRecorder
     checkpoints: CheckpointManager
-    model_cache: ModelCache = field(default_factory=lambda: ModelCache(keeps=False))
+    model_cache: ModelCache = field(default_factory=lambda: ModelCache(enabled=False))
     phase_sinks: Mapping[int, RowSink] = field(default_factory=dict)
-    retell: Callable[[], None] = lambda: None
+    update_metadata: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> torch.device:
+        """The device that the run computes on."""
         return self.plan.machine.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The UNet's and the text encoders'; the VAE has its own."""
+        """The dtype of the UNet and the text encoders; the VAE has its own."""
         return self.plan.machine.dtype
 
-    def predicting(self, prediction_type: str) -> RunContext:
-        """This run with a model that predicts this."""
-        resolved = replace(self.resolved, facts=self.resolved.facts.predicting(prediction_type))
+    def with_prediction_type(self, prediction_type: str) -> RunContext:
+        """Return this run with another prediction type of the model."""
+        resolved = replace(self.resolved, facts=self.resolved.facts.with_prediction_type(prediction_type))
         return replace(self, resolved=resolved)
 
+    def build_report(
+        self, request: ImageRequest, origins: Mapping[str, str], weights: Sequence[WeightsFile]
+    ) -> RunReport:
+        """Return a report of `request` with the machine and the plan; the recorder adds the stages."""
+        return RunReport(
+            request=request.to_json(),
+            settings=dict(origins),
+            machine=describe_machine(self.device),
+            versions=collect_versions(),
+            plan=self.plan.to_json(),
+            weights=weights_to_report(weights),
+            stages=self.recorder.stages,
+        )
+
     def stage(self, kind: str, phase: int, done: int = 0) -> AbstractContextManager[StageTimer]:
-        """Record a planned stage, of which an earlier run has `done` some: a denoising counts steps, all else rows."""
-        planned = self.plan.stage(kind, phase)
+        """Record a planned stage, of which an earlier run has done `done` units: steps of denoising, rows otherwise."""
+        planned = self.plan.find_stage(kind, phase)
         total, unit = (planned.steps, "steps") if planned.steps else (planned.size.height, "rows")
-        return self.recorder.stage(planned.name, kind, planned.size, total, unit, planned=planned.need, done=done)
+        return self.recorder.stage(planned.name, kind, planned.size, total, unit, planned=planned.estimate, done=done)

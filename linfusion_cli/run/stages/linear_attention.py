@@ -1,4 +1,4 @@
-"""The linear attention of a run: LinFusion's weights, and what of the model's own goes into them."""
+"""Load the LinFusion weights of a run and merge the model's own self-attention into them."""
 
 from __future__ import annotations
 
@@ -8,51 +8,57 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, keep_own
-from linfusion_cli.mixers.linear.mount import self_attentions
-from linfusion_cli.mixers.linear.weights import load_weights, unused
+from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, copy_own_projections
+from linfusion_cli.mixers.linear.mount import find_self_attentions
+from linfusion_cli.mixers.linear.weights import count_unused_modules, load_weights
 from linfusion_cli.models.locate.base import BaseWeights
 from linfusion_cli.run.stages.context import RunContext
 
-UNUSED = "{} of the layers in the LinFusion weights {} are not in this smaller model, and are not used."
-MERGED = "What the model's self-attention has changed since {} goes into LinFusion's weights (--linfusion-merge delta)."
-NOT_HEARD = "LinFusion's weights are used as published: what the model's self-attention has changed is not heard there."
+UNUSED_LAYERS = "Ignoring {} layers of the LinFusion weights {}: this smaller model does not have them."
+DELTA_MERGED = (
+    "Adding the fine-tune's self-attention changes since {} to the LinFusion weights (--linfusion-merge delta)."
+)
+PUBLISHED_WEIGHTS_USED = (
+    "Using the published LinFusion weights; the fine-tune's own self-attention changes are ignored ({})."
+)
+NO_BASE = "its base model is not installed"
+CUT_DOWN = "it has fewer layers than its base model"
 
 
 def load_linear(run: RunContext, unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
-    """UNet path -> module that phases may mount, on the CPU; {} where none needs it. LoRAs come on top of it."""
+    """Load the linear attention to the CPU, by UNet path; {} if no phase needs it. LoRAs are merged later."""
     resolved = run.resolved
-    if resolved.linfusion is None:
+    if resolved.linfusion_folder is None:
         return {}
-    linear = load_weights(resolved.linfusion, unet, run.dtype)
-    left = unused(resolved.linfusion, unet)
-    if left:
-        run.recorder.notice(UNUSED.format(left, resolved.linfusion))
-    merge_attention(run, unet, linear, is_cut_down=bool(left))
+    linear = load_weights(resolved.linfusion_folder, unet, run.dtype)
+    unused_layers = count_unused_modules(resolved.linfusion_folder, unet)
+    if unused_layers:
+        run.recorder.notify(UNUSED_LAYERS.format(unused_layers, resolved.linfusion_folder))
+    merge_attention(run, unet, linear, is_cut_down=bool(unused_layers))
     return linear
 
 
 def merge_attention(
     run: RunContext, unet: UNet2DConditionModel, linear: dict[str, LinearAttention], is_cut_down: bool
 ) -> None:
-    """Let into `linear` what the request wants of the model's own attention, and say what was chosen for it.
+    """Merge the model's own self-attention into `linear` as --linfusion-merge says. Report what `auto` has chosen.
 
-    The layers of a model that was cut down need not be those of its base with the same names.
+    `auto` leaves out a model with fewer layers than its base: layers with the same name may not correspond.
     """
-    resolved, own, way = run.resolved, self_attentions(unet), run.resolved.request.linfusion_merge
-    if way == "keep":
-        keep_own(linear, own)
-    elif resolved.base is None or (way == "auto" and is_cut_down):
-        if (way, resolved.request.linfusion) == ("auto", "auto"):
-            run.recorder.notice(NOT_HEARD)
-    elif not resolved.model_is_base:  # which has changed nothing
-        add_difference(linear, own, partial(BaseWeights(resolved.base).read, names=PROJECTIONS))
-        if way == "auto":
-            run.recorder.notice(MERGED.format(resolved.base))
+    resolved, own, method = run.resolved, find_self_attentions(unet), run.resolved.request.linfusion_merge
+    if method == "keep":
+        copy_own_projections(linear, own)
+    elif resolved.linfusion_base is None or (method == "auto" and is_cut_down):
+        if (method, resolved.request.linfusion) == ("auto", "auto"):
+            run.recorder.notify(PUBLISHED_WEIGHTS_USED.format(CUT_DOWN if is_cut_down else NO_BASE))
+    elif not resolved.is_base_model:  # the base has no changes to add
+        add_difference(linear, own, partial(BaseWeights(resolved.linfusion_base).read, names=PROJECTIONS))
+        if method == "auto":
+            run.recorder.notify(DELTA_MERGED.format(resolved.linfusion_base))
 
 
 def check_base(base: Path, unet: UNet2DConditionModel) -> None:
-    """Raise DataError naming the first self-attention of `unet` that its base, a UNet's folder, does not have so."""
-    layers = self_attentions(unet).items()
+    """Raise DataError, with the name of the tensor, if the UNet in `base` lacks a self-attention tensor of `unet`."""
+    layers = find_self_attentions(unet).items()
     parameters = {f"{path}.{name}": module.get_parameter(name) for path, module in layers for name in PROJECTIONS}
     BaseWeights(base).check({name: tuple(parameter.shape) for name, parameter in parameters.items()})

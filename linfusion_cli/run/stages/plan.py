@@ -1,4 +1,4 @@
-"""How a request will run on this machine, and what it will take: the story of `linfusion plan`."""
+"""Plan how a request runs on this machine, and estimate its time and memory (`linfusion plan`)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from linfusion_cli.hardware.cuda import has_bfloat16, is_cuda
 from linfusion_cli.hardware.device import dtype_name
 from linfusion_cli.models.cache import ModelCache
-from linfusion_cli.planning.machine import Machine, survey
+from linfusion_cli.planning.machine import Machine, inspect_machine
 from linfusion_cli.planning.meta_model import MetaModel
-from linfusion_cli.planning.plan import Plan, PlanInputs, make_plan, recorded_strategies
-from linfusion_cli.planning.speed import measured
-from linfusion_cli.run.checkpoint.dtype_history import WIDTHS
+from linfusion_cli.planning.plan import Plan, PlanInputs, make_plan, parse_recorded_strategies
+from linfusion_cli.planning.speed import measure_speed
+from linfusion_cli.run.checkpoint.dtype_history import DTYPES_BY_WIDTH
 from linfusion_cli.run.inputs.resolve import ResolvedRequest
-from linfusion_cli.run.stages.cache_keys import OUTLINE, outline_key
+from linfusion_cli.run.stages.cache_keys import META_MODEL, build_meta_model_key
 from linfusion_cli.run.stages.linear_attention import check_base
 from linfusion_cli.sampling.upscalers.pass_count import count_passes
-from linfusion_cli.unet.check import check_control, check_supported
+from linfusion_cli.unet.check import check_controlnet, check_supported
 
 
 def plan_run(
@@ -31,46 +31,53 @@ def plan_run(
     model_cache: ModelCache | None = None,
     least_dtype: str | None = None,
 ) -> Plan:
-    """The plan for a request, from the model's config files, or what a job before has made of them, on the `shelf`.
+    """Return the plan for a request. Only config files and headers are read, or taken from `model_cache`.
 
-    Stages run as they were `executed` before, if they were. `kept_bytes` of models lie loaded on the host. The dtype
-    is the request's, or a wider one that is no narrower than `least_dtype`.
+    Stages use the strategies that an earlier run has `executed`, if they fit. `kept_bytes` is the size of the models
+    that are already loaded on the host. The dtype is that of the request, or `least_dtype` if that is wider.
 
-    Raises DoesNotFit, UsageError for steps that the scheduler cannot take, DataError for a UNet or
-    ControlNet that cannot run in strips and should, or what those files are guilty of.
+    Raise OutOfMemoryBudget if no plan fits, UsageError for steps that the scheduler does not support, DataError for
+    invalid files and for a UNet or ControlNet that cannot run in strips but has to.
     """
     request, facts, phases = resolved.request, resolved.facts, resolved.phases
     passes = [count_passes(request, facts.scheduler_config, phase) for phase in phases]
-    held_bytes = resolved.image.held_bytes if resolved.image else 0
-    controlnets = resolved.controlnets
-    controlled = (controlnets.phases, controlnets.held_bytes)
-    machine = widen_dtype(survey(request, kept_bytes), least_dtype)
-    before = recorded_strategies(executed, machine)
-    wanted = PlanInputs(request, facts, phases, passes, resolved.image_size, held_bytes, *controlled, before)
-    folders = [control.folder for control in controlnets.found]
-    parts = (resolved.model, resolved.linfusion, resolved.vae, resolved.adapters, folders)
-    outline = (model_cache or ModelCache(keeps=False)).get(
-        OUTLINE, partial(outline_key, resolved), partial(MetaModel.read, *parts)
-    )
-    if resolved.base is not None:
-        check_base(resolved.base, outline.unet)
-    if "linear" in wanted.attentions:
-        with outline.with_attention("linear"):
-            check_supported(outline.unet)
-            if any(phases[index].attention == "linear" for index in controlnets.phases):
-                for control in outline.controlnets:
-                    check_control(control.net)
-    return make_plan(wanted, outline, machine)
+    held_bytes = resolved.source_image.held_bytes if resolved.source_image else 0
+    control = resolved.controlnets.phases, resolved.controlnets.held_bytes
+    machine = widen_dtype(inspect_machine(request, kept_bytes), least_dtype)
+    recorded = parse_recorded_strategies(executed, machine)
+    inputs = PlanInputs(request, facts, phases, passes, resolved.source_size, held_bytes, *control, recorded)
+    meta_model = read_meta_model(resolved, model_cache or ModelCache(enabled=False))
+    if resolved.linfusion_base is not None:
+        check_base(resolved.linfusion_base, meta_model.unet)
+    if "linear" in inputs.attentions:
+        check_strip_support(resolved, meta_model)
+    return make_plan(inputs, meta_model, machine)
+
+
+def read_meta_model(resolved: ResolvedRequest, model_cache: ModelCache) -> MetaModel:
+    """Return the networks of the request without weights, from the cache or from their config files and headers."""
+    folders = [control.folder for control in resolved.controlnets.specs]
+    parts = (resolved.model, resolved.linfusion_folder, resolved.vae, resolved.ip_adapters, folders)
+    return model_cache.get(META_MODEL, partial(build_meta_model_key, resolved), partial(MetaModel.read, *parts))
+
+
+def check_strip_support(resolved: ResolvedRequest, meta_model: MetaModel) -> None:
+    """Raise DataError if the UNet, or a ControlNet of a phase in strips, has a part that cannot run in strips."""
+    with meta_model.with_attention("linear"):
+        check_supported(meta_model.unet)
+        if any(resolved.phases[index].attention == "linear" for index in resolved.controlnets.phases):
+            for control in meta_model.controlnets:
+                check_controlnet(control.net)
 
 
 def widen_dtype(machine: Machine, least: str | None) -> Machine:
-    """`machine` with a dtype of the UNet and the text encoders that is no narrower than `least`, as far as it has one.
+    """Return `machine` with a dtype that is at least as wide as `least`; fp32 if the device does not support that one.
 
-    The VAE keeps its own: it has another fallback.
+    The dtype of the VAE is unchanged: it has its own fallback.
     """
-    if least is None or WIDTHS.index(least) <= WIDTHS.index(dtype_name(machine.dtype)):
+    if least is None or DTYPES_BY_WIDTH.index(least) <= DTYPES_BY_WIDTH.index(dtype_name(machine.dtype)):
         return machine
     dtype = getattr(torch, least)
     if dtype == torch.bfloat16 and is_cuda(machine.device) and not has_bfloat16(machine.device):
         dtype = torch.float32
-    return replace(machine, dtype=dtype, speed=measured(machine.device, dtype))
+    return replace(machine, dtype=dtype, speed=measure_speed(machine.device, dtype))

@@ -1,0 +1,1 @@
+"""Schedulers: which one runs, its timesteps, and the noise that it adds."""

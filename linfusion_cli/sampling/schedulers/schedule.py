@@ -1,4 +1,4 @@
-"""Which scheduler runs, and which of its steps a phase takes."""
+"""Build diffusers schedulers by name, and select the steps that a phase runs."""
 
 from __future__ import annotations
 
@@ -22,85 +22,86 @@ from torch import Tensor
 
 from linfusion_cli.core.errors import DataError, NonFinite, UsageError, first_line
 
-ASKED = "randn_tensor"
-Draw = Callable[[int], Tensor]  # index of a step -> the noise [1, C, h, w] that a scheduler adds in it
+RANDN_NAME = "randn_tensor"
+DrawStepNoise = Callable[[int], Tensor]  # step index -> noise [1, C, h, w] for the scheduler to add
 
 
 @dataclass(frozen=True)
-class Solver:
-    """A scheduler of diffusers, and what distinguishes it from its like.
+class SchedulerSpec:
+    """A diffusers scheduler, its fixed options, and its capabilities.
 
-    `anywhere`: it can start at any step; `takes_sample`: models that predict the sample itself can be run.
+    `can_start_midway`: it can start at any step. `supports_sample`: it supports models that predict the sample.
     """
 
-    kind: type
+    scheduler_class: type
     options: Mapping[str, Any]
-    anywhere: bool = True
-    takes_sample: bool = True
+    can_start_midway: bool = True
+    supports_sample: bool = True
 
 
-LATENTS = {"clip_sample": False, "thresholding": False}  # the others' defaults are for pixels between -1 and 1
-DPMPP = {"algorithm_type": "dpmsolver++", "solver_order": 2, "thresholding": False}
-SOLVERS = {
-    "euler": Solver(EulerDiscreteScheduler, {}),
-    "euler-a": Solver(EulerAncestralDiscreteScheduler, {}, takes_sample=False),
-    "ddim": Solver(DDIMScheduler, LATENTS),
-    "dpmpp-2m": Solver(DPMSolverMultistepScheduler, DPMPP | {"use_karras_sigmas": False}),
-    "dpmpp-2m-karras": Solver(DPMSolverMultistepScheduler, DPMPP | {"use_karras_sigmas": True}),
-    "dpmpp-2m-sde": Solver(DPMSolverMultistepScheduler, DPMPP | {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": Solver(UniPCMultistepScheduler, {"thresholding": False}),
-    "lcm": Solver(LCMScheduler, LATENTS),
-    "pndm": Solver(PNDMScheduler, {"skip_prk_steps": True}, anywhere=False, takes_sample=False),
+LATENT_OPTIONS = {"clip_sample": False, "thresholding": False}  # the defaults are for pixels in [-1, 1]
+DPMPP_OPTIONS = {"algorithm_type": "dpmsolver++", "solver_order": 2, "thresholding": False}
+SCHEDULER_SPECS = {
+    "euler": SchedulerSpec(EulerDiscreteScheduler, {}),
+    "euler-a": SchedulerSpec(EulerAncestralDiscreteScheduler, {}, supports_sample=False),
+    "ddim": SchedulerSpec(DDIMScheduler, LATENT_OPTIONS),
+    "dpmpp-2m": SchedulerSpec(DPMSolverMultistepScheduler, DPMPP_OPTIONS | {"use_karras_sigmas": False}),
+    "dpmpp-2m-karras": SchedulerSpec(DPMSolverMultistepScheduler, DPMPP_OPTIONS | {"use_karras_sigmas": True}),
+    "dpmpp-2m-sde": SchedulerSpec(DPMSolverMultistepScheduler, DPMPP_OPTIONS | {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": SchedulerSpec(UniPCMultistepScheduler, {"thresholding": False}),
+    "lcm": SchedulerSpec(LCMScheduler, LATENT_OPTIONS),
+    "pndm": SchedulerSpec(PNDMScheduler, {"skip_prk_steps": True}, can_start_midway=False, supports_sample=False),
 }
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of one phase: `timesteps` [S] from the noisiest down, and the noise over signal before each.
+    """The steps of one phase: `timesteps` [S] in descending order, and the noise-to-signal ratio before each step.
 
-    `draw` gives the noise that some schedulers add in a step; the others do not ask.
+    `draw` returns the noise of a step, for schedulers that add noise.
     """
 
     scheduler: Any
     timesteps: Tensor
     sigmas: list[float]
-    draw: Draw
-    fresh: Mapping[str, Any]  # the scheduler's attributes before the first step
+    draw: DrawStepNoise
+    initial_attributes: Mapping[str, Any]  # the scheduler's attributes before the first step
 
     def __len__(self) -> int:
+        """Return the number of steps."""
         return len(self.timesteps)
 
     @property
     def training_steps(self) -> int:
-        """T: how many timesteps the model was trained with."""
+        """T, the number of timesteps that the model was trained with."""
         return self.scheduler.config.num_train_timesteps
 
-    def state(self) -> dict[str, Any]:
-        """What steps have changed in the scheduler: numbers, tensors that nobody writes over, and lists of them."""
-        now = attributes(self.scheduler)
-        return {name: now[name] for name in now if now[name] is not self.fresh.get(name)}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the attributes that steps have changed: numbers, tensors (not modified in place), and lists."""
+        current = copy_attributes(self.scheduler)
+        return {name: current[name] for name in current if current[name] is not self.initial_attributes.get(name)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make the scheduler what it was when it had this `state`; its tensors are on the latents' device."""
-        for name, value in attributes(state).items():
+        """Restore a scheduler state. Its tensors must be on the device of the latents."""
+        for name, value in copy_attributes(state).items():
             setattr(self.scheduler, name, value)
 
     def scale_noise(self, noise: Tensor) -> Tensor:
-        """Noise [1, C, h, w] as the latents that a picture begins with."""
+        """Scale noise [1, C, h, w] to the initial latents of an image."""
         return noise * self.scheduler.init_noise_sigma
 
     def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
-        """`latents` [1, C, h, w] with `noise`, as they are before `step`, which is the next to be taken."""
+        """Add `noise` to `latents` [1, C, h, w] at the noise level before `step`, which must be the next step."""
         return self.scheduler.add_noise(latents, noise, self.timesteps[step : step + 1])
 
     def scale_model_input(self, latents: Tensor, step: int) -> Tensor:
-        """`latents` as the model takes them before `step`."""
+        """Scale `latents` to the input of the model at `step`."""
         return self.scheduler.scale_model_input(latents, self.timesteps[step])
 
     def step(self, prediction: Tensor, step: int, latents: Tensor) -> Tensor:
-        """`latents` after `step`, by the model's `prediction` for them.
+        """Return the latents after `step`, given the model's `prediction` for `latents`.
 
-        Raises NonFinite for a prediction with NaN or Inf before the scheduler step, so its state stays valid.
+        Raise NonFinite for a prediction with NaN or Inf, before the state of the scheduler changes.
         """
         if not prediction.isfinite().all():
             raise NonFinite(f"The model predicts NaN or Inf at step {step + 1} of {len(self)}.")
@@ -108,78 +109,84 @@ class Schedule:
             return self.scheduler.step(prediction, self.timesteps[step], latents).prev_sample
 
 
-def attributes(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's, or a state's; lists are copied, as schedulers change their own."""
+def copy_attributes(scheduler: Any) -> dict[str, Any]:
+    """Return the attributes of a scheduler, or of its state. Lists are copied, because schedulers modify theirs."""
     values = scheduler if isinstance(scheduler, Mapping) else vars(scheduler)
     return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 @contextmanager
 def supply_noise(scheduler: Any, draw: Callable[[], Tensor]) -> Iterator[None]:
-    """Within, the noise that `scheduler` adds comes from `draw`.
+    """Make `scheduler` add noise from `draw` within the context, instead of noise that depends on the size of latents.
 
-    What it draws by itself would depend on how latents are cut. Few schedulers take noise as an argument, but all ask
-    the same function for it, by the name under which their module has imported it.
+    Few schedulers accept noise as an argument, but all of them call `randn_tensor`, which their module imports. That
+    name is replaced in the module.
     """
     module = sys.modules[type(scheduler).__module__]
-    if not hasattr(module, ASKED):  # this one never adds noise
+    if not hasattr(module, RANDN_NAME):  # this scheduler never adds noise
         yield
         return
-    original = getattr(module, ASKED)
-    setattr(module, ASKED, lambda shape, *, device=None, dtype=None, **_: draw().to(device, dtype))
+    original = getattr(module, RANDN_NAME)
+    setattr(module, RANDN_NAME, lambda shape, *, device=None, dtype=None, **_: draw().to(device, dtype))
     try:
         yield
     finally:
-        setattr(module, ASKED, original)
+        setattr(module, RANDN_NAME, original)
 
 
-def make_schedule(
-    name: str, config: Mapping[str, Any], steps: int, draw: Draw, count: int | None = None, spacing: str = "auto"
+def build_schedule(
+    name: str,
+    config: Mapping[str, Any],
+    steps: int,
+    draw: DrawStepNoise,
+    count: int | None = None,
+    spacing: str = "auto",
 ) -> Schedule:
-    """The last `count` of `steps` steps of the scheduler `name`, on the noise schedule in a model's `config`.
+    """Return the last `count` of `steps` steps of the scheduler `name`, with the noise schedule of a model's `config`.
 
-    `spacing` is how timesteps are spread, `auto` as the config says. Raises DataError for a config that diffusers does
-    not know, UsageError for steps that this scheduler cannot take.
+    `spacing` is the timestep spacing, or `auto` for that of the config. Raise DataError if diffusers rejects the
+    config, and UsageError if the scheduler does not support these steps.
     """
-    scheduler = make_scheduler(name, config, spacing)
+    scheduler = build_scheduler(name, config, spacing)
     try:
         scheduler.set_timesteps(steps)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise too_many_steps(name, steps) from error
+        raise build_too_many_steps_error(name, steps) from error
     count = len(scheduler.timesteps) if count is None else count
     begin = len(scheduler.timesteps) - count
-    if begin and not SOLVERS[name].anywhere:
-        reason = f"--scheduler {name} cannot start in the middle, as the phases above the base do."
-        names = ", ".join(other for other, solver in SOLVERS.items() if solver.anywhere)
+    if begin and not SCHEDULER_SPECS[name].can_start_midway:
+        reason = f"--scheduler {name} cannot start in the middle of its schedule, as upscaling requires."
+        names = ", ".join(other for other, spec in SCHEDULER_SPECS.items() if spec.can_start_midway)
         raise UsageError(reason, f"Use one of {names}.", "scheduler")
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
-    sigmas = noise_levels(scheduler)
-    if steps > 1 and sigmas[0] <= sigmas[-1]:  # spread so thinly that all are the same
-        raise too_many_steps(name, steps)
-    return Schedule(scheduler, scheduler.timesteps[begin:], sigmas[begin:], draw, attributes(scheduler))
+    sigmas = compute_sigmas(scheduler)
+    if steps > 1 and sigmas[0] <= sigmas[-1]:  # timesteps are equal
+        raise build_too_many_steps_error(name, steps)
+    return Schedule(scheduler, scheduler.timesteps[begin:], sigmas[begin:], draw, copy_attributes(scheduler))
 
 
-def make_scheduler(name: str, config: Mapping[str, Any], spacing: str) -> Any:
-    """The scheduler `name`, without steps yet."""
-    solver = SOLVERS[name]
-    if config.get("prediction_type") == "sample" and not solver.takes_sample:
-        reason = f"--scheduler {name} cannot run a model that predicts the sample."
-        raise UsageError(reason, "Use ddim, or leave --scheduler out.", "scheduler")
+def build_scheduler(name: str, config: Mapping[str, Any], spacing: str) -> Any:
+    """Return the scheduler `name`, without timesteps. The errors are those of `build_schedule`."""
+    spec = SCHEDULER_SPECS[name]
+    if config.get("prediction_type") == "sample" and not spec.supports_sample:
+        reason = f"--scheduler {name} does not support models that predict the sample."
+        raise UsageError(reason, "Use --scheduler ddim or the default.", "scheduler")
     spaced = {} if spacing == "auto" else {"timestep_spacing": spacing}
     try:
-        return solver.kind.from_config(dict(config), **solver.options, **spaced)
+        return spec.scheduler_class.from_config(dict(config), **spec.options, **spaced)
     except (NotImplementedError, ValueError, TypeError) as error:
-        reason = f"The model's scheduler_config.json cannot be used ({first_line(error)})."
+        reason = f"The model's scheduler_config.json is invalid ({first_line(error)})."
         raise DataError(reason, "Download the model again.") from error
 
 
-def too_many_steps(name: str, steps: int) -> UsageError:
+def build_too_many_steps_error(name: str, steps: int) -> UsageError:
+    """Return the error for more steps than the scheduler supports."""
     return UsageError(f"--steps {steps} is too many for --scheduler {name}.", "Use fewer steps.", "steps")
 
 
-def noise_levels(scheduler: Any) -> list[float]:
-    """σ, the deviation of noise over that of signal, before each of a scheduler's steps."""
+def compute_sigmas(scheduler: Any) -> list[float]:
+    """Return σ, the noise-to-signal ratio, before each step of a scheduler."""
     timesteps = scheduler.timesteps
     if hasattr(scheduler, "sigmas"):
         return [float(sigma) for sigma in scheduler.sigmas[: len(timesteps)]]
@@ -187,6 +194,6 @@ def noise_levels(scheduler: Any) -> list[float]:
     return ((1 - signal) / signal).sqrt().tolist()
 
 
-def zero_noise(step: int) -> Tensor:
-    """The Draw of a schedule that is only looked at."""
+def draw_zero_noise(step: int) -> Tensor:
+    """Return a scalar zero, for schedules that are inspected and not run."""
     return torch.zeros(())

@@ -1,7 +1,7 @@
-"""DemoFusion (Du et al., arXiv 2311.16973), in the form in which LinFusion (arXiv 2409.02097) runs it.
+"""DemoFusion (Du et al., arXiv 2311.16973), in the variant of LinFusion (arXiv 2409.02097).
 
-The whole picture is denoised at once, so there are no patches. What is left of the paper: the skip residual, which
-holds the picture to the one it grew from, and dilated sampling, in which the network sees as far as it did at the base.
+The complete image is denoised at once, without patches. Two parts of the paper remain: the skip residual, which keeps
+the image close to the upscaled one, and dilated sampling, which preserves the UNet's relative receptive field.
 """
 
 from __future__ import annotations
@@ -20,32 +20,34 @@ from linfusion_cli.sampling.schedulers.schedule import Schedule
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Mean and deviation (n - 1) of each channel of latents, both [1, C, 1, 1]."""
+    """Mean and sample standard deviation of each channel of latents, both [1, C, 1, 1]."""
 
     mean: Tensor
     deviation: Tensor
 
     @staticmethod
-    def of(latents: Tensor) -> ChannelStatistics:
-        """Of `latents` [1, C, h, w]."""
+    def from_latents(latents: Tensor) -> ChannelStatistics:
+        """Return the statistics of `latents` [1, C, h, w]."""
         deviation, mean = torch.std_mean(latents, dim=(0, 2, 3), keepdim=True)
         return ChannelStatistics(mean, deviation)
 
-    def given_to(self, latents: Tensor) -> Tensor:
-        """`latents` shifted and scaled to this mean and deviation; a channel without any keeps its own deviation."""
-        own, wanted = ChannelStatistics.of(latents), self.to(latents.device)
-        scale = torch.where(own.deviation > 0, wanted.deviation / own.deviation, torch.ones_like(own.deviation))
-        return (latents - own.mean) * scale + wanted.mean
+    def apply_to(self, latents: Tensor) -> Tensor:
+        """Shift and scale `latents` to this mean and deviation. A constant channel is only shifted."""
+        own, target = ChannelStatistics.from_latents(latents), self.to(latents.device)
+        scale = torch.where(own.deviation > 0, target.deviation / own.deviation, torch.ones_like(own.deviation))
+        return (latents - own.mean) * scale + target.mean
 
     def to(self, device: torch.device) -> ChannelStatistics:
+        """Return the statistics on `device`."""
         return ChannelStatistics(self.mean.to(device), self.deviation.to(device))
 
 
 @dataclass(frozen=True)
 class DemoFusion:
-    """The method's numbers: exponents of the three cosines, g of the blur, and `dilation`, phase over base size.
+    """The parameters of the method: exponents of the three cosines, and the blur's sigma g.
 
-    Below the weight `dilated_min` the dilated pass is left out; 0 runs it always.
+    `dilation` is the ratio of the phase's size to that of the base. The dilated pass is skipped while its weight is
+    less than `dilated_min`; 0 never skips it.
     """
 
     dilation: int
@@ -54,13 +56,13 @@ class DemoFusion:
     dilated_min: float = 0.01
 
     def is_dilated(self, timestep: float, training_steps: int) -> bool:
-        """Whether the step at `timestep` runs the dilated pass; at dilation 1 it would be the plain one."""
+        """Return whether the step at `timestep` runs the dilated pass. At dilation 1 it would equal the plain pass."""
         weight = cosines(timestep, training_steps, self.exponents)[1]
         return self.dilation > 1 and weight > 0 and weight >= self.dilated_min
 
 
 def cosines(timestep: float, training_steps: int, exponents: tuple[float, float, float]) -> list[float]:
-    """c1, c2 and c3: `cf` to the power of each exponent, cf = (1 + cos(π (T - t) / T)) / 2; c3 ends at 0.01, not 0."""
+    """Return c1, c2, c3: `cf` to each exponent, cf = (1 + cos(π (T - t) / T)) / 2. c3 ends at 0.01 instead of 0."""
     cf = (1 + math.cos(math.pi * (training_steps - timestep) / training_steps)) / 2
     skip, dilated, blur = (cf**exponent for exponent in exponents)
     return [skip, dilated, 0.99 * blur + 0.01]
@@ -74,39 +76,38 @@ def demofusion(
     predict: Predict,
     predict_dilated: Predict,
     method: DemoFusion,
-    reached: Tensor | None = None,
-    done: int = 0,
+    resume_latents: Tensor | None = None,
+    steps_done: int = 0,
 ) -> Iterator[Tensor]:
-    """Denoise the encoded, enlarged picture [1, C, h, w] from the first step of `schedule`, yielding after each step.
+    """Denoise the encoded and upscaled image [1, C, h, w] and yield the latents after each step of `schedule`.
 
-    Or go on from the latents that were `reached` after the first `done` steps.
-
-    `predict` and `predict_dilated` are the guided predictions of the UNet as it is, and with all its convolutions
-    dilated by `method.dilation`. The last latents have the mean and deviation of `base`.
+    To resume, pass the latents after the first `steps_done` steps as `resume_latents`. `predict` and `predict_dilated`
+    are the guided predictions of the UNet without dilation, and with all convolutions dilated by `method.dilation`.
+    The last latents have the mean and deviation of `base`.
     """
-    latents = schedule.add_noise(encoded, noise, 0) if reached is None else reached
-    for step, timestep in enumerate(schedule.timesteps[done:], done):
-        at = float(timestep)
-        skip, dilated, blur = cosines(at, schedule.training_steps, method.exponents)
+    latents = schedule.add_noise(encoded, noise, 0) if resume_latents is None else resume_latents
+    for step, timestep in enumerate(schedule.timesteps[steps_done:], steps_done):
+        time = float(timestep)
+        skip, dilated, blur = cosines(time, schedule.training_steps, method.exponents)
         latents = torch.lerp(latents, schedule.add_noise(encoded, noise, step), skip)
         prediction = predict(schedule.scale_model_input(latents, step), timestep)
-        if method.is_dilated(at, schedule.training_steps):
-            smooth = ChannelStatistics.of(latents).given_to(
-                blurred(latents, 2 * method.dilation - 1, method.blur_sigma * blur)
+        if method.is_dilated(time, schedule.training_steps):
+            smooth = ChannelStatistics.from_latents(latents).apply_to(
+                blur_latents(latents, 2 * method.dilation - 1, method.blur_sigma * blur)
             )
             prediction = torch.lerp(
                 prediction, predict_dilated(schedule.scale_model_input(smooth, step), timestep), dilated
             )
         latents = schedule.step(prediction, step, latents)
         if step == len(schedule) - 1:
-            latents = base.given_to(latents)
+            latents = base.apply_to(latents)
         yield latents
 
 
-def blurred(latents: Tensor, size: int, sigma: float) -> Tensor:
-    """`latents` [1, C, h, w] blurred by a Gaussian of `size` x `size` taps and deviation `sigma`, zeros around them.
+def blur_latents(latents: Tensor, size: int, sigma: float) -> Tensor:
+    """Blur `latents` [1, C, h, w] with a Gaussian of `size` x `size` taps and deviation `sigma`, with zero padding.
 
-    Rows, then columns, each as a sum of shifted latents: exact in fp32 on any device, where a convolution may round.
+    Rows and columns are filtered by summing shifted latents, in fp32 on every device. A convolution can use TF32.
     """
     taps = gaussian(size, sigma)
     for dim in (-1, -2):
@@ -120,6 +121,6 @@ def blurred(latents: Tensor, size: int, sigma: float) -> Tensor:
 
 
 def gaussian(size: int, sigma: float) -> list[float]:
-    """`size` taps of a Gaussian of deviation `sigma`, which sum to 1."""
+    """Return `size` taps of a Gaussian of deviation `sigma`, normalised to a sum of 1."""
     taps = [math.exp(-((place - (size - 1) / 2) ** 2) / (2 * sigma**2)) for place in range(size)]
     return [tap / sum(taps) for tap in taps]

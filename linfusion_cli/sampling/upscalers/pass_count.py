@@ -1,4 +1,4 @@
-"""The schedule of a phase, and how often it runs the UNet."""
+"""Build the schedule of a phase, and count its UNet predictions for the plan."""
 
 from __future__ import annotations
 
@@ -6,50 +6,51 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from linfusion_cli.sampling.guidance import where_guided
+from linfusion_cli.sampling.guidance import build_guidance_filter
 from linfusion_cli.sampling.phases import Phase
-from linfusion_cli.sampling.schedulers.schedule import Draw, Schedule, make_schedule, zero_noise
+from linfusion_cli.sampling.schedulers.schedule import DrawStepNoise, Schedule, build_schedule, draw_zero_noise
 from linfusion_cli.sampling.upscalers.demofusion import DemoFusion
 from linfusion_cli.settings.request import ImageRequest
 
 
 @dataclass(frozen=True)
-class Passes:
-    """A phase's `steps`, and its predictions, plain and dilated: those with both halves of guidance, and the others."""
+class PassCount:
+    """The number of a phase's `steps`, and of its predictions with guidance (two halves) and without."""
 
     steps: int
     guided: int
     unguided: int
-    dilated: int = 0  # how many of both are
+    dilated: int = 0  # steps with an additional dilated prediction
 
-    def forwards(self) -> int:
-        """Runs of the UNet on one half."""
+    def count_forwards(self) -> int:
+        """Return the number of UNet forwards with batch size 1."""
         return 2 * self.guided + self.unguided
 
 
-def phase_schedule(
-    request: ImageRequest, config: Mapping[str, Any], phase: Phase, draw: Draw = zero_noise
+def build_phase_schedule(
+    request: ImageRequest, config: Mapping[str, Any], phase: Phase, draw: DrawStepNoise = draw_zero_noise
 ) -> Schedule | None:
-    """The steps that `phase` runs, on the noise schedule in the model's `config`; None if there are none."""
-    if phase.count == 0:
+    """Return the steps that `phase` runs, using the model's scheduler `config`; None if it runs no steps."""
+    if phase.active_steps == 0:
         return None
-    count = None if phase.from_noise else phase.count
-    return make_schedule(request.scheduler, config, phase.steps, draw, count, request.timestep_spacing)
+    count = None if phase.from_noise else phase.active_steps
+    return build_schedule(request.scheduler, config, phase.steps, draw, count, request.timestep_spacing)
 
 
-def demofusion_of(request: ImageRequest, phase: Phase) -> DemoFusion:
-    """The numbers of the method for `phase`."""
-    return DemoFusion(phase.dilation, request.cosine, request.blur_sigma, request.dilated_min)
+def build_demofusion(request: ImageRequest, phase: Phase) -> DemoFusion:
+    """Return the DemoFusion parameters of `phase`."""
+    skip, dilated, blur = request.cosine
+    return DemoFusion(phase.dilation, (skip, dilated, blur), request.blur_sigma, request.dilated_min)
 
 
-def count_passes(request: ImageRequest, config: Mapping[str, Any], phase: Phase) -> Passes:
-    """How often `phase` runs the UNet; raises as `make_schedule` does."""
-    schedule = phase_schedule(request, config, phase)
+def count_passes(request: ImageRequest, config: Mapping[str, Any], phase: Phase) -> PassCount:
+    """Count the UNet predictions of `phase`. Raise the errors of `build_schedule`."""
+    schedule = build_phase_schedule(request, config, phase)
     if schedule is None:
-        return Passes(0, 0, 0)
-    applies = where_guided(schedule, phase.guidance_scale, request.guidance_interval)
-    method, total = demofusion_of(request, phase), schedule.training_steps
-    dilated = [method.is_dilated(float(timestep), total) for timestep in schedule.timesteps]
-    runs = [1 + also_dilated for also_dilated in dilated]
+        return PassCount(0, 0, 0)
+    applies = build_guidance_filter(schedule, phase.guidance_scale, request.guidance_interval)
+    method, training_steps = build_demofusion(request, phase), schedule.training_steps
+    dilated = [method.is_dilated(float(timestep), training_steps) for timestep in schedule.timesteps]
+    runs = [1 + is_dilated for is_dilated in dilated]
     guided = sum(run for run, timestep in zip(runs, schedule.timesteps, strict=True) if applies(timestep))
-    return Passes(len(schedule), guided, sum(runs) - guided, sum(dilated))
+    return PassCount(len(schedule), guided, sum(runs) - guided, sum(dilated))

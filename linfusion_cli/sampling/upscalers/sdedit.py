@@ -1,4 +1,4 @@
-"""The denoising loop: a generator that yields after each step; the caller shows, measures, saves, stops."""
+"""The denoising loop, and SDEdit on top of it. Generators yield after each step, so callers can show or save it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from linfusion_cli.sampling.guidance import Predict
 from linfusion_cli.sampling.schedulers.schedule import Schedule
 
 
-def denoise(latents: Tensor, schedule: Schedule, predict: Predict, done: int = 0) -> Iterator[Tensor]:
-    """Take the steps of `schedule` from `latents` [1, C, h, w] in fp32, yielding the latents after each.
+def denoise(latents: Tensor, schedule: Schedule, predict: Predict, steps_done: int = 0) -> Iterator[Tensor]:
+    """Run the steps of `schedule` on `latents` [1, C, h, w] in fp32 and yield the latents after each.
 
-    `latents` are those after the first `done` of them.
+    The first `steps_done` steps are skipped: `latents` are their result.
     """
-    for step, timestep in enumerate(schedule.timesteps[done:], done):
+    for step, timestep in enumerate(schedule.timesteps[steps_done:], steps_done):
         prediction = predict(schedule.scale_model_input(latents, step), timestep)
         latents = schedule.step(prediction, step, latents)
         yield latents
 
 
 def sdedit(encoded: Tensor, noise: Tensor, schedule: Schedule, predict: Predict) -> Iterator[Tensor]:
-    """SDEdit (Meng et al., arXiv 2108.01073): noise the encoded picture [1, C, h, w] to the first step, and denoise."""
+    """Add noise to the encoded image [1, C, h, w] and denoise it: SDEdit (Meng et al., arXiv 2108.01073)."""
     return denoise(schedule.add_noise(encoded, noise, 0), schedule, predict)

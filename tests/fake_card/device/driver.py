@@ -1,6 +1,6 @@
-"""What torch asks of a CUDA driver beside kernels, answered for a FakeCard in a process of its own: nothing is undone.
+"""Replace the parts of torch that call a CUDA driver by a FakeCard, for the rest of the process.
 
-Replaced are the calls that reach the driver, the streams and events, and what torch cannot do without numbers.
+Replaced are driver calls, streams, events, and functions of torch that need values.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tests.fake_card.device.tensor import FakeTensor
 NAME = "Fake card"
 
 
-def synced(what: str) -> None:
-    """The host waits; what a run has left may do so after its card is gone."""
-    if FakeCard.present is not None:
-        FakeCard.present.synced(what)
+def count_sync(operation: str) -> None:
+    """Count a synchronization; ignore those of leftover objects after the card is closed."""
+    if FakeCard.active is not None:
+        FakeCard.active.count_sync(operation)
 
 
 class Event:
-    """A point on a stream, which is reached at once."""
+    """An event that is always complete."""
 
     def __init__(self, *_: Any, **__: Any):
         pass
@@ -42,11 +42,11 @@ class Event:
         return True
 
     def synchronize(self) -> None:
-        synced("event.synchronize")
+        count_sync("event.synchronize")
 
 
 class Stream:
-    """Work in order: here, all of it is done when it is asked for."""
+    """A stream on which all work is complete immediately."""
 
     def __init__(self, device: Any = None, name: str | None = None, **_: Any):
         self.name = name or f"stream {id(self)}"
@@ -61,7 +61,7 @@ class Stream:
         return event or Event()
 
     def synchronize(self) -> None:
-        synced("stream.synchronize")
+        count_sync("stream.synchronize")
 
 
 MAIN = Stream(name="main")
@@ -69,8 +69,8 @@ MAIN = Stream(name="main")
 
 @contextmanager
 def on_stream(stream: Stream) -> Iterator[None]:
-    """As torch.cuda.stream: memory that is allocated within belongs to this stream's pool."""
-    card = FakeCard.present
+    """Replace torch.cuda.stream: allocations inside belong to the pool of this stream."""
+    card = FakeCard.active
     before, card.stream = card.stream, stream.name
     try:
         yield
@@ -79,12 +79,12 @@ def on_stream(stream: Stream) -> Iterator[None]:
 
 
 def install(total_bytes: int, has_bf16: bool = True) -> None:
-    """Make torch in this process see one card with so much memory."""
+    """Make torch in this process see one card with `total_bytes` of memory."""
     properties = SimpleNamespace(
         total_memory=total_bytes, major=9 if has_bf16 else 7, minor=0, name=NAME, multi_processor_count=132, uuid=None
     )
     torch.version.cuda = torch.version.cuda or "12.8"
-    answers = {
+    replacements = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
@@ -94,14 +94,14 @@ def install(total_bytes: int, has_bf16: bool = True) -> None:
         "get_device_name": lambda device=None: NAME,
         "get_device_capability": lambda device=None: (properties.major, properties.minor),
         "is_bf16_supported": lambda including_emulation=True: has_bf16,
-        "mem_get_info": lambda device=None: (total_bytes - FakeCard.present.expandable.reserved, total_bytes),
-        "memory_reserved": lambda device=None: FakeCard.present.expandable.reserved,
-        "memory_allocated": lambda device=None: FakeCard.present.expandable.allocated,
-        "max_memory_reserved": lambda device=None: FakeCard.present.expandable.peak_reserved,
-        "reset_peak_memory_stats": lambda device=None: FakeCard.present.reset(),
+        "mem_get_info": lambda device=None: (total_bytes - FakeCard.active.expandable.reserved, total_bytes),
+        "memory_reserved": lambda device=None: FakeCard.active.expandable.reserved,
+        "memory_allocated": lambda device=None: FakeCard.active.expandable.allocated,
+        "max_memory_reserved": lambda device=None: FakeCard.active.expandable.peak_reserved,
+        "reset_peak_memory_stats": lambda device=None: FakeCard.active.reset(),
         "set_per_process_memory_fraction": lambda fraction, device=None: None,
         "empty_cache": empty_cache,
-        "synchronize": lambda device=None: synced("synchronize"),
+        "synchronize": lambda device=None: count_sync("synchronize"),
         "current_stream": lambda device=None: MAIN,
         "default_stream": lambda device=None: MAIN,
         "stream": on_stream,
@@ -110,22 +110,22 @@ def install(total_bytes: int, has_bf16: bool = True) -> None:
         "device": on_device,
         "cudart": lambda: CUDART,
     }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, answer)
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
     F.scaled_dot_product_attention = attention
-    # So that composite operations arrive as the kernels that a card would run.
+    # Without inference mode, composite operations are dispatched as the kernels that a card would run.
     torch.inference_mode = lambda *args, **kwargs: torch.no_grad()
     torch.tensor = tensor
     skip_initialisation()
 
 
-make_tensor = torch.tensor
+original_tensor = torch.tensor
 
 
 def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
-    """torch.tensor, which makes its tensor on the CPU, and copies it past all dispatch modes."""
-    made = make_tensor(data, **options)
-    return made if device is None else made.to(device)
+    """Replace torch.tensor, whose copy to the device bypasses dispatch modes."""
+    result = original_tensor(data, **options)
+    return result if device is None else result.to(device)
 
 
 @contextmanager
@@ -134,18 +134,18 @@ def on_device(_: Any) -> Iterator[None]:
 
 
 def empty_cache() -> None:
-    for allocator in (FakeCard.present.expandable, FakeCard.present.native):
+    for allocator in (FakeCard.active.expandable, FakeCard.active.native):
         allocator.empty_cache()
 
 
 def register(address: int, size: int, flags: int) -> int:
-    FakeCard.present.pin(address, size)
+    FakeCard.active.pin(address, size)
     return 0
 
 
 def unregister(address: int) -> int:
-    if FakeCard.present is not None:
-        FakeCard.present.unpin(address)
+    if FakeCard.active is not None:
+        FakeCard.active.unpin(address)
     return 0
 
 
@@ -155,7 +155,7 @@ CUDART = SimpleNamespace(
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """What a fused kernel gives, with the sums that it keeps; on the CPU, torch's own."""
+    """Replace the fused attention kernel, with its auxiliary outputs; on the CPU, call torch's."""
     if type(query) is not FakeTensor:
         return torch._C._nn.scaled_dot_product_attention(query, key, value, *_, **__)
     out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
@@ -163,7 +163,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> 
 
 
 def skip_initialisation() -> None:
-    """Random numbers that are overwritten at once take seconds; on meta tensors they are nothing."""
+    """Skip random initialization, which takes seconds and is overwritten by the weights."""
     names = ("uniform_", "normal_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_")
     for name in names:
         setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)

@@ -1,4 +1,4 @@
-// Without a CUDA build, torch refuses device "cuda" where it asks for a device guard. This one does nothing.
+// A CPU build of torch has no device guard for "cuda" and raises an error. This guard does nothing.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 static c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;

@@ -1,4 +1,4 @@
-"""Tensors without numbers: shapes, strides, dtypes and storages as on a CUDA device, computed on meta tensors."""
+"""Tensors without values: shapes, strides, dtypes and storages as on a CUDA device, based on meta tensors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ CPU = torch.device("cpu")
 
 
 class FakeTensor(Tensor):
-    """A tensor on `device` ("cuda", or "cpu" for weights that wait there) whose numbers nobody knows.
+    """A tensor without values on `device`: "cuda", or "cpu" for offloaded weights.
 
-    `meta` has its shape and strides, and shares storage with the other tensors on its memory.
+    `meta` has its shape and strides, and shares its storage with the other tensors of the same memory.
     """
 
     meta: Tensor
 
     @staticmethod
     def __new__(cls, meta: Tensor, device: torch.device) -> FakeTensor:
-        made = Tensor._make_wrapper_subclass(
+        fake = Tensor._make_wrapper_subclass(
             cls,
             meta.size(),
             strides=meta.stride(),
@@ -30,17 +30,17 @@ class FakeTensor(Tensor):
             dtype=meta.dtype,
             device=device,
         )
-        made.meta = meta
-        return made
+        fake.meta = meta
+        return fake
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise AssertionError(f"{func} on a fake tensor outside of a FakeCard")
+        raise AssertionError(f"{func} on a fake tensor outside a FakeCard")
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.device]:
-        """With its counterpart, what `Module.to` needs to swap parameters for those on another device."""
+        """Required, like `__tensor_unflatten__`, by `Module.to`."""
         return ["meta"], self.device
 
     @staticmethod
@@ -48,11 +48,11 @@ class FakeTensor(Tensor):
         return FakeTensor(inner["meta"], device)
 
     def data_ptr(self) -> int:
-        """Equal for tensors that begin at one place of one memory, and for no others."""
+        """Return a number that is equal only for tensors that start at the same address of the same storage."""
         return (self.meta.untyped_storage()._cdata << 48) + self.meta.storage_offset() * self.meta.itemsize
 
     def __getitem__(self, index: Any) -> Tensor:
-        """As torch, which makes a tensor of a list on the device, past all dispatch modes."""
+        """Convert a list of indices to a tensor here: torch does it without dispatch modes."""
         return super().__getitem__(torch.tensor(index).to(self.device) if isinstance(index, list) else index)
 
     def __repr__(self) -> str:
@@ -63,7 +63,7 @@ class FakeTensor(Tensor):
 
 
 def to_meta(value: Any) -> Any:
-    """`value` with meta tensors in the place of all tensors."""
+    """Return `value` with a meta tensor in place of each tensor."""
     if type(value) is FakeTensor:
         return value.meta
     if isinstance(value, Tensor):
@@ -73,10 +73,10 @@ def to_meta(value: Any) -> Any:
     return value
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists and tuples."""
+def find_tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
+            yield from find_tensors(value)

@@ -1,6 +1,6 @@
-"""Faults at a numbered call of the operating system: the process is killed there, or the call fails, or is slow.
+"""Faults at a numbered system call: the process is killed, or the call fails or blocks.
 
-Only calls that change files in one folder are counted, so a run makes the same ones in the same order each time.
+Only calls that change files in one folder are counted. They are the same, in the same order, in every run.
 """
 
 import builtins
@@ -20,15 +20,15 @@ WRITES = ("write", "pwrite")
 SYNCS = ("fsync", "fdatasync")
 NAMES = ("rename", "replace", "link", "unlink", "remove", "mkdir", "rmdir")
 ALL = (*WRITES, *SYNCS, *NAMES, "open", "ftruncate")
-SLOW_SEC = 30.0
+WAIT_SEC = 30.0
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls the `at`-th call (from 1; 0 is none) of those named in `calls`, and with `onwards` all after it.
+    """A fault of the `at`-th of the named `calls` (from 1; 0: no fault), and with `onwards` of all later ones.
 
-    `effect` is kill (before the call), tear (half of what is to be written is, then kill), fail (with the error named
-    `error`), or wait.
+    `effect` is kill (before the call), tear (write half of the data, then kill), fail (with the error named `error`),
+    or wait.
     """
 
     calls: tuple[str, ...] = ALL
@@ -37,65 +37,69 @@ class Fault:
     error: str = "EIO"
     onwards: bool = False
 
-    def befalls(self, number: int) -> bool:
+    def applies_to(self, number: int) -> bool:
+        """Return whether the call with this number has the fault."""
         return number == self.at or (self.onwards and 0 < self.at < number)
 
 
-def arm(fault: Fault, folder: Path, note: Callable[[str], None]) -> None:
-    """From now on calls in `folder` are counted and noted as `NUMBER NAME FILE`, and the fault waits."""
-    watch = Watch(fault, str(folder), note)
+def install_fault(fault: Fault, folder: Path, record: Callable[[str], None]) -> None:
+    """Count the calls in `folder`, record them as `NUMBER NAME FILE`, and apply the fault to its call."""
+    watcher = CallWatcher(fault, str(folder), record)
     for name in ALL:
-        setattr(os, name, watch.around(name, getattr(os, name)))
-    opened = watch.opening(io.open)
-    io.open = builtins.open = opened
+        setattr(os, name, watcher.wrap_call(name, getattr(os, name)))
+    io.open = builtins.open = watcher.wrap_open(io.open)
 
 
-class Watch:
-    def __init__(self, fault: Fault, folder: str, note: Callable[[str], None]):
-        self._fault, self._folder, self._note = fault, folder, note
+class CallWatcher:
+    """Wraps the functions of os that change files."""
+
+    def __init__(self, fault: Fault, folder: str, record: Callable[[str], None]):
+        self._fault, self._folder, self._record = fault, folder, record
         self._numbers = count(1)
         self._kill, self._link = os.kill, os.readlink
 
-    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, as os has it, under this watch."""
+    def wrap_call(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of os with counting."""
 
         @wraps(call)
         def watched(*arguments: Any, **named: Any) -> Any:
-            if changes(name, arguments) and (path := self._path(arguments[0], named.get("dir_fd"))):
-                self.meet(name, path, lambda part: call(arguments[0], part, *arguments[2:]), arguments)
+            if changes_files(name, arguments) and (path := self._path(arguments[0], named.get("dir_fd"))):
+                self.count_call(name, path, lambda part: call(arguments[0], part, *arguments[2:]), arguments)
             return call(*arguments, **named)
 
         return watched
 
-    def opening(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The built-in open: files for writing bytes are of a kind whose writes are watched."""
+    def wrap_open(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the built-in open with counting; files for writing bytes are WatchedFiles."""
 
         @wraps(call)
         def watched(file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **named: Any) -> Any:
             path = "" if isinstance(file, int) else self._path(file, None)
             if not path or mode not in ("wb", "xb", "ab"):
                 return call(file, mode, buffering, *rest, **named)
-            self.meet("open", path)
+            self.count_call("open", path)
             raw = WatchedFile(path, mode, self)
             return raw if buffering == 0 else io.BufferedWriter(raw)
 
         return watched
 
-    def meet(
+    def count_call(
         self, name: str, path: str, write: Callable[[Any], Any] | None = None, arguments: tuple[Any, ...] = ()
     ) -> None:
-        """Count this call and let the fault have it, if it is the one."""
+        """Count and record a call, and apply the fault if it is for this call."""
         if name not in self._fault.calls:
             return
         number = next(self._numbers)
-        self._note(f"{number} {name} {path[len(self._folder) + 1 :]}")
-        if self._fault.befalls(number):
-            self._strike(name, path, write, arguments)
+        self._record(f"{number} {name} {path[len(self._folder) + 1 :]}")
+        if self._fault.applies_to(number):
+            self._apply_fault(name, path, write, arguments)
 
-    def _strike(self, name: str, path: str, write: Callable[[Any], Any] | None, arguments: tuple[Any, ...]) -> None:
+    def _apply_fault(
+        self, name: str, path: str, write: Callable[[Any], Any] | None, arguments: tuple[Any, ...]
+    ) -> None:
         match self._fault.effect:
             case "wait":
-                time.sleep(SLOW_SEC)
+                time.sleep(WAIT_SEC)
             case "fail":
                 number = getattr(errno, self._fault.error)
                 raise OSError(number, os.strerror(number), path)
@@ -106,7 +110,7 @@ class Watch:
             self._kill(os.getpid(), signal.SIGKILL)
 
     def _path(self, file: Any, folder: int | None) -> str:
-        """The path of a file or descriptor in the watched folder; empty for all others."""
+        """Return the path of a file or descriptor in the watched folder, or an empty string for all others."""
         if isinstance(file, int):
             path = self._link(f"/proc/self/fd/{file}").removesuffix(" (deleted)")
         else:
@@ -116,17 +120,17 @@ class Watch:
 
 
 class WatchedFile(io.FileIO):
-    """A file whose writes are met by the watch."""
+    """A file that counts its writes."""
 
-    def __init__(self, path: str, mode: str, watch: Watch):
+    def __init__(self, path: str, mode: str, watcher: CallWatcher):
         super().__init__(path, mode)
-        self._path, self._watch = path, watch
+        self._path, self._watcher = path, watcher
 
     def write(self, data: Any) -> int:
-        self._watch.meet("write", self._path, super().write, (self._path, data))
+        self._watcher.count_call("write", self._path, super().write, (self._path, data))
         return super().write(data)
 
 
-def changes(name: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether a call changes files: reading ones are not counted."""
+def changes_files(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Return whether a call changes files; calls that only read are not counted."""
     return name != "open" or bool(arguments[1] & os.O_CREAT)

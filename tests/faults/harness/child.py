@@ -1,4 +1,4 @@
-"""What a forked process does: take its place (folder, streams, limits, user, faults), then run the program."""
+"""The forked process: set up folder, streams, limits, user and fault, then run the program."""
 
 import json
 import os
@@ -16,80 +16,81 @@ from tests.faults.harness import calls
 LIMITS = {"file": resource.RLIMIT_FSIZE}
 
 
-def run(wanted: dict[str, Any]) -> None:
-    """Run `linfusion ARGUMENTS` as a shell would have started it, and end as it ends.
+def run(spec: dict[str, Any]) -> None:
+    """Run `linfusion ARGUMENTS` as if started by a shell.
 
-    `wanted`: arguments; folder (to work in); log (the folder of stdout, stderr and what the tests note); and, where
-    they are not null, limits (bytes), user (its number), fault (see calls.py), modules (a file to name them in).
+    `spec` has arguments, folder (the working directory) and log (the folder of stdout, stderr and recorded events).
+    Optional: limits (bytes), ignored (a signal), user (id), fault (see calls.py), and modules (a file to which the
+    names of the imported modules are written).
     """
-    os.chdir(wanted["folder"])
-    log = Path(wanted["log"])
-    take_streams(log)
-    note = with_time(notes(log / "events"))
-    tell_events(note)
-    for name, number in (wanted.get("limits") or {}).items():
+    os.chdir(spec["folder"])
+    log = Path(spec["log"])
+    redirect_streams(log)
+    record = add_timestamps(open_event_file(log / "events"))
+    record_events(record)
+    for name, number in (spec.get("limits") or {}).items():
         resource.setrlimit(LIMITS[name], (number, number))
-    if wanted.get("ignored"):
-        signal.signal(wanted["ignored"], signal.SIG_IGN)
-    calls.arm(calls.Fault(**wanted.get("fault") or {}), Path.cwd(), notes(log / "calls"))
-    if wanted.get("user"):
+    if spec.get("ignored"):
+        signal.signal(spec["ignored"], signal.SIG_IGN)
+    calls.install_fault(calls.Fault(**spec.get("fault") or {}), Path.cwd(), open_event_file(log / "calls"))
+    if spec.get("user"):
         os.setgroups([])
-        os.setgid(wanted["user"])
-        os.setuid(wanted["user"])
-    sys.argv = ["linfusion", *wanted["arguments"]]
+        os.setgid(spec["user"])
+        os.setuid(spec["user"])
+    sys.argv = ["linfusion", *spec["arguments"]]
     from linfusion_cli.cli import app
 
     try:
         app.main()
     finally:
-        note("end")
-        if wanted.get("modules"):
-            Path(wanted["modules"]).write_text(json.dumps(list(sys.modules)))
+        record("end")
+        if spec.get("modules"):
+            Path(spec["modules"]).write_text(json.dumps(list(sys.modules)))
 
 
-def take_streams(log: Path) -> None:
-    """Standard input is empty; the others are files, of which a terminal is nothing."""
-    opened = [
+def redirect_streams(log: Path) -> None:
+    """Make standard input empty, and redirect stdout and stderr to files."""
+    descriptors = [
         os.open(os.devnull, os.O_RDONLY),
         *[os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666) for name in ("stdout", "stderr")],
     ]
-    for number, fd in enumerate(opened):
+    for number, fd in enumerate(descriptors):
         os.dup2(fd, number)
         os.close(fd)
 
 
-def notes(path: Path) -> Callable[[str], None]:
-    """Takes lines for a file, each written at once: the next call may be the process's last."""
+def open_event_file(path: Path) -> Callable[[str], None]:
+    """Return a function that appends lines to a file without buffering: the process can be killed at any time."""
     fd, write = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666), os.write
     return lambda text: write(fd, f"{text}\n".encode()) and None
 
 
-def with_time(note: Callable[[str], None]) -> Callable[[str], None]:
-    """The same, with the time, which is that of all processes, before each line."""
-    return lambda text: note(f"{time.monotonic():.6f} {text}")
+def add_timestamps(record: Callable[[str], None]) -> Callable[[str], None]:
+    """Return the same function with a monotonic timestamp, valid for all processes, before each line."""
+    return lambda text: record(f"{time.monotonic():.6f} {text}")
 
 
-def tell_events(note: Callable[[str], None]) -> None:
-    """Note the events of the run: which stage begins, how far it is, and where it ends."""
+def record_events(record: Callable[[str], None]) -> None:
+    """Record the events of the run: start, progress and end of each stage."""
     from linfusion_cli.core.events import Event, Observer, StageAdvanced, StageFinished, StageStarted
     from linfusion_cli.run.progress.recorder import RunRecorder
 
-    begin = RunRecorder.__init__
+    init = RunRecorder.__init__
 
-    @wraps(begin)
-    def begin_noting(self: RunRecorder, observer: Observer) -> None:
-        begin(self, observer)
+    @wraps(init)
+    def init_recording(self: RunRecorder, observer: Observer) -> None:
+        init(self, observer)
 
-        def both(event: Event) -> None:
+        def record_and_observe(event: Event) -> None:
             match event:
                 case StageStarted(name=name, size=size, unit=unit):
-                    note(f"begin {name} {size} {unit}")
+                    record(f"begin {name} {size} {unit}")
                 case StageAdvanced(done=done):
-                    note(f"done {done}")
+                    record(f"done {done}")
                 case StageFinished():
-                    note("finish")
+                    record("finish")
             observer(event)
 
-        self._observer = both
+        self._observer = record_and_observe
 
-    RunRecorder.__init__ = begin_noting
+    RunRecorder.__init__ = init_recording

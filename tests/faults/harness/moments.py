@@ -1,4 +1,4 @@
-"""Where a fault comes: places spread over the whole life of a run, the same in every session."""
+"""The moments of faults: spread over the whole duration of a run, and the same in every session."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -8,12 +8,12 @@ from random import Random
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-AHEAD = 3  # how many moments are begun before the first of them is over
+MAX_PARALLEL = 3  # moments that run at once
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Number `index` of `count`. What it draws depends on these and on nothing else."""
+    """Moment `index` of `count`; its random values depend only on these."""
 
     index: int
     count: int
@@ -28,29 +28,29 @@ class Moment:
 
     @property
     def share(self) -> float:
-        """0 to 1: a random place in the index-th of `count` equal parts."""
+        """A random number from the index-th of `count` equal parts of 0 to 1."""
         return (self.index + self.random.random()) / self.count
 
-    def dealt(self, choices: Sequence[T]) -> tuple[T, "Moment"]:
-        """One of the choices, each in its turn, and which of the moments of this choice it is."""
-        turn, choice = divmod(self.index, len(choices))
-        return choices[choice], Moment(turn, -(-self.count // len(choices)), f"{self.seed}{choice}, ")
+    def pick(self, choices: Sequence[T]) -> tuple[T, "Moment"]:
+        """Return one of the choices, which alternate, and the moment among those with the same choice."""
+        round_index, choice = divmod(self.index, len(choices))
+        return choices[choice], Moment(round_index, -(-self.count // len(choices)), f"{self.seed}{choice}, ")
 
-    def number(self, last: int) -> int:
-        """1 to `last`: each of them, again and again, if there are as many moments; or some, spread evenly."""
+    def pick_number(self, last: int) -> int:
+        """Return a number from 1 to `last`: each in turn if there are enough moments, else numbers spread evenly."""
         return 1 + (self.index % last if self.count >= last else (2 * self.index + 1) * last // (2 * self.count))
 
 
-def side_by_side(test: Callable[..., None]) -> Callable[..., None]:
-    """Decorates a test that takes a lab and a moment: while it waits for one, the next are under way."""
-    begun: dict[Moment, Future[None]] = {}
+def run_in_parallel(test: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a test that takes a lab and a moment: the next moments run while it waits for the first."""
+    started: dict[Moment, Future[None]] = {}
 
     @wraps(test)
     def run(lab: Any, moment: Moment, **fixtures: Any) -> None:
-        for index in range(moment.index, min(moment.index + AHEAD, moment.count)):
-            soon = Moment(index, moment.count)
-            if soon not in begun:
-                begun[soon] = lab.pool.submit(test, lab=lab, moment=soon, **fixtures)
-        begun[moment].result()
+        for index in range(moment.index, min(moment.index + MAX_PARALLEL, moment.count)):
+            upcoming = Moment(index, moment.count)
+            if upcoming not in started:
+                started[upcoming] = lab.pool.submit(test, lab=lab, moment=upcoming, **fixtures)
+        started[moment].result()
 
     return run

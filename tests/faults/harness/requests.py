@@ -1,4 +1,4 @@
-"""What the runs are asked for: small, and of every kind that keeps a state of its own."""
+"""The requests of the runs: small, and one of each kind with a different state."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,12 @@ from PIL import Image
 
 STEPS = ("--steps", "5", "--checkpoint-every")
 SMALL = ("--preset", "demo", *STEPS, "0")
-OLD = b"what was there before"
+OLD = b"an older file"
 
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of the program, and the files that it makes of them; the first is the picture."""
+    """Arguments of the program and the files that it writes; the first is the image."""
 
     arguments: tuple[str, ...]
     files: tuple[str, ...]
@@ -26,8 +26,8 @@ class Request:
     def saves_each_step(self) -> bool:
         return self.arguments[self.arguments.index("--checkpoint-every") + 1] == "0"
 
-    def begin_in(self, folder: Path) -> Path:
-        """A new folder in which it can be carried out."""
+    def create_folder(self, folder: Path) -> Path:
+        """Create a folder with the input files of the request."""
         folder.mkdir()
         if self.arguments[0] == "upscale":
             Image.fromarray(SOURCE).save(folder / "source.png")
@@ -37,7 +37,7 @@ class Request:
 
 
 SOURCE = (np.indices((96, 128, 1)).sum(axis=0) * np.array([1, 2, 0.5]) % 256).astype(np.uint8)
-ALL_CALLS = ("phases", "overwrite")  # the requests that between them make every kind of call
+ALL_CALLS = ("phases", "overwrite")  # requests that together make every kind of call
 LAKE = ("generate", "a lake at dawn", "--preset", "demo", "--size", "256x192", "--base-size", "128x96", "-o", "a.png")
 REQUESTS = {
     "png": Request((*LAKE, *STEPS, "0"), ("a.png",)),

@@ -1,12 +1,12 @@
-"""A program that has imported what a run needs, and forks: a run then begins in milliseconds, and is a real process.
+"""A fork server with all imports done: a run starts in milliseconds and is a separate process.
 
-It reads one JSON object a line from its standard input and answers each with one line:
+It reads one JSON object per line from standard input and answers with one line each:
 
-    {"run": {...}}        ->  the number of a new process that runs the program (see child.py)
+    {"run": {...}}        ->  the pid of a new process that runs the program (see child.py)
     {"wait": pid}         ->  the wait status of that process, once it has ended
-    {"preload": [names]}  ->  the number of modules that could be imported
+    {"preload": [names]}  ->  the number of imported modules
 
-It computes nothing itself: a process with threads of its own must not be forked.
+It computes nothing itself: a process with several threads must not be forked.
 """
 
 import gc
@@ -20,14 +20,14 @@ from typing import IO, Any
 
 from tests.faults.harness import child
 
-HEAVY = ("torch", "diffusers", "transformers", "linfusion_cli.cli.app", "linfusion_cli.run.pipeline")
+HEAVY_MODULES = ("torch", "diffusers", "transformers", "linfusion_cli.cli.app", "linfusion_cli.run.pipeline")
 
 
 def main() -> None:
-    """Serve until the input ends; a forked process leaves by running the program instead."""
+    """Serve until the input ends; a forked process runs the program instead."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
-    preload(HEAVY)
+    os.dup2(2, 1)  # libraries must not print into the answers
+    preload(HEAVY_MODULES)
     run = serve(sys.stdin.buffer, answers)
     if run:
         answers.close()
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def serve(requests: IO[bytes], answers: IO[str]) -> Callable[[], None] | None:
-    """Answer requests; what it returns is for a forked process to do, and None to the server itself."""
+    """Answer requests. Return the function that a forked process has to call, or None in the server at the end."""
     while line := requests.readline():
         (kind, value), *_ = json.loads(line).items()
         if kind == "run":
@@ -52,22 +52,22 @@ def serve(requests: IO[bytes], answers: IO[str]) -> Callable[[], None] | None:
 def fork() -> int:
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1:
-        raise RuntimeError(f"{threads} threads: a fork would have one of them only")
+        raise RuntimeError(f"{threads} threads: a fork would have only one of them")
     return os.fork()
 
 
 def preload(names: Any) -> int:
-    """Import modules; what only a run can make of them is left to it."""
-    found = 0
+    """Import modules and return the number of those that could be imported."""
+    count = 0
     for name in names:
         try:
             importlib.import_module(name)
-            found += 1
-        except Exception:  # noqa: BLE001 - the names are those that were in sys.modules, not all of which are files
+            count += 1
+        except Exception:  # noqa: BLE001 - some entries of sys.modules cannot be imported by name
             continue
     gc.collect()
-    gc.freeze()  # what all processes share is not touched by their collections
-    return found
+    gc.freeze()  # garbage collections must not copy the memory shared by all processes
+    return count
 
 
 if __name__ == "__main__":

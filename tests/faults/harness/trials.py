@@ -1,4 +1,4 @@
-"""One request that something happens to, and what must be true of its files whatever that was."""
+"""Trials: run a request with a fault, then check its files and that the same command completes it."""
 
 import os
 import shutil
@@ -17,14 +17,14 @@ from PIL import Image
 
 from tests.faults.harness.calls import Fault
 from tests.faults.harness.requests import OLD, REQUESTS, Request
-from tests.faults.harness.runs import CANNOT_CREATE, Run, Server, truly_started
+from tests.faults.harness.runs import CANNOT_CREATE, Run, Server, start_process
 
-NOBODY = 65534
+NOBODY_UID = 65534
 
 
 @dataclass(frozen=True)
-class Undisturbed:
-    """What a request makes if nothing happens: its files, when what happened, and the calls that changed files."""
+class ReferenceRun:
+    """The results of a request without a fault: its files, the times of its events, and its calls that change files."""
 
     files: dict[str, bytes]
     timeline: list[float]
@@ -33,43 +33,47 @@ class Undisturbed:
 
 @dataclass
 class Lab:
-    """Where trials are made: the server, threads to wait in, a count of what happened, what undisturbed runs made."""
+    """The environment of trials: server, thread pool, tally of outcomes, and cached reference runs."""
 
     folder: Path
     server: Server
     pool: Executor
     tally: dict[str, Counter[str]]
-    _undisturbed: dict[str, Undisturbed] = field(default_factory=dict)
+    _references: dict[str, ReferenceRun] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=lambda: count(1))
-    _one_at_a_time: Lock = field(default_factory=Lock)
+    _lock: Lock = field(default_factory=Lock)
 
-    def trial(self, kind: str, name: str, within: Path | None = None, as_nobody: bool = False) -> "Trial":
-        """The request `name` in a new folder; `as_nobody`: not by root, whom no file's mode stops."""
-        folder = REQUESTS[name].begin_in((within or self.folder) / f"{next(self._numbers):05}-{name}")
-        user = NOBODY if as_nobody and os.geteuid() == 0 else None
+    def create_trial(self, kind: str, name: str, within: Path | None = None, as_nobody: bool = False) -> "Trial":
+        """Prepare the request `name` in a new folder; `as_nobody`: run it as another user than root."""
+        folder = REQUESTS[name].create_folder((within or self.folder) / f"{next(self._numbers):05}-{name}")
+        user = NOBODY_UID if as_nobody and os.geteuid() == 0 else None
         if user:
             for path in (folder, *folder.iterdir()):
                 os.chown(path, user, user)
         return Trial(self, kind, name, REQUESTS[name], folder, user)
 
-    def undisturbed(self, name: str) -> Undisturbed:
-        with self._one_at_a_time:
-            if name not in self._undisturbed:
-                trial = self.trial("undisturbed", name)
+    def run_reference(self, name: str) -> ReferenceRun:
+        """Run a request without a fault, once, and return its results."""
+        with self._lock:
+            if name not in self._references:
+                trial = self.create_trial("reference", name)
                 run = trial.start()
-                assert run.wait() == 0, run.stderr()
+                assert run.wait() == 0, run.read_stderr()
                 files = {file: (trial.folder / file).read_bytes() for file in trial.request.files}
-                assert trial.left_over() == []
-                self._undisturbed[name] = Undisturbed(files, run.timeline(), run.calls())
-            return self._undisturbed[name]
+                assert trial.list_leftovers() == []
+                self._references[name] = ReferenceRun(files, run.read_timeline(), run.read_calls())
+            return self._references[name]
 
-    def count(self, kind: str, what: str) -> None:
-        with self._one_at_a_time:
-            self.tally[kind][what] += 1
+    def count(self, kind: str, outcome: str) -> None:
+        """Count an outcome for the summary."""
+        with self._lock:
+            self.tally[kind][outcome] += 1
 
 
 @dataclass
 class Trial:
+    """A request in its own folder."""
+
     lab: Lab
     kind: str
     name: str
@@ -78,8 +82,8 @@ class Trial:
     user: int | None = None
 
     @property
-    def expected(self) -> Undisturbed:
-        return self.lab.undisturbed(self.name)
+    def expected(self) -> ReferenceRun:
+        return self.lab.run_reference(self.name)
 
     @property
     def store(self) -> Path:
@@ -87,88 +91,90 @@ class Trial:
         return self.folder / f"{image}.linfusion"
 
     @property
-    def has_journal(self) -> bool:
-        return (self.store / "journal.json").exists()
+    def has_checkpoint(self) -> bool:
+        return (self.store / "checkpoint.json").exists()
 
     def start(self, fault: Fault | None = None, **more: Any) -> Run:
         return self.lab.server.start(self.request.arguments, self.folder, fault, user=self.user, **more)
 
-    def reaches(self, run: Run, share: float) -> bool:
-        """Wait until a run is as far as an undisturbed one after a share of its life; False if it ends before."""
-        return run.reaches(share * self.expected.timeline[-1], self.expected.timeline)
+    def wait_for_share(self, run: Run, share: float) -> bool:
+        """Wait until the run is as far as the reference run after a share of its duration; False if it ends before."""
+        return run.wait_for_progress(share * self.expected.timeline[-1], self.expected.timeline)
 
-    def start_truly(self) -> Run:
-        return truly_started(self.request.arguments, self.folder, self.lab.server.new_log())
+    def start_without_fork(self) -> Run:
+        return start_process(self.request.arguments, self.folder, self.lab.server.create_log_folder())
 
-    def count(self, what: str) -> None:
-        self.lab.count(self.kind, what)
+    def count(self, outcome: str) -> None:
+        self.lab.count(self.kind, outcome)
 
-    def check_names(self) -> None:
-        """Under a final name there is a complete file, or nothing (or what was to be replaced)."""
+    def check_outputs(self) -> None:
+        """Check that each output is complete or missing, or still the old file that is to be replaced."""
         for name, expected in self.expected.files.items():
             path = self.folder / name
             if path.exists() and (found := path.read_bytes()) != expected:
-                assert self.request.replaces and found == OLD, f"{name}: {difference(found, expected)}"
+                assert self.request.replaces and found == OLD, f"{name}: {describe_difference(found, expected)}"
 
-    def completes(self, aside: bool = False) -> Run:
-        """Run the same command: it makes, or has made, the files of an undisturbed run. `aside` says that a journal
-        may have been set aside."""
-        self.check_names()
-        complete = self.is_complete(self.request.files[0]) and not self.has_journal and not self.request.replaces
+    def rerun_to_completion(self, set_aside: bool = False) -> Run:
+        """Run the same command and check that all files are those of the reference run.
+
+        `set_aside`: a checkpoint can have been set aside.
+        """
+        self.check_outputs()
+        complete = self.is_complete(self.request.files[0]) and not self.has_checkpoint and not self.request.replaces
         run = self.start()
         run.wait()
-        assert run.code == 0 or (complete and run.code == CANNOT_CREATE), run.stderr()
-        self.check_complete(aside)
+        assert run.code == 0 or (complete and run.code == CANNOT_CREATE), run.read_stderr()
+        self.check_complete(set_aside)
         return run
 
-    def recovers(self, run: Run) -> None:
-        """What some fault befell has told the truth by its code; the same command, now without it, ends well."""
-        assert "Traceback" not in run.stderr()
-        self.check_names()
+    def check_recovery(self, run: Run) -> None:
+        """Check that the exit code of a run with a fault is right, and that the same command without it completes."""
+        assert "Traceback" not in run.read_stderr()
+        self.check_outputs()
         if run.code == 0:
-            assert all(map(self.is_complete, self.request.files)), run.stderr()
-        if run.code or self.left_over():
-            self.completes()
+            assert all(map(self.is_complete, self.request.files)), run.read_stderr()
+        if run.code or self.list_leftovers():
+            self.rerun_to_completion()
 
-    def goes_on(self, run: Run, saved: bool) -> None:
-        """What ended in the middle is completed by the same command; steps that were `saved` are not done again."""
-        had_journal, complete = self.has_journal, self.is_complete(self.request.files[0])
-        self.count(run.place())
-        self.count("(complete)" if complete else "(resumed)" if had_journal else "(begun anew)")
+    def check_resume(self, run: Run, saved: bool) -> None:
+        """Check that the same command completes an interrupted run; if steps were `saved`, they are not repeated."""
+        had_checkpoint, complete = self.has_checkpoint, self.is_complete(self.request.files[0])
+        self.count(run.find_last_stage())
+        self.count("(complete)" if complete else "(resumed)" if had_checkpoint else "(restarted)")
         if saved:
-            assert had_journal or complete or run.steps() == []
-        last = self.completes()
-        if saved and had_journal:  # what goes on says at first which step it has come to: that one is not done again
-            assert set(run.steps()) & set(last.steps()[1:]) == set()
+            assert had_checkpoint or complete or run.list_steps() == []
+        last = self.rerun_to_completion()
+        if saved and had_checkpoint:  # a resumed run first reports the last saved step
+            assert set(run.list_steps()) & set(last.list_steps()[1:]) == set()
 
-    def check_complete(self, aside: bool = False) -> None:
-        """All files are there, and nothing else."""
+    def check_complete(self, set_aside: bool = False) -> None:
+        """Check that all files exist and are right, and that no others exist."""
         for name, expected in self.expected.files.items():
             assert (self.folder / name).exists(), f"{name} is missing"
             found = (self.folder / name).read_bytes()
-            assert found == expected, f"{name}: {difference(found, expected)}"
-        assert [name for name in self.left_over() if not (aside and ".aside-" in name)] == []
+            assert found == expected, f"{name}: {describe_difference(found, expected)}"
+        assert [name for name in self.list_leftovers() if not (set_aside and ".aside-" in name)] == []
 
     def clear(self) -> None:
-        """Give back the room that its files take."""
+        """Delete the folder to free its disk space."""
         shutil.rmtree(self.folder)
 
     def is_complete(self, name: str) -> bool:
         path = self.folder / name
         return path.exists() and path.read_bytes() == self.expected.files[name]
 
-    def left_over(self) -> list[str]:
-        """What is in the folder and should not be, once the run is complete."""
+    def list_leftovers(self) -> list[str]:
+        """Return the files that should not exist after a complete run."""
         return sorted({path.name for path in self.folder.iterdir()} - {*self.request.files, "source.png"})
 
 
-def difference(found: bytes, expected: bytes) -> str:
-    """How two pictures differ, for a person."""
+def describe_difference(found: bytes, expected: bytes) -> str:
+    """Describe how two images differ."""
     try:
         pixels = [np.asarray(Image.open(BytesIO(data))).astype(int) for data in (found, expected)]
     except OSError as error:
-        return f"not a complete picture ({error}), {len(found)} bytes of {len(expected)}"
+        return f"not a complete image ({error}), {len(found)} bytes of {len(expected)}"
     if pixels[0].shape != pixels[1].shape:
         return f"another size: {pixels[0].shape}, not {pixels[1].shape}"
-    wrong = np.abs(pixels[0] - pixels[1])
-    return f"{(wrong > 0).any(-1).mean():.1%} of the pixels differ, by {wrong.max()} or less"
+    errors = np.abs(pixels[0] - pixels[1])
+    return f"{(errors > 0).any(-1).mean():.1%} of the pixels differ, by up to {errors.max()}"

@@ -7,13 +7,13 @@ from xml.etree import ElementTree
 import pytest
 
 from linfusion_cli.images import (
-    a1111_parameters,
+    build_srgb_profile,
+    build_xmp_packet,
+    format_a1111_parameters,
     open_sink,
     read_info,
-    request_json,
-    srgb_profile,
-    without_prompt,
-    xmp_packet,
+    remove_prompt_metadata,
+    serialize_request,
 )
 from tests.images.conftest import PROMPT, make_image
 
@@ -29,41 +29,41 @@ HOSTILE = [
 ]
 
 
-def settings(prompt, negative_prompt=""):
-    return a1111_parameters(
+def format_settings(prompt, negative_prompt=""):
+    return format_a1111_parameters(
         prompt, negative_prompt, steps=4, sampler="Euler", cfg_scale=5.0, seed=1, size_px=(64, 32),
-        model="a, b", version="1", model_hash="abc", more={"Method": "sdedit"},
+        model="a, b", version="1", model_hash="abc", extra={"Method": "sdedit"},
     )  # fmt: skip
 
 
 def test_a1111_layout():
-    assert settings("a cat", "dog").split("\n") == [
+    assert format_settings("a cat", "dog").split("\n") == [
         "a cat",
         "Negative prompt: dog",
         "Steps: 4, Sampler: Euler, CFG scale: 5.0, Seed: 1, Size: 64x32, Model hash: abc, "
         'Model: "a, b", Method: sdedit, Version: 1',
     ]
-    assert settings("a cat").count("\n") == 1
+    assert format_settings("a cat").count("\n") == 1
 
 
 @pytest.mark.parametrize("format", ["tiff", "png", "jpeg"])
 @pytest.mark.parametrize("prompt", HOSTILE, ids=range(len(HOSTILE)))
 def test_any_prompt_comes_back(tmp_path, info, format, prompt):
-    info = dataclasses.replace(info, prompt=prompt, request={"prompt": prompt}, parameters=settings(prompt))
+    info = dataclasses.replace(info, prompt=prompt, request={"prompt": prompt}, parameters=format_settings(prompt))
     sink = open_sink(tmp_path / "out", format, (8, 8), 8, info)
     sink.write(make_image(8, 8))
     sink.close()
-    found = read_info(tmp_path / "out")
-    assert found.request == {"prompt": prompt}
-    assert found.parameters.endswith("Version: 1")
+    result = read_info(tmp_path / "out")
+    assert result.request == {"prompt": prompt}
+    assert result.parameters.endswith("Version: 1")
     if prompt == PROMPT and format != "tiff":  # XML cannot hold control characters
-        assert found.parameters == info.parameters
-    assert "🐱 [cat]" in found.parameters or prompt != PROMPT
+        assert result.parameters == info.parameters
+    assert "🐱 [cat]" in result.parameters or prompt != PROMPT
 
 
 @pytest.mark.parametrize("prompt", HOSTILE, ids=range(len(HOSTILE)))
 def test_xmp_is_xml(info, prompt):
-    packet = xmp_packet(dataclasses.replace(info, prompt=prompt))
+    packet = build_xmp_packet(dataclasses.replace(info, prompt=prompt))
     root = ElementTree.fromstring(packet)
     text = "".join(root.itertext())
     assert "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia" in text
@@ -71,18 +71,18 @@ def test_xmp_is_xml(info, prompt):
 
 
 def test_request_json_is_ascii(info):
-    text = request_json(info)
+    text = serialize_request(info)
     assert text.isascii()
     assert json.loads(text) == {"file_sha256": "0" * 64} | info.request
 
 
 @pytest.mark.parametrize("prompt", ["secret", "secret\nSteps: 1, secret"])
-def test_without_prompt_nothing_of_it_is_left(tmp_path, info, prompt):
+def test_removed_prompts_are_in_no_part_of_the_file(tmp_path, info, prompt):
     request = {"prompt": prompt, "negative_prompt": prompt, "more": [{"prompt_2": prompt}], "prompt_metadata": False}
     info = dataclasses.replace(
-        info, request=request, prompt=prompt, negative_prompt=prompt, parameters=settings(prompt, prompt)
+        info, request=request, prompt=prompt, negative_prompt=prompt, parameters=format_settings(prompt, prompt)
     )
-    bare = without_prompt(info)
+    bare = remove_prompt_metadata(info)
     assert bare.request == {"more": [{}], "prompt_metadata": False}
     assert bare.parameters.startswith("Steps: 4, Sampler")
     for format in ("tiff", "png", "jpeg"):
@@ -95,9 +95,11 @@ def test_without_prompt_nothing_of_it_is_left(tmp_path, info, prompt):
 
 
 def test_the_profile_is_the_same_in_every_process():
-    code = "import sys; from linfusion_cli.images import srgb_profile; sys.stdout.buffer.write(srgb_profile())"
+    code = (
+        "import sys; from linfusion_cli.images import build_srgb_profile; sys.stdout.buffer.write(build_srgb_profile())"
+    )
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
-    assert other == srgb_profile()
+    assert other == build_srgb_profile()
     from io import BytesIO
 
     from PIL import ImageCms

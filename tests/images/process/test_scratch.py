@@ -9,7 +9,7 @@ from linfusion_cli.images.process.scratch import ScratchImage
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_regions_come_back_to_sixteen_bits_and_leave_no_file(tmp_path, in_memory):
+def test_regions_are_stored_with_sixteen_bits_and_leave_no_file(tmp_path, in_memory):
     rows = np.random.default_rng(0).random((37, 21, 3), dtype=np.float32)
     with ScratchImage(None if in_memory else tmp_path, 21, 37) as scratch:
         for top in range(0, 37, 10):
@@ -21,7 +21,7 @@ def test_regions_come_back_to_sixteen_bits_and_leave_no_file(tmp_path, in_memory
 
 
 @pytest.mark.parametrize("target", [(140, 100), (151, 111), (33, 20), (70, 50), (64, 200)])
-def test_resizing_by_regions_is_resizing_the_whole(target):
+def test_resizing_by_regions_equals_resizing_the_whole_image(target):
     image, source = np.random.default_rng(1).random((50, 70, 3), dtype=np.float32), (70, 50)
     read = lambda top, bottom, left, right: image[top:bottom, left:right]  # noqa: E731
     whole = resize_region(read, source, target, (0, target[1], 0, target[0]))
@@ -35,14 +35,14 @@ def test_resizing_by_regions_is_resizing_the_whole(target):
 
 
 def test_resizing_reads_only_what_it_needs():
-    image, read = np.zeros((1000, 1000, 3), np.float32), []
+    image, read_sizes = np.zeros((1000, 1000, 3), np.float32), []
 
-    def reads(top, bottom, left, right):
-        read.extend([bottom - top, right - left])
+    def read(top, bottom, left, right):
+        read_sizes.extend([bottom - top, right - left])
         return image[top:bottom, left:right]
 
-    resize_region(reads, (1000, 1000), (2000, 2000), (500, 516, 0, 32))
-    assert read[0] <= 8 + 2 * 5 and read[1] <= 16 + 5
+    resize_region(read, (1000, 1000), (2000, 2000), (500, 516, 0, 32))
+    assert read_sizes[0] <= 8 + 2 * 5 and read_sizes[1] <= 16 + 5
 
 
 def test_a_full_disk_is_a_failed_write(monkeypatch):
@@ -53,19 +53,19 @@ def test_a_full_disk_is_a_failed_write(monkeypatch):
         scratch.append(np.zeros((10, 100, 3), np.float32))
 
 
-def test_a_folder_that_refuses_is_a_failed_write(tmp_path):
-    with pytest.raises(WriteFailed, match="could not be kept"):
+def test_a_missing_folder_is_a_failed_write(tmp_path):
+    with pytest.raises(WriteFailed, match="stored in .*none"):
         ScratchImage(tmp_path / "none", 1, 1)
 
 
-def test_a_file_that_has_become_shorter_is_an_error(tmp_path):
-    with ScratchImage(tmp_path, 3, 5) as scratch, pytest.raises(WriteFailed, match="shorter"):
+def test_a_truncated_scratch_file_is_an_error(tmp_path):
+    with ScratchImage(tmp_path, 3, 5) as scratch, pytest.raises(WriteFailed, match="too short"):
         scratch.append(np.zeros((5, 3, 3), np.float32))
         scratch._file.truncate(10)
         scratch.read(0, 5)
 
 
-def test_rows_that_are_not_there_are_an_error(tmp_path):
+def test_reading_missing_rows_is_an_error(tmp_path):
     with ScratchImage(tmp_path, 3, 5) as scratch, pytest.raises(ValueError, match="not all appended"):
         scratch.append(np.zeros((2, 3, 3), np.float32))
         scratch.read(1, 4)

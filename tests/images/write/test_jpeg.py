@@ -6,7 +6,7 @@ from PIL import Image
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.images import open_sink, read_info
-from tests.images.conftest import PROMPT, left_in, make_image
+from tests.images.conftest import PROMPT, list_files, make_image
 
 
 def write(path, info, pixels):
@@ -33,9 +33,9 @@ def test_prompts_longer_than_a_segment(tmp_path, info, length):
     info = dataclasses.replace(info, prompt=prompt, request={"prompt": prompt}, parameters=prompt)
     path = write(tmp_path / "out.jpg", info, make_image(20, 20))
     np.asarray(Image.open(path))
-    found = read_info(path)
-    assert found.request == {"prompt": prompt}
-    assert found.parameters in (prompt, None)
+    result = read_info(path)
+    assert result.request == {"prompt": prompt}
+    assert result.parameters in (prompt, None)
     assert b"trainedAlgorithmicMedia" in Image.open(path).info["xmp"]
 
 
@@ -43,7 +43,7 @@ def test_prompts_longer_than_a_segment(tmp_path, info, length):
 def test_too_large(tmp_path, info, size):
     with pytest.raises(UsageError, match="65500"):
         open_sink(tmp_path / "out.jpg", "jpeg", size, 8, info)
-    assert left_in(tmp_path) == []
+    assert list_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("size", [(65_500, 9), (9, 65_500)])

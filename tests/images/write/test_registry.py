@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.images import FORMATS, bytes_needed, format_for, open_sink
-from tests.images.conftest import left_in
+from linfusion_cli.images import FORMATS, compute_max_file_bytes, open_sink, resolve_format
+from tests.images.conftest import list_files
 
 COMBINATIONS = [
     *(("tiff", compression, bits) for compression in ("deflate", "zstd", "lzw", "none") for bits in (8, 16)),
@@ -23,14 +23,14 @@ COMBINATIONS = [
      ("a.jpg", None, "jpeg"), ("a.png", "tiff", "tiff"), ("a", "png", "png")],
 )  # fmt: skip
 def test_format_for(path, named, expected):
-    assert format_for(path, named) == expected
+    assert resolve_format(path, named) == expected
     assert expected in FORMATS
 
 
 @pytest.mark.parametrize(("path", "named"), [("a.gif", None), ("a", None), (".png", None), ("a.png", "webp")])
-def test_unknown_formats_name_the_choices(path, named):
+def test_errors_for_unknown_formats_contain_the_choices(path, named):
     with pytest.raises(UsageError, match="tiff.*png"):
-        format_for(path, named)
+        resolve_format(path, named)
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_unknown_formats_name_the_choices(path, named):
     [("jpeg", 16, {}), ("tiff", 16, {"compression": "jpeg"}), ("png", 8, {"compression": "zstd"}), ("png", 12, {}),
      ("tiff", 8, {"compression": "lzma"}), ("jpeg", 8, {"jpeg_quality": 0}), ("bmp", 8, {})],
 )  # fmt: skip
-def test_combinations_no_format_has(tmp_path, info, format, bits, options):
+def test_unsupported_combinations(tmp_path, info, format, bits, options):
     with pytest.raises(UsageError):
         open_sink(tmp_path / "out", format, (8, 8), bits, info, **options)
-    assert left_in(tmp_path) == []
+    assert list_files(tmp_path) == []
 
 
 def test_every_format_has_a_default_compression(tmp_path, info):
@@ -51,14 +51,14 @@ def test_every_format_has_a_default_compression(tmp_path, info):
 
 @pytest.mark.parametrize("size", [(1, 1), (513, 600)], ids=str)
 @pytest.mark.parametrize(("format", "compression", "bits"), COMBINATIONS)
-def test_noise_fits_into_the_bytes_needed(tmp_path, info, format, compression, bits, size):
+def test_noise_fits_into_the_max_file_bytes(tmp_path, info, format, compression, bits, size):
     noise = np.random.default_rng(0).integers(0, 2**bits, (size[1], size[0], 3), f"uint{bits}")
     sink = open_sink(tmp_path / "out", format, size, bits, info, compression, jpeg_quality=100)
     sink.write(noise)
     sink.close()
-    needed = bytes_needed(format, size, bits, compression)
-    assert (tmp_path / "out").stat().st_size <= needed
-    assert needed <= 1.5 * (-(-size[0] // 512) * -(-size[1] // 512)) * 512 * 512 * 3 * bits // 8 + (2 << 20)
+    max_bytes = compute_max_file_bytes(format, size, bits, compression)
+    assert (tmp_path / "out").stat().st_size <= max_bytes
+    assert max_bytes <= 1.5 * (-(-size[0] // 512) * -(-size[1] // 512)) * 512 * 512 * 3 * bits // 8 + (2 << 20)
 
 
 def test_importing_is_quick():

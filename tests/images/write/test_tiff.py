@@ -47,14 +47,14 @@ def test_bigtiff_when_offsets_do_not_fit(tmp_path, info, monkeypatch, size):
     assert read_info(path).request == info.request
 
 
-def test_the_header_switches_at_four_gibibytes():
-    tags = {256: ifd.longs([5]), 324: ifd.longs([16, 2**32 - 9000])}
-    header, _, _ = ifd.directory(tags, 2**32 - 8000)
+def test_bigtiff_starts_at_four_gib():
+    tags = {256: ifd.encode_longs([5]), 324: ifd.encode_longs([16, 2**32 - 9000])}
+    header, _, _ = ifd.build_directory(tags, 2**32 - 8000)
     assert struct.unpack("<2sHI", header) == (b"II", 42, 2**32 - 8000)
-    header, directory, _ = ifd.directory(tags, 2**32 - 80)
+    header, directory, _ = ifd.build_directory(tags, 2**32 - 80)
     assert struct.unpack("<2sHHHQ", header) == (b"II", 43, 8, 0, 2**32 - 80)
-    assert len(directory) == 8 + 2 * 20 + 8  # two offsets of 32 bits fit into a field of 64
-    assert ifd.longs([2**32])[0] == ifd.LONG8
+    assert len(directory) == 8 + 2 * 20 + 8  # two 32-bit offsets fit into a 64-bit field
+    assert ifd.encode_longs([2**32])[0] == ifd.LONG8
 
 
 @pytest.mark.parametrize(("size", "tile"), [((520, 10), (512, 16)), ((1, 1), (16, 16)), ((600, 700), (512, 512))])

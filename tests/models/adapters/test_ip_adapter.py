@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linfusion_cli.core.errors import DataError, Unavailable
-from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.mixers.linear.mount import mount_modules
 from linfusion_cli.mixers.linear.weights import load_weights
-from linfusion_cli.models.adapters.ip_adapter import load_adapters, wanted_shapes
+from linfusion_cli.models.adapters.ip_adapter import list_expected_shapes, load_adapters
 from linfusion_cli.models.adapters.lora import merge_lora
-from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.locate.files import FoundFile
+from linfusion_cli.models.files.layout import Model
+from linfusion_cli.models.locate.files import FileLocation
 from linfusion_cli.models.locate.ip_adapter import Adapter, AdapterFile, find_adapter, find_encoder, read_adapter
-from linfusion_cli.planning.meta_model import MetaModel, count
+from linfusion_cli.planning.meta_model import MetaModel, count_parameters
 from linfusion_cli.strips.ops import StripSize
-from linfusion_cli.unet.estimate import Setting, estimate_unet
+from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
 from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.models.adapters.test_lora import factors_for, in_kohya_layout, layers_in, write
 from tests.models.locate.test_model import put_in_hub
@@ -104,14 +104,14 @@ def test_without_an_encoder_that_fits_the_places_are_named(published, tmp_path):
     file = Path(shutil.copy(published / SDXL, tmp_path / "one" / "a.safetensors"))
     write_encoder(tmp_path / "image_encoder")
     with pytest.raises(Unavailable, match=r"one/image_encoder \(not there\), .*image_encoder") as caught:
-        find_encoder("auto", read_adapter(file), FoundFile(file))
+        find_encoder("auto", read_adapter(file), FileLocation(file))
     assert "--ip-image-encoder" in caught.value.hint
     named = published / "sdxl_models"
-    assert find_encoder(str(named), read_adapter(file), FoundFile(file)) == named / "image_encoder"
+    assert find_encoder(str(named), read_adapter(file), FileLocation(file)) == named / "image_encoder"
     with pytest.raises(DataError, match=f"does not fit .*projection_dim of {PROJECTION + 4}"):
-        find_encoder(str(tmp_path / "image_encoder"), read_adapter(file), FoundFile(file))
+        find_encoder(str(tmp_path / "image_encoder"), read_adapter(file), FileLocation(file))
     with pytest.raises(Unavailable, match="--ip-image-encoder nowhere"):
-        find_encoder("nowhere", read_adapter(file), FoundFile(file))
+        find_encoder("nowhere", read_adapter(file), FileLocation(file))
 
 
 @pytest.mark.parametrize("name", ["ip-adapter_sd15.bin", "h94/IP-Adapter/models/ip-adapter_sd15.bin"])
@@ -196,10 +196,10 @@ def test_a_plan_counts_the_adapter_s_weights_and_tokens(tmp_path, xl_model, unet
     without = MetaModel.read(Model(xl_model), xl_model / "linfusion")
     own = sum(tensor.numel() for tensor in load_file(file).values())
     assert {parameter.device.type for parameter in outline.unet.parameters()} == {"meta"}
-    assert count(outline.unet) - count(without.unet) == 2 * own
-    assert outline.numbers("linear") - without.numbers("linear") == 2 * own
+    assert count_parameters(outline.unet) - count_parameters(without.unet) == 2 * own
+    assert outline.count_unet_parameters("linear") - without.count_unet_parameters("linear") == 2 * own
     more = 2 * {**TOKENS, "full": 257}[kind]  # of a full face: one for each patch of the published encoder
-    settings = [Setting(StripSize(), "device", 1, 37, 53, 4, text_tokens=tokens) for tokens in (7, 7 + more)]
+    settings = [ForwardSettings(StripSize(), "device", 1, 37, 53, 4, text_tokens=tokens) for tokens in (7, 7 + more)]
     assert estimate_unet(outline.unet, settings[0]).flops == estimate_unet(without.unet, settings[1]).flops
 
 
@@ -215,7 +215,7 @@ def test_a_lora_changes_the_same_weights_before_and_after(tmp_path, unet):
     load_adapters(other, [adapter(file)])
     merged = merge_lora(other, other_linear, lora, 0.8)
     assert merged.linear_layers > 0
-    with mounted(unet, linear), mounted(other, other_linear):
+    with mount_modules(unet, linear), mount_modules(other, other_linear):
         one, two = unet.state_dict(), other.state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -232,7 +232,7 @@ def test_sdxl_s_own_layers_are_counted_as_published():
     with torch.device("meta"):
         unet = sdxl_unet_on_meta()
     plain = AdapterFile(Path("a"), {"image_proj.proj.weight": (4 * 2048, 1280)})
-    shapes = dict(wanted_shapes(plain, unet))
+    shapes = dict(list_expected_shapes(plain, unet))
     places = [int(name.split(".")[1]) for name in shapes if name.endswith("to_k_ip.weight")]
     assert places == list(range(1, 140, 2))
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 351_272_960

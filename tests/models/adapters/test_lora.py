@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.mixers.linear.mount import mounted, self_attentions
+from linfusion_cli.mixers.linear.mount import find_self_attentions, mount_modules
 from linfusion_cli.mixers.linear.weights import load_weights
-from linfusion_cli.models.adapters.lora import Merged, layer_paths, merge_lora, spelled
+from linfusion_cli.models.adapters.lora import MergeCounts, build_layer_paths, merge_lora, normalize_layer_name
 from linfusion_cli.models.locate.files import find_lora
 from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.support.small_models import small_sd_unet, small_xl_unet, write_linfusion
@@ -71,7 +71,7 @@ def in_kohya_layout(factors, spelling=None, alpha=2.0):
 
 def original_spelling(unet):
     """Path -> its name in the original SDXL code, with underscores."""
-    return {path: name for name, path in layer_paths(unet).items() if name != path.replace(".", "_")}
+    return {path: name for name, path in build_layer_paths(unet).items() if name != path.replace(".", "_")}
 
 
 def write(folder, tensors, **header):
@@ -113,7 +113,7 @@ def test_every_layer_hears_a_lora_as_in_diffusers(unet, tmp_path, layout):
     before, wanted = predict(unet), predict(with_diffusers(unet, tensors, 0.7))
     merged = merge_lora(unet, {}, write(tmp_path, tensors), 0.7)
     assert_same(predict(unet), wanted, before)
-    assert merged == Merged(len(layers_in(unet)) - 2, 0)
+    assert merged == MergeCounts(len(layers_in(unet)) - 2, 0)
 
 
 def test_the_original_names_of_sdxl_are_read_as_in_diffusers(unet, tmp_path):
@@ -154,12 +154,12 @@ def test_the_original_names_of_the_real_sdxl_are_those_of_diffusers_converter():
     ],
 )
 def test_names_lead_to_layers_of_sdxl(name, path):
-    assert layer_paths(sdxl_unet_on_meta())[spelled(name)].startswith(path)
+    assert build_layer_paths(sdxl_unet_on_meta())[normalize_layer_name(name)].startswith(path)
 
 
 def test_no_two_layers_of_sdxl_share_a_name():
     unet = sdxl_unet_on_meta()
-    assert len(layer_paths(unet)) == 2 * len(layers_in(unet))
+    assert len(build_layer_paths(unet)) == 2 * len(layers_in(unet))
 
 
 def test_a_layer_under_both_names_is_heard_once(unet, tmp_path):
@@ -239,15 +239,15 @@ def test_linear_attention_and_the_original_hear_it_alike(unet, tmp_path):
     tensors = in_peft_layout(factors_for(layers_in(unet, "attn1", "ff")))
     original = copy.deepcopy(unet)
     wanted_unet, wanted_linear = copy.deepcopy(unet), copy.deepcopy(linear)
-    with mounted(wanted_unet, wanted_linear):
+    with mount_modules(wanted_unet, wanted_linear):
         before = predict(wanted_unet)
         wanted_unet.load_lora_adapter(tensors, prefix="unet", adapter_name="test")
         wanted = predict(wanted_unet)
     merged = merge_lora(unet, linear, write(tmp_path, tensors), 1.0)
-    with mounted(unet, linear):
+    with mount_modules(unet, linear):
         assert_same(predict(unet), wanted, before)
     assert_same(predict(unet), predict(with_diffusers(original, tensors)), predict(original))
-    assert merged.linear_layers == 4 * len(self_attentions(unet)) < merged.layers
+    assert merged.linear_layers == 4 * len(find_self_attentions(unet)) < merged.layers
 
 
 def test_weights_scale_and_two_loras_add_up(unet, tmp_path):

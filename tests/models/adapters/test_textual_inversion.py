@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.models.adapters.textual_inversion import read_inversion, read_inversions
 from linfusion_cli.models.families.facts import read_facts
-from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.text.encode import TextEncoderChanges, encode_prompts
 from tests.support.small_models import TEXT_WIDTH
 
@@ -67,7 +67,7 @@ def test_sd_hears_a_word_as_diffusers_does(sd, sd_model, tmp_path, vectors, coun
     found = hear(sd_model, prompt, (file, None), negative=negative)
     assert_same(found, hear_with_diffusers(sd, prompt, negative))
     assert (found.positive.hidden - plain.positive.hidden).abs().max() > 0.01
-    assert found.unused == ()
+    assert found.unused_tokens == ()
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -96,7 +96,7 @@ def test_a_word_is_known_in_capitals_too(sd_model, tmp_path, vectors):
     """As everywhere in CLIP's vocabulary."""
     file = write(tmp_path, {"emb_params": vectors[0]})
     found = [hear(sd_model, f"a {word} hill", (file, "MyStyle")) for word in ("MyStyle", "mystyle", "MYSTYLE")]
-    assert all(torch.equal(each.positive.hidden, found[0].positive.hidden) and not each.unused for each in found)
+    assert all(torch.equal(each.positive.hidden, found[0].positive.hidden) and not each.unused_tokens for each in found)
 
 
 def test_the_pooled_embedding_stands_at_the_end_whatever_old_configs_say(xl_model, tmp_path, vectors, monkeypatch):
@@ -120,16 +120,16 @@ def test_the_pooled_embedding_stands_at_the_end_whatever_old_configs_say(xl_mode
 
 def test_a_word_that_neither_prompt_has_is_told(sd_model, tmp_path, vectors):
     file = write(tmp_path, {"emb_params": vectors[0]})
-    assert hear(sd_model, "a hill", (file, "xyz")).unused == ("xyz",)
-    assert hear(sd_model, "a hill", (file, "xyz"), negative="xyz").unused == ()
+    assert hear(sd_model, "a hill", (file, "xyz")).unused_tokens == ("xyz",)
+    assert hear(sd_model, "a hill", (file, "xyz"), negative="xyz").unused_tokens == ()
 
 
 def test_a_word_takes_as_much_room_as_it_has_vectors(xl_model, tmp_path, vectors):
     tensors = {"clip_l": vectors[0][:2], "clip_g": vectors[1]}  # of the two encoders the second has less room
     file = write(tmp_path, tensors)
     found = hear(xl_model, "style" + "y" * 72, (file, None), negative="z" * 73 + "style end")
-    assert found.unheard == {"negative prompt": "style end"}
-    assert hear(xl_model, "style" + "y" * 73, (file, None)).unheard == {"prompt": "y"}
+    assert found.truncated == {"negative prompt": "style end"}
+    assert hear(xl_model, "style" + "y" * 73, (file, None)).truncated == {"prompt": "y"}
 
 
 @pytest.mark.parametrize(

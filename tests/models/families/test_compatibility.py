@@ -145,7 +145,7 @@ def test_tensors_that_mark_v_prediction_win_over_a_header_that_says_epsilon(writ
     assert facts.prediction_type == "v_prediction"
     (warning,) = facts.warnings
     assert f"its tensor {markers[0]} marks v_prediction" in warning and "\n" not in warning
-    assert facts.predicting("epsilon").warnings == ()
+    assert facts.with_prediction_type("epsilon").warnings == ()
 
 
 @pytest.mark.parametrize(("said", "marker"), [("v", "v_pred"), ("v_prediction", "ztsnr"), ("epsilon", None)])

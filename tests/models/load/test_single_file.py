@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.models.families.facts import read_facts
-from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.load.parts import load_part, load_unet, load_vae, outline
+from linfusion_cli.models.files.layout import Model
+from linfusion_cli.models.load.networks import load_meta, load_part, load_unet, load_vae
 from linfusion_cli.models.locate.model import FAMILY_BASES, find_model, find_vae
 from linfusion_cli.models.text.encode import encode_prompts
 from tests.models.locate.test_model import put_in_hub
@@ -56,7 +56,7 @@ def test_all_parts_of_a_file_are_those_of_the_folder(found):
     assert read_facts(model).family == name
     assert_same(load_unet(model, torch.float32), load_unet(Model(folder), torch.float32))
     assert_same(
-        load_vae(model.part("vae"), torch.float32, CPU), load_vae(Model(folder).part("vae"), torch.float32, CPU)
+        load_vae(model.get_part("vae"), torch.float32, CPU), load_vae(Model(folder).get_part("vae"), torch.float32, CPU)
     )
 
 
@@ -75,7 +75,8 @@ def test_diffusers_reads_the_file_alike(found):
     pipeline = kind.from_single_file(str(model.file), config=str(model.folder), local_files_only=True)
     assert_same(load_unet(model, torch.float32), pipeline.unet)
     assert_same(
-        load_part(type(pipeline.text_encoder), model.part("text_encoder"), torch.float32, CPU), pipeline.text_encoder
+        load_part(type(pipeline.text_encoder), model.get_part("text_encoder"), torch.float32, CPU),
+        pipeline.text_encoder,
     )
 
 
@@ -108,7 +109,8 @@ def test_without_the_familys_configs_one_sentence_says_what_to_pull(family):
 def test_with_download_only_configs_are_fetched(family, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "linfusion_cli.models.locate.model.fetch", lambda *given, **options: asked.append((given, options))
+        "linfusion_cli.models.locate.model.download_repository",
+        lambda *given, **options: asked.append((given, options)),
     )
     find_model(str(family[2]), download=True)
     assert asked == [((FAMILY_BASES[family[0]], "--model"), {"configs_only": True})]
@@ -154,13 +156,15 @@ def test_a_cut_down_unet_in_a_file_is_built_as_deep_as_it_is(tmp_path):
     (folder / "unet" / "config.json").write_text(json.dumps(config))  # the family's: two layers a level, one block each
     model = Model(folder, file)
     assert_same(load_unet(model, torch.float32), unet)
-    assert len(list(outline(UNet2DConditionModel, model.part("unet")).parameters())) == len(list(unet.parameters()))
+    assert len(list(load_meta(UNet2DConditionModel, model.get_part("unet")).parameters())) == len(
+        list(unet.parameters())
+    )
 
 
 @pytest.mark.parametrize("layout", ["original", "bare", "diffusers"])
 def test_a_vae_of_its_own_file(xl_model, tmp_path, layout):
     state = part_state(xl_model, "vae")
-    vae = outline(AutoencoderKL, Model(xl_model).part("vae"))
+    vae = load_meta(AutoencoderKL, Model(xl_model).get_part("vae"))
     prefixes = {"original": "first_stage_model.", "bare": ""}
     tensors = state if layout == "diffusers" else original_vae(vae, state, prefixes[layout])
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, tmp_path / "vae.safetensors")
@@ -202,7 +206,7 @@ def test_a_file_of_another_make_is_refused_by_name(xl_model, tmp_path, change, n
     save_file({name: tensor.clone() for name, tensor in change(load_file(file)).items()}, file)
     with pytest.raises(DataError, match=named):
         model = find_model(str(file))
-        load_vae(model.part("vae"), torch.float32, CPU)
+        load_vae(model.get_part("vae"), torch.float32, CPU)
         encode_prompts(model, read_facts(model), "a", "b", torch.float32, CPU)
         load_unet(model, torch.float32)
 

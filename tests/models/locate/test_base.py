@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.mixers.linear.merge import PROJECTIONS
-from linfusion_cli.mixers.linear.mount import self_attentions
-from linfusion_cli.models.files.parts import Model
+from linfusion_cli.mixers.linear.mount import find_self_attentions
+from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.locate.base import BaseWeights, find_base
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
 from tests.models.locate.test_model import put_in_hub
@@ -91,7 +91,7 @@ def test_of_a_base_the_unet_alone_is_fetched(xl_model, monkeypatch):
 
 def test_it_is_read_from_one_file_from_several_and_in_half_precision(copy):
     whole = load_file(copy / f"{NAME}.safetensors")
-    path = list(self_attentions(small_xl_unet()))[1]
+    path = list(find_self_attentions(small_xl_unet()))[1]
     wanted = {f"{path}.{name}": whole[f"{path}.{name}"] for name in PROJECTIONS}
 
     def check(dtype):

@@ -8,9 +8,9 @@ import torch
 from diffusers import ControlNetUnionModel
 
 from linfusion_cli.core.errors import DataError, Unavailable, UsageError
-from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.load.controlnet import LoadedControlNet
-from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, kind_number
+from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, parse_control_type
 from tests.support.small_controlnets import small_control, small_union, write_control
 from tests.support.small_models import small_sd_unet, small_xl_unet
 
@@ -49,7 +49,7 @@ def test_it_is_loaded_as_it_was_written(kind, request, xl_model):
     check_fits(folder, Model(xl_model))
     loaded = LoadedControlNet.load(folder, {}, torch.float32)
     expected = (small_union if kind == "union" else small_control)(small_xl_unet()).state_dict()
-    outline = LoadedControlNet.outline(folder, {})
+    outline = LoadedControlNet.load_meta(folder, {})
     assert {name: part.shape for name, part in outline.net.state_dict().items()} == {
         name: part.shape for name, part in expected.items()
     }
@@ -115,11 +115,11 @@ def test_what_does_not_fit_is_named(changed, xl_model, name, value, says):
     [("openpose", 0), ("Depth", 1), ("scribble", 2), ("mlsd", 3), ("anime-lineart", 3), ("5", 5), ("seg", 5)],
 )
 def test_kinds_of_images_have_names_and_numbers(union, written, number):
-    assert kind_number(union, written) == number
+    assert parse_control_type(union, written) == number
 
 
 @pytest.mark.parametrize("written", ["tile", "6", "inpaint", "-1", "edges", ""])
 def test_a_kind_that_a_model_does_not_know_is_usage(union, written):
     with pytest.raises(UsageError, match="--control-type") as refused:
-        kind_number(union, written)
+        parse_control_type(union, written)
     assert refused.value.setting == "control_type" and "segment, or 0 to 5" in refused.value.hint

@@ -5,14 +5,14 @@ import pytest
 
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.models.families.facts import read_facts
-from linfusion_cli.models.files.hub import download_patterns
-from linfusion_cli.models.files.parts import Model, Part, weights_files
+from linfusion_cli.models.files.hub import build_download_patterns
+from linfusion_cli.models.files.layout import Model, Part, find_weights_files
 from linfusion_cli.models.locate.model import (
     DEMO_FOLDER,
     find_linfusion,
     find_model,
     find_vae,
-    is_here,
+    is_local,
 )
 
 
@@ -133,23 +133,23 @@ def test_a_missing_config_is_named(copy):
 
 
 def test_a_model_is_here_only_with_all_its_weights(copy):
-    assert is_here(str(copy)) and not is_here("someone/else")
+    assert is_local(str(copy)) and not is_local("someone/else")
     (copy / "text_encoder_2" / "model.safetensors").unlink()
-    assert not is_here(str(copy))
+    assert not is_local(str(copy))
 
 
 def test_pickles_are_refused_with_a_way_to_convert(copy):
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(DataError, match="pickle") as caught:
-        weights_files(copy / "unet")
+        find_weights_files(copy / "unet")
     assert "safetensors" in caught.value.hint
 
 
 def test_download_fetches_only_what_is_not_here(xl_model, monkeypatch):
     """With --download a complete model runs without a network, and one that was cut off is fetched."""
     snapshot = put_in_hub(xl_model, "someone/small-xl")
-    monkeypatch.setattr("linfusion_cli.models.files.hub.fetch", lambda name, kind: f"fetched {name}")
+    monkeypatch.setattr("linfusion_cli.models.files.hub.download_repository", lambda name, kind: f"fetched {name}")
     assert find_model("someone/small-xl", download=True) == Model(snapshot)
     (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert find_model("someone/small-xl", download=True) == Model("fetched someone/small-xl")
@@ -167,7 +167,7 @@ def test_what_is_downloaded_is_what_is_needed(monkeypatch):
         "vae_1_0/diffusion_pytorch_model.safetensors",
     ]
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision: files)
-    patterns = download_patterns("someone/sdxl")
+    patterns = build_download_patterns("someone/sdxl")
     weights = [pattern for pattern in patterns if pattern.endswith(".safetensors")]
     assert weights == ["unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors"]
     assert "*.json" in patterns and "*/*.json" in patterns

@@ -6,8 +6,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.models.families.facts import read_facts
-from linfusion_cli.models.files.parts import Model
-from linfusion_cli.models.text.encode import TextEncoderChanges, clip_layer_index, encode_prompts
+from linfusion_cli.models.files.layout import Model
+from linfusion_cli.models.text.encode import TextEncoderChanges, encode_prompts, resolve_clip_layer
 
 CPU = torch.device("cpu")
 PROMPTS = "a hill", "a cat"
@@ -57,4 +57,4 @@ def test_more_layers_than_there_are_is_an_error(xl_model):
 
 
 def test_the_usual_layer_of_a_small_encoder_may_be_its_embedding():
-    assert clip_layer_index(None, True, "text_encoder", 1) == 2
+    assert resolve_clip_layer(None, True, "text_encoder", 1) == 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from linfusion_cli.models.text.prompt_syntax import commands_in, option_in, plain_brackets_in
+from linfusion_cli.models.text.prompt_syntax import find_commands, find_option, find_plain_brackets
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from linfusion_cli.models.text.prompt_syntax import commands_in, option_in, plai
     ],
 )
 def test_commands_are_found(prompt, found):
-    assert commands_in(prompt) == found
+    assert find_commands(prompt) == found
 
 
 @pytest.mark.parametrize(
@@ -56,24 +56,24 @@ def test_commands_are_found(prompt, found):
     ],
 )
 def test_prose_has_none(prompt):
-    assert commands_in(prompt) == []
+    assert find_commands(prompt) == []
 
 
 def test_plain_brackets_are_known_apart():
-    assert plain_brackets_in(r"a house (old), (16:9), (word:1.3), \(x\), (a (b))") == ["(old)", "(16:9)", "(a (b))"]
+    assert find_plain_brackets(r"a house (old), (16:9), (word:1.3), \(x\), (a (b))") == ["(old)", "(16:9)", "(a (b))"]
 
 
 def test_a_long_line_of_brackets_takes_no_time():
-    assert commands_in("(" * 3_000 + "a" + ")" * 3_000)
-    assert commands_in("[(" * 3_000) == []
+    assert find_commands("(" * 3_000 + "a" + ")" * 3_000)
+    assert find_commands("[(" * 3_000) == []
 
 
 @pytest.mark.parametrize(
     ("prompt", "word"), [("a hill --ar 16:9 --v 5", "--ar"), ("--v", "--v"), ("a hill--top C-- -- 5", None), ("", None)]
 )
 def test_the_first_option_is_found(prompt, word):
-    assert option_in(prompt) == word
+    assert find_option(prompt) == word
 
 
 def test_a_long_line_of_dashes_takes_no_time():
-    assert option_in("-" * 50_000 + " -" * 25_000 + "--" * 25_000) is None
+    assert find_option("-" * 50_000 + " -" * 25_000 + "--" * 25_000) is None

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.models.adapters.lora import merge_lora, merge_text_lora, text_layer_paths
+from linfusion_cli.models.adapters.lora import build_text_layer_paths, merge_lora, merge_text_lora
 from linfusion_cli.models.adapters.lora_file import read_lora
 from linfusion_cli.models.families.facts import read_facts
-from linfusion_cli.models.files.parts import Model
+from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.text.encode import TextEncoderChanges, encode_prompts
 from tests.support.small_models import small_sd_unet
 
@@ -230,7 +230,7 @@ def test_other_kinds_are_refused_in_the_text_part_too(sd_model, tmp_path):
 def test_no_two_layers_share_a_name(model):
     for encoder in encoders_of(pipeline_of(model)).values():
         layers = [path for path, layer in encoder.named_modules() if isinstance(layer, nn.Linear)]
-        paths = text_layer_paths(encoder)
+        paths = build_text_layer_paths(encoder)
         assert set(paths.values()) == set(layers)
         # Each with and without the level, and the four of attention by their old names as well.
         old = [path for path in layers if path.rpartition(".")[2] in OLD]

@@ -1,4 +1,4 @@
-"""A device that fails in a run: what was saved last stays, is told of, and the same command goes on from it."""
+"""A device that fails during a run: the last save stays and is reported, and the same command resumes it."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ STEPS = 4  # of the base; the phase above has 3
 
 
 class Card:
-    """What fails at a step, and whether latents that lie on it can be read after that."""
+    """Let a step fail, optionally with latents on the device that cannot be read afterwards."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.error: BaseException | None = None
@@ -30,7 +30,7 @@ class Card:
         monkeypatch.setattr(RunState, "is_finite", property(self._finite))
 
     def fail(self, error: BaseException | None, at: int = 0, is_readable: bool = True) -> None:
-        """Of a run from now on, the step `at`, counted from 1 over all phases."""
+        """Let step `at` of the next run fail, counted from 1 over all phases."""
         self.error, self.fails_at, self.is_readable, self.steps = error, at, is_readable, 0
 
     def _step(self, *arguments):
@@ -39,11 +39,11 @@ class Card:
             raise self.error
         return self._stepped(*arguments)
 
-    def _finite(self, reached: RunState) -> bool:
-        lies_on_card = not reached.is_done and reached.latents is not None
-        if lies_on_card and not self.is_readable and self.steps >= self.fails_at:
+    def _finite(self, state: RunState) -> bool:
+        is_on_device = not state.is_done and state.latents is not None
+        if is_on_device and not self.is_readable and self.steps >= self.fails_at:
             raise torch.AcceleratorError(f"{LOST}{MORE}")
-        return self._is_finite(reached)
+        return self._is_finite(state)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def card(monkeypatch):
 
 @pytest.fixture
 def make(cli, xl_model, tmp_path):
-    """generate with a base and a phase above -> exit code and stderr."""
+    """Return a function that runs generate with two phases -> exit code and stderr."""
 
     def run(*options: object) -> tuple[int, str]:
         arguments = ["generate", "a hill", "--model", xl_model, "--size", 128, "--steps", STEPS, "--strength", 0.7]
@@ -66,7 +66,7 @@ def make(cli, xl_model, tmp_path):
 
 @pytest.fixture
 def expected(make, tmp_path):
-    """The pixels of a run in which nothing fails."""
+    """The pixels of a run without failures."""
     assert make()[0] == 0
     pixels = pixels_in(tmp_path)
     (tmp_path / "a.png").unlink()
@@ -82,19 +82,19 @@ def last_line(err: str) -> str:
     return err.splitlines()[-1]
 
 
-EVERY, SELDOM = ("--checkpoint-every", 0), ("--checkpoint-every", 3600)
+EVERY_STEP, RARELY = ("--checkpoint-every", 0), ("--checkpoint-every", 3600)
 
 
 @pytest.mark.parametrize(
     ("options", "at", "saved"),
     [
-        (EVERY, 3, "Saved: step 2 of 4 in phase base; the same command goes on from there."),
-        (EVERY, 6, "Saved: step 1 of 3 in phase 2x; the same command goes on from there."),
-        (SELDOM, 6, "Saved: step 0 of 3 in phase 2x; the same command goes on from there."),
-        (SELDOM, 3, "Nothing was reached that could be saved."),
+        (EVERY_STEP, 3, "Saved: step 2 of 4 in phase base; the same command resumes it."),
+        (EVERY_STEP, 6, "Saved: step 1 of 3 in phase 2x; the same command resumes it."),
+        (RARELY, 6, "Saved: step 0 of 3 in phase 2x; the same command resumes it."),
+        (RARELY, 3, "No progress was saved."),
     ],
 )
-def test_a_lost_device_is_69_and_the_same_command_goes_on(card, make, expected, tmp_path, options, at, saved):
+def test_a_lost_device_is_69_and_the_same_command_resumes(card, make, expected, tmp_path, options, at, saved):
     card.fail(torch.AcceleratorError(f"{LOST}{MORE}"), at, is_readable=False)
     code, err = make(*options)
     assert code == 69 and f"The GPU was lost: {LOST}." in last_line(err) and last_line(err).endswith(saved)
@@ -104,31 +104,35 @@ def test_a_lost_device_is_69_and_the_same_command_goes_on(card, make, expected, 
     assert pixels_in(tmp_path) == expected
 
 
-def test_what_an_earlier_run_has_saved_is_told_of(card, make):
+def test_the_save_of_an_earlier_run_is_reported(card, make):
     card.fail(torch.AcceleratorError(LOST), 3, is_readable=False)
-    make(*EVERY)
+    make(*EVERY_STEP)
     card.fail(torch.AcceleratorError(LOST), 1, is_readable=False)
-    code, err = make(*EVERY)
-    assert code == 69 and "What an earlier run has reached is still saved; the same command goes on" in last_line(err)
+    code, err = make(*EVERY_STEP)
+    assert (
+        code == 69
+        and "state of an earlier run" in last_line(err)
+        and last_line(err).endswith("the same command resumes it.")
+    )
 
 
-@pytest.mark.parametrize(("options", "steps"), [(EVERY, 1), (SELDOM, 0)])
-def test_what_may_be_a_bug_is_70_and_does_not_touch_the_state(card, make, expected, tmp_path, options, steps):
-    """Its message is the bug's, although the state on the device cannot be read."""
+@pytest.mark.parametrize(("options", "steps"), [(EVERY_STEP, 1), (RARELY, 0)])
+def test_a_possible_bug_is_70_and_does_not_change_the_state(card, make, expected, tmp_path, options, steps):
+    """The message describes the bug, although the state on the device cannot be read."""
     card.fail(torch.AcceleratorError(f"{BUG}{MORE}"), 6, is_readable=False)
     code, err = make(*options)
     log = Path(re.search(r"Log: (\S+\.log)", err)[1])
     assert code == 70 and BUG in log.read_text() and LOST not in log.read_text() + err
-    assert last_line(err).endswith(f"Saved: step {steps} of 3 in phase 2x; the same command goes on from there.")
+    assert last_line(err).endswith(f"Saved: step {steps} of 3 in phase 2x; the same command resumes it.")
     log.unlink()
     card.fail(None)
     assert make(*options)[0] == 0
     assert pixels_in(tmp_path) == expected
 
 
-def test_a_bug_before_anything_is_saved_tells_of_nothing(card, make):
+def test_a_bug_before_the_first_save_reports_no_save(card, make):
     card.fail(ZeroDivisionError("oops"), 1, is_readable=True)
-    code, err = make(*SELDOM)
+    code, err = make(*RARELY)
     log = Path(re.search(r"Log: (\S+\.log)$", err.strip())[1])
     assert code == 70 and "aved" not in last_line(err)
     log.unlink()
@@ -138,35 +142,35 @@ def test_a_bug_keeps_its_cause_for_the_log(card, make):
     error = ZeroDivisionError("oops")
     error.__cause__ = KeyError("the cause")
     card.fail(error, 6, is_readable=True)
-    _, err = make(*EVERY)
+    _, err = make(*EVERY_STEP)
     log = Path(re.search(r"Log: (\S+\.log)", err)[1])
     assert "KeyError: 'the cause'" in log.read_text()
     log.unlink()
 
 
 @pytest.mark.parametrize("is_readable", [True, False])
-def test_where_memory_ran_out_the_state_is_saved_if_it_can_be_read(card, make, expected, tmp_path, is_readable):
+def test_out_of_memory_saves_the_state_if_it_can_be_read(card, make, expected, tmp_path, is_readable):
     card.fail(torch.OutOfMemoryError(FULL), 7, is_readable)
-    code, err = make(*SELDOM)
-    assert code == 71 and "There is not enough memory for this (CUDA out of memory)." in last_line(err)
+    code, err = make(*RARELY)
+    assert code == 71 and "(CUDA out of memory)." in last_line(err)
     if is_readable:
-        assert last_line(err).endswith("Saved: step 2 of 3 in phase 2x; the same command goes on from there.")
+        assert last_line(err).endswith("Saved: step 2 of 3 in phase 2x; the same command resumes it.")
     else:
         assert f"The last state could not be read ({LOST}). Saved: step 0 of 3 in phase 2x;" in last_line(err)
     card.fail(None)
-    assert make(*SELDOM)[0] == 0
+    assert make(*RARELY)[0] == 0
     assert pixels_in(tmp_path) == expected
 
 
-def test_what_was_being_computed_is_freed_before_the_state_is_read(card, make, monkeypatch):
-    """The error would hold on to it."""
+def test_out_of_memory_frees_the_computation_before_it_reads_the_state(card, make, monkeypatch):
+    """The traceback of the error holds references to it."""
     alive, freed = [], []
 
     class Big:
         def __init__(self):
             alive.append(self)
 
-    def fails(*_):
+    def fail(*_):
         big = Big()
         alive.remove(big)
         import weakref
@@ -174,34 +178,34 @@ def test_what_was_being_computed_is_freed_before_the_state_is_read(card, make, m
         freed.append(weakref.ref(big))
         raise torch.OutOfMemoryError(FULL)
 
-    seen = []
-    monkeypatch.setattr(Schedule, "step", fails)
-    monkeypatch.setattr(manager, "free_memory", lambda device: seen.append((device, freed[0]())))
-    assert make(*SELDOM)[0] == 71 and [found for _, found in seen] == [None]
+    calls = []
+    monkeypatch.setattr(Schedule, "step", fail)
+    monkeypatch.setattr(manager, "release_memory", lambda device: calls.append((device, freed[0]())))
+    assert make(*RARELY)[0] == 71 and [found for _, found in calls] == [None]
 
 
-def test_a_signal_that_comes_while_the_device_is_lost_is_a_signal(card, make, monkeypatch):
+def test_a_signal_on_a_lost_device_is_reported_as_a_signal(card, make, monkeypatch):
     from linfusion_cli.core.errors import Stopped
 
     card.fail(Stopped(15), 7, is_readable=False)
-    code, err = make(*SELDOM)
+    code, err = make(*RARELY)
     assert code == 143 and "Stopped by SIGTERM." in last_line(err)
     assert f"The last state could not be read ({LOST}). Saved: step 0 of 3 in phase 2x;" in last_line(err)
 
 
-def test_a_state_that_cannot_be_read_leaves_the_one_before(card, make, expected, tmp_path):
-    """Also where the loss shows only when the state is read, to be saved."""
-    written, saved = CheckpointStore.save, []
+def test_an_unreadable_state_keeps_the_previous_save(card, make, expected, tmp_path):
+    """This includes a failure that shows only when the state is read for saving."""
+    real_save, saved = CheckpointStore.save, []
 
-    def save(store, head, parts):
-        saved.append(parts["reached"]["steps"])
+    def save(store, metadata, state):
+        saved.append(state["run_state"]["steps"])
         if len(saved) == 3:
             raise torch.AcceleratorError(f"{LOST}{MORE}")
-        written(store, head, parts)
+        real_save(store, metadata, state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointStore, "save", save)
-        code, err = make(*EVERY)
+        code, err = make(*EVERY_STEP)
     assert code == 69 and "Saved: step 2 of 4 in phase base;" in last_line(err)
-    assert make(*EVERY)[0] == 0
+    assert make(*EVERY_STEP)[0] == 0
     assert pixels_in(tmp_path) == expected

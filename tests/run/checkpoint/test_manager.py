@@ -1,4 +1,4 @@
-"""A checkpoint of any family and layout paints what diffusers paints with it."""
+"""A model of any family and file layout gives the latents that diffusers computes with it."""
 
 import json
 import shutil
@@ -23,8 +23,8 @@ SIZE, STEPS, SCALE, SEED = 64, 4, 3.0, 5
 
 
 @pytest.fixture
-def painted(tmp_path, phases):
-    """The latents of a base picture, and what was said meanwhile."""
+def run_base(tmp_path, phases):
+    """Return a function that generates the base image -> its latents, and the notices."""
 
     def run(model, **changed):
         listener = Listener()
@@ -42,7 +42,7 @@ def painted(tmp_path, phases):
     return run
 
 
-def by_diffusers(folder, **changed):
+def run_diffusers(folder, **changed):
     kind = StableDiffusionXLPipeline if (folder / "text_encoder_2").exists() else StableDiffusionPipeline
     pipeline = kind.from_pretrained(folder)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **changed)
@@ -61,10 +61,10 @@ def by_diffusers(folder, **changed):
 
 @pytest.mark.parametrize("layout", ["folder", "file", "half", "shards"])
 @pytest.mark.parametrize("family", WRITERS)
-def test_a_base_is_what_diffusers_paints(painted, tmp_path, family, layout):
-    """SD 2.1's predicts v: its config says so, and for a file whose header does not, the request."""
+def test_the_base_image_equals_diffusers(run_base, tmp_path, family, layout):
+    """SD 2.1 predicts v: by its config, or by the request for a single file without that in its header."""
     folder = WRITERS[family](tmp_path / "folder")
-    wanted, model, more = by_diffusers(folder), folder, {}
+    wanted, model, more = run_diffusers(folder), folder, {}
     if layout == "file":
         put_in_hub(without_weights(folder, tmp_path / "bare"), FAMILY_BASES[family])
         model = write_original(folder, tmp_path / "one.safetensors", family)
@@ -73,13 +73,13 @@ def test_a_base_is_what_diffusers_paints(painted, tmp_path, family, layout):
         for file in folder.rglob("*.safetensors"):
             file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
     elif layout == "shards":
-        in_shards(folder / "unet")
-    found, _ = painted(model, **more)
+        split_into_shards(folder / "unet")
+    found, _ = run_base(model, **more)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def in_shards(part):
-    """The weights in `part` in three files and an index."""
+def split_into_shards(part):
+    """Split the weights in `part` into three files and an index."""
     file = part / "diffusion_pytorch_model.safetensors"
     tensors, places = load_file(file), {}
     for i in range(3):
@@ -92,15 +92,15 @@ def in_shards(part):
     file.unlink()
 
 
-def test_the_request_says_what_is_predicted(painted, sd_model):
-    found, notices = painted(sd_model, prediction_type="v_prediction")
-    wanted = by_diffusers(sd_model, prediction_type="v_prediction")
+def test_the_request_overrides_the_prediction_type(run_base, sd_model):
+    found, notices = run_base(sd_model, prediction_type="v_prediction")
+    wanted = run_diffusers(sd_model, prediction_type="v_prediction")
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert (found - painted(sd_model)[0]).abs().max() > 0.01 and not any("probe" in text for text in notices)
+    assert (found - run_base(sd_model)[0]).abs().max() > 0.01 and not any("probe" in text for text in notices)
 
 
-def demo_that_does_not_say(folder):
-    """The demo model without a word about what it predicts."""
+def copy_demo_without_prediction_type(folder):
+    """Copy the demo model without the prediction type in its config."""
     shutil.copytree(DEMO_FOLDER, folder)
     file = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text())
@@ -110,19 +110,22 @@ def demo_that_does_not_say(folder):
 
 
 @pytest.mark.parametrize("linfusion", ["none", "auto"])
-def test_where_nothing_says_it_a_probe_does(painted, tmp_path, linfusion):
+def test_a_probe_determines_a_missing_prediction_type(run_base, tmp_path, linfusion):
     size = Size(256, 256) if linfusion == "none" else Size(288, 288)
     how = {"linfusion": linfusion, "size": size, "steps": (2,), "upscaler": "none"}
-    found, notices = painted(demo_that_does_not_say(tmp_path / "model"), **how)
-    assert torch.equal(found, painted(DEMO_FOLDER, **how)[0])
-    (told,) = [text for text in notices if "probe" in text]
-    assert "epsilon (its correlation with noise is 0.9" in told or "epsilon (its correlation with noise is 1.00" in told
+    found, notices = run_base(copy_demo_without_prediction_type(tmp_path / "model"), **how)
+    assert torch.equal(found, run_base(DEMO_FOLDER, **how)[0])
+    (notice,) = [text for text in notices if "probe" in text]
+    assert (
+        "epsilon (its correlation with noise is 0.9" in notice
+        or "epsilon (its correlation with noise is 1.00" in notice
+    )
 
 
-def test_what_does_not_repeat_noise_is_taken_to_predict_v(painted, tmp_path):
-    folder = demo_that_does_not_say(tmp_path / "model")
+def test_the_probe_of_a_model_that_ignores_noise_gives_v_prediction(run_base, tmp_path):
+    folder = copy_demo_without_prediction_type(tmp_path / "model")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"conv_out.weight": torch.zeros_like(tensors["conv_out.weight"])}, file, {"format": "pt"})
-    _, notices = painted(folder, size=Size(256, 256), steps=(1,))
+    _, notices = run_base(folder, size=Size(256, 256), steps=(1,))
     assert any("v_prediction" in text for text in notices)

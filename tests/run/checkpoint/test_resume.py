@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere goes on to the same file, bit for bit."""
+"""A run that is stopped at any point resumes and writes the same files, bit for bit."""
 
 import json
 import shutil
@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from linfusion_cli.checkpoint.store import LOCK, CheckpointStore
+from linfusion_cli.checkpoint.store import LOCK_FILE, CheckpointStore
 from linfusion_cli.core.errors import CannotCreateOutput, Stopped, TemporaryFailure, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice, StageAdvanced, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.planning import plan
 from linfusion_cli.run.checkpoint import manager
+from linfusion_cli.run.checkpoint.latents_file import open_latents
 from linfusion_cli.run.pipeline import generate, upscale
 from linfusion_cli.run.stages import load
 from linfusion_cli.settings.request import SCHEDULERS, GenerateRequest, UpscaleRequest
 from linfusion_cli.strips.ops import StripSize
 from tests.support.fakes import Listener
 from tests.support.marks import mostly_slow
-from tests.support.other_process import locked_elsewhere
+from tests.support.other_process import lock_in_other_process
 
 VARIANTS = {
     "demofusion": {"upscaler": "demofusion", "guidance_scale": (2.0,)},
@@ -35,7 +36,7 @@ VARIANTS = {
 
 @pytest.fixture
 def make(xl_model, tmp_path, monkeypatch):
-    """generate() with small settings, in tmp_path."""
+    """Return a function that calls generate() with small settings in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def run(observer=None, **changed):
@@ -51,7 +52,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def after(count: int):
-    """An observer that stops the run after so many steps and bands of rows."""
+    """Return an observer that stops the run after `count` steps and bands of rows."""
     left = [count]
 
     def observer(event):
@@ -64,7 +65,7 @@ def after(count: int):
 
 
 def moments(make, tmp_path, changed) -> tuple[dict[str, bytes], int]:
-    """The files of an undisturbed run, and how many moments it has that `after` counts."""
+    """Return the files of an uninterrupted run, and its number of events that `after` counts."""
     listener = Listener()
     make(listener, **changed)
     made = files(tmp_path)
@@ -102,7 +103,7 @@ def test_every_scheduler_goes_on(make, tmp_path, scheduler):
 
 
 def in_second_phase(event):
-    """Stops a run after the second step above the base."""
+    """Stop the run after the second step of phase 2x."""
     if isinstance(event, StageStarted):
         in_second_phase.name = event.name
     elif isinstance(event, StageAdvanced) and in_second_phase.name == "2x" and event.done == 2:
@@ -134,12 +135,12 @@ def test_upscale_goes_on(xl_model, tmp_path, monkeypatch, make):
     (tmp_path / "a.png").unlink()
     with pytest.raises(Stopped):
         upscale(request, {}, in_second_phase)
-    Image.new("RGB", (96, 64)).save("in.png")  # another picture under the same name
+    Image.new("RGB", (96, 64)).save("in.png")  # another image under the same name
     with pytest.raises(UsageError, match=r"image/in\.png with other content"):
         upscale(request, {})
 
 
-def test_what_is_finished_is_not_done_again(make, tmp_path, phases):
+def test_finished_latents_are_not_computed_again(make, tmp_path, phases):
     with pytest.raises(Stopped):
         make(stopping_at("write"))
     done = len(phases)
@@ -157,25 +158,23 @@ def stopping_at(stage: str):
     return observer
 
 
-def test_a_run_says_what_it_went_on_from_and_counts_its_own_steps(make):
+def test_the_report_has_the_resumed_state_and_counts_own_steps_only(make):
     with pytest.raises(Stopped) as stopped:
         make(in_second_phase)
-    assert str(stopped.value) == (
-        "Stopped by SIGTERM. Saved: step 2 of 3 in phase 2x; the same command goes on from there."
-    )
+    assert str(stopped.value) == ("Stopped by SIGTERM. Saved: step 2 of 3 in phase 2x; the same command resumes it.")
     report = make()
     (stage,) = [stage for stage in report.stages if stage.kind == "denoise"]
     assert (stage.name, stage.steps, report.resumed_from) == ("2x", 1, "step 2 of 3 in phase 2x")
 
 
-def test_saving_is_counted_and_can_be_seldom(make):
+def test_saves_are_counted_and_their_interval_is_configurable(make):
     often, seldom = make(), make(output=Path("b.png"), checkpoint_every=3600.0)
-    assert seldom.checkpoints["count"] == 3  # both phases' ends, and the picture that the second begins with
+    assert seldom.checkpoints["count"] == 3  # the ends of both phases, and the start of the second
     assert often.checkpoints["count"] > seldom.checkpoints["count"]
     assert often.checkpoints["bytes"] > 0 and 0 < often.checkpoints["seconds"] < often.total_seconds
 
 
-def test_fresh_begins_anew(make, tmp_path):
+def test_fresh_starts_over(make, tmp_path):
     with pytest.raises(Stopped):
         make(in_second_phase)
     assert make(fresh=True).resumed_from is None
@@ -185,11 +184,11 @@ def test_fresh_begins_anew(make, tmp_path):
 def test_a_changed_request_is_refused_by_the_names_of_what_changed(make, tmp_path):
     with pytest.raises(Stopped):
         make(in_second_phase)
-    before = (tmp_path / "a.png.linfusion" / "journal.json").read_bytes()
+    before = (tmp_path / "a.png.linfusion" / "checkpoint.json").read_bytes()
     with pytest.raises(UsageError, match=r"now --seed 3 instead of 0; --steps 5 instead of 4\..*--fresh"):
         make(seed=3, steps=(5,))
-    assert (tmp_path / "a.png.linfusion" / "journal.json").read_bytes() == before
-    report = make(ram=8 << 30, dpi=72.0, preview=Path("small.jpg"))  # which change no latents
+    assert (tmp_path / "a.png.linfusion" / "checkpoint.json").read_bytes() == before
+    report = make(ram=8 << 30, dpi=72.0, preview=Path("small.jpg"))  # settings that do not change the latents
     assert report.resumed_from and read_info(tmp_path / "a.png").dpi == pytest.approx(72, abs=0.1)
 
 
@@ -208,23 +207,25 @@ def test_changed_weights_are_refused(make, xl_model, tmp_path):
 def test_the_plan_that_was_executed_is_executed_again(make, monkeypatch, tmp_path):
     with pytest.raises(Stopped):
         make(in_second_phase)
-    made = CheckpointStore(tmp_path / "a.png").read().head
+    made = CheckpointStore(tmp_path / "a.png").read().metadata
     monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(2, 128),))
     threads = torch.get_num_threads()
     monkeypatch.setattr(load, "THREADS", threads + 1)
     listener = Listener()
     report = make(listener)
-    rows = [stage["mode"]["strips"]["rows"] for stage in report.plan["stages"] if stage["name"] == "2x"]
+    rows = [stage["strategy"]["strips"]["rows"] for stage in report.plan["stages"] if stage["name"] == "2x"]
     assert rows == [16] and made["threads"] == threads == torch.get_num_threads()
     assert not any("rounding" in notice.text for notice in listener.of(Notice))
 
 
-def test_a_plan_that_no_longer_fits_is_changed_and_told(make, monkeypatch):
+def test_a_plan_that_no_longer_fits_is_changed_with_a_notice(make, monkeypatch):
     with pytest.raises(Stopped):
         make(in_second_phase)
     monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(2, 128),))
-    fits, seen = plan.fits, []
-    monkeypatch.setattr(plan, "fits", lambda *given: fits(*given) and len(seen.append(given) or seen) % 2 == 0)
+    fits, seen = plan.is_within_budget, []
+    monkeypatch.setattr(
+        plan, "is_within_budget", lambda *given: fits(*given) and len(seen.append(given) or seen) % 2 == 0
+    )
     listener = Listener()
     make(listener)
     assert any("another plan" in notice.text and "rounding" in notice.text for notice in listener.of(Notice))
@@ -250,23 +251,23 @@ def test_a_state_that_cannot_be_saved_does_not_end_the_run(make, tmp_path, monke
     monkeypatch.setattr("linfusion_cli.checkpoint.store._write_synced", fail)
     listener = Listener()
     report = make(listener)
-    told = [notice.text for notice in listener.of(Notice)]
-    assert len(told) >= 1 and all("could not be kept" in text and "The run goes on" in text for text in told)
+    notices = [notice.text for notice in listener.of(Notice)]
+    assert notices and all("a.png.linfusion" in text and "No space left on device" in text for text in notices)
     assert report.checkpoints["count"] == 0 and set(files(tmp_path)) == {"a.png"}
 
 
-def test_a_run_in_the_way_is_told(make, tmp_path):
+def test_another_run_of_the_same_output_is_reported(make, tmp_path):
     store = CheckpointStore(tmp_path / "a.png").folder
     store.mkdir()
-    with locked_elsewhere(store / LOCK), pytest.raises(TemporaryFailure, match="Another run is writing"):
+    with lock_in_other_process(store / LOCK_FILE), pytest.raises(TemporaryFailure, match="Another run is writing"):
         make()
     make()
 
 
 def test_killed_after_the_rename_it_is_complete(make, tmp_path, monkeypatch):
-    """The file has its name, and the journal could not go any more."""
+    """The output has its final name, but the checkpoint was not removed."""
     with monkeypatch.context() as patch:
-        patch.setattr(manager.CheckpointManager, "complete", lambda self: None)
+        patch.setattr(manager.CheckpointManager, "finish", lambda self: None)
         make(preview=Path("small.jpg"))
     expected = files(tmp_path)
     listener = Listener()
@@ -280,7 +281,7 @@ def test_killed_after_the_rename_it_is_complete(make, tmp_path, monkeypatch):
 
 def test_killed_before_its_preview_it_makes_both(make, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(manager.CheckpointManager, "complete", lambda self: None)
+        patch.setattr(manager.CheckpointManager, "finish", lambda self: None)
         make(preview=Path("small.jpg"))
     expected = files(tmp_path)
     (tmp_path / "small.jpg").unlink()
@@ -288,7 +289,7 @@ def test_killed_before_its_preview_it_makes_both(make, tmp_path, monkeypatch):
     assert files(tmp_path) == expected
 
 
-def test_a_file_of_another_is_never_taken_for_ours(make, tmp_path):
+def test_a_file_of_another_request_is_never_replaced(make, tmp_path):
     with pytest.raises(Stopped):
         make(stopping_at("write"))
     (tmp_path / "a.png").write_text("precious")
@@ -297,66 +298,111 @@ def test_a_file_of_another_is_never_taken_for_ours(make, tmp_path):
     assert (tmp_path / "a.png").read_text() == "precious" and (tmp_path / "a.png.linfusion").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "no json", "version"])
-def test_a_journal_that_cannot_be_used_is_set_aside(make, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "no json"])
+def test_a_damaged_checkpoint_is_quarantined(make, tmp_path, damage):
     with pytest.raises(Stopped):
         make(in_second_phase)
     folder = tmp_path / "a.png.linfusion"
-    manifest, tensors = folder / "journal.json", max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    manifest, tensors = (
+        folder / "checkpoint.json",
+        max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size),
+    )
     if damage == "cut":
         tensors.write_bytes(tensors.read_bytes()[:-5])
     elif damage == "flipped":
         tensors.write_bytes(tensors.read_bytes()[:-1] + b"\x55")
     elif damage == "gone":
         tensors.unlink()
-    elif damage == "no json":
-        manifest.write_text("[" * 100_000)
     else:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(manager, "__version__", "0.0.1")
-            shutil.rmtree(folder)
-            with pytest.raises(Stopped):
-                make(in_second_phase)
+        manifest.write_text("[" * 100_000)
     listener = Listener()
     assert make(listener).resumed_from is None
-    (told,) = [notice.text for notice in listener.of(Notice) if "begins anew" in notice.text]
-    assert ("another version" if damage == "version" else "damaged") in told
-    assert (tmp_path / "a.png.linfusion.aside-1").is_dir() and not folder.exists()
+    (notice,) = [notice.text for notice in listener.of(Notice) if "aside-1" in notice.text]
+    assert "damaged" in notice and (tmp_path / "a.png.linfusion.aside-1").is_dir() and not folder.exists()
 
 
-def test_without_prompts_in_files_the_journal_proves_whose_they_are(make, tmp_path, monkeypatch):
+@pytest.fixture
+def old_checkpoint(make, tmp_path, request):
+    """A run of which another version of linfusion, or an older schema, has left the checkpoint -> its folder."""
+    with pytest.raises(Stopped):
+        make(stopping_at("write"))
+    folder = tmp_path / "a.png.linfusion"
+    if request.param == "schema":
+        (folder / "checkpoint.json").rename(folder / "journal.json")
+    else:
+        checkpoint = CheckpointStore(tmp_path / "a.png").read()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("linfusion_cli.checkpoint.store.__version__", "0.0.1")
+            CheckpointStore(tmp_path / "a.png").save(checkpoint.metadata, checkpoint.state)
+    return folder
+
+
+both = pytest.mark.parametrize("old_checkpoint", ["schema", "version"], indirect=True)
+
+
+@both
+def test_a_checkpoint_of_another_format_or_version_is_rejected_until_fresh_removes_it(make, old_checkpoint, tmp_path):
+    before = files(old_checkpoint)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"a\.png\.linfusion .*(schema 1|linfusion 0\.0\.1).*--fresh") as caught:
+            make()
+        assert caught.value.exit_code == 2 and files(old_checkpoint) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["a.png.linfusion"]  # nothing quarantined, no output
+    assert make(fresh=True).resumed_from is None
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@both
+def test_latents_in_a_checkpoint_of_another_format_or_version_are_rejected(old_checkpoint):
+    with pytest.raises(UsageError, match="(schema 1|linfusion 0.0.1)") as caught:
+        open_latents(old_checkpoint)
+    assert "--fresh" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@both
+def test_a_complete_file_with_a_checkpoint_of_another_format_or_version_stays(make, old_checkpoint, tmp_path):
+    before = files(old_checkpoint)
+    old_checkpoint.rename(tmp_path / "hidden")
+    make()
+    (tmp_path / "hidden").rename(old_checkpoint)
+    expected, listener = files(tmp_path), Listener()
+    assert make(listener).already_complete and files(tmp_path) == expected and files(old_checkpoint) == before
+    assert any("a.png.linfusion" in notice.text for notice in listener.of(Notice))
+
+
+def test_without_prompts_in_files_the_checkpoint_proves_the_request(make, tmp_path, monkeypatch):
     hidden = {"prompt_metadata": False, "preview": Path("small.png")}
     with monkeypatch.context() as patch:
-        patch.setattr(manager.CheckpointManager, "complete", lambda self: None)
+        patch.setattr(manager.CheckpointManager, "finish", lambda self: None)
         make(**hidden)
-    store = CheckpointStore(tmp_path / "a.png").read()
+    checkpoint = CheckpointStore(tmp_path / "a.png").read()
     assert make(**hidden).already_complete
-    with CheckpointStore(tmp_path / "a.png").held() as left:
-        left.save(store.head, store.parts)
-    with pytest.raises(CannotCreateOutput):  # of the same settings, which are all that the file tells
+    with CheckpointStore(tmp_path / "a.png").lock() as store:
+        store.save(checkpoint.metadata, checkpoint.state)
+    with pytest.raises(CannotCreateOutput):  # the metadata of the file have the same settings, and no prompt
         make(prompt="a sea", **hidden)
 
 
-def test_a_stop_before_the_first_step_tells_of_what_is_saved(make):
+def test_a_stop_before_the_first_step_reports_the_earlier_state(make):
     with pytest.raises(Stopped):
         make(in_second_phase)
-    with pytest.raises(Stopped, match="What an earlier run has reached is still saved; the same command goes on"):
+    with pytest.raises(Stopped, match="state of an earlier run.*; the same command resumes"):
         make(stopping_at("vae"))
-    with pytest.raises(Stopped, match="step 2 of 3 in phase 2x; without --fresh the same command goes on"):
+    with pytest.raises(Stopped, match="step 2 of 3 in phase 2x; the same command without --fresh resumes"):
         make(in_second_phase, fresh=True)
 
 
-def test_a_failed_write_tells_that_the_latents_are_kept(make, monkeypatch):
+def test_a_failed_write_reports_the_saved_latents(make, monkeypatch):
     monkeypatch.setattr("linfusion_cli.images.AtomicFile.commit", no_space)
-    with pytest.raises(WriteFailed, match=r"No space left\. Saved: the finished latents; the same command goes on"):
+    with pytest.raises(WriteFailed, match=r"No space left\. Saved: the finished latents; the same command resumes"):
         make()
 
 
 def test_a_phase_s_image_is_not_taken_for_the_image(make, tmp_path):
-    """It says the same of itself, and is smaller."""
+    """It has the same metadata, but another size."""
     make(save_phases=True, output=Path("b.png"))
     (tmp_path / "b-64x64.png").rename(tmp_path / "a.png")
-    (tmp_path / "a.png.linfusion").mkdir()  # as if a run had been killed here
+    (tmp_path / "a.png.linfusion").mkdir()  # as if a run had been killed
     with pytest.raises(CannotCreateOutput):
         make(save_phases=True)
 

@@ -1,4 +1,4 @@
-"""How often a run saves its state: as asked, but so that on a slow disk saving takes 2 % of the time at most."""
+"""The interval between saves: as requested, but saving takes at most 2 % of the time on a slow disk."""
 
 import time
 
@@ -13,25 +13,25 @@ from linfusion_cli.settings.request import GenerateRequest
 STEP_SEC, STEPS = 1.0, 10_000
 
 
-class SlowJournal(CheckpointStore):
-    """A journal on a disk on which every save takes `save_sec`, by a clock that nothing else but `now` advances."""
+class SlowStore(CheckpointStore):
+    """A store that takes `save_sec` per save, by the simulated clock `now`."""
 
     def __init__(self, target, save_sec: float):
         super().__init__(target)
         self.save_sec, self.now, self.saved_at = save_sec, 0.0, []
 
-    def save(self, head, parts):
+    def save(self, metadata, state):
         self.saved_at.append(self.now)
         self.now += self.save_sec
 
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
-    """The journal of a run of many steps, each of a second, after its last."""
+    """Return a function that simulates a run of many steps of a second each, and returns its store."""
 
-    def run(every_sec: float, save_sec: float, borders: tuple[int, ...] = ()) -> SlowJournal:
+    def run(every_sec: float, save_sec: float, phase_ends: tuple[int, ...] = ()) -> SlowStore:
         output = tmp_path / "a.png"
-        store = SlowJournal(output, save_sec)
+        store = SlowStore(output, save_sec)
         monkeypatch.setattr(time, "monotonic", lambda: store.now)
         request = GenerateRequest(
             prompt="a hill", size=Size(64, 64), output=output, model="demo", checkpoint_every=every_sec
@@ -39,16 +39,16 @@ def saved(tmp_path, monkeypatch):
         checkpoints = CheckpointManager(store, None, request)
         for step in range(1, STEPS + 1):
             store.now += STEP_SEC
-            reached = RunState(steps=step)
-            checkpoints.save(reached) if step in borders else checkpoints.step(reached)
-        assert checkpoints.saves.count == len(store.saved_at)
+            state = RunState(steps=step)
+            checkpoints.save(state) if step in phase_ends else checkpoints.maybe_save(state)
+        assert checkpoints.statistics.count == len(store.saved_at)
         return store
 
     return run
 
 
-def gaps(store: SlowJournal) -> list[float]:
-    """The seconds from the beginning of each save to that of the next."""
+def gaps(store: SlowStore) -> list[float]:
+    """Return the seconds from the start of each save to the start of the next."""
     return [later - earlier for earlier, later in zip(store.saved_at, store.saved_at[1:], strict=False)]
 
 
@@ -57,7 +57,7 @@ def gaps(store: SlowJournal) -> list[float]:
     [
         (60.0, 0.0, 60),
         (60.0, 1.0, 60),  # 1.7 % of the time
-        (60.0, 1.5, 75),  # 2.5 %, so more seldom
+        (60.0, 1.5, 75),  # would be 2.5 % every 60 s
         (60.0, 30.0, 1500),
         (5.0, 1.0, 50),
         (600.0, 1.0, 600),
@@ -65,17 +65,17 @@ def gaps(store: SlowJournal) -> list[float]:
 )
 def test_saving_takes_two_per_cent_of_the_time_at_most(saved, every_sec, save_sec, gap_sec):
     store = saved(every_sec, save_sec)
-    assert store.saved_at[0] == every_sec  # what a save takes is known from then on
+    assert store.saved_at[0] == every_sec  # before that, the duration of a save is unknown
     assert all(gap_sec <= gap <= gap_sec + STEP_SEC for gap in gaps(store))
     assert len(store.saved_at) * save_sec <= 0.02 * store.now + save_sec
 
 
-def test_each_step_is_saved_where_that_is_asked_for_on_any_disk(saved):
+def test_interval_0_saves_every_step_even_on_a_slow_disk(saved):
     assert len(saved(every_sec=0.0, save_sec=30.0).saved_at) == STEPS
 
 
 def test_the_end_of_a_phase_is_saved_at_once_and_counts(saved):
-    store = saved(60.0, 30.0, borders=(100, 2000, 2001))
-    # After the first, the border at step 100; 1500 s later; the borders at steps 2000 and 2001, three saves later.
+    store = saved(60.0, 30.0, phase_ends=(100, 2000, 2001))
+    # The first; the phase end at step 100; 1500 s later; the phase ends at steps 2000 and 2001 (each save took 30 s).
     assert store.saved_at[:5] == [60, 100 + 30, 1630, 2000 + 3 * 30, 2001 + 4 * 30]
     assert all(gap >= 1500 for gap in gaps(store)[4:])

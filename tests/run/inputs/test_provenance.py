@@ -1,4 +1,4 @@
-"""Report and picture say which weights were used: the SHA-256 of every file that was read."""
+"""Report and metadata contain the SHA-256 of every file that was read."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
-from linfusion_cli.models.files.digest import digested
+from linfusion_cli.models.files.digest import hash_files
 from linfusion_cli.models.locate.model import FAMILY_BASES
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
@@ -42,28 +42,28 @@ def test_every_file_that_was_read_is_hashed(make, xl_model, tmp_path):
         assert file["sha256"] == sha256(file["path"]) and file["bytes"] == Path(file["path"]).stat().st_size
     assert "models/demo/vae" in next(file["path"] for file in report.weights if file["use"] == "vae")
     for name in ("a.png", "small.png"):
-        said = read_info(tmp_path / name).request["weights"]
-        assert {"file": "lora/style.safetensors", "sha256": sha256(lora)} in said and len(said) == len(report.weights)
-        assert str(tmp_path) not in str(said)  # what is read of a picture does not tell where its maker keeps things
+        named = read_info(tmp_path / name).request["weights"]
+        assert {"file": "lora/style.safetensors", "sha256": sha256(lora)} in named and len(named) == len(report.weights)
+        assert str(tmp_path) not in str(named)  # metadata must not reveal local paths
 
 
-def test_files_of_one_name_are_told_apart(make, xl_model, tmp_path):
+def test_files_with_the_same_name_are_distinguished(make, xl_model, tmp_path):
     factors = {"A": torch.zeros(2, 4, 3, 3), "B": torch.zeros(8, 2, 1, 1)}
     loras = [tmp_path / name / "pytorch_lora_weights.safetensors" for name in ("one", "two")]
     for i, lora in enumerate(loras):
         lora.parent.mkdir()
         save_file({f"unet.conv_in.lora_{side}.weight": factor + i for side, factor in factors.items()}, lora)
     make(xl_model, lora=tuple(map(str, loras)))
-    said = [entry["sha256"] for entry in read_info(tmp_path / "a.png").request["weights"] if "lora" in entry["file"]]
-    assert said == [sha256(lora) for lora in loras]
+    hashes = [entry["sha256"] for entry in read_info(tmp_path / "a.png").request["weights"] if "lora" in entry["file"]]
+    assert hashes == [sha256(lora) for lora in loras]
 
 
-def test_what_was_not_read_is_not_named(make, xl_model):
+def test_unused_files_are_not_reported(make, xl_model):
     report = make(xl_model, attention=("original",))
     assert "linfusion" not in {file["use"] for file in report.weights}
 
 
-def test_a_single_file_is_known_by_the_hash_that_model_sites_show(make, sd_model, tmp_path):
+def test_a_single_file_is_identified_by_the_hash_of_the_file(make, sd_model, tmp_path):
     put_in_hub(without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
     file = write_original(sd_model, tmp_path / "one.safetensors", "sd15", {"modelspec.prediction_type": "epsilon"})
     report = make(file, linfusion="none")
@@ -73,5 +73,5 @@ def test_a_single_file_is_known_by_the_hash_that_model_sites_show(make, sd_model
 
 def test_a_file_of_several_uses_is_hashed_once(tmp_path):
     (tmp_path / "one").write_bytes(b"1")
-    found = digested([("model", tmp_path / "one"), ("vae", tmp_path / "one")])
+    found = hash_files([("model", tmp_path / "one"), ("vae", tmp_path / "one")])
     assert [(file.use, file.sha256) for file in found] == [("model", hashlib.sha256(b"1").hexdigest())]

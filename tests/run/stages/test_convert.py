@@ -1,4 +1,4 @@
-"""Between latents and files: the VAE that is named, its statistics, bits, dithering, pictures that wait."""
+"""Conversion between latents and images: the VAE, its statistics, bit depths, dithering and buffered images."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from linfusion_cli.images import read_info
 from linfusion_cli.images.process.scratch import ScratchImage
 from linfusion_cli.run.outputs.async_writer import AsyncWriter
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.run.stages.convert import resized_reader
+from linfusion_cli.run.stages.convert import build_resized_reader
 from linfusion_cli.settings.request import GenerateRequest
 from tests.support.fakes import Listener
 from tests.support.small_models import small_vae
@@ -24,7 +24,7 @@ from tests.support.small_models import small_vae
 
 @pytest.fixture
 def make(xl_model, tmp_path):
-    """generate() with small settings, into tmp_path."""
+    """Return a function that calls generate() with small settings and writes to tmp_path."""
 
     def run(output="out.png", observer=None, **changed):
         values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": (4,), "strength": (0.5,)}
@@ -55,7 +55,7 @@ def test_sixteen_bits_are_the_image_in_finer_steps(make, tmp_path):
 
 
 def test_sixteen_bits_in_a_jpeg_are_refused_before_any_work(make, tmp_path):
-    with pytest.raises(UsageError, match="16 bits do not go with jpeg"):
+    with pytest.raises(UsageError, match="(?i)16.*jpe?g"):
         make("a.jpg", bits=16)
     with pytest.raises(UsageError, match="--bits 12"):
         make("a.png", bits=12)
@@ -71,26 +71,26 @@ def test_dithering_moves_no_pixel_by_more_than_a_step_and_is_repeatable(make, tm
     assert (dithered == pixels(tmp_path / "c.png")).all()
 
 
-def test_another_vae_paints_the_same_latents(make, tmp_path, tiny_folder):
+def test_another_vae_decodes_the_same_latents(make, tmp_path, tiny_folder):
     make("a.png")
     report = make("b.png", vae=str(tiny_folder))
     assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "b.png")).any()
-    methods = [stage["mode"] for stage in report.plan["stages"] if stage["kind"] == "decode"]
-    assert all(method["start"] == method["patches"] == 0 for method in methods)
+    strategies = [stage["strategy"] for stage in report.plan["stages"] if stage["kind"] == "decode"]
+    assert all(strategy["start"] == strategy["patches"] == 0 for strategy in strategies)
 
 
-def test_a_model_s_vae_may_be_named_by_the_model(make, tmp_path, sd_model, xl_model):
+def test_vae_accepts_the_folder_of_a_model(make, tmp_path, sd_model, xl_model):
     make("a.png", vae=str(sd_model))
     make("b.png", vae=str(sd_model / "vae"))
     assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
 
 
-def test_a_vae_that_does_not_go_with_the_model_is_refused(make, tmp_path, tiny_folder):
+def test_an_incompatible_vae_is_refused(make, tmp_path, tiny_folder):
     config = json.loads((tiny_folder / "config.json").read_text())
     for changes, says in (
-        ({"_class_name": "AutoencoderDC"}, "of the kind AutoencoderDC"),
-        ({"latent_channels": 16}, "takes 4 channels, and its VAE makes 16"),
-        ({"decoder_block_out_channels": [64, 64], "block_out_channels": [64, 64]}, "2 pixels per latent"),
+        ({"_class_name": "AutoencoderDC"}, "AutoencoderDC"),
+        ({"latent_channels": 16}, r"\b4\b.*\b16\b"),
+        ({"decoder_block_out_channels": [64, 64], "block_out_channels": [64, 64]}, r"\b2\b"),
     ):
         (tiny_folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(DataError, match=says):
@@ -99,56 +99,56 @@ def test_a_vae_that_does_not_go_with_the_model_is_refused(make, tmp_path, tiny_f
     assert not list(tmp_path.iterdir())
 
 
-def test_statistics_are_those_asked_for_and_the_report_says_so(make, tmp_path):
-    methods = {}
+def test_the_plan_has_the_requested_vae_statistics(make, tmp_path):
+    uses = {}
     for name in ("auto", "exact", "sampled"):
         report = make(f"{name}.png", vae_statistics=name, size=Size(512, 512))
-        last = report.plan["stages"][-1]["mode"]
-        methods[name] = (last["start"] > 0, last["patches"] > 0)
-    assert methods == {"auto": (True, False), "exact": (True, False), "sampled": (False, True)}
+        last = report.plan["stages"][-1]["strategy"]
+        uses[name] = (last["start"] > 0, last["patches"] > 0)
+    assert uses == {"auto": (True, False), "exact": (True, False), "sampled": (False, True)}
     exact, sampled = pixels(tmp_path / "exact.png"), pixels(tmp_path / "sampled.png")
     assert (exact == pixels(tmp_path / "auto.png")).all()
     assert (exact != sampled).any()
-    with pytest.raises(UsageError, match="--vae-statistics 'guessed'"):
+    with pytest.raises(UsageError, match="--vae-statistics .*guessed"):
         make(vae_statistics="guessed")
 
 
-def test_a_draw_of_latents_is_another_image_the_same_each_time(make, tmp_path):
+def test_sampled_latents_change_the_image_and_are_repeatable(make, tmp_path):
     for name, latents in (("a", "mean"), ("b", "sample"), ("c", "sample")):
         make(f"{name}.png", vae_latents=latents)
     mean, draw, again = (pixels(tmp_path / f"{name}.png") for name in "abc")
     assert (mean != draw).any() and (draw == again).all()
 
 
-def test_a_image_between_phases_waits_in_memory_if_there_is_room_and_is_the_same(make, tmp_path, monkeypatch):
-    seen, real = [], ScratchImage.__init__
+def test_an_image_between_phases_is_buffered_in_memory_if_there_is_room(make, tmp_path, monkeypatch):
+    folders, real = [], ScratchImage.__init__
 
     def spy(self, folder, *size):
-        seen.append(folder)
+        folders.append(folder)
         real(self, folder, *size)
 
     monkeypatch.setattr(ScratchImage, "__init__", spy)
     report = make("a.png")
-    assert seen == [None]
-    stages = {(stage["kind"], stage["phase"]): stage["waiting_bytes"] for stage in report.plan["stages"]}
+    assert folders == [None]
+    stages = {(stage["kind"], stage["phase"]): stage["image_buffer_bytes"] for stage in report.plan["stages"]}
     assert stages["decode", 0] == stages["encode", 1] == 64 * 64 * 6 and stages["decode", 1] == 0
 
-    monkeypatch.setattr("linfusion_cli.planning.plan.with_waiting_pictures", lambda stages, image, machine: stages)
+    monkeypatch.setattr("linfusion_cli.planning.plan.keep_images_in_memory", lambda stages, image, machine: stages)
     make("b.png")
-    assert seen == [None, tmp_path] and (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+    assert folders == [None, tmp_path] and (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
 
 
 def test_a_vae_that_gives_nan_ends_with_an_error_and_no_file(make, tmp_path, xl_model):
     vae = AutoencoderKL(**small_vae().config)
-    for layer in (vae.decoder.conv_norm_out, vae.decoder.conv_out):  # numbers themselves, but not what comes of them
+    for layer in (vae.decoder.conv_norm_out, vae.decoder.conv_out):  # finite weights that overflow in the forward pass
         layer.weight.data.mul_(1e25)
     vae.save_pretrained(tmp_path / "nan")
-    with pytest.raises(DataError, match="NaN, even in float32"):
+    with pytest.raises(DataError, match="NaN.*float32"):
         make(vae=str(tmp_path / "nan"))
     assert {path.name for path in tmp_path.iterdir()} == {"nan", "out.png.linfusion"}  # the latents are kept
 
 
-def test_memory_that_runs_out_at_the_last_decode_is_told_and_the_file_is_complete(make, tmp_path, monkeypatch):
+def test_running_out_of_memory_in_the_last_decode_is_reported_and_the_file_is_complete(make, tmp_path, monkeypatch):
     from linfusion_cli.vae import streaming
 
     make("a.png")
@@ -165,7 +165,7 @@ def test_memory_that_runs_out_at_the_last_decode_is_told_and_the_file_is_complet
     listener = Listener()
     make("b.png", listener)
     notices = [event.text for event in listener.of(Notice)]
-    assert failed and len(notices) == 1 and notices[0].startswith("Memory ran out: from row ")
+    assert failed and len(notices) == 1 and "memory" in notices[0] and "from row" in notices[0]
     assert np.abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "b.png")).max() <= 1
 
 
@@ -181,18 +181,18 @@ class Sink:
         self.written.append(rows)
 
 
-def test_what_the_sink_raises_in_its_thread_is_raised_by_the_next_call():
+def test_an_error_of_the_sink_thread_is_raised_by_the_next_call():
     sink = Sink()
-    with pytest.raises(WriteFailed, match="No space"), AsyncWriter(sink) as writing:
+    with pytest.raises(WriteFailed, match="No space"), AsyncWriter(sink) as writer:
         for number in range(10):
-            writing.take(np.full((1, 1, 3), number))
+            writer.write(np.full((1, 1, 3), number))
     assert [int(rows[0, 0, 0]) for rows in sink.written] == [0, 1]
 
     sink = Sink()
-    with pytest.raises(WriteFailed, match="No space"), AsyncWriter(sink) as writing:
+    with pytest.raises(WriteFailed, match="No space"), AsyncWriter(sink) as writer:
         for number in range(3):
-            writing.take(np.full((1, 1, 3), number))
-        writing.finish()
+            writer.write(np.full((1, 1, 3), number))
+        writer.finish()
 
 
 def test_a_full_disk_while_writing_leaves_nothing(make, tmp_path, monkeypatch):
@@ -206,9 +206,11 @@ def test_a_full_disk_while_writing_leaves_nothing(make, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out.png.linfusion"]
 
 
-def test_a_image_fills_what_will_be_left_of_a_phase_and_its_edges_go_on_from_there():
+def test_a_resized_image_is_padded_with_its_last_row_and_column():
     rows = np.random.default_rng(0).random((40, 30, 3), np.float32)
-    read = resized_reader(lambda top, bottom, left, right: rows[top:bottom, left:right], Size(30, 40), Size(70, 90))
+    read = build_resized_reader(
+        lambda top, bottom, left, right: rows[top:bottom, left:right], Size(30, 40), Size(70, 90)
+    )
     whole = read(0, 96, 0, 96)
     planes = [Image.fromarray(rows[..., i]).resize((70, 90), Image.Resampling.LANCZOS) for i in range(3)]
     np.testing.assert_allclose(whole[:90, :70], np.stack(planes, -1).clip(0, 1), atol=1e-5)

@@ -1,4 +1,4 @@
-"""A picture painted with IP-Adapters is the one that diffusers paints, and in large phases it is heard too."""
+"""IP-Adapters: the base matches diffusers, and the image prompt affects all phases."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.images.read.source import inspect_source
 from linfusion_cli.run.inputs import ip_adapters
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.run.stages import denoise
+from linfusion_cli.run.stages import predictors
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import WholeUNet
 from tests.models.adapters.test_lora import factors_for, in_peft_layout, layers_in, write
@@ -29,7 +29,7 @@ PIPELINES = {"xl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """A folder with adapters of every kind for both families, their encoder, and two pictures."""
+    """Write adapters of every kind for both families, their image encoder and two images to a folder."""
     folder = tmp_path_factory.mktemp("adapters")
     write_encoder(folder / "image_encoder")
     for family, make in UNETS.items():
@@ -42,12 +42,13 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture
 def models(xl_model, sd_model):
+    """Return the folders of the small models by family."""
     return {"xl": xl_model, "sd": sd_model}
 
 
 @pytest.fixture
 def make(models, adapters, tmp_path):
-    """generate() with the adapters of these kinds, the first of which listens to the first picture; its pixels."""
+    """Return a function that calls generate() with adapters of these kinds, one image each, and returns the pixels."""
 
     def run(*kinds, family="xl", images=("a.png", "b.png"), observer=None, **changed):
         named = {"ip_adapter": tuple(str(adapters / f"{family}-{kind}.safetensors") for kind in kinds)}
@@ -71,7 +72,7 @@ def make(models, adapters, tmp_path):
         ("sd", ("full",), 4.0),
     ],
 )
-def test_the_base_is_what_diffusers_makes(make, models, adapters, phases, family, kinds, guidance):
+def test_the_base_matches_diffusers(make, models, adapters, phases, family, kinds, guidance):
     make(*kinds, family=family, linfusion="none", guidance_scale=(guidance,), ip_scale=(0.7, 0.4)[: len(kinds)], seed=5)
     pipeline = PIPELINES[family].from_pretrained(models[family])
     names = [f"{family}-{kind}.safetensors" for kind in kinds]
@@ -90,42 +91,46 @@ def test_the_base_is_what_diffusers_makes(make, models, adapters, phases, family
     assert (phases[-1][1].latents - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_every_phase_hears_the_image(make):
-    """The base whole, the large phase in strips with linear attention; nothing but the picture differs."""
-    growing = {"size": Size(96, 96), "strength": (0.7,)}
-    one, other = make("plain", **growing), make("plain", images=("b.png",), **growing)
+def test_the_image_prompt_affects_every_phase(make):
+    """The base runs whole, the large phase in strips with linear attention; only the image prompt differs."""
+    upscaling = {"size": Size(96, 96), "strength": (0.7,)}
+    one, other = make("plain", **upscaling), make("plain", images=("b.png",), **upscaling)
     assert one.shape == (96, 96, 3) and np.abs(one - other).mean() > 1
-    assert not np.array_equal(one, make("plain", ip_scale=(0.2,), **growing))
+    assert not np.array_equal(one, make("plain", ip_scale=(0.2,), **upscaling))
 
 
-def test_strips_hear_what_the_plain_forward_hears(make, monkeypatch):
+def test_strips_match_the_whole_forward(make, monkeypatch):
     kinds = ("plus", "plain")
-    wanted = {"attention": ("linear",), "size": Size(120, 104), "upscaler": "demofusion", "strength": (0.7,)}
-    strips = make(*kinds, **wanted)
+    settings = {"attention": ("linear",), "size": Size(120, 104), "upscaler": "demofusion", "strength": (0.7,)}
+    strips = make(*kinds, **settings)
     monkeypatch.setattr(
-        denoise, "runners", lambda run, unet, mode, phase, _: [WholeUNet(unet), WholeUNet(unet, phase.dilation)]
+        predictors,
+        "build_runners",
+        lambda run, unet, strategy, phase, _: [WholeUNet(unet), WholeUNet(unet, phase.dilation)],
     )
-    assert np.abs(strips - make(*kinds, **wanted)).max() <= 1
+    assert np.abs(strips - make(*kinds, **settings)).max() <= 1
 
 
-def test_both_halves_at_once_are_each_of_them(make, monkeypatch):
-    in_turn = make("plus", "plain", family="sd", linfusion="none")
-    plain = denoise.guide_prediction
+def test_both_halves_of_guidance_in_one_batch_give_the_same_image(make, monkeypatch):
+    in_sequence = make("plus", "plain", family="sd", linfusion="none")
+    real = predictors.guide_prediction
     monkeypatch.setattr(
-        denoise, "guided_prediction", lambda run, heard, unet, _, how: plain(run, heard, unet, True, how)
+        predictors,
+        "guide_prediction",
+        lambda run, conditioning, unet, _, guidance: real(run, conditioning, unet, True, guidance),
     )
-    assert np.abs(in_turn - make("plus", "plain", family="sd", linfusion="none")).max() <= 1
+    assert np.abs(in_sequence - make("plus", "plain", family="sd", linfusion="none")).max() <= 1
 
 
-def test_the_image_is_read_as_it_is_to_be_seen(adapters, tmp_path):
-    """Its orientation is applied, and transparent parts are white."""
+def test_orientation_is_applied_and_transparency_becomes_white(adapters, tmp_path):
+    """The EXIF orientation is applied, and transparent parts become white."""
 
     def read(name):
         return np.asarray(ip_adapters.read_image(inspect_source(tmp_path / name), notices.append))
 
     notices, original = [], Image.open(adapters / "a.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     original.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(read("turned.png"), original)
     clear = original.convert("RGBA")
@@ -133,12 +138,12 @@ def test_the_image_is_read_as_it_is_to_be_seen(adapters, tmp_path):
     clear.save(tmp_path / "clear.png")
     original.paste((255, 255, 255), (0, 0, 30, 30))
     assert np.array_equal(read("clear.png"), original)
-    tall = np.random.default_rng(0).integers(0, 256, (700, 3, 3), np.uint8)  # more rows than are read at a time
+    tall = np.random.default_rng(0).integers(0, 256, (700, 3, 3), np.uint8)  # more rows than one read returns
     Image.fromarray(tall).save(tmp_path / "tall.png")
     assert np.array_equal(read("tall.png"), tall) and not notices
 
 
-def test_a_lora_and_an_adapter_together_are_what_diffusers_makes(make, models, adapters, phases, tmp_path):
+def test_a_lora_and_an_adapter_together_match_diffusers(make, models, adapters, phases, tmp_path):
     lora = write(tmp_path, in_peft_layout(factors_for(layers_in(small_sd_unet(), "attn"))))
     make("plain", family="sd", linfusion="none", lora=(str(lora),))
     pipeline = StableDiffusionPipeline.from_pretrained(models["sd"])
@@ -157,7 +162,7 @@ def test_a_lora_and_an_adapter_together_are_what_diffusers_makes(make, models, a
     assert (phases[-1][1].latents - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_the_encoder_s_own_way_to_take_images_counts(make, adapters, tmp_path):
+def test_the_preprocessor_config_of_the_encoder_is_used(make, adapters, tmp_path):
     folder = shutil.copytree(adapters / "image_encoder", tmp_path / "encoder")
     plain = make("plain", ip_image_encoder=str(folder))
     assert np.array_equal(plain, make("plain"))
@@ -165,17 +170,17 @@ def test_the_encoder_s_own_way_to_take_images_counts(make, adapters, tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
     assert not np.array_equal(plain, make("plain", ip_image_encoder=str(folder)))
     (folder / "preprocessor_config.json").write_text("{")
-    with pytest.raises(DataError, match="preprocessor_config.json could not be read"):
+    with pytest.raises(DataError, match=r"preprocessor_config\.json"):
         make("plain", ip_image_encoder=str(folder))
 
 
 @pytest.mark.parametrize(
     ("changed", "error", "says"),
     [
-        ({"images": ()}, UsageError, "--ip-image is given 0 times, and --ip-adapter 1 times"),
-        ({"images": ("c.png",)}, InputNotFound, "c.png does not exist"),
-        ({"images": ("xl-plain.safetensors",)}, DataError, "is not a PNG"),
-        ({"ip_adapter": ("/nowhere/a.safetensors",)}, Unavailable, "no such file or folder"),
+        ({"images": ()}, UsageError, "--ip-image.*--ip-adapter"),
+        ({"images": ("c.png",)}, InputNotFound, r"c\.png"),
+        ({"images": ("xl-plain.safetensors",)}, DataError, r"xl-plain\.safetensors"),
+        ({"ip_adapter": ("/nowhere/a.safetensors",)}, Unavailable, r"/nowhere/a\.safetensors"),
         ({"ip_image_encoder": "/nowhere"}, Unavailable, "--ip-image-encoder /nowhere"),
     ],
 )
@@ -188,12 +193,12 @@ def test_wrong_input_ends_it_before_any_work(make, tmp_path, changed, error, say
 
 def test_an_adapter_of_another_family_is_refused_before_anything_loads(make, adapters):
     listener = Listener()
-    with pytest.raises(DataError, match=r"ip_adapter.1.to_k_ip.weight is \(8, 16\) in the file and \(16, 32\)"):
+    with pytest.raises(DataError, match=r"ip_adapter\.1\.to_k_ip\.weight.*\(8, 16\).*\(16, 32\)"):
         make("plain", ip_adapter=(str(adapters / "sd-plain.safetensors"),), observer=listener)
     assert [event.name for event in listener.of(StageStarted)] == ["start"]
 
 
 def test_a_huge_image_is_refused(make, adapters, monkeypatch):
     monkeypatch.setattr(ip_adapters, "MAX_IMAGE_PX", 50 * 41 - 1)
-    with pytest.raises(DataError, match="a.png is 50x41 px"):
+    with pytest.raises(DataError, match=r"a\.png.*50x41"):
         make("plain")

@@ -1,4 +1,4 @@
-"""What a fine-tune's own attention does to the picture, from the request to the file."""
+"""--linfusion-merge, from the request to the file: merging a fine-tune's self-attention into the LinFusion weights."""
 
 import shutil
 
@@ -28,7 +28,7 @@ PATH = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 
 @pytest.fixture
 def base(xl_model, tmp_path):
-    """The model that the small model is taken to be a fine-tune of: its self-attention was another one."""
+    """Write the base model of the small model: the same, with other self-attention weights."""
     folder = shutil.copytree(xl_model, tmp_path / "base")
     tensors, generator = load_file(folder / UNET), torch.Generator().manual_seed(1)
     for name, tensor in tensors.items():
@@ -40,6 +40,8 @@ def base(xl_model, tmp_path):
 
 @pytest.fixture
 def request_for(xl_model, tmp_path):
+    """Return a function that builds a small request with linear attention."""
+
     def request(**changed):
         values = {"prompt": "a hill", "size": Size(64, 64), "model": str(xl_model), "steps": (2,)}
         values |= {"attention": ("linear",), "output": tmp_path / "out.png", "overwrite": True}
@@ -49,8 +51,8 @@ def request_for(xl_model, tmp_path):
 
 
 @pytest.fixture
-def paint(request_for):
-    """The picture of a request, [H, W, 3] uint8."""
+def generate_pixels(request_for):
+    """Return a function that generates an image and returns its pixels, [H, W, 3] uint8."""
 
     def run(observer=None, **changed):
         request = request_for(**changed)
@@ -60,20 +62,20 @@ def paint(request_for):
     return run
 
 
-def merged_weights(folder, xl_model, base, way):
-    """LinFusion weights in which what a merge does was done before, by its plain formula."""
+def write_merged_weights(folder, xl_model, base, method):
+    """Write LinFusion weights that are already merged, by the formula of the method."""
     shutil.copytree(xl_model / "linfusion", folder)
     tensors, own, theirs = load_file(folder / WEIGHTS_NAME), load_file(xl_model / UNET), load_file(base / UNET)
     for place, spec in enumerate(read_specs(folder / CONFIG_NAME)):
         for name in PROJECTIONS:
             ours, path = own[f"{spec.module_name}.{name}"], f"{spec.module_name}.{name}"
             delta = tensors[f"{place}.{name}"] + ours - theirs[path]
-            tensors[f"{place}.{name}"] = {"keep": ours.clone(), "delta": delta}[way]
+            tensors[f"{place}.{name}"] = {"keep": ours.clone(), "delta": delta}[method]
     save_file(tensors, folder / WEIGHTS_NAME)
     return folder
 
 
-def a_lora(folder):
+def write_lora(folder):
     generator = torch.Generator().manual_seed(2)
     sides = {f"unet.{PATH}.{name}.lora_{side}.weight": shape for name in ("to_q", "to_v") for side, shape in
              (("A", (2, 16)), ("B", (16, 2)))}  # fmt: skip
@@ -82,24 +84,28 @@ def a_lora(folder):
     return str(folder / "lora.safetensors")
 
 
-@pytest.mark.parametrize("way", ["keep", "delta"])
-def test_the_image_is_that_of_weights_merged_beforehand_with_loras_on_top(paint, xl_model, base, tmp_path, way):
-    beforehand, loras = merged_weights(tmp_path / "merged", xl_model, base, way), (a_lora(tmp_path),)
-    found = paint(linfusion_merge=way, linfusion_base=str(base), lora=loras).astype(int)
-    assert np.abs(found - paint(linfusion=str(beforehand), linfusion_merge="published", lora=loras)).max() <= 1
-    assert np.abs(found - paint(linfusion_merge="published", lora=loras)).max() > 1
-    assert np.abs(found - paint(linfusion_merge=way, linfusion_base=str(base))).max() > 1
+@pytest.mark.parametrize("method", ["keep", "delta"])
+def test_the_image_is_that_of_weights_merged_beforehand_with_loras_on_top(
+    generate_pixels, xl_model, base, tmp_path, method
+):
+    beforehand, loras = write_merged_weights(tmp_path / "merged", xl_model, base, method), (write_lora(tmp_path),)
+    found = generate_pixels(linfusion_merge=method, linfusion_base=str(base), lora=loras).astype(int)
+    assert (
+        np.abs(found - generate_pixels(linfusion=str(beforehand), linfusion_merge="published", lora=loras)).max() <= 1
+    )
+    assert np.abs(found - generate_pixels(linfusion_merge="published", lora=loras)).max() > 1
+    assert np.abs(found - generate_pixels(linfusion_merge=method, linfusion_base=str(base))).max() > 1
 
 
-def test_of_the_base_itself_delta_is_the_published_weights(paint, xl_model):
-    published = paint(linfusion_merge="published")
-    for name in (str(xl_model), "auto"):  # weights that lie in a model's folder were made for it
-        assert np.array_equal(paint(linfusion_merge="delta", linfusion_base=name), published)
+def test_delta_of_the_base_itself_gives_the_published_weights(generate_pixels, xl_model):
+    published = generate_pixels(linfusion_merge="published")
+    for name in (str(xl_model), "auto"):  # weights in a model's folder were made for that model
+        assert np.array_equal(generate_pixels(linfusion_merge="delta", linfusion_base=name), published)
 
 
 @pytest.fixture
 def tuned(xl_model, tmp_path):
-    """The small model as a fine-tune comes, without linear attention of its own; that is published for its family."""
+    """Write the small model as a fine-tune without LinFusion weights; weights for its family are in the hub cache."""
     put_in_hub(xl_model / "linfusion", PUBLISHED_LINFUSION["sdxl"])
     return str(shutil.copytree(xl_model, tmp_path / "tuned", ignore=shutil.ignore_patterns("linfusion")))
 
@@ -108,67 +114,69 @@ def notices_of(listener):
     return [event.text for event in listener.of(Notice) if "self-attention" in event.text]
 
 
-def test_by_itself_what_changed_is_heard_where_the_base_is_here(paint, tuned, base):
-    heard = Listener()
-    assert np.array_equal(paint(heard, model=tuned), paint(model=tuned, linfusion_merge="published"))
-    assert ["is not heard" in text for text in notices_of(heard)] == [True]
+def test_auto_adds_the_changes_if_the_base_is_installed(generate_pixels, tuned, base):
+    listener = Listener()
+    assert np.array_equal(
+        generate_pixels(listener, model=tuned), generate_pixels(model=tuned, linfusion_merge="published")
+    )
+    assert ["not installed" in text for text in notices_of(listener)] == [True]
     put_in_hub(base, FAMILY_BASES["sdxl"])
-    heard = Listener()
-    found = paint(heard, model=tuned)
-    assert np.array_equal(found, paint(model=tuned, linfusion_merge="delta"))
-    assert not np.array_equal(found, paint(model=tuned, linfusion_merge="published"))
-    assert ["--linfusion-merge delta" in text for text in notices_of(heard)] == [True]
+    listener = Listener()
+    found = generate_pixels(listener, model=tuned)
+    assert np.array_equal(found, generate_pixels(model=tuned, linfusion_merge="delta"))
+    assert not np.array_equal(found, generate_pixels(model=tuned, linfusion_merge="published"))
+    assert ["--linfusion-merge delta" in text for text in notices_of(listener)] == [True]
 
 
-def test_by_itself_nothing_is_added_where_the_weights_are_for_the_model(paint, tuned, base, xl_model):
-    """For the base itself, for a model with weights of its own, and for weights that were named."""
+def test_auto_adds_nothing_if_the_weights_are_for_the_model(generate_pixels, tuned, base, xl_model):
+    """For the base itself, for a model with its own weights, and for weights set with --linfusion."""
     snapshot = put_in_hub(base, FAMILY_BASES["sdxl"])
     shutil.rmtree(snapshot / "linfusion")
     for model, more in ((snapshot, {}), (xl_model, {}), (tuned, {"linfusion": str(xl_model / "linfusion")})):
-        heard = Listener()
-        published = paint(model=str(model), linfusion_merge="published", **more)
-        assert np.array_equal(paint(heard, model=str(model), **more), published)
-        assert not notices_of(heard)
+        listener = Listener()
+        published = generate_pixels(model=str(model), linfusion_merge="published", **more)
+        assert np.array_equal(generate_pixels(listener, model=str(model), **more), published)
+        assert not notices_of(listener)
 
 
-def test_by_itself_a_base_that_was_named_is_meant(paint, tuned, base):
-    heard = Listener()
-    found = paint(heard, model=tuned, linfusion_base=str(base))
-    assert np.array_equal(found, paint(model=tuned, linfusion_merge="delta", linfusion_base=str(base)))
-    assert ["--linfusion-merge delta" in text for text in notices_of(heard)] == [True]
-    with pytest.raises(Unavailable, match="--linfusion-base someone/base, is not on this machine"):
-        paint(model=tuned, linfusion_base="someone/base")
+def test_auto_uses_a_base_that_is_set(generate_pixels, tuned, base):
+    listener = Listener()
+    found = generate_pixels(listener, model=tuned, linfusion_base=str(base))
+    assert np.array_equal(found, generate_pixels(model=tuned, linfusion_merge="delta", linfusion_base=str(base)))
+    assert ["--linfusion-merge delta" in text for text in notices_of(listener)] == [True]
+    with pytest.raises(Unavailable, match="--linfusion-base someone/base"):
+        generate_pixels(model=tuned, linfusion_base="someone/base")
 
 
-def test_a_base_that_is_not_here_is_refused_where_it_is_needed(paint, xl_model, tmp_path):
+def test_a_missing_base_is_refused_if_it_is_needed(generate_pixels, xl_model, tmp_path):
     linfusion = str(shutil.copytree(xl_model / "linfusion", tmp_path / "elsewhere"))
-    with pytest.raises(Unavailable, match="stabilityai/.*, is not on this machine") as refused:
-        paint(linfusion_merge="delta", linfusion=linfusion)
+    with pytest.raises(Unavailable, match="--linfusion-base stabilityai/") as refused:
+        generate_pixels(linfusion_merge="delta", linfusion=linfusion)
     assert refused.value.exit_code == 69 and "published or keep" in refused.value.hint
-    paint(linfusion_merge="delta", linfusion=linfusion, attention=("original",))
-    paint(linfusion_merge="delta", linfusion="none", attention=("auto",))
+    generate_pixels(linfusion_merge="delta", linfusion=linfusion, attention=("original",))
+    generate_pixels(linfusion_merge="delta", linfusion="none", attention=("auto",))
 
 
-def test_a_base_of_another_make_is_refused_by_the_plan_already(request_for, base):
+def test_an_incompatible_base_is_refused_by_the_plan(request_for, base):
     small_xl_unet((1, 1, 1)).save_pretrained(base / "unet")
     request = request_for(linfusion_merge="delta", linfusion_base=str(base))
-    with pytest.raises(DataError, match=r"transformer_blocks.1.attn1.to_q.weight is no such tensor in the base"):
+    with pytest.raises(DataError, match=r"transformer_blocks\.1\.attn1\.to_q\.weight"):
         plan_run(resolve_request(request))
 
 
-def test_a_model_that_was_cut_down_uses_the_weights_of_the_whole_one(paint, xl_model, tmp_path):
-    """As SSD-1B does SDXL's: what it has no layer for is left unused, and told."""
-    whole = write_linfusion(tmp_path / "whole", small_xl_unet())
+def test_a_model_with_fewer_layers_uses_the_weights_of_the_full_one(generate_pixels, xl_model, tmp_path):
+    """As SSD-1B with the weights for SDXL: weights without a matching layer are ignored and reported."""
+    weights = write_linfusion(tmp_path / "whole", small_xl_unet())
     model = shutil.copytree(xl_model, tmp_path / "cut")
     torch.manual_seed(0)
     small_xl_unet((1, 1, 1), mid_block_type=None).save_pretrained(model / "unet")
-    heard = Listener()
-    paint(heard, model=str(model), linfusion=str(whole))
-    assert [event.text for event in heard.of(Notice) if "are not in this smaller model" in event.text]
+    listener = Listener()
+    generate_pixels(listener, model=str(model), linfusion=str(weights))
+    assert [event.text for event in listener.of(Notice) if str(weights) in event.text and "layers" in event.text]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("linfusion_merge", "sum"), ("linfusion_base", " ")])
-def test_what_is_no_merge_and_no_base_is_usage(request_for, setting, value):
+def test_an_invalid_merge_or_base_is_a_usage_error(request_for, setting, value):
     with pytest.raises(UsageError) as refused:
         request_for(**{setting: value})
     assert refused.value.setting == setting

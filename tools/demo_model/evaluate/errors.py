@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from linfusion_cli.mixers.linear.mount import mounted, self_attentions
+from linfusion_cli.mixers.linear.mount import find_self_attentions, mount_modules
 from tools.demo_model.train.vae import as_input
 
 Modules = Mapping[str, nn.Module]
@@ -24,7 +24,7 @@ class Zero(nn.Module):
 
 def zeroed(unet: nn.Module) -> dict[str, nn.Module]:
     """The modules to mount for no self-attention at all."""
-    return {path: Zero() for path in self_attentions(unet)}
+    return {path: Zero() for path in find_self_attentions(unet)}
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def add_noise(
 
 def predicted(unet: nn.Module, modules: Modules | None, seen: dict[str, object]) -> Tensor:
     """The noise that the UNet sees with these modules mounted, or (None) with its own attention."""
-    with mounted(unet, modules) if modules else nullcontext():
+    with mount_modules(unet, modules) if modules else nullcontext():
         return unet(**seen).sample
 
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, keep_own
-from linfusion_cli.mixers.linear.mount import self_attentions
+from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, copy_own_projections
+from linfusion_cli.mixers.linear.mount import find_self_attentions
 from tools.demo_model.evaluate.errors import add_noise, predicted
 from tools.demo_model.evaluate.finetune import HELD_OUT, KINDS, finetune, folder_of, load_finetuned
 from tools.demo_model.evaluate.sample import load_shipped
@@ -96,9 +96,9 @@ def _errors(kind: str, side_px: int, start: int, count: int, draws: int) -> Erro
 def _models(kind: str):
     shipped, linear = load_shipped()
     pipe = load_finetuned(kind)
-    own, base = self_attentions(pipe.unet), self_attentions(shipped.unet)
+    own, base = find_self_attentions(pipe.unet), find_self_attentions(shipped.unet)
     forms = {"softmax": None} | {way: copy.deepcopy(linear) for way in MERGES}
-    keep_own(forms["keep"], own)
+    copy_own_projections(forms["keep"], own)
     add_difference(forms["delta"], own, lambda path: dict(base[path].named_parameters()))
     return shipped.unet, linear, pipe, forms
 
@@ -107,7 +107,7 @@ def moved(kind: str) -> dict[str, float]:
     """The relative change, |W − W_base| / |W_base|, of each of the self-attentions' projections, and of all weights."""
     base, _, pipe, _ = _models(kind)
     ours, theirs = pipe.unet.state_dict(), base.state_dict()
-    paths = self_attentions(base)
+    paths = find_self_attentions(base)
     found = {name: [f"{path}.{name}" for path in paths] for name in PROJECTIONS} | {"all": list(theirs)}
     return {name: _relative(ours, theirs, names) for name, names in found.items()}
 

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import nn
 
-from linfusion_cli.mixers.linear.mount import mounted
+from linfusion_cli.mixers.linear.mount import mount_modules
 from linfusion_cli.mixers.linear.weights import load_weights
 from tools.demo_model.store import MODEL, ROOT, log
 
@@ -54,7 +54,7 @@ def paint(
     guidance: float = PRESET["guidance_scale"],
 ) -> np.ndarray:
     """One picture a prompt with its seed, [n, 256, 256, 3] uint8, with linear attention or (None) with the original."""
-    with mounted(pipe.unet, linear) if linear else nullcontext():
+    with mount_modules(pipe.unet, linear) if linear else nullcontext():
         drawn = pipe(
             list(prompts),
             height=SIDE_PX,

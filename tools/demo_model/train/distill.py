@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from linfusion_cli.training.distillation import distillation_loss, noise_loss, start_from_originals
+from linfusion_cli.training.distillation import build_student_modules, compute_distillation_loss, compute_noise_loss
 from tools.demo_model.store import WORK, TrainingState, finished, load_tensors, log, save_tensors
 from tools.demo_model.train import parallel
 from tools.demo_model.train.latents import Latents, encoded
@@ -68,7 +68,7 @@ def result_of(stage: str) -> Path:
 
 def load_linear(unet: UNet2DConditionModel, stage: str = "tune_linear") -> dict[str, LinearAttention]:
     """The modules that a stage ended with."""
-    modules = start_from_originals(unet, STAGES[stage].form)
+    modules = build_student_modules(unet, STAGES[stage].form)
     nn.ModuleList(modules.values()).load_state_dict(load_tensors(result_of(stage)))
     return modules
 
@@ -89,7 +89,7 @@ def _train(rank: int, tokenizer: CLIPTokenizer, minutes: float, name: str) -> No
     stage = STAGES[name]
     unet, text = load_trained(tokenizer)
     unet.to(memory_format=torch.channels_last)
-    linear = load_linear(unet, stage.start) if stage.start else start_from_originals(unet, stage.form)
+    linear = load_linear(unet, stage.start) if stage.start else build_student_modules(unet, stage.form)
     student = nn.ModuleList(linear.values())
     optimizer = torch.optim.AdamW(student.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     state = TrainingState(name, {"linear": student}, optimizer, decay=0.998)
@@ -123,9 +123,9 @@ def _learn(
 ) -> Tensor:
     """Leave the gradients of one batch; the loss in its parts, [3] (noise, teacher, layers) or [1]."""
     if imitates:
-        loss = distillation_loss(unet, linear, *noised, **told)
+        loss = compute_distillation_loss(unet, linear, *noised, **told)
         loss.total.backward()
         return torch.stack([loss.noise, loss.teacher, loss.layers]).detach()
-    loss = noise_loss(unet, linear, *noised, **told)
+    loss = compute_noise_loss(unet, linear, *noised, **told)
     loss.backward()
     return loss.detach()[None]

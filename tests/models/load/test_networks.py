@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families.facts import read_facts
-from linfusion_cli.models.files.parts import Model, Part
-from linfusion_cli.models.load.parts import load_unet, load_vae
+from linfusion_cli.models.files.layout import Model, Part
+from linfusion_cli.models.load.networks import load_unet, load_vae
 from linfusion_cli.models.text.encode import TimeIds, encode_prompts
 from linfusion_cli.models.text.tokens import load_tokenizer, tokenize
 from tests.support.small_models import small_text_config, write_small_xl
@@ -41,21 +41,21 @@ def test_sd_hears_what_diffusers_pipeline_hears(sd_model):
     found = conditioning(sd_model)
     torch.testing.assert_close(found.positive.hidden, hidden)
     torch.testing.assert_close(found.negative.hidden, no_hidden)
-    assert found.positive.pooled is None and found.positive.added(TOLD) is None
+    assert found.positive.pooled is None and found.positive.build_added_conditions(TOLD) is None
 
 
 def test_size_conditioning_has_heights_first(xl_model):
-    added = conditioning(xl_model).positive.added(TOLD)
+    added = conditioning(xl_model).positive.build_added_conditions(TOLD)
     assert added["time_ids"].tolist() == [[480, 640, 8, 16, 240, 320]]
 
 
 def test_the_end_of_a_long_prompt_is_told(xl_model):
     tokenizer = load_tokenizer(xl_model / "tokenizer", small_text_config())
-    assert tokenize(tokenizer, "x" * 75, {}).unheard == ""
-    assert tokenize(tokenizer, "x" * 75 + " Tail", {}).unheard == "Tail"
-    assert conditioning(xl_model).unheard == {}
+    assert tokenize(tokenizer, "x" * 75, {}).truncated == ""
+    assert tokenize(tokenizer, "x" * 75 + " Tail", {}).truncated == "Tail"
+    assert conditioning(xl_model).truncated == {}
     long = conditioning(xl_model, prompt="y" * 75 + " Ünd 😀", negative="z" * 80)
-    assert long.unheard == {"prompt": "Ünd 😀", "negative prompt": "z" * 5}
+    assert long.truncated == {"prompt": "Ünd 😀", "negative prompt": "z" * 5}
 
 
 def test_a_tokenizer_that_fills_up_with_another_token_is_heard_as_in_diffusers(copy):

@@ -1,0 +1,142 @@
+"""Which saved runs a request can resume: the metadata of a checkpoint, and their comparison with the current run."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from linfusion_cli.checkpoint.store import Checkpoint, CheckpointStore
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.hardware.device import dtype_name
+from linfusion_cli.hardware.versions import collect_versions
+from linfusion_cli.models.files.digest import WeightsFile, hash_files
+from linfusion_cli.models.files.layout import PARTS
+from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE_KEY
+from linfusion_cli.run.inputs.provenance import DTYPES_KEY, weights_to_metadata
+from linfusion_cli.settings.request import ImageRequest, flag
+
+if TYPE_CHECKING:
+    from linfusion_cli.planning.plan import Plan
+    from linfusion_cli.run.inputs.resolve import ResolvedRequest
+
+MAX_VALUE_CHARS = 60
+PARTS_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2")
+CONFIG_SUFFIXES = (".json", ".txt", ".model")
+# Settings that change neither the image nor the content of its file.
+NON_IDENTITY_FIELDS = {
+    "output",
+    "image",  # identified by its content, not by its path
+    "overwrite",
+    "preview",
+    "download",
+    "vram",
+    "ram",
+    "keep_latents",
+    "checkpoint_every",
+    "fresh",
+}
+# Settings that can change when a run is resumed: those, and settings that change the file but not the latents.
+RESUME_COMPATIBLE_FIELDS = NON_IDENTITY_FIELDS | {
+    "format",
+    "compression",
+    "bits",
+    "dither",
+    "dpi",
+    "prompt_metadata",
+    "strict_prompt",
+}
+
+
+def build_metadata(resolved: ResolvedRequest, weights: Sequence[WeightsFile], plan: Plan) -> dict[str, Any]:
+    """Return the metadata of a checkpoint: the request, the files that the run reads, and its plan."""
+    import torch
+
+    last = plan.stages[-1]
+    return to_json_values(
+        {
+            "versions": collect_versions(),
+            "device": str(plan.machine.device),
+            "dtype": dtype_name(plan.machine.dtype),
+            "request": resolved.request.to_json(),
+            "weights": weights_to_metadata(weights),
+            "configs": hash_configs(resolved),
+            "last_phase": {"phase": last.phase, "size": str(last.size)},
+            "threads": torch.get_num_threads(),
+            "stages": stages_to_json(plan),
+        }
+    )
+
+
+def hash_configs(resolved: ResolvedRequest) -> list[dict[str, str]]:
+    """Return name and SHA-256 of the model's configs and tokenizers, which affect the image like weights do."""
+    folders = [*(resolved.model.folder / name for name in (*PARTS, *PARTS_WITHOUT_WEIGHTS)), resolved.vae.folder]
+    paths = [path for folder in dict.fromkeys(folders) if folder.is_dir() for path in sorted(folder.iterdir())]
+    configs = [(f"{path.parent.name}/{path.name}", path) for path in paths if path.suffix in CONFIG_SUFFIXES]
+    return [{"file": file.use, "sha256": file.sha256} for file in hash_files(configs)]
+
+
+def stages_to_json(plan: Plan) -> list[dict[str, Any]]:
+    """Return the strategy of each stage and the type of device that it was chosen for."""
+    device = plan.machine.device.type
+    return [
+        {"kind": stage.kind, "phase": stage.phase, "device": device, "strategy": asdict(stage.strategy)}
+        for stage in plan.stages
+    ]
+
+
+def to_json_values(value: Any) -> Any:
+    """Return `value` as JSON would restore it: tuples become lists, for example."""
+    return json.loads(json.dumps(value))
+
+
+def find_request_changes(checkpoint: Checkpoint, request: ImageRequest) -> list[str]:
+    """Describe the settings of `request` that differ from those of `checkpoint` and prevent resuming.
+
+    The dtype can differ if NaN or Inf ended the earlier run.
+    """
+    allowed = RESUME_COMPATIBLE_FIELDS | ({"dtype"} if NON_FINITE_KEY in checkpoint.metadata else set())
+    return find_changes(checkpoint.metadata["request"], to_json_values(request.to_json()), allowed)
+
+
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
+    """Describe the settings that differ, except for those in `allowed`."""
+    names = [name for name in {**now, **before} if name not in allowed and before.get(name) != now.get(name)]
+    return [f"{flag(name)} {format_value(now.get(name))} instead of {format_value(before.get(name))}" for name in names]
+
+
+def format_value(value: Any) -> str:
+    """Return the value of a setting in at most MAX_VALUE_CHARS characters."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, str):
+        return repr(textwrap.shorten(text, MAX_VALUE_CHARS, placeholder=" …"))
+    return text[:MAX_VALUE_CHARS]
+
+
+def find_changed_files(before: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the names of the files that were added, removed, or have another SHA-256."""
+    return sorted(
+        {file["file"] for files, others in ((before, now), (now, before)) for file in files if file not in others}
+    )
+
+
+def find_environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Describe changes of versions, device, dtype and plan, which can change the image by rounding."""
+    for name, version in now["versions"].items():
+        if before["versions"].get(name) != version:
+            yield f"{name} {version} instead of {before['versions'].get(name)}"
+    if before["device"] != now["device"]:
+        yield f"{now['device']} instead of {before['device']}"
+    if before[DTYPES_KEY] and before[DTYPES_KEY][-1]["dtype"] != now["dtype"]:
+        yield f"{now['dtype']} instead of {before[DTYPES_KEY][-1]['dtype']}"
+    if before["stages"] != now["stages"]:
+        yield "another plan, because the earlier one does not fit this machine"
+
+
+def build_mismatch_error(store: CheckpointStore, changes: Sequence[str]) -> UsageError:
+    """Return the error for a checkpoint that the current run cannot resume because of `changes`."""
+    reason = f"{store.folder} holds the checkpoint of another run: now {'; '.join(changes)}."
+    hint = "Use its settings and files to resume it, add --fresh to start over, or choose another file with -o."
+    return UsageError(reason, hint)
