@@ -118,11 +118,11 @@ class BatchRunner:
             status = "planned" if report is None else "skipped" if report.already_complete else "done"
         except LinfusionError as error:
             if isinstance(error, OutOfMemory | DeviceFailed):
-                self._model_cache.drop()  # to free memory, or because the device cannot be read any more
+                self._model_cache.evict()  # to free memory, or because the device cannot be read any more
             status = "locked" if isinstance(error, TemporaryFailure) else "failed"
             exit_code, message = error.exit_code, str(error)
         except Exception as error:  # noqa: BLE001 - a bug in one job must not stop the others
-            self._model_cache.drop()  # the models may be in an undefined state
+            self._model_cache.evict()  # the models may be in an undefined state
             exit_code, message = self._describe_error(error)
         result = JobResult(
             list=list_name,

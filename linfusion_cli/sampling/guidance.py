@@ -36,8 +36,8 @@ def guide_batched(
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         if not applies(timestep):
             return conditional(latents, timestep)
-        remove_prompt_metadata, with_prompt = both(latents.expand(2, -1, -1, -1), timestep).chunk(2)
-        return combine_halves(remove_prompt_metadata, with_prompt, scale, rescale)
+        uncond, cond = both(latents.expand(2, -1, -1, -1), timestep).chunk(2)
+        return combine_halves(uncond, cond, scale, rescale)
 
     return predict
 
@@ -53,10 +53,10 @@ def build_guidance_filter(schedule: Schedule, scale: float, interval: Sequence[f
     return lambda timestep: float(timestep) in timesteps
 
 
-def combine_halves(remove_prompt_metadata: Tensor, with_prompt: Tensor, scale: float, rescale: float) -> Tensor:
-    """Return the guided prediction, given the predictions without and with the prompt."""
-    guided = remove_prompt_metadata + scale * (with_prompt - remove_prompt_metadata)
-    return rescale_deviation(guided, with_prompt, rescale) if rescale else guided
+def combine_halves(uncond: Tensor, cond: Tensor, scale: float, rescale: float) -> Tensor:
+    """Return the guided prediction, given the predictions without (`uncond`) and with (`cond`) the prompt."""
+    guided = uncond + scale * (cond - uncond)
+    return rescale_deviation(guided, cond, rescale) if rescale else guided
 
 
 def rescale_deviation(guided: Tensor, conditional: Tensor, share: float) -> Tensor:

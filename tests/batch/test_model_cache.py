@@ -16,11 +16,11 @@ from linfusion_cli.core.events import ignore_event
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware.host_memory import resident_bytes
 from linfusion_cli.hardware.peak import release_memory
+from linfusion_cli.models.load.networks import Vae
 from linfusion_cli.models.text.tokens import load_tokenizer
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import denoise
 from linfusion_cli.run.stages import load as stages_load
-from linfusion_cli.run.stages.cache_keys import VAE
 from tests.batch.helpers import builder, job_specs, run_batch
 from tests.support.other_process import lock_in_other_process
 from tests.support.small_controlnets import small_control, write_control
@@ -133,7 +133,8 @@ def test_models_are_loaded_once_for_all_jobs_that_share_them(batch, counted, xl_
 def test_a_vae_with_a_changed_dtype_is_loaded_again(batch, counted, xl_model):
     def make(request, origins, observer, model_cache):
         report = run_job(request, origins, observer, model_cache)
-        model_cache._things[VAE][1].to(torch.float64)
+        (vae,) = (value for value in model_cache.values() if isinstance(value, Vae))
+        vae.to(torch.float64)
         return report
 
     collector, _ = batch(job_specs(2, model=str(xl_model)), make)

@@ -105,12 +105,13 @@ def test_presets_from_environment_and_config(cli, tmp_path, monkeypatch, xl_mode
     config = tmp_path / "config" / "linfusion" / "config.toml"
     config.parent.mkdir(parents=True)
     config.write_text(f"preset = 'mine.toml'\nmodel = '{xl_model}'\nsteps = 1")
-    (tmp_path / "mine.toml").write_text("prompt = 'mine'\nsteps = 2\nsize = 64")
+    preset = config.with_name("mine.toml")  # relative to the config file
+    preset.write_text("prompt = 'mine'\nsteps = 2\nsize = 64")
     code, out, _ = cli("generate", "-o", "a.png", "--json")
     assert code == 0
     report = json.loads(out)
     assert (report["request"]["prompt"], report["request"]["steps"]) == ("mine", [1])
-    assert report["settings"]["prompt"] == "preset mine.toml" and str(config) in report["settings"]["steps"]
+    assert report["settings"]["prompt"] == f"preset {preset}" and str(config) in report["settings"]["steps"]
     monkeypatch.setenv("LINFUSION_PRESET", "nope")
     assert cli("generate", "-o", "b.png")[0] == 2
 

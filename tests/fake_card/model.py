@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from linfusion_cli.mixers.linear.weights import build_spec
 from tests.support.small_models import scheduler_config, small_tokenizer
-from tools.bench.shapes import linear_attentions, sdxl_unet, sdxl_vae
+from tools.bench.shapes import build_linear_attentions, build_sdxl_unet, build_sdxl_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA_RANK, LORA_LAYERS = 4, 24
@@ -45,8 +45,8 @@ VISION = {  # OpenCLIP ViT-bigG/14, the image encoder of SDXL's plain IP-Adapter
 def write_sdxl(folder: Path) -> Path:
     """Write the model with LinFusion weights, a LoRA, a ControlNet, an IP-Adapter and an image."""
     with torch.device("meta"):
-        unet, vae = sdxl_unet(), sdxl_vae()
-        linear = linear_attentions(unet)
+        unet, vae = build_sdxl_unet(), build_sdxl_vae()
+        linear = build_linear_attentions(unet)
         net = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
     for part, network in (("unet", unet), ("vae", vae), ("controlnet", net)):
         write_part(folder / part, dict(network.config) | {"_class_name": type(network).__name__})

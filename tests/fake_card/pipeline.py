@@ -50,12 +50,11 @@ from tests.fake_card.device.card import FakeCard
 from tests.fake_card.device.stubs import Checkpoints, CountingSink, make_fake, stub_files
 from tests.fake_card.device.tensor import CUDA
 from tests.fake_card.model import write_sdxl
-from tools.bench.shapes import SDXL_KEYS, sdxl_vae
+from tools.bench.shapes import SDXL_KEYS, build_sdxl_vae
 
 # Sites at which single values can be read from the card, and the values that are returned.
 SCALARS = {
-    "sampling/schedulers/schedule.py:stepped": True,
-    "sampling/schedulers/schedule.py:is_finite": True,
+    "sampling/schedulers/schedule.py:step": True,
     "run/checkpoint/state.py:<genexpr>": True,
     "run/checkpoint/state.py:is_finite": True,
 }
@@ -182,7 +181,7 @@ def restrict_plans(case: Case) -> Iterator[None]:
 def run_vae(case: VaeCase) -> dict[str, Any]:
     """Encode or decode one image with the VAE alone."""
     with torch.device("meta"):
-        vae = sdxl_vae()
+        vae = build_sdxl_vae()
     encode = case.kind == "encode"
     stages = build_encoder_stages(vae) if encode else build_decoder_stages(vae)
     start = find_stream_starts(stages)[case.start] if case.start >= 0 else 0

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 # Blocking copies that are allowed, and how often per stage; none of them within a step.
 ALLOWED_BLOCKING = {
-    "pageable upload vae/decode.py:source_of": 1,  # the latents, before decoding
+    "pageable upload vae/decode.py:open_source": 1,  # the latents, before decoding
     "pageable upload strips/feature_map.py:read_pixels": 1,  # the keys of the VAE's attention
     "pageable upload strips/windows.py:cached_nearest_indices": 8,  # of upsampled maps, cached for all forward passes
 }

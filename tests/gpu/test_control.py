@@ -15,7 +15,7 @@ from linfusion_cli.unet.controlnet import StripControlNet, WholeControlNet, embe
 from linfusion_cli.unet.forward import strip_forward
 from linfusion_cli.unet.predict import WholeUNet
 from tests.support.small_controlnets import small_control
-from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
+from tools.bench.shapes import build_linear_attentions, build_random_inputs, build_sdxl_unet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA, SIZE = torch.device("cuda"), StripSize(8, 1024)
@@ -25,8 +25,8 @@ CUDA, SIZE = torch.device("cuda"), StripSize(8, 1024)
 def networks():
     """Return a UNet and a ControlNet with linear attention."""
     torch.manual_seed(0)
-    unet = sdxl_unet(5).eval().requires_grad_(False)
-    net, linear = small_control(unet), linear_attentions(unet)
+    unet = build_sdxl_unet(5).eval().requires_grad_(False)
+    net, linear = small_control(unet), build_linear_attentions(unet)
     with ExitStack() as stack:
         stack.enter_context(mount_modules(net, build_linear_attention(net, linear)))
         stack.enter_context(mount_modules(unet, linear))
@@ -47,7 +47,7 @@ def run_in_strips(unet, net, image, storage: Storage, latents, condition, dilati
 def test_strips_equal_the_plain_forwards(networks, place, dilation):
     """In fp64, in which a late or early copy is visible; repeated, because races are not deterministic."""
     unet, net = (network.double() for network in networks)
-    latents, condition = torch.randn(1, 4, 53, 77, dtype=torch.float64, device=CUDA), random_condition(unet)
+    latents, condition = torch.randn(1, 4, 53, 77, dtype=torch.float64, device=CUDA), build_random_inputs(unet)
     image = torch.rand(1, 3, 8 * 53, 8 * 77, dtype=torch.float64, device=CUDA)
     whole = WholeUNet(unet, dilation, [WholeControlNet(net, 0.8, None, image)])
     expected = whole.build_predictor(condition.text, condition.added)(latents, torch.tensor(500))

@@ -9,7 +9,7 @@ from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import StripContext, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.forward import UNetInputs, strip_forward
-from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
+from tools.bench.shapes import build_linear_attentions, build_random_inputs, build_sdxl_unet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def unet():
     torch.manual_seed(0)
     with torch.device("cuda"):
-        network = sdxl_unet(5).eval().requires_grad_(False)
-        with mount_modules(network, linear_attentions(network)):
+        network = build_sdxl_unet(5).eval().requires_grad_(False)
+        with mount_modules(network, build_linear_attentions(network)):
             yield network
 
 
@@ -37,7 +37,7 @@ def run_plain(unet, latents, condition) -> torch.Tensor:
 def test_strips_equal_the_plain_forward_repeatedly(unet, place):
     """In fp64, in which a late or early copy is visible; repeated, because races are not deterministic."""
     unet.double()
-    latents, condition = torch.randn(1, 4, 101, 77, dtype=torch.float64, device="cuda"), random_condition(unet)
+    latents, condition = torch.randn(1, 4, 101, 77, dtype=torch.float64, device="cuda"), build_random_inputs(unet)
     expected = run_plain(unet, latents, condition)
     for _ in range(5):
         output = run_in_strips(unet, latents, condition, place)
@@ -46,7 +46,7 @@ def test_strips_equal_the_plain_forward_repeatedly(unet, place):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_as_accurate_as_the_plain_forward(unet, dtype):
-    latents, condition = torch.randn(1, 4, 128, 128, device="cuda"), random_condition(unet)
+    latents, condition = torch.randn(1, 4, 128, 128, device="cuda"), build_random_inputs(unet)
     exact = run_plain(unet, latents, condition)
     unet.to(dtype)
     half = UNetInputs(condition.text.to(dtype), {name: value.to(dtype) for name, value in condition.added.items()})
@@ -58,7 +58,7 @@ def test_half_precision_is_as_accurate_as_the_plain_forward(unet, dtype):
 
 
 def test_memory_depends_on_the_place_of_maps(unet):
-    latents, condition = torch.randn(1, 4, 512, 512, device="cuda"), random_condition(unet)
+    latents, condition = torch.randn(1, 4, 512, 512, device="cuda"), build_random_inputs(unet)
     peaks = []
     for place in PLACES:
         torch.cuda.synchronize()

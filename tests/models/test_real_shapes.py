@@ -23,7 +23,7 @@ from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
 from tests.mixers.test_weights import sdxl_unet_on_meta
 from tests.support.small_single_files import original_clip, original_open_clip, original_unet, original_vae
-from tools.bench.shapes import linear_attentions
+from tools.bench.shapes import build_linear_attentions
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
@@ -215,7 +215,7 @@ def test_a_forward_of_sdxl_at_16k_is_1547_tflop(sdxl):
 def test_benchmarks_run_linear_attention_as_published():
     unet = sdxl_unet_on_meta()
     with torch.device("meta"):
-        modules = linear_attentions(unet)
+        modules = build_linear_attentions(unet)
     assert [build_spec(path, module) for path, module in modules.items()] == published_modules("sdxl")
 
 

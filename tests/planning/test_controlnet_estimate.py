@@ -28,7 +28,7 @@ from tests.planning.test_plan import build_request, machine
 from tests.support.small_controlnets import small_control, small_union, write_control
 from tests.support.small_models import small_xl_unet
 from tests.unet.test_forward import random_condition
-from tools.bench.shapes import linear_attentions
+from tools.bench.shapes import build_linear_attentions
 
 CPU, SIZE = torch.device("cpu"), StripSize(4, 64)
 HEIGHT, WIDTH = 37, 53
@@ -40,7 +40,7 @@ def networks():
     """A UNet and two ControlNets with linear attention."""
     torch.manual_seed(0)
     unet = small_xl_unet().eval()
-    nets, linear = [small_control(unet), small_union(unet)], linear_attentions(unet)
+    nets, linear = [small_control(unet), small_union(unet)], build_linear_attentions(unet)
     with ExitStack() as stack:
         for net in nets:
             stack.enter_context(mount_modules(net, build_linear_attention(net, linear)))

@@ -13,7 +13,7 @@ from linfusion_cli.strips.ops import StripContext, StripSize
 from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
 from linfusion_cli.unet.forward import strip_forward
-from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
+from tools.bench.shapes import build_linear_attentions, build_random_inputs, build_sdxl_unet
 
 GIB = 1 << 30
 
@@ -21,7 +21,7 @@ GIB = 1 << 30
 @pytest.fixture(scope="module")
 def sdxl():
     with torch.device("meta"):
-        unet, linear = sdxl_unet(), linear_attentions(sdxl_unet())
+        unet, linear = build_sdxl_unet(), build_linear_attentions(build_sdxl_unet())
     with mount_modules(unet, linear):
         yield unet
 
@@ -71,12 +71,12 @@ class CountingStorage(Storage):
 @pytest.mark.parametrize("place", PLACES)
 def test_the_peak_memory_of_maps_is_exact(place):
     torch.manual_seed(0)
-    unet = sdxl_unet(10).eval()
+    unet = build_sdxl_unet(10).eval()
     storage = CountingStorage(place, torch.device("cpu"), torch.float32)
     latents, size = torch.randn(1, 4, 37, 53), StripSize(4, 64)
-    with mount_modules(unet, linear_attentions(unet)):
+    with mount_modules(unet, build_linear_attentions(unet)):
         context = StripContext(size, storage, SingleDevice())
-        strip_forward(unet, context, latents, torch.tensor(500), random_condition(unet))
+        strip_forward(unet, context, latents, torch.tensor(500), build_random_inputs(unet))
         settings = ForwardSettings(size, place, 1, 37, 53, 4)
         ledger = estimate_unet(unet, settings)
     assert storage.live == (0, 0)

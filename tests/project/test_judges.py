@@ -1,28 +1,34 @@
-"""The judges of the demo model's pictures, on pictures whose contents are known here."""
+"""The classifiers of the demo model's images, applied to images with known content."""
 
 import numpy as np
 import pytest
 import torch
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
-from tools.demo_model.evaluate.errors import closed
-from tools.demo_model.evaluate.judges import ColourJudge, best_threshold, disc_score, mean_colours, spread
-from tools.demo_model.scenes.scene import draw
+from tools.demo_model.evaluate.errors import compute_closed_share
+from tools.demo_model.evaluate.judges import (
+    ColourJudge,
+    compute_disc_score,
+    compute_mean_colours,
+    compute_spread,
+    find_threshold,
+)
+from tools.demo_model.scenes.scene import draw_image
 from tools.demo_model.scenes.spec import LANDS, TIMES, Spec
 from tools.demo_model.train.distill import UnnormalisedAttention
 
 Y, X = np.mgrid[:256, :256].astype(np.float32)
 
 
-def image(brightness: np.ndarray) -> np.ndarray:
+def build_image(brightness: np.ndarray) -> np.ndarray:
     return np.repeat((np.clip(brightness, 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
 @pytest.mark.parametrize("radius", [12, 15, 18, 21, 24])
 @pytest.mark.parametrize("x", [40, 131])
-def test_a_disc_scores_its_contrast_whatever_its_size_and_place(radius, x):
+def test_the_score_of_a_disc_is_its_contrast_for_all_sizes_and_positions(radius, x):
     disc = np.hypot(X - x, Y - 70) < radius
-    assert 0.35 < disc_score(image(0.3 + 0.4 * disc)) <= 0.41
+    assert 0.35 < compute_disc_score(build_image(0.3 + 0.4 * disc)) <= 0.41
 
 
 @pytest.mark.parametrize(
@@ -30,37 +36,37 @@ def test_a_disc_scores_its_contrast_whatever_its_size_and_place(radius, x):
     [Y / 256, 0.3 + 0.4 * (Y > 100), 0.3 + 0.4 * (np.abs(X - 128) < Y - 60), 0.3 + 0.4 * (np.abs(Y - 90) < 12)],
     ids=["gradient", "horizon", "peak", "band"],
 )
-def test_what_is_no_disc_scores_little(brightness):
-    assert disc_score(image(brightness)) < 0.06
+def test_shapes_other_than_discs_have_a_low_score(brightness):
+    assert compute_disc_score(build_image(brightness)) < 0.06
 
 
-def test_a_sun_that_only_one_colour_shows_is_seen():
-    sun = image(np.full((256, 256), 0.8))
+def test_a_sun_visible_in_one_colour_channel_is_detected():
+    sun = build_image(np.full((256, 256), 0.8))
     sun[np.hypot(X - 90, Y - 90) < 16, 2] = 250
-    assert disc_score(sun) > 0.1
+    assert compute_disc_score(sun) > 0.1
 
 
-def test_a_threshold_tells_apart_what_can_be_told_apart():
-    assert 0.3 < best_threshold(np.array([0.5, 0.9, 0.6]), np.array([0.1, 0.3, -0.2])) < 0.5
+def test_a_threshold_separates_separable_scores():
+    assert 0.3 < find_threshold(np.array([0.5, 0.9, 0.6]), np.array([0.1, 0.3, -0.2])) < 0.5
 
 
-def test_mean_colours_are_told_apart_by_their_spread_too():
+def test_classes_with_equal_mean_colours_are_separated_by_their_variance():
     rng = np.random.default_rng(0)
     narrow, wide = rng.normal(0.5, 0.01, (200, 3)), rng.normal(0.5, 0.2, (200, 3))
-    judge = ColourJudge.fitted(np.concatenate([narrow, wide]), ["narrow"] * 200 + ["wide"] * 200)
-    assert judge.tell(np.array([[0.5, 0.5, 0.5], [0.7, 0.5, 0.5]])) == ["narrow", "wide"]
-    assert np.allclose(mean_colours(image(np.full((64, 64), 0.4))[None]), 102 / 255)
+    judge = ColourJudge.fit(np.concatenate([narrow, wide]), ["narrow"] * 200 + ["wide"] * 200)
+    assert judge.classify(np.array([[0.5, 0.5, 0.5], [0.7, 0.5, 0.5]])) == ["narrow", "wide"]
+    assert np.allclose(compute_mean_colours(build_image(np.full((64, 64), 0.4))[None]), 102 / 255)
 
 
 def test_spread_is_the_mean_distance_of_pairs():
     images = np.random.default_rng(1).integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
     small = images.reshape(4, 4, 8, 6, 8, 3).mean(axis=(2, 4)) / 255
     pairs = [np.sqrt(((small[i] - small[j]) ** 2).mean()) for i in range(4) for j in range(i)]
-    assert spread(images) == pytest.approx(np.mean(pairs), rel=1e-4)
+    assert compute_spread(images) == pytest.approx(np.mean(pairs), rel=1e-4)
 
 
 def test_the_share_that_linear_attention_closes():
-    assert closed({"zero": 0.5, "softmax": 0.3, "linear": 0.34}) == pytest.approx(0.8)
+    assert compute_closed_share({"zero": 0.5, "softmax": 0.3, "linear": 0.34}) == pytest.approx(0.8)
 
 
 def test_without_the_denominator_attention_grows_with_the_image():
@@ -78,9 +84,9 @@ def test_without_the_denominator_attention_grows_with_the_image():
 def test_every_land_is_drawn_at_every_time_and_stays_within_its_range(land, time):
     tint = {"night": "blue", "dawn": "pink", "day": "pale", "sunset": "red"}[time]
     spec = Spec(time, land, tint, "", "some", False, False, "", snow=land != "sea", trees=True, mist=True)
-    image = draw(spec, np.random.default_rng(3), (96, 128))
+    image = draw_image(spec, np.random.default_rng(3), (96, 128))
     assert image.shape == (96, 128, 3) and image.std() > 4
-    night = draw(
+    night = draw_image(
         Spec("night", land, "blue", "", "none", False, False, "", False, False, False),
         np.random.default_rng(3),
         (96, 128),

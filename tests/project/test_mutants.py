@@ -1,4 +1,4 @@
-"""The table of wrong edits fits the code, and the program that tries them tells the truth."""
+"""The table of mutants matches the code, and tools.mutants reports correct verdicts."""
 
 import os
 import shutil
@@ -13,16 +13,16 @@ MUTANTS = read_table()
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_row_fits_the_code_and_its_tests_are_there(mutant):
-    assert list(mutant.faults(ROOT)) == []
+def test_a_row_matches_the_code_and_its_tests_exist(mutant):
+    assert list(mutant.find_faults(ROOT)) == []
 
 
-def test_rows_are_told_apart():
+def test_rows_are_unique():
     assert len(MUTANTS) == len({(mutant.file, mutant.before, mutant.after) for mutant in MUTANTS})
-    assert all(mutant.name == mutant.name.upper() and mutant.what.endswith(".") for mutant in MUTANTS)
+    assert all(mutant.name == mutant.name.upper() and mutant.description.endswith(".") for mutant in MUTANTS)
 
 
-def test_names_are_listed_and_those_that_are_not_there_are_refused(capsys):
+def test_names_are_listed_and_unknown_names_are_refused(capsys):
     assert main(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [mutant.name for mutant in MUTANTS]
     assert main(["m05", "--list"]) == 0
@@ -58,9 +58,9 @@ def test_smaller():
 
 @pytest.fixture
 def project(tmp_path):
-    """A tree that git has not seen yet, with a package of the name of the one that is installed."""
+    """A git repository without commits, with a package named as the installed one."""
     if shutil.which("git") is None:
-        pytest.skip("there is no git")
+        pytest.skip("git is not installed")
     folder = tmp_path / "project"
     (folder / "linfusion_cli").mkdir(parents=True)
     (folder / "linfusion_cli/__init__.py").touch()
@@ -72,19 +72,19 @@ def project(tmp_path):
     return folder
 
 
-def mutant(name, before, after, tests=("test_calc.py",)):
+def build_mutant(name, before, after, tests=("test_calc.py",)):
     return Mutant(name, f"{name} is wrong.", "linfusion_cli/calc.py", before, after, tests)
 
 
-def test_each_verdict_is_true_also_in_processes_that_tests_start(project, capsys):
+def test_verdicts_are_correct_also_in_processes_started_by_tests(project, capsys):
     table = [
-        mutant("T1", "a > b", "a < b"),
-        mutant("T2", "a < b", "a > b"),
-        mutant("T3", "a > b", "a >= b"),
-        mutant("T4", "return a", "return b"),
-        mutant("T5", "a > b", "a >"),
-        mutant("T6", "a > b", "a < b", ("test_calc.py::test_gone",)),
-        mutant("T7", "\ndef larger", "\nimport nothing_of_this_name\ndef larger"),
+        build_mutant("T1", "a > b", "a < b"),
+        build_mutant("T2", "a < b", "a > b"),
+        build_mutant("T3", "a > b", "a >= b"),
+        build_mutant("T4", "return a", "return b"),
+        build_mutant("T5", "a > b", "a >"),
+        build_mutant("T6", "a > b", "a < b", ("test_calc.py::test_gone",)),
+        build_mutant("T7", "\ndef larger", "\nimport nothing_of_this_name\ndef larger"),
     ]
     assert main([], project, table) == 1
     out = capsys.readouterr().out
@@ -100,22 +100,22 @@ def test_each_verdict_is_true_also_in_processes_that_tests_start(project, capsys
     assert (project / "linfusion_cli/calc.py").read_text() == CALC
 
 
-def test_all_killed_is_0_and_one_that_fits_no_more_is_1(project, capsys):
-    table = [mutant("T1", "a > b", "a < b"), mutant("T4", "a != b", "a == b")]
+def test_the_exit_code_is_0_if_all_are_killed_and_1_for_an_outdated_row(project, capsys):
+    table = [build_mutant("T1", "a > b", "a < b"), build_mutant("T4", "a != b", "a == b")]
     assert main(["t1"], project, table) == 0
     assert "1 of 1 killed" in capsys.readouterr().out
     assert main(["T4"], project, table) == 1
     assert "0 times" in capsys.readouterr().out
 
 
-def test_nothing_is_tried_where_tests_fail_without_any_edit(project, capsys):
+def test_no_mutant_runs_if_tests_fail_without_any_edit(project, capsys):
     (project / "test_calc.py").write_text(TESTS + "\n\ndef test_wrong():\n    assert os.getcwd() == 'nowhere'\n")
-    assert main([], project, [mutant("T1", "a > b", "a < b")]) == 1
+    assert main([], project, [build_mutant("T1", "a > b", "a < b")]) == 1
     out = capsys.readouterr().out
     assert "test_calc.py::test_wrong" in out and "killed" not in out
 
 
-def test_the_tree_that_is_tried_is_the_one_on_the_disk_without_ignored_files(project):
+def test_the_copy_has_the_current_files_without_ignored_ones(project):
     from tools.mutants.trial import copy_tree
 
     subprocess.run(["git", "-C", str(project), "add", "."], check=True)

@@ -1,4 +1,4 @@
-"""Programs that a maintainer runs do not rot: scenes come from their numbers, benchmarks run at small sizes."""
+"""Smoke tests of the maintainers' tools: scenes are reproducible and benchmarks run at small sizes."""
 
 import json
 import sys
@@ -8,32 +8,32 @@ import pytest
 
 from tools.bench import gpu, unet, vae
 from tools.demo_model.evaluate.finetune import KINDS
-from tools.demo_model.evaluate.merges import figures
-from tools.demo_model.scenes.scene import numbered, scene
+from tools.demo_model.evaluate.merges import compute_figures
+from tools.demo_model.scenes.scene import draw_scene, prepare_scene
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_scene_is_made_again_from_its_number():
-    first, caption = scene(7, (128, 192))
-    again, same_caption = scene(7, (128, 192))
-    other, _ = scene(8, (128, 192))
+def test_a_scene_is_reproduced_from_its_number():
+    first, caption = draw_scene(7, (128, 192))
+    again, same_caption = draw_scene(7, (128, 192))
+    other, _ = draw_scene(8, (128, 192))
     assert first.shape == (128, 192, 3) and first.dtype == np.uint8
     assert np.array_equal(first, again) and caption == same_caption
     assert not np.array_equal(first, other) and 3 < len(caption) < 200
 
 
-def test_a_fine_tune_sees_one_kind_of_scene():
+def test_a_fine_tune_uses_one_kind_of_scene():
     images = {kind: next(KINDS[kind].scenes(7, 1, 64)) for kind in KINDS}
     mirrored, printed = images["mirror"][0], images["print"][0]
     assert np.array_equal(mirrored, mirrored[:, ::-1]) and set(np.unique(printed)) <= {0, 85, 170, 255}
-    number = next(number for number in range(7, 99) if numbered(number)[0].orb in ("moon", "crescent"))
-    assert number > 7 and np.array_equal(images["moon"][0], scene(number, (64, 64))[0])
+    number = next(number for number in range(7, 99) if prepare_scene(number)[0].orb in ("moon", "crescent"))
+    assert number > 7 and np.array_equal(images["moon"][0], draw_scene(number, (64, 64))[0])
 
 
-def test_ways_to_merge_are_compared_scene_by_scene():
+def test_merge_modes_are_compared_by_scene():
     own, published = np.array([0.1, 0.3]), np.array([0.2, 0.5])
-    found = figures({"softmax": own, "published": published, "distance published": np.array([0.01, 0.03])})
+    found = compute_figures({"softmax": own, "published": published, "distance published": np.array([0.01, 0.03])})
     to_softmax, to_published = (
         {"above": 0.15, "above, sem": 0.05},
         {"above published": 0.0, "above published, sem": 0.0},
@@ -44,7 +44,7 @@ def test_ways_to_merge_are_compared_scene_by_scene():
 
 
 @pytest.mark.parametrize("module", [unet, gpu], ids=["unet", "gpu"])
-def test_a_benchmark_measures_and_writes_what_it_found(module, monkeypatch, tmp_path, capsys):
+def test_a_benchmark_prints_and_writes_its_results(module, monkeypatch, tmp_path, capsys):
     options = {
         unet: ["--latents", "32", "--runs", "1"],
         gpu: ["--device", "cpu", "--sizes", "128", "--places", "skips", "--plain", "--vae"],
@@ -57,7 +57,7 @@ def test_a_benchmark_measures_and_writes_what_it_found(module, monkeypatch, tmp_
     assert all(case["seconds"] > 0 and case["planned_bytes"] > 0 for case in cases)
 
 
-def test_the_vae_s_benchmark_measures_and_compares(monkeypatch, tmp_path, capsys):
+def test_the_vae_benchmark_measures_and_compares(monkeypatch, tmp_path, capsys):
     options = ["--size", "512", "--large", "0", "--sdxl", "0", "--runs", "1", "--json", str(tmp_path / "found.json")]
     monkeypatch.setattr(sys, "argv", ["bench", *options])
     vae.main()
@@ -66,4 +66,4 @@ def test_the_vae_s_benchmark_measures_and_compares(monkeypatch, tmp_path, capsys
     assert all(case["seconds"] > 0 and case["peak_bytes"] > 0 for case in found["medians"].values())
     differences = found["differences"]
     assert differences["sampled, to exact"]["mean"] < differences["diffusers' tiles, to exact"]["mean"]
-    assert differences["flat latents, to their mean"]["most"] < 0.5
+    assert differences["flat latents, to their mean"]["max"] < 0.5

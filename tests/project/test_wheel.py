@@ -1,4 +1,4 @@
-"""What people install is the wheel, and a wheel without its model is no error to its builder."""
+"""The wheel contains all files of the package: building it without the model would not fail."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 MODEL_BYTES = 16 * 1000 * 1000
 
 
-def test_the_wheel_holds_presets_and_model(tmp_path):
+def test_the_wheel_contains_presets_and_model(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()

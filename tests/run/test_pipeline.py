@@ -15,7 +15,6 @@ from linfusion_cli.core.events import Notice, StageAdvanced, StageFinished, Stag
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.planning import plan
-from linfusion_cli.run.inputs import resolve
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import predictors
 from linfusion_cli.settings.request import GenerateRequest
@@ -256,7 +255,7 @@ def test_an_existing_file_is_refused_before_any_work_and_kept(make, tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_any_work(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(resolve.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(WriteFailed, match=r"1000 B.*128x128.*MiB"):
         make()
     assert files(tmp_path) == set()
@@ -346,6 +345,6 @@ def test_free_space_is_checked_on_the_disk_of_the_link_target(make, tmp_path, mo
         asked.append(folder)
         return shutil._ntuple_diskusage(1, 1, 1 << 40)
 
-    monkeypatch.setattr(resolve.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     make()
     assert asked == [tmp_path / "far"] and (tmp_path / "far" / "real.png").exists()

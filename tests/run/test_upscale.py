@@ -102,8 +102,8 @@ def test_the_source_image_takes_the_place_of_the_base(make, phases):
     height, width = first.start_latents.shape[2:]
     sizes = [tuple(phase_state.start_latents.shape[2:]) for phase_state in others]
     assert width == 1.5 * height and sizes == [(2 * height, 2 * width), (3 * height, 3 * width)]
-    np.testing.assert_allclose(first.base.mean, first.start_latents.mean((0, 2, 3), keepdim=True), atol=1e-6)
-    assert all(other.base is first.base for other in others)
+    np.testing.assert_allclose(first.base_statistics.mean, first.start_latents.mean((0, 2, 3), keepdim=True), atol=1e-6)
+    assert all(other.base_statistics is first.base_statistics for other in others)
 
 
 def test_a_small_image_is_upscaled_to_the_native_size_first_and_a_large_one_has_one_phase(make, tmp_path):

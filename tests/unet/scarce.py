@@ -16,7 +16,7 @@ from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import StripContext, StripSize
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet.predict import StripUNet
-from tools.bench.shapes import linear_attentions, random_condition, sdxl_unet
+from tools.bench.shapes import build_linear_attentions, build_random_inputs, build_sdxl_unet
 
 CPU = torch.device("cpu")
 SIDE, TALL, SMALL = 256, StripSize(256, 65536), StripSize(16, 1024)
@@ -25,14 +25,14 @@ SIDE, TALL, SMALL = 256, StripSize(256, 65536), StripSize(16, 1024)
 def main(mib: int) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # every thread's heap reserves address space
-    unet = sdxl_unet(10).eval()
-    latents, timestep, condition = torch.randn(1, 4, SIDE, SIDE), torch.tensor(500), random_condition(unet)
+    unet = build_sdxl_unet(10).eval()
+    latents, timestep, condition = torch.randn(1, 4, SIDE, SIDE), torch.tensor(500), build_random_inputs(unet)
     contexts = []
 
     def record(context: StripContext, _: bool) -> None:
         contexts.append(context)
 
-    with mount_modules(unet, linear_attentions(unet)):
+    with mount_modules(unet, build_linear_attentions(unet)):
         storage = Storage("device", CPU, torch.float32)
         tall, small = (
             StripUNet(unet, StripContext(size, storage, SingleDevice()), record).build_predictor(

@@ -17,8 +17,8 @@ from linfusion_cli.vae.statistics import VaeStrategy, find_last_norm, find_strea
 from linfusion_cli.vae.streaming import delay_by_one
 from tests.support.small_models import small_vae
 from tests.vae.conftest import deep_vae, prepare
-from tools.bench.vae import demo_vae
-from tools.demo_model.scenes.scene import scene
+from tools.bench.vae import load_demo_vae
+from tools.demo_model.scenes.scene import draw_scene
 
 ALL_KEYS = 1 << 20
 SIZES = [(16, 16), (5, 9), (21, 13), (3, 40)]
@@ -118,8 +118,8 @@ def test_the_receptive_radius_of_sdxls_depth_is_18_latents(deep):
 @pytest.mark.slow
 def test_sampled_statistics_are_close_to_exact_ones_and_better_than_tiling():
     """The demo model on a drawn scene, with the bounds of 4096² images: see tools/bench/vae.py."""
-    vae = demo_vae()
-    image = torch.from_numpy(scene(1, (1024, 1024))[0]).float() / 255
+    vae = load_demo_vae()
+    image = torch.from_numpy(draw_scene(1, (1024, 1024))[0]).float() / 255
     read = lambda top, bottom, left, right: image[top:bottom, left:right]  # noqa: E731
     latents = torch.cat(list(encode_rows(vae, read, Size(1024, 1024), VaeStrategy(0, 16, 1024, 8))), dim=2)
     expected, actual = decode(vae, latents, exact_strategy(vae)), decode(vae, latents, VaeStrategy(0, 16, 1024, 8))

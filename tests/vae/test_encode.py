@@ -10,8 +10,8 @@ from linfusion_cli.vae.patches import READ_ROWS
 from linfusion_cli.vae.stages import build_encoder_stages
 from linfusion_cli.vae.statistics import VaeStrategy, find_last_norm, find_stream_starts
 from tests.vae.conftest import deep_vae
-from tools.bench.vae import demo_vae
-from tools.demo_model.scenes.scene import scene
+from tools.bench.vae import load_demo_vae
+from tools.demo_model.scenes.scene import draw_scene
 
 ALL_KEYS = 1 << 20
 SIZES = [(64, 64), (40, 72), (168, 104), (24, 320)]
@@ -82,7 +82,7 @@ def test_strips_of_three_rows_and_the_complete_image_differ_by_rounding_only(dee
 @pytest.mark.slow
 def test_sampled_statistics_are_close_to_exact_ones():
     """The demo model on a drawn scene."""
-    vae, pixels = demo_vae(), torch.from_numpy(scene(1, (1024, 1024))[0]).float() / 255
+    vae, pixels = load_demo_vae(), torch.from_numpy(draw_scene(1, (1024, 1024))[0]).float() / 255
     sampled, expected = encode(vae, pixels, VaeStrategy(0, 16, 1024, 8)), encode(vae, pixels, exact_strategy(vae))
     assert 0 < float((sampled - expected).abs().mean()) <= 0.02 * float(expected.std())
 

@@ -13,7 +13,7 @@ from linfusion_cli.vae.encode import encode_rows
 from linfusion_cli.vae.estimate import estimate_vae
 from linfusion_cli.vae.stages import build_decoder_stages, build_encoder_stages
 from linfusion_cli.vae.statistics import VaeStrategy, find_last_norm, find_stream_starts
-from tools.bench.shapes import sdxl_vae
+from tools.bench.shapes import build_sdxl_vae
 
 GIB = 1 << 30
 ALL_KEYS = 1 << 20
@@ -22,7 +22,7 @@ ALL_KEYS = 1 << 20
 @pytest.fixture(scope="module")
 def sdxl():
     with torch.device("meta"):
-        return sdxl_vae()
+        return build_sdxl_vae()
 
 
 def test_flops_equal_those_counted_by_torch(sdxl):

@@ -1,9 +1,9 @@
-"""Measures what saving the state costs a run, and how quickly a run goes on from there.
+"""Measure the cost of saving checkpoints during a run.
 
     python tools/bench/checkpoints.py [--size 2048] [--runs 3] [--every 86400 60 5 0] [--folder DIR] [-- OPTIONS]
 
-The same picture with each interval of `--checkpoint-every` in turn, each run a process of its own; medians. The first
-interval is what the others are compared with: a day, in which only phases' borders are saved.
+Generate the same image with each interval of `--checkpoint-every` in turn, each run in a separate process, and print
+medians. The first interval, one day, is the baseline: the run then saves only at the end of each phase.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def measure(size: str, every: str, folder: Path, more: list[str]) -> dict[str, Any]:
-    """One run -> its report, with the wall seconds as the shell sees them."""
+    """Generate one image; return the report with the wall-clock seconds of the process added."""
     command = [sys.executable, "-m", "linfusion_cli", "generate", "--preset", "demo", "--size", size]
     command += ["-o", str(folder / f"{every}.tif"), "--checkpoint-every", every, "--json", "--quiet", "--overwrite"]
     began = time.perf_counter()
@@ -29,7 +29,8 @@ def measure(size: str, every: str, folder: Path, more: list[str]) -> dict[str, A
     return json.loads(done.stdout) | {"wall_seconds": time.perf_counter() - began}
 
 
-def line(every: str, reports: list[dict[str, Any]]) -> str:
+def format_line(every: str, reports: list[dict[str, Any]]) -> str:
+    """Return the table row for one interval."""
     wall = statistics.median(report["wall_seconds"] for report in reports)
     saves = [report["checkpoints"] for report in reports]
     count, seconds, size = (statistics.median(save[key] for save in saves) for key in ("count", "seconds", "bytes"))
@@ -42,20 +43,21 @@ def line(every: str, reports: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Measure all intervals and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="2048")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--every", nargs="+", default=["86400", "60", "5", "0"])
-    parser.add_argument("--folder", type=Path, default=None, help="where the pictures, and journals, are written")
-    parser.add_argument("more", nargs="*", help="options of generate, after --")
+    parser.add_argument("--folder", type=Path, default=None, help="write images and checkpoints here")
+    parser.add_argument("more", nargs="*", help="options passed on to generate, after --")
     arguments = parser.parse_args()
     reports: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         for _ in range(arguments.runs):
             for every in arguments.every:
                 reports[every].append(measure(arguments.size, every, Path(temporary), arguments.more))
-    for every, found in reports.items():
-        sys.stdout.write(line(every, found))
+    for every, group in reports.items():
+        sys.stdout.write(format_line(every, group))
 
 
 if __name__ == "__main__":

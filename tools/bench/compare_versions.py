@@ -1,9 +1,10 @@
-"""Create the same outputs with two versions of the program: files must be equal byte for byte, reports key by key.
+"""Check that two versions of the program create identical files and reports.
 
     python -m tools.bench.compare_versions OLD_TREE [NEW_TREE]
 
-A tree is a checkout; both run with this Python. Reports may differ in times, measured memory and budgets, and in the
-keys of RENAMED, which the changelog lists. Prints a line per case; the exit code is 1 if anything differs.
+A tree is a checkout; both run with this Python. Files are compared byte by byte, reports key by key. Reports may differ
+in times, measured memory and budgets, and in the keys listed in RENAMED_KEYS. Prints one line per case; the exit code
+is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -58,14 +59,15 @@ CASES: dict[str, tuple[str, ...]] = {
     "plan": ("plan", "a lake", "--preset", "demo", "--size", "2048"),
     "info": ("info", "png.png", "--verify"),
 }
-EXTRA = {"batch": ("-q",), "plan": ("--json",), "info": ("--json",)}  # the others: the report, and no progress
+EXTRA = {"batch": ("-q",), "plan": ("--json",), "info": ("--json",)}  # all other cases: --json -q
 JOBS = '{"prompt": "a hill"}\n{"prompt": "the sea", "seed": 5, "output": "sea.tif"}\n'
-# These depend on the state of the machine. Planned host memory includes what the process holds at its start.
-MEASURED = re.compile(r"seconds|per_second|peak_|host_bytes|budget_bytes|memory_bytes|checkpoints\.bytes|\btime\b")
-RENAMED: dict[str, str] = {}  # a key of the old version -> what it is called now; the changelog lists them
+# Values that depend on the machine. Planned host memory includes the memory of the process at startup.
+MEASURED_KEYS = re.compile(r"seconds|per_second|peak_|host_bytes|budget_bytes|memory_bytes|checkpoints\.bytes|\btime\b")
+RENAMED_KEYS: dict[str, str] = {}  # old key -> new key, as listed in the changelog
 
 
 def main() -> int:
+    """Compare both trees; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path, nargs="?", default=Path(__file__).parents[2])
@@ -81,7 +83,7 @@ def main() -> int:
 
 
 def write_models(folder: Path) -> None:
-    """Write a small random model of SDXL's structure with LinFusion weights, LoRA, ControlNet and IP-Adapter."""
+    """Write a small random SDXL model with LinFusion weights, a LoRA, a ControlNet and an IP-Adapter."""
     import torch
     from safetensors.torch import save_file
 
@@ -107,7 +109,10 @@ def write_models(folder: Path) -> None:
 
 
 def create_outputs(tree: Path, folder: Path, results: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Run all cases with the program in `tree`, always in the same folder -> reports, and SHA-256 of every file."""
+    """Run all cases with the program in `tree`; return the reports and the SHA-256 of each output file.
+
+    Reports contain paths, so both trees use the same working folder; it is moved to `results` afterwards.
+    """
     work = folder / "work"
     work.mkdir()
     (work / "models").symlink_to(folder / "models")
@@ -131,10 +136,12 @@ def create_outputs(tree: Path, folder: Path, results: Path) -> tuple[dict[str, A
 
 
 def is_output(name: str) -> bool:
+    """Return whether the file is an image or another output, rather than a model or a report."""
     return not name.startswith("models") and not name.endswith((".json", ".jsonl"))
 
 
 def read_report(text: str) -> Any:
+    """Parse `text` as JSON; return it unchanged if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -142,20 +149,20 @@ def read_report(text: str) -> Any:
 
 
 def compare(case: str, old: tuple[dict, dict], new: tuple[dict, dict]) -> Iterator[str]:
-    """Yield what differs in the reports of a case, and, with the first case, in the files."""
+    """Yield the differences in the reports of a case; for the first case also those between the files."""
     if case == next(iter(CASES)):
         for name in sorted({**old[1], **new[1]}):
             if old[1].get(name) != new[1].get(name):
                 yield f"file {name}: {old[1].get(name)} instead of {new[1].get(name)}"
     before, now = (dict(flatten(version[0][case])) for version in (old, new))
-    before = {RENAMED.get(key, key): value for key, value in before.items()}
+    before = {RENAMED_KEYS.get(key, key): value for key, value in before.items()}
     for key in {**before, **now}:
-        if not MEASURED.search(key) and key != "stderr" and before.get(key) != now.get(key):
+        if not MEASURED_KEYS.search(key) and key != "stderr" and before.get(key) != now.get(key):
             yield f"{case}: {key}: {before.get(key)!r} -> {now.get(key)!r}"
 
 
 def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for all values in nested JSON."""
+    """Yield (dotted key, value) for each value in nested JSON."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, item in items:

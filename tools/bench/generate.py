@@ -1,9 +1,9 @@
-"""Measures whole runs of `linfusion generate`: seconds and peak memory by stage, each run a process of its own.
+"""Measure complete runs of `linfusion generate`: seconds by kind of stage and peak memory.
 
     python tools/bench/generate.py [--sizes 2048 4096 8192] [--runs 1] [--folder DIR] [-- MORE OPTIONS OF GENERATE]
 
-Runs of different sizes take turns; medians are printed. Peak memory is the
-largest of all stages, as the report has it (`ru_maxrss` forgets peaks that a stage has reset).
+Each run is a separate process; runs of different sizes alternate, and medians are printed. Peak memory is taken from
+the report, which has the maximum of all stages, because `ru_maxrss` misses peaks that a stage has reset.
 """
 
 import argparse
@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 
 def measure(size: str, folder: Path, more: list[str]) -> dict[str, Any]:
-    """One run -> its report, with the wall seconds as the shell sees them."""
+    """Generate one image; return the report with the wall-clock seconds of the process added."""
     output = folder / f"{size}.tif"
     command = [sys.executable, "-m", "linfusion_cli", "generate", "--preset", "demo", "--size", size]
     began = time.perf_counter()
@@ -34,14 +34,15 @@ def measure(size: str, folder: Path, more: list[str]) -> dict[str, Any]:
 
 
 def seconds_by_kind(report: dict[str, Any]) -> dict[str, float]:
-    """Seconds by kind of stage."""
+    """Return the total seconds of each kind of stage."""
     totals: dict[str, float] = defaultdict(float)
     for stage in report["stages"]:
         totals[stage["kind"]] += stage["seconds"]
     return dict(totals)
 
 
-def line(size: str, reports: list[dict[str, Any]]) -> str:
+def format_line(size: str, reports: list[dict[str, Any]]) -> str:
+    """Return the table row for one size."""
     wall = statistics.median(report["wall_seconds"] for report in reports)
     peak = statistics.median(report["peak_host_bytes"] for report in reports) / GIB
     kinds = [seconds_by_kind(report) for report in reports]
@@ -50,11 +51,12 @@ def line(size: str, reports: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Measure all sizes and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["2048", "4096", "8192"])
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=None, help="keep the pictures here")
-    parser.add_argument("more", nargs="*", help="options of generate, after --")
+    parser.add_argument("--folder", type=Path, default=None, help="keep the images here")
+    parser.add_argument("more", nargs="*", help="options passed on to generate, after --")
     arguments = parser.parse_args()
     reports: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
@@ -62,7 +64,7 @@ def main() -> None:
             for size in arguments.sizes:
                 reports[size].append(measure(size, arguments.folder or Path(temporary), arguments.more))
     for size, of_size in reports.items():
-        sys.stdout.write(line(size, of_size))
+        sys.stdout.write(format_line(size, of_size))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random networks of SDXL's shape for benchmarks: every layer is there, and nothing is downloaded."""
+"""Random networks with SDXL's architecture, for benchmarks and tests that must not download anything."""
 
 import math
 
@@ -10,12 +10,12 @@ from linfusion_cli.mixers.linear.mount import find_self_attentions
 from linfusion_cli.unet.forward import UNetInputs
 
 TEXT_TOKENS, POOLED = 77, 1280
-SDXL_KEYS = 16384  # pixels that the attention in its VAE was trained to see: 1024 px
-MID_DIVISOR = 16  # f_q and f_k of the published LinFusion-XL: `projection_mid_dim` is a sixteenth of the channels
+SDXL_KEYS = 16384  # latent pixels in the attention of SDXL's VAE at its native 1024 px
+MID_DIVISOR = 16  # channels / `projection_mid_dim` in f_q and f_k of the published LinFusion-XL
 
 
-def sdxl_unet(divisor: int = 1) -> UNet2DConditionModel:
-    """SDXL's UNet with its channels divided by `divisor`, heads of 64 as they are."""
+def build_sdxl_unet(divisor: int = 1) -> UNet2DConditionModel:
+    """Build SDXL's UNet with its channels divided by `divisor`; heads keep 64 channels."""
     widths = tuple(width // divisor for width in (320, 640, 1280))
     return UNet2DConditionModel(
         sample_size=128,
@@ -33,26 +33,26 @@ def sdxl_unet(divisor: int = 1) -> UNet2DConditionModel:
     )
 
 
-def linear_attentions(unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
-    """Random linear attention for every self-attention of `unet`, in the shapes of the published LinFusion-XL."""
+def build_linear_attentions(unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
+    """Build random linear attention for each self-attention of `unet`, shaped as in the published LinFusion-XL."""
     modules = find_self_attentions(unet).items()
-    return {path: linear_attention(module.to_q.in_features, module.heads) for path, module in modules}
+    return {path: build_linear_attention(module.to_q.in_features, module.heads) for path, module in modules}
 
 
-def linear_attention(dim: int, heads: int) -> LinearAttention:
-    """For `dim` channels, which are too few to be divided where the UNet is narrow."""
+def build_linear_attention(dim: int, heads: int) -> LinearAttention:
+    """Build linear attention for `dim` channels, with a hidden size of at least 1 even in a narrow UNet."""
     return LinearAttention(dim, heads, mid_dim=max(1, dim // MID_DIVISOR))
 
 
-def random_condition(unet: UNet2DConditionModel) -> UNetInputs:
-    """A text and sizes, on the UNet's device and in its dtype."""
+def build_random_inputs(unet: UNet2DConditionModel) -> UNetInputs:
+    """Build a random text embedding and size conditioning with the device and dtype of `unet`."""
     where = {"device": unet.device, "dtype": unet.dtype}
     added = {"text_embeds": torch.randn(1, POOLED, **where), "time_ids": torch.full((1, 6), 1024.0, **where)}
     return UNetInputs(torch.randn(1, TEXT_TOKENS, unet.config.cross_attention_dim, **where), added)
 
 
-def sdxl_vae(divisor: int = 1) -> AutoencoderKL:
-    """SDXL's VAE with its channels divided by `divisor`, in 32 groups or as many as that leaves."""
+def build_sdxl_vae(divisor: int = 1) -> AutoencoderKL:
+    """Build SDXL's VAE with its channels divided by `divisor`; norms have 32 groups if the channels allow it."""
     widths = tuple(width // divisor for width in (128, 256, 512, 512))
     return AutoencoderKL(
         block_out_channels=widths,

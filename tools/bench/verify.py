@@ -1,8 +1,8 @@
-"""Measures what `linfusion info --verify` costs on a very large picture: seconds, CPU seconds, peak memory.
+"""Measure `linfusion info --verify` on a very large image: seconds, CPU seconds, peak memory.
 
     python tools/bench/verify.py [--size 16384] [--runs 3] [--folder /tmp]
 
-Each run is a process of its own; the formats take turns, and medians are printed. The picture is that of `writers.py`.
+Each run is a separate process; formats alternate, and medians are printed. The image is the same as in `writers.py`.
 """
 
 import argparse
@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from writers import ROOT, WRITERS, parse_size, peak_bytes, table, texture
+from writers import ROOT, WRITERS, format_table, make_texture, parse_size, read_peak_bytes
 
 FORMATS = ("tiff", "tiff-zstd", "png", "jpeg")
 
 
-def child(path: Path) -> dict[str, float]:
-    """One run in this process. CPU time and peak memory count the interpreter and the imports too."""
+def measure_verify(path: Path) -> dict[str, float]:
+    """Verify one file in this process. CPU time and peak memory include the interpreter and all imports."""
     from linfusion_cli.images.verify.verify import verify_image
 
     begin = time.perf_counter()
@@ -30,10 +30,16 @@ def child(path: Path) -> dict[str, float]:
     wall_sec = time.perf_counter() - begin
     usage = resource.getrusage(resource.RUSAGE_SELF)
     cpu_sec = usage.ru_utime + usage.ru_stime
-    return {"wall_sec": wall_sec, "cpu_sec": cpu_sec, "peak_mb": peak_bytes() / 1e6, "file_mb": found.file_bytes / 1e6}
+    return {
+        "wall_sec": wall_sec,
+        "cpu_sec": cpu_sec,
+        "peak_mb": read_peak_bytes() / 1e6,
+        "file_mb": found.file_bytes / 1e6,
+    }
 
 
 def main() -> None:
+    """Measure all formats and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=parse_size, default=(16384, 16384))
     parser.add_argument("--runs", type=int, default=3)
@@ -42,7 +48,7 @@ def main() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in FORMATS}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        np.save(Path(folder) / "texture.npy", texture(arguments.size[0]))
+        np.save(Path(folder) / "texture.npy", make_texture(arguments.size[0]))
         for name in FORMATS:
             WRITERS[name](Path(folder), arguments.size)
             (Path(folder) / "out").rename(Path(folder) / name)
@@ -51,11 +57,11 @@ def main() -> None:
                 command = [sys.executable, __file__, "--child", str(Path(folder) / name)]
                 output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
                 results[name].append(json.loads(output))
-    sys.stdout.write(table(results))
+    sys.stdout.write(format_table(results))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        sys.stdout.write(json.dumps(child(Path(sys.argv[2]))))
+        sys.stdout.write(json.dumps(measure_verify(Path(sys.argv[2]))))
     else:
         main()

@@ -1,1 +1,1 @@
-"""Draws the scenes, trains and exports the small embedded model; `python -m tools.demo_model`."""
+"""Draw the training images of the embedded demo model, train it and export it; `python -m tools.demo_model`."""

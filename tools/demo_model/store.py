@@ -1,4 +1,4 @@
-"""Where the work lies between stages, and how it is written: whole or not at all, so that a killed run goes on."""
+"""The work folder shared by all stages: atomic writes, and training states that survive a kill."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger("demo_model")
 
 
 def start_log() -> None:
-    """Log to stderr, with the time."""
+    """Log to stderr with timestamps."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "diffusers", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -34,7 +34,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, copied out of the map."""
+    """Load a safetensors file; return copies of the memory-mapped tensors."""
     return {k: v.clone() for k, v in load_file(path).items()}
 
 
@@ -55,8 +55,8 @@ def save_json(path: Path, value: object) -> None:
     scratch.replace(path)
 
 
-def finished(name: str, result: Path, minutes: float) -> bool:
-    """Whether a stage has its result and no budget left; a larger budget than last time lets it go on."""
+def is_finished(name: str, result: Path, minutes: float) -> bool:
+    """Return whether a stage has a result and has used its minutes; a larger budget resumes it."""
     state = WORK / f"{name}.safetensors"
     if not (result.exists() and state.exists()):
         return result.exists()
@@ -65,20 +65,20 @@ def finished(name: str, result: Path, minutes: float) -> bool:
 
 
 class TrainingState:
-    """Model, averaged model, optimiser and step count of one stage, saved now and then, found again after a kill."""
+    """Models, averaged weights, optimizer state and step count of one stage; saved regularly, loaded at a restart."""
 
     def __init__(self, name: str, models: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, decay: float):
         self.path = WORK / f"{name}.safetensors"
         self.models, self.optimizer, self.decay = models, optimizer, decay
-        self.average = {k: v.detach().clone() for k, v in self._weights().items()}
+        self.average = {k: v.detach().clone() for k, v in self._collect_weights().items()}
         self.step, self.seconds = 0, 0.0
         if self.path.exists():
             self._load()
 
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def _collect_weights(self) -> dict[str, torch.Tensor]:
         return {f"{name}.{k}": v for name, model in self.models.items() for k, v in model.state_dict().items()}
 
-    def _slots(self) -> dict[str, torch.Tensor]:
+    def _collect_optimizer_tensors(self) -> dict[str, torch.Tensor]:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return {
             f"{i}.{k}": v
@@ -103,41 +103,45 @@ class TrainingState:
                 }
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """Move the average towards the weights; faster at first, so that a short run has a useful one."""
+    def update_average(self) -> None:
+        """Update the exponential moving average; the decay is smaller at first, which makes short runs useful."""
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        weights = self._weights()
+        weights = self._collect_weights()
         torch._foreach_lerp_([self.average[k] for k in weights], list(weights.values()), 1 - decay)
 
     def save(self) -> None:
-        """Everything, in one file."""
-        tensors = {f"now.{k}": v for k, v in self._weights().items()}
+        """Write the complete state to one file."""
+        tensors = {f"now.{k}": v for k, v in self._collect_weights().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        tensors |= {f"slot.{k}": v for k, v in self._slots().items()}
+        tensors |= {f"slot.{k}": v for k, v in self._collect_optimizer_tensors().items()}
         tensors |= {"step": torch.tensor(self.step), "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
         save_tensors(self.path, tensors)
 
-    def averaged(self, name: str) -> dict[str, torch.Tensor]:
-        """Averaged weights of one of the models."""
+    def select_average(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the averaged weights of one model."""
         return {k.removeprefix(f"{name}."): v for k, v in self.average.items() if k.startswith(f"{name}.")}
 
-    def ticks(
-        self, minutes: float, agree: Callable[[float], float], keeps: bool = True, save_every_sec: float = 120.0
+    def iterate_progress(
+        self,
+        minutes: float,
+        average_seconds: Callable[[float], float],
+        saves: bool = True,
+        save_every_sec: float = 120.0,
     ) -> Iterator[float]:
-        """Progress 0..1 until the budget is spent, time of earlier runs counting.
+        """Yield the progress 0..1 until the budget is used; the time of earlier runs counts.
 
-        `agree` makes one time of those of all processes; the one that `keeps` the state saves it on the way and at
-        the end.
+        `average_seconds` averages the time over all processes. With `saves`, save the state at intervals and at the
+        end.
         """
         last = saved = time.monotonic()
         while self.seconds < 60 * minutes:
             yield self.seconds / (60 * minutes)
             now = time.monotonic()
-            self.seconds = agree(self.seconds + now - last)
+            self.seconds = average_seconds(self.seconds + now - last)
             last = now
-            if keeps and now - saved > save_every_sec:
+            if saves and now - saved > save_every_sec:
                 self.save()
                 saved = now
-        if keeps:
+        if saves:
             self.save()

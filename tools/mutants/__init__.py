@@ -1,1 +1,1 @@
-"""Small wrong edits of the program, each of which a test must notice; `python -m tools.mutants`."""
+"""Mutation testing: small wrong edits of the code, each of which a test must detect; `python -m tools.mutants`."""

@@ -1,4 +1,4 @@
-"""The mutants of `mutants.toml`, and what can be wrong with a row."""
+"""Read the mutants of `mutants.toml` and check them against the code."""
 
 from __future__ import annotations
 
@@ -13,43 +13,44 @@ TABLE = Path(__file__).parent / "mutants.toml"
 
 @dataclass(frozen=True)
 class Mutant:
-    """`what` is wrong once `after` stands in `file` in the place of `before`; `tests` are pytest's names for them."""
+    """An edit that replaces `before` by `after` in `file`, and the `tests` (pytest names) that must detect it."""
 
     name: str
-    what: str
+    description: str
     file: str
     before: str
     after: str
     tests: tuple[str, ...]
 
-    def mutated(self, text: str) -> str:
-        """The content of the file with the edit."""
+    def apply(self, text: str) -> str:
+        """Return `text`, the content of the file, with the edit applied."""
         return text.replace(self.before, self.after)
 
-    def faults(self, root: Path) -> Iterator[str]:
-        """What makes this row useless for the tree at `root`, in words: nothing, if all is well."""
+    def find_faults(self, root: Path) -> Iterator[str]:
+        """Yield the reasons why this row cannot be used with the tree at `root`."""
         path = root / self.file
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if (found := text.count(self.before)) != 1:
-            yield f"its text is in {self.file} {found} times, not once"
-        elif not is_python(self.mutated(text)):
-            yield f"{self.file} with its edit is not Python"
+        if (count := text.count(self.before)) != 1:
+            yield f"`before` occurs {count} times in {self.file} instead of once"
+        elif not is_python(self.apply(text)):
+            yield f"{self.file} with the edit is not Python"
         if self.before == self.after:
-            yield "its edit changes nothing"
+            yield "the edit changes nothing"
         for test in self.tests:
             if not has_test(root, test):
-                yield f"there is no {test}"
+                yield f"{test} does not exist"
         if not self.tests:
-            yield "it names no test"
+            yield "the row names no test"
 
 
 def read_table(path: Path = TABLE) -> list[Mutant]:
-    """The rows in the order of the file."""
+    """Read all rows, in the order of the file."""
     rows = tomllib.loads(path.read_text(encoding="utf-8"))
     return [Mutant(name, **row | {"tests": tuple(row["tests"])}) for name, row in rows.items()]
 
 
 def is_python(text: str) -> bool:
+    """Return whether `text` compiles."""
     try:
         compile(text, "mutant", "exec")
     except SyntaxError:
@@ -58,7 +59,7 @@ def is_python(text: str) -> bool:
 
 
 def has_test(root: Path, test: str) -> bool:
-    """Whether there is this file of tests and, where `test` names one of them, a function of that name in it."""
+    """Return whether the test file exists and, if `test` names a function, contains it."""
     name, _, function = test.partition("::")
     path = root / name
     return path.is_file() and (not function or f"def {function}(" in path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""One mutant in a copy of the tree: the edit, the tests, and what came of them."""
+"""Run one mutant in a copy of the tree: apply the edit, run its tests, return the verdict."""
 
 from __future__ import annotations
 
@@ -16,62 +16,66 @@ from pathlib import Path
 
 from tools.mutants.table import Mutant
 
-LIMIT_SEC = 900.0  # an edit may make an endless loop of a program, which counts as noticed
+MAX_TRIAL_SEC = 900.0  # an edit can cause an endless loop, which counts as detected
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfE")
 FIRST_FAILURE = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
-PASSED, FAILED = 0, 1  # exit codes of pytest; others mean that tests were not run
+PASSED, FAILED = 0, 1  # exit codes of pytest; others mean that no test ran
 SHOWN_LINES = 25
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What pytest's exit `code` says, `None` where the time was over; the first test that failed, or why none ran."""
+    """Result of a test run: pytest's exit `code`, None after a timeout; first failed test or error as `cause`."""
 
     code: int | None
-    by: str
+    cause: str
     seconds: float
     output: str
 
     @property
     def passed(self) -> bool:
+        """Whether all tests passed."""
         return self.code == PASSED
 
     @property
     def is_killed(self) -> bool:
+        """Whether a test failed or timed out."""
         return self.code is None or self.code == FAILED
 
 
 def copy_tree(root: Path, copy: Path) -> None:
-    """Copy all files that git tracks, or does not ignore, to `copy`, as they are in the work tree at `root` now."""
+    """Copy the current content of all files at `root` that git does not ignore to `copy`."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, check=False, capture_output=True)
     if listed.returncode:
         raise SystemExit(f"git cannot list the files in {root}: {os.fsdecode(listed.stderr).strip()}")
     for name in filter(None, os.fsdecode(listed.stdout).split("\0")):
-        if os.path.lexists(root / name):  # not one that was removed since the last commit
+        if os.path.lexists(root / name):  # skip files deleted since the last commit
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, copy / name, follow_symlinks=False)
 
 
 def imports_from(copy: Path, package: str) -> bool:
-    """Whether a process that a test starts, in whatever folder, finds `package` in `copy`."""
+    """Return whether a process started by a test, in any folder, imports `package` from `copy`."""
     code = "import importlib.util, sys; print(importlib.util.find_spec(sys.argv[1]).origin)"
     command = [sys.executable, "-c", code, package]
-    done = subprocess.run(command, env=environment(copy), cwd=copy.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=build_environment(copy), cwd=copy.parent, capture_output=True, text=True, check=False
+    )
     return done.returncode == 0 and Path(done.stdout.strip()).is_relative_to(copy)
 
 
-def try_mutant(mutant: Mutant, copy: Path) -> Verdict:
+def run_mutant(mutant: Mutant, copy: Path) -> Verdict:
     """Run the mutant's tests in `copy` with its edit."""
-    with edited(copy / mutant.file, mutant):
+    with apply_edit(copy / mutant.file, mutant):
         return run_tests(mutant.tests, copy)
 
 
 @contextmanager
-def edited(path: Path, mutant: Mutant) -> Iterator[None]:
-    """Within the context the file at `path` has the mutant's edit."""
+def apply_edit(path: Path, mutant: Mutant) -> Iterator[None]:
+    """Apply the mutant's edit to the file at `path` within the context."""
     original = path.read_bytes()
-    path.write_bytes(mutant.mutated(original.decode()).encode())
+    path.write_bytes(mutant.apply(original.decode()).encode())
     try:
         yield
     finally:
@@ -79,20 +83,20 @@ def edited(path: Path, mutant: Mutant) -> Iterator[None]:
 
 
 def run_tests(tests: Sequence[str], copy: Path) -> Verdict:
-    """Run `tests` in `copy`, in a session of its own: when it is over, no process that a test has started is left."""
+    """Run `tests` in `copy` in a new session; kill all processes started by the tests at the end."""
     began, code = time.monotonic(), None
     command = [sys.executable, "-m", "pytest", *OPTIONS, *tests]
     process = subprocess.Popen(
         command,
         cwd=copy,
-        env=environment(copy),
+        env=build_environment(copy),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=LIMIT_SEC)
+        output, _ = process.communicate(timeout=MAX_TRIAL_SEC)
         code = process.returncode
     except subprocess.TimeoutExpired:
         kill_group(process.pid)
@@ -100,25 +104,30 @@ def run_tests(tests: Sequence[str], copy: Path) -> Verdict:
     finally:
         kill_group(process.pid)
     text = output.decode(errors="replace")
-    return Verdict(code, cause(code, text), time.monotonic() - began, "\n".join(text.splitlines()[-SHOWN_LINES:]))
+    return Verdict(
+        code, describe_cause(code, text), time.monotonic() - began, "\n".join(text.splitlines()[-SHOWN_LINES:])
+    )
 
 
-def cause(code: int | None, output: str) -> str:
-    """The first test that failed, or why there is none."""
+def describe_cause(code: int | None, output: str) -> str:
+    """Return the first failed test or the reason why no test failed."""
     if code is None:
-        return f"the time limit of {LIMIT_SEC:.0f} s"
+        return f"timeout after {MAX_TRIAL_SEC:.0f} s"
     failure = FIRST_FAILURE.search(output)
     return failure[1] if failure else f"pytest's exit code {code}"
 
 
 def kill_group(number: int) -> None:
+    """Kill the process group if it still exists."""
     with suppress(ProcessLookupError):
         os.killpg(number, signal.SIGKILL)
 
 
-def environment(copy: Path) -> Mapping[str, str]:
-    """Here PYTHONPATH goes before the installed package. No bytecode is kept: an edit in the same second that does not
-    change a file's size would not be noticed, and the tests would run the code before it."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+def build_environment(copy: Path) -> Mapping[str, str]:
+    """Build the environment of the tests: `copy` precedes the installed package, and no bytecode is written.
+
+    Python would use outdated bytecode after an edit within the same second that does not change the file's size.
+    """
+    variables = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     path = os.pathsep.join(filter(None, [str(copy), os.environ.get("PYTHONPATH")]))
-    return kept | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return variables | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}

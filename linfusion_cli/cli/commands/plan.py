@@ -66,7 +66,10 @@ def build_plan_table(plan: Plan) -> Table:
 
 
 def _format_stage(stage: PlannedStage, plan: Plan) -> list[str]:
-    columns = format_denoise(stage.strategy) if stage.kind == "denoise" else format_vae(stage.strategy)
+    from linfusion_cli.planning.estimate import DenoiseStrategy
+
+    strategy = stage.strategy
+    columns = format_denoise(strategy) if isinstance(strategy, DenoiseStrategy) else format_vae(strategy)
     return [stage.name, str(stage.size), format_steps(stage), *columns, *_format_estimate(stage.estimate, plan)]
 
 

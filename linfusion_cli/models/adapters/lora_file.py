@@ -1,4 +1,4 @@
-"""A LoRA's file: safetensors in the layouts of diffusers, PEFT and kohya-ss -> the factors of each network's layers."""
+"""Read LoRA files in the layouts of diffusers, PEFT and kohya-ss: the factors of each layer of each network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNSUPPORTED_MARKERS = ("dora_scale", "lora_magnitude_vector", "hada_", "lokr_", 
 
 @dataclass(frozen=True)
 class Factors:
-    """The change of one layer: `down` [rank, in, ...] and `up` [out, rank, ...], any float; `scale` is alpha / rank."""
+    """Update of one layer: `down` [rank, in, ...], `up` [out, rank, ...], any float dtype; `scale` is alpha / rank."""
 
     down: Tensor
     up: Tensor
@@ -40,11 +40,11 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weights that they change, [out, in] or [out, in, k, k]."""
+        """Shape of the weights: [out, in] or [out, in, k, k]."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     def add_to(self, weights: Tensor, weight: float) -> None:
-        """Add weight · alpha / rank · up @ down to `weights`, in fp32; they keep their device, dtype and format."""
+        """Add weight · alpha / rank · up @ down to `weights` in fp32; device, dtype and memory format do not change."""
         wide = weights.to(torch.float32, memory_format=torch.contiguous_format)
         up, down = (factor.to(wide).flatten(1) for factor in (self.up, self.down))
         wide.view(len(wide), -1).addmm_(up, down, alpha=weight * self.scale)
@@ -53,7 +53,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Lora:
-    """What a file changes of one part of a model: layer, as the file names it, -> factors."""
+    """Updates of one network of a model: layer name in the file to factors."""
 
     file: Path
     part: str
@@ -61,9 +61,9 @@ class Lora:
 
 
 def read_lora(file: Path, part: str) -> Lora:
-    """Read what a LoRA changes of `part`: "unet", "text_encoder" or "text_encoder_2"; nothing, perhaps.
+    """Read the updates of `part`, "unet", "text_encoder" or "text_encoder_2"; a file can have none.
 
-    Raises DataError for a file that is no LoRA, is broken, or is of another kind.
+    Raise DataError if the file is not a LoRA, is broken, or is of an unsupported kind.
     """
     header = read_header(file)
     check_kind(header)
@@ -77,42 +77,42 @@ def read_lora(file: Path, part: str) -> Lora:
 
 
 def check_parts(file: Path, parts: Iterable[str]) -> None:
-    """Raise DataError for a LoRA that changes a text encoder, and the model, of these `parts`, has none such."""
+    """Raise DataError if the LoRA changes a text encoder that is not in `parts`, those of the model."""
     changed = {find_target_part(name) for name in read_header(file).shapes}
     for part in sorted(changed - {UNET_PART} - set(parts)):
         reason = f"The LoRA {file} does not fit the model: it changes {part}, which the model does not have."
-        raise DataError(reason, "Use a LoRA made for this model's family.")
+        raise DataError(reason, "Use a LoRA for the family of this model.")
 
 
 def find_target_part(name: str) -> str:
-    """Which part of a model the tensor called `name` changes: the UNet, unless it says otherwise."""
+    """Return the network that the tensor `name` changes, by its prefix; the UNet by default."""
     return next((part for part, prefixes in TEXT_PREFIXES.items() if name.startswith(prefixes)), UNET_PART)
 
 
 def check_kind(header: Header) -> None:
-    """Raise DataError unless the file's tensors, and there are some, are low-rank factors and their alphas alone."""
+    """Raise DataError unless the file has tensors, and all are low-rank factors or alphas."""
     other = [name for name in header.shapes if not (FACTOR_NAME.fullmatch(name) or name.endswith(ALPHA_SUFFIX))]
     if len(other) == len(header.shapes) and not any(kind in name for name in other for kind in UNSUPPORTED_MARKERS):
-        holds = f"it holds {other[0]}" if other else "it holds no factors"
-        raise DataError(f"{header.file} is no LoRA: {holds}.", "Name a LoRA's safetensors file.")
+        reason = f"it has the tensor {other[0]}" if other else "it has no tensors"
+        raise DataError(f"{header.file} is not a LoRA: {reason}.", "Use the safetensors file of a LoRA.")
     if other:
-        raise build_kind_error(header.file, f"it holds {other[0]}")
+        raise build_kind_error(header.file, f"it has the tensor {other[0]}")
 
 
 def group_factors(file: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Factors]:
-    """Layer, as the file names it, -> its factors; raises DataError where they are broken."""
+    """Return layer name to factors; raise DataError if tensors are invalid."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         layer, part = parse_tensor_name(name)
-        is_number = tensor.is_floating_point() or part == ALPHA_SUFFIX  # some write alphas as integers
-        if not is_number or not bool(tensor.float().isfinite().all()):
-            raise build_broken_error(file, f"{name} is not all finite numbers.")
+        is_valid_dtype = tensor.is_floating_point() or part == ALPHA_SUFFIX  # some files have integer alphas
+        if not is_valid_dtype or not bool(tensor.float().isfinite().all()):
+            raise build_broken_error(file, f"{name} is not floating-point or contains NaN or Inf.")
         layers.setdefault(layer, {})[part] = tensor
     return {layer: build_factors(file, layer, parts, config) for layer, parts in layers.items()}
 
 
 def parse_tensor_name(name: str) -> tuple[str, str]:
-    """A tensor's name -> its layer, and which part of it the tensor is: `down`, `up` or `.alpha`."""
+    """Split a tensor name into its layer and `down`, `up` or `.alpha`."""
     match = FACTOR_NAME.fullmatch(name)
     if match is None:
         return name.removesuffix(ALPHA_SUFFIX), ALPHA_SUFFIX
@@ -120,51 +120,53 @@ def parse_tensor_name(name: str) -> tuple[str, str]:
 
 
 def build_factors(file: Path, layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Factors:
-    """The factors of one layer from its parts; raises DataError where they make none."""
+    """Build the factors of one layer; raise DataError if a factor is missing or the shapes do not match."""
     down, up, alpha = (parts.get(part) for part in ("down", "up", ALPHA_SUFFIX))
     if down is None or up is None:
-        raise build_broken_error(file, f"{layer} lacks one of its two factors.")
+        raise build_broken_error(file, f"{layer} lacks one of the two factors.")
     rank = math.prod(up.shape[1:])
     if min(up.dim(), down.dim()) < 2 or not rank or rank != down.shape[0]:
-        raise build_broken_error(file, f"the factors of {layer} are {tuple(up.shape)} and {tuple(down.shape)}.")
+        raise build_broken_error(
+            file, f"the factors of {layer} have the shapes {tuple(up.shape)} and {tuple(down.shape)}."
+        )
     if alpha is not None and alpha.numel() != 1:
-        raise build_broken_error(file, f"the alpha of {layer} is no number.")
+        raise build_broken_error(file, f"the alpha of {layer} is not a single number.")
     return Factors(down, up, compute_scale(layer, rank, config) if alpha is None else alpha.item() / rank)
 
 
 def read_adapter_config(header: Header, part: str) -> dict[str, Any]:
-    """What diffusers wrote of PEFT's LoraConfig for `part` into the file's header, {} where nothing is; DataError."""
+    """Read the PEFT LoraConfig for `part` from the header, by default {}; raise DataError if it is invalid."""
     try:
         config = json.loads(header.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
         prefix = f"{part}."
-        found = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
-        patterns = found.get("alpha_pattern") or {}
-        if not all(math.isfinite(alpha) for alpha in (*patterns.values(), found.get("lora_alpha", 1))):
+        part_config = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
+        patterns = part_config.get("alpha_pattern") or {}
+        if not all(math.isfinite(alpha) for alpha in (*patterns.values(), part_config.get("lora_alpha", 1))):
             raise ValueError("an alpha is not finite")
         for pattern in patterns:
             re.compile(pattern)
     except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise build_broken_error(header.file, f"its header says nonsense ({error}).") from error
-    if found.get("use_dora"):
-        raise build_kind_error(header.file, "its header says DoRA")
-    return found
+        raise build_broken_error(header.file, f"its LoraConfig in the header is invalid ({error}).") from error
+    if part_config.get("use_dora"):
+        raise build_kind_error(header.file, "it is a DoRA by its header")
+    return part_config
 
 
-def build_broken_error(file: Path, what: str) -> DataError:
-    """The error for a LoRA with which nothing can be done."""
-    return DataError(f"The LoRA {file} is broken: {what}", "Download it again, or use another one.")
+def build_broken_error(file: Path, reason: str) -> DataError:
+    """Return the error for a LoRA with invalid contents."""
+    return DataError(f"The LoRA {file} is broken: {reason}", "Download it again, or use another LoRA.")
 
 
-def build_kind_error(file: Path, why: str) -> DataError:
-    """The error for a LoRA that is more than two factors and an alpha for each layer."""
-    hint = "Use a plain LoRA: DoRA, LoHa, LoKr and other kinds are not read."
-    return DataError(f"The LoRA {file} is of an unknown kind: {why}.", hint)
+def build_kind_error(file: Path, reason: str) -> DataError:
+    """Return the error for a LoRA with anything but two factors and an alpha per layer."""
+    hint = "Use a standard LoRA. DoRA, LoHa, LoKr and other kinds are not supported."
+    return DataError(f"The LoRA {file} is of an unsupported kind: {reason}.", hint)
 
 
 def compute_scale(layer: str, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732), by PEFT's config; 1 where it says nothing."""
+    """Return alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732), from the PEFT config; 1 by default."""
     from peft.utils.other import get_pattern_key
 
     alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(alphas, NETWORK_PREFIX.sub("", layer)), config.get("lora_alpha", rank))
+    alpha = alphas.get(get_pattern_key(list(alphas), NETWORK_PREFIX.sub("", layer)), config.get("lora_alpha", rank))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,7 +1,7 @@
-"""Textual inversion: a new word for the prompt that stands for learned vectors; arXiv 2208.01618, section 3.
+"""Textual inversion: a new token with learned embedding vectors; arXiv 2208.01618, section 3.
 
-A file holds vectors [n, C] for each text encoder, C its width: as diffusers writes them, by the token; as A1111 does,
-by `emb_params`; or for both encoders of SDXL, by `clip_l` and `clip_g`.
+A file has vectors [n, C] for each text encoder of width C. The tensor name is the token (diffusers), `emb_params`
+(A1111), or `clip_l` and `clip_g` for the two encoders of SDXL.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,12 +27,12 @@ ENCODER_KEYS = {
     "text_encoders_1": "text_encoder_2",
 }
 WORD_END_SUFFIX = "</w>"
-RENAME_HINT = "Give it another one: FILE:TOKEN."
+RENAME_HINT = "Set another token: FILE:TOKEN."
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """`token` stands for `vectors`: part of the model -> [n, C] in any float."""
+    """A token and its embedding `vectors`: text encoder to [n, C], any float dtype."""
 
     file: Path
     token: str
@@ -39,26 +40,26 @@ class Inversion:
 
 
 def read_inversions(wanted: Iterable[tuple[Path, str | None]]) -> list[Inversion]:
-    """The textual inversions in these files, by the token given, or by the file's own.
+    """Read textual inversions from pairs of file and token; the default token is that of the file.
 
-    Raises DataError for a file that is none or is broken, UsageError for two of one name.
+    Raise DataError if a file is not a textual inversion or is broken, UsageError if two have the same token.
     """
-    found: dict[str, Inversion] = {}
+    inversions: dict[str, Inversion] = {}
     for file, token in wanted:
         inversion = read_inversion(file, token)
-        other = found.setdefault(inversion.token.lower(), inversion)
+        other = inversions.setdefault(inversion.token.lower(), inversion)
         if other is not inversion:
-            reason = f"Both {other.file} and {file} are called {inversion.token!r} in prompts."
+            reason = f"{other.file} and {file} have the same token {inversion.token!r}."
             raise UsageError(reason, RENAME_HINT, "textual_inversion")
-    return list(found.values())
+    return list(inversions.values())
 
 
 def read_inversion(file: Path, token: str | None = None) -> Inversion:
-    """As `read_inversions`, one file."""
+    """Read one textual inversion like `read_inversions`."""
     header = read_header(file)
     parts = map_tensors_to_parts(header)
-    own = next(iter(header.shapes))
-    named = own if own not in (A1111_KEY, *ENCODER_KEYS) else file.stem
+    first = next(iter(header.shapes))
+    default_token = first if first not in (A1111_KEY, *ENCODER_KEYS) else file.stem
     try:
         with safe_open(file, framework="pt") as opened:
             vectors = {part: opened.get_tensor(name) for name, part in parts.items()}
@@ -66,81 +67,81 @@ def read_inversion(file: Path, token: str | None = None) -> Inversion:
         raise build_broken_error(file, f"it cannot be read ({error}).") from error
     for name, part in parts.items():
         if not vectors[part].is_floating_point() or not bool(vectors[part].float().isfinite().all()):
-            raise build_broken_error(file, f"{name} is not all finite numbers.")
+            raise build_broken_error(file, f"{name} is not floating-point or contains NaN or Inf.")
     return Inversion(
-        file, token or named, {part: values.reshape(-1, values.shape[-1]) for part, values in vectors.items()}
+        file, token or default_token, {part: values.reshape(-1, values.shape[-1]) for part, values in vectors.items()}
     )
 
 
 def is_inversion(header: Header) -> bool:
-    """Whether a file has the look of one: a tensor for each encoder, or a single one, named after a token."""
+    """Return whether the tensor names are those of a textual inversion: one per encoder, or a single token name."""
     names = header.shapes.keys()
     return bool(names) and (names <= ENCODER_KEYS.keys() or (len(names) == 1 and "." not in min(names)))
 
 
 def map_tensors_to_parts(header: Header) -> dict[str, str]:
-    """The file's tensors, name -> part of the model that they are for; raises DataError for what they cannot be."""
+    """Return tensor name to text encoder; raise DataError if the file is not a textual inversion."""
     names = sorted(header.shapes)
     parts = {name: ENCODER_KEYS.get(name, "text_encoder") for name in names}
-    alone = len(names) == 1
-    if not names or len(set(parts.values())) < len(names) or not (alone or ENCODER_KEYS.keys() >= parts.keys()):
-        holds = ", ".join(names[:3]) or "nothing"
-        reason = f"{header.file} is no textual inversion: it holds {holds}."
-        raise DataError(reason, "Name a textual inversion's safetensors file.")
+    is_single = len(names) == 1
+    if not names or len(set(parts.values())) < len(names) or not (is_single or ENCODER_KEYS.keys() >= parts.keys()):
+        reason = f"{header.file} is not a textual inversion (tensors: {', '.join(names[:3]) or 'none'})."
+        raise DataError(reason, "Use the safetensors file of a textual inversion.")
     for name, shape in header.shapes.items():
         if len(shape) not in (1, 2) or 0 in shape:
             raise build_broken_error(header.file, f"{name} has the shape {shape}.")
     return parts
 
 
-def check_widths(inversion: Inversion, widths: Mapping[str, int]) -> None:
-    """Raise DataError unless there are vectors as wide as each of the model's text encoders, and no others."""
-    found = {part: values.shape[-1] for part, values in inversion.vectors.items()}
-    if found != dict(widths):
-        has, takes = (
-            " and ".join(f"{width} for {part}" for part, width in sorted(sizes.items())) for sizes in (found, widths)
+def check_widths(inversion: Inversion, widths: Mapping[str, int | None]) -> None:
+    """Raise DataError unless the vectors have the widths of the model's text encoders, one tensor per encoder."""
+    file_widths = {part: values.shape[-1] for part, values in inversion.vectors.items()}
+    if file_widths != dict(widths):
+        actual, expected = (
+            " and ".join(f"{width} for {part}" for part, width in sorted(sizes.items()))
+            for sizes in (file_widths, widths)
         )
-        reason = f"The textual inversion {inversion.file} does not fit the model: its vectors' widths are {has}"
-        raise DataError(f"{reason}, and the model takes {takes}.", "Use one made for this model's family.")
+        reason = f"The textual inversion {inversion.file} does not fit the model: its vector widths are {actual}"
+        raise DataError(f"{reason}, but the model needs {expected}.", "Use one for the family of this model.")
 
 
 @torch.no_grad()
 def add_tokens(
     encoder: PreTrainedModel, tokenizer: CLIPTokenizer, part: str, inversions: Sequence[Inversion]
 ) -> dict[str, tuple[int, list[int]]]:
-    """Teach the model's `part` and its tokenizer new words: token -> its id, and the embedding's rows it stands for.
+    """Add tokens to the text encoder `part` and its tokenizer; return token to its id and its embedding rows.
 
-    Raises UsageError for a token that the tokenizer knows already.
+    Raise UsageError if the tokenizer already has a token.
     """
-    known = tokenizer.get_vocab()
-    embedding = encoder.get_input_embeddings()
-    words: dict[str, tuple[int, list[int]]] = {}
-    rows = [embedding.weight]
+    vocabulary = tokenizer.get_vocab()
+    embedding = cast(nn.Embedding, encoder.get_input_embeddings())
+    added: dict[str, tuple[int, list[int]]] = {}
+    rows: list[Tensor] = [embedding.weight]
     for inversion in inversions:
         token, vectors = inversion.token, inversion.vectors[part].to(embedding.weight)
-        if any(text + end in known for text in (token, token.lower()) for end in ("", WORD_END_SUFFIX)):
-            reason = f"The token {token!r} of the textual inversion {inversion.file} is a word of the model's own."
+        if any(text + end in vocabulary for text in (token, token.lower()) for end in ("", WORD_END_SUFFIX)):
+            reason = f"The token {token!r} of the textual inversion {inversion.file} is in the model's vocabulary."
             raise UsageError(reason, RENAME_HINT, "textual_inversion")
         tokenizer.add_tokens([token])
         first = sum(map(len, rows))
-        words[token] = tokenizer.convert_tokens_to_ids(token), list(range(first, first + len(vectors)))
+        added[token] = cast(int, tokenizer.convert_tokens_to_ids(token)), list(range(first, first + len(vectors)))
         rows.append(vectors)
     if inversions:
         embedding.weight = nn.Parameter(torch.cat(rows), requires_grad=False)
-        set_eos_token_id(encoder, tokenizer.eos_token_id)
-    return words
+        set_eos_token_id(encoder, cast(int, tokenizer.eos_token_id))
+    return added
 
 
 def set_eos_token_id(encoder: PreTrainedModel, eos_token_id: int) -> None:
-    """Let the pooled embedding stand at the end of the text, also where the config says nonsense of it, as SDXL's does.
+    """Set the id of the end token, at which the pooled embedding is taken.
 
-    transformers then takes the largest id for the end, which is that of a new word now.
+    SDXL's config has a wrong id, for which transformers uses the largest token id; added tokens have larger ids.
     """
     for module in encoder.modules():
         if hasattr(module, "eos_token_id"):
-            module.eos_token_id = eos_token_id
+            module.eos_token_id = eos_token_id  # pyright: ignore[reportArgumentType]  # not a submodule
 
 
-def build_broken_error(file: Path, what: str) -> DataError:
-    """The error for a textual inversion with which nothing can be done."""
-    return DataError(f"The textual inversion {file} is broken: {what}", "Download it again, or use another one.")
+def build_broken_error(file: Path, reason: str) -> DataError:
+    """Return the error for a textual inversion with invalid contents."""
+    return DataError(f"The textual inversion {file} is broken: {reason}", "Download it again, or use another one.")

@@ -94,16 +94,16 @@ def read_scheduler_config(model: Model, header: Header | None) -> tuple[dict[str
     config = read_config(model.folder / "scheduler" / "scheduler_config.json")
     if header is None:
         return config, ()
-    predicted, warning = read_prediction_type(header)
-    return adapt_scheduler_config(config, header, predicted), () if warning is None else (warning,)
+    prediction_type, warning = read_prediction_type(header)
+    return adapt_scheduler_config(config, header, prediction_type), () if warning is None else (warning,)
 
 
-def adapt_scheduler_config(config: Mapping[str, Any], header: Header, predicted: str | None) -> dict[str, Any]:
+def adapt_scheduler_config(config: Mapping[str, Any], header: Header, prediction_type: str | None) -> dict[str, Any]:
     """Adapt the scheduler config of a family to a single file; the prediction type is always that of the file."""
     adapted = {name: value for name, value in config.items() if name != "prediction_type"}
     if ZERO_SNR_MARKER in header.shapes:
         adapted |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return adapted | ({"prediction_type": predicted} if predicted else {})
+    return adapted | ({"prediction_type": prediction_type} if prediction_type else {})
 
 
 def check_model_kind(model: Model, index: dict[str, Any], unet: dict[str, Any], vae: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from linfusion_cli.core.errors import Unavailable, first_line
 from linfusion_cli.models.files.layout import LINFUSION_FOLDER, PARTS
@@ -30,7 +31,7 @@ def find_in_hub(name: str, download: bool, flag: str, is_complete: Callable[[Pat
 
 
 def find_snapshot(name: str, flag: str) -> Path | None:
-    """Return the local snapshot of hub id `name`, complete or not; None if there is none.
+    """Return the local snapshot of hub id `name`, complete or not, or None.
 
     Raise Unavailable if `name` is not a valid hub id.
     """
@@ -75,7 +76,7 @@ def translate_hub_errors(name: str, flag: str) -> Iterator[None]:
     )
 
     # huggingface_hub uses requests or httpx, depending on its version; HfHubHTTPError derives from its error class.
-    network_errors = HfHubHTTPError.__bases__
+    network_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
     subject = f"{flag} {name}".strip()
     try:
         yield

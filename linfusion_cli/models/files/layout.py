@@ -35,7 +35,7 @@ class Part:
 
     @property
     def weights(self) -> list[Path]:
-        """The safetensors files; [] if there are none. Raises DataError like `find_weights_files`."""
+        """The safetensors files, possibly empty; raises DataError like `find_weights_files`."""
         return [self.file] if self.file else find_weights_files(self.folder)
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Model:
 
 
 def find_weights_files(folder: Path) -> list[Path]:
-    """Return the safetensors files in `folder`, without a variant or else in fp16; [] if there are none.
+    """Return the safetensors files in `folder`, possibly empty: without a variant, otherwise in fp16.
 
     Raise DataError if shards are missing and no variant is complete, or if there are only pickles.
     """
@@ -84,7 +84,7 @@ def find_weights_files(folder: Path) -> list[Path]:
 
 
 def find_variant_files(folder: Path, variant: str) -> list[Path]:
-    """Return the shards or the single file of one variant; [] if there are none."""
+    """Return the shards or the single file of one variant, or []."""
     for name in WEIGHTS_STEMS:
         index = folder / f"{name}.safetensors.index{variant}.json"
         if is_file(index):

@@ -1,4 +1,4 @@
-"""Whether a model can be used: every header read, every shape compared, every number looked at."""
+"""Check whether a model or adapter is usable: read all headers, compare all shapes, look for NaN and Inf."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from linfusion_cli.models.text.tokens import load_tokenizer
 SINGLE_NETWORKS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, ControlNetModel)}
 SINGLE_NETWORKS |= dict.fromkeys(UNION_CLASSES, ControlNetUnionModel)
 LINFUSION = "LinFusion"
-FIT_UNKNOWN = "Whether it fits a model shows where it is used with one."
+FIT_UNKNOWN = "Whether it fits a model is checked when it is used."
 
 
 @dataclass(frozen=True)
 class PartSummary:
-    """One part of a model as it was found: its files, and how many tensors of which type are in them."""
+    """A network or adapter with its files, size in bytes, number of tensors, and dtypes by frequency."""
 
     name: str
     files: list[Path]
@@ -58,7 +58,7 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What something turned out to be, in words, its parts, and what else a person should know of it."""
+    """Result of a check: a description, the parts, and remarks for the user."""
 
     what: str
     parts: list[PartSummary]
@@ -66,9 +66,9 @@ class CheckResult:
 
 
 def check(name: str) -> CheckResult:
-    """What --model, --vae, --lora, --controlnet or --ip-adapter `name` is.
+    """Check `name`, a value of --model, --vae, --lora, --controlnet or --ip-adapter.
 
-    Raises Unavailable where it is not here, and DataError naming the first thing that is wrong with it.
+    Raise Unavailable if it is not on this machine, and DataError for the first problem.
     """
     path = find_file(MODEL_KIND, name, download=False).path if is_hub_file(name) else expand_home(name)
     check_weights_suffix("", path)
@@ -84,107 +84,107 @@ def check(name: str) -> CheckResult:
 
 
 def check_file(name: str, header: Header) -> CheckResult:
-    """A single file: a whole model, or one of the things that come beside one, whose shapes that decides."""
+    """Check a single file: a model, an adapter or a VAE; the shapes of the latter two depend on the model."""
     check_file_finite(header)
     if is_lora(header):
         return check_lora(header)
     if any(key.startswith("ip_adapter.") for key in header.shapes):
-        needs = ENCODER_WIDTH_FIELDS[read_adapter(header.file).kind]
+        field = ENCODER_WIDTH_FIELDS[read_adapter(header.file).kind]
         return CheckResult(
-            f"IP-Adapter, which takes an image encoder's {needs}", [summarize_part("ip_adapter", [header])], []
+            f"IP-Adapter for the {field} of an image encoder", [summarize_part("ip_adapter", [header])], []
         )
     if is_inversion(header):
         vectors = read_inversion(header.file).vectors
-        words = ", ".join(f"{len(values)} for the {part}" for part, values in vectors.items())
-        return CheckResult(f"textual inversion, vectors: {words}", [summarize_part("textual_inversion", [header])], [])
+        counts = ", ".join(f"{len(values)} for the {part}" for part, values in vectors.items())
+        return CheckResult(f"textual inversion, vectors: {counts}", [summarize_part("textual_inversion", [header])], [])
     if any(key.startswith("control_model.") for key in header.shapes):
-        raise DataError(f"{header.file} is a ControlNet in one file.", "Use its folder in diffusers' layout.")
+        raise DataError(f"{header.file} is a single-file ControlNet.", "Use a folder in diffusers' layout.")
     if any(key.startswith("decoder.") for key in header.shapes):
-        return CheckResult("VAE, whose shapes the model beside it decides", [summarize_part("vae", [header])], [])
+        return CheckResult("VAE (shapes are checked with a model)", [summarize_part("vae", [header])], [])
     return check_model(find_model(name))
 
 
 def check_lora(header: Header) -> CheckResult:
-    """A LoRA's file, without a model to fit."""
+    """Check a LoRA without a model."""
     counts = {part: len(read_lora(header.file, part).layers) for part in ("unet", "text_encoder", "text_encoder_2")}
     layers = ", ".join(f"{count} in the {part}" for part, count in counts.items() if count)
     return CheckResult(f"LoRA (layers: {layers})", [summarize_part("lora", [header])], [FIT_UNKNOWN])
 
 
 def check_single_network(folder: Path) -> CheckResult:
-    """A folder with one network in it."""
-    name = read_config(folder / "config.json").get("_class_name")
+    """Check a folder with a single network."""
+    name = str(read_config(folder / "config.json").get("_class_name"))
     if name == LINFUSION:
         header = read_header(folder / weights.WEIGHTS_NAME)
         check_file_finite(header)
         layers = len(weights.read_specs(folder / weights.CONFIG_NAME))
-        return CheckResult(f"LinFusion's weights for {layers} layers", [summarize_part("linfusion", [header])], [])
+        return CheckResult(f"LinFusion weights for {layers} layers", [summarize_part("linfusion", [header])], [])
     if name not in SINGLE_NETWORKS:
-        raise DataError(f"{folder} holds a {name}, which is nothing that can be used.", LAYOUT_HINT)
+        raise DataError(f"{folder} has the unsupported class {name}.", LAYOUT_HINT)
     return CheckResult(name, [check_part(name, SINGLE_NETWORKS[name], Part(folder))], [])
 
 
 def check_model(model: Model) -> CheckResult:
-    """A whole model, with LinFusion's weights for it where they are here."""
+    """Check a complete model, and its LinFusion weights if they are on this machine."""
     facts = read_facts(model)
+    encoders: dict[str, type[CLIPTextModel | CLIPTextModelWithProjection]] = {"text_encoder": CLIPTextModel}
+    if facts.is_xl:
+        encoders["text_encoder_2"] = CLIPTextModelWithProjection
     kinds: dict[str, type[nn.Module]] = {"unet": UNet2DConditionModel, "vae": read_vae_class(model.get_part("vae"))}
-    kinds |= {"text_encoder": CLIPTextModel}
-    kinds |= {"text_encoder_2": CLIPTextModelWithProjection} if facts.is_xl else {}
-    parts = [check_part(name, kind, model.get_part(name)) for name, kind in kinds.items()]
-    for suffix in ("", "_2") if facts.is_xl else ("",):
-        kind = kinds[f"text_encoder{suffix}"]
-        load_tokenizer(
-            model.folder / f"tokenizer{suffix}", load_meta(kind, model.get_part(f"text_encoder{suffix}")).config
-        )
-    predicts = facts.prediction_type or "what a probe will tell"
-    what = f"{FAMILY_NAMES[facts.family]} family, {facts.native_px} px, predicts {predicts}"
+    parts = [check_part(name, kind, model.get_part(name)) for name, kind in (kinds | encoders).items()]
+    for name, kind in encoders.items():
+        tokenizer = model.folder / name.replace("text_encoder", "tokenizer")
+        load_tokenizer(tokenizer, load_meta(kind, model.get_part(name)).config)
+    prediction = facts.prediction_type or "an unknown type (detected in a run)"
+    what = f"{FAMILY_NAMES[facts.family]} family, {facts.native_px} px, predicts {prediction}"
     return CheckResult(what, parts, [*facts.warnings, describe_linfusion(model, facts.family)])
 
 
 def describe_linfusion(model: Model, family: str) -> str:
-    """Whether LinFusion's weights for the model are here, and fit."""
+    """Return a remark: whether the LinFusion weights for the model are on this machine, and fit."""
     try:
         folder = find_linfusion("auto", model, family)
     except Unavailable as error:
         return f"LinFusion: {error}"
     unet = load_meta(UNet2DConditionModel, model.get_part("unet"))
+    assert folder is not None  # only `none` has no folder
     modules = weights.load_weights(folder, unet, torch.float32)
     return f"LinFusion: {folder} fits, {len(modules)} layers"
 
 
 def check_part(name: str, kind: type[nn.Module], part: Part) -> PartSummary:
-    """One part: all tensors of its network are there, with its shapes, of floats that are numbers."""
+    """Check that all tensors of a network exist, have the right shapes and dtypes, and are finite."""
     headers, module = read_weights_headers(part), load_meta(kind, part)
-    if part.file is not None:  # whose numbers were looked at before, once for all its parts
+    if part.file is not None:  # `check_file` has already checked all values
         read_matching_state(module, headers[0], on_meta=True)
         return summarize_part(name, headers, find_converter(headers[0], kind)[0])
-    given = {strip_text_model_prefix(name): shape for header in headers for name, shape in header.shapes.items()}
-    if found := find_mismatch(module, given):
-        reason = "The weights in {} do not fit its config.json: {} is {} in the files and {} by its config."
-        raise DataError(reason.format(part, *found), DOWNLOAD_AGAIN)
+    shapes = {strip_text_model_prefix(name): shape for header in headers for name, shape in header.shapes.items()}
+    if mismatch := find_mismatch(module, shapes):
+        reason = "The weights in {} do not fit its config.json: {} is {} in the files, but {} by the config."
+        raise DataError(reason.format(part, *mismatch), DOWNLOAD_AGAIN)
     for header in headers:
         check_file_finite(header)
     return summarize_part(name, headers)
 
 
 def check_file_finite(header: Header) -> None:
-    """Raise DataError naming the first tensor of a file that is not all finite numbers."""
+    """Raise DataError for the first tensor of a file with NaN or Inf."""
     with safe_open(header.file, framework="pt") as opened:
         for name in header.shapes:
             if not name.endswith(INTEGER_BUFFERS) and not opened.get_tensor(name).sum(dtype=torch.float32).isfinite():
-                raise DataError(f"{header.file} is damaged: {name} is not all finite numbers.", DOWNLOAD_AGAIN)
+                raise DataError(f"{header.file} is damaged: {name} contains NaN or Inf.", DOWNLOAD_AGAIN)
 
 
 def summarize_part(name: str, headers: list[Header], prefix: str = "") -> PartSummary:
-    """What the files of a part hold, of a file with several parts those tensors whose names begin with `prefix`."""
-    found = [(header, key) for header in headers for key in header.shapes if key.startswith(prefix)]
-    types = Counter(header.dtypes[key] for header, key in found)
-    size = sum(math.prod(header.shapes[key]) * get_item_bytes(header.dtypes[key]) for header, key in found)
+    """Summarize the tensors in the files of a part; `prefix` selects the tensors in a file with several parts."""
+    tensors = [(header, key) for header in headers for key in header.shapes if key.startswith(prefix)]
+    types = Counter(header.dtypes[key] for header, key in tensors)
+    size = sum(math.prod(header.shapes[key]) * get_item_bytes(header.dtypes[key]) for header, key in tensors)
     kinds = ", ".join(kind for kind, _ in types.most_common())
     return PartSummary(name, [header.file for header in headers], size, types.total(), kinds)
 
 
 def get_item_bytes(kind: str) -> int:
-    """The bytes of one number of a type, as headers name them: BF16, I64, F8_E4M3, BOOL."""
+    """Return the bytes per element of a dtype name in headers, e.g. BF16, I64, F8_E4M3, BOOL."""
     bits = re.search(r"\d+", kind)
     return int(bits[0]) // 8 if bits else 1

@@ -1,4 +1,4 @@
-"""Which models are on this machine, and the way of others to it. Needs no torch."""
+"""List the models on this machine, and download others. Needs no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class InventoryEntry:
-    """One model: its name as options take it, what it is, its bytes on disk, the commit of a hub's, and its folder."""
+    """A local model: name for options, description, bytes on disk, commit in the hub, and folder."""
 
     name: str
     what: str
@@ -33,7 +33,7 @@ class InventoryEntry:
 
 
 def list_local_models() -> Iterator[InventoryEntry]:
-    """The embedded model, and every snapshot of a model's repository in the hub's cache."""
+    """Yield the embedded model and all snapshots of model repositories in the hub cache."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -51,33 +51,36 @@ def list_local_models() -> Iterator[InventoryEntry]:
             )
 
 
-def pull_model(name: str, configs: bool, say: Notify) -> Iterator[Path]:
-    """Fetch `name` and what it needs; where each thing lies, as it arrives. Raises UsageError or Unavailable."""
-    for wanted in resolve_pull_names(name):
-        say(f"Fetching {wanted}")
-        path = pull_one(wanted, configs)
+def pull_model(name: str, configs: bool, notify: Notify) -> Iterator[Path]:
+    """Download `name` and its LinFusion weights; yield the path of each download when it is complete.
+
+    Raise UsageError if `name` is local, Unavailable if a download fails.
+    """
+    for source in resolve_pull_names(name):
+        notify(f"Downloading {source}")
+        path = pull_one(source, configs)
         yield path
         if not configs and is_file(path / "model_index.json") and not is_folder(path / LINFUSION_FOLDER):
             linfusion = PUBLISHED_LINFUSION[read_facts(Model(path)).family]
-            say(f"Fetching {linfusion}")
+            notify(f"Downloading {linfusion}")
             yield download_repository(linfusion, "")
 
 
 def resolve_pull_names(name: str) -> list[str]:
-    """The hub's names that a preset means, or `name` itself; raises UsageError for what is on this machine anyway."""
+    """Return the hub names in the preset `name`, or `name` itself; raise UsageError if it is a local path."""
     if is_folder(expand_home(name)) or is_file(expand_home(name)) or name == DEMO:
-        raise UsageError(f"{name} is on this machine already.", "Name a hub id or a preset.")
+        raise UsageError(f"{name} is already on this machine.", "Use a hub id or a preset.")
     if name not in settings.preset_names():
         return [name]
     values = settings.preset_layer(name).values
     names = [values[key] for key in ("model",) if key in values] + list(values.get("lora", ()))
     if not names:
-        raise UsageError(f"The preset {name} names no model.", "Name a hub id, or a preset with a model.")
+        raise UsageError(f"The preset {name} sets no model.", "Use a hub id, or a preset with a model.")
     return names
 
 
 def pull_one(name: str, configs: bool) -> Path:
-    """One repository, or one file of it, from the hub."""
+    """Download a repository, or one file of it."""
     repository, file = split_hub_path(PULL_KIND, name)
     if file is None and (configs or is_network_repository(name)):
         return download_repository(name, "", configs)
@@ -85,16 +88,16 @@ def pull_one(name: str, configs: bool) -> Path:
 
 
 def describe_snapshot(folder: Path) -> str:
-    """What the snapshot of a hub repository is, at a glance: by its configs, and whether weights are there."""
+    """Describe the snapshot of a hub repository by its configs, and whether its weights are complete."""
     try:
         if is_file(folder / "model_index.json"):
             model = Model(folder)
-            have = [bool(model.get_part(name).weights) for name in ("unet", "vae", "text_encoder")]
-            lacks = "" if all(have) else ", weights incomplete" if any(have) else ", configs alone"
-            return FAMILY_NAMES[read_facts(model).family] + lacks
+            has_weights = [bool(model.get_part(name).weights) for name in ("unet", "vae", "text_encoder")]
+            state = "" if all(has_weights) else ", weights incomplete" if any(has_weights) else ", configs only"
+            return FAMILY_NAMES[read_facts(model).family] + state
         if is_file(folder / "config.json"):
             return read_config(folder / "config.json").get("_class_name") or "unknown"
         files = sorted(folder.rglob("*.safetensors"))
         return "LoRA" if any(is_lora(read_header(file)) for file in files) else "unknown"
     except LinfusionError as error:
-        return f"not usable: {error.message}"
+        return f"unusable: {error.message}"

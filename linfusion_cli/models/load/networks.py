@@ -1,16 +1,16 @@
-"""Read the parts of a model: safetensors only, from this machine only."""
+"""Load the networks of a model from local safetensors files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from linfusion_cli.core.errors import DataError, NonFinite, Unavailable, first_line
 from linfusion_cli.hardware.torch_errors import is_out_of_memory
@@ -21,48 +21,60 @@ from linfusion_cli.models.load.single_file import read_state_dict, read_transfor
 
 Vae = AutoencoderKL | AutoencoderTiny
 Network = TypeVar("Network", bound=nn.Module)
+AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module, covariant=True)
 
 DOWNLOAD_AGAIN = "Download the model again."
-WIDE_DTYPES = {"F64", "F32", "BF16"}  # in a safetensors header: with numbers that are too large for fp16
+WIDE_DTYPES = {"F64", "F32", "BF16"}  # dtypes in safetensors headers with a larger range than fp16
 
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()
 
 
+class PretrainedClass(Protocol[AnyNetwork]):
+    """A class of diffusers or transformers, loaded with `output_loading_info`."""
+
+    def from_pretrained(self, folder: str, **options: object) -> tuple[AnyNetwork, dict[str, list[str]]]:
+        """Load a network, and return it with information such as missing keys."""
+        ...
+
+
 def load_unet(model: Model, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet of `model`, on the CPU, where its attention can be replaced before it moves."""
+    """Load the UNet of `model` on the CPU, where its attention can be replaced before it is moved."""
     return load_part(UNet2DConditionModel, model.get_part("unet"), dtype, torch.device("cpu"))
 
 
 def load_vae(part: Part, dtype: torch.dtype, device: torch.device) -> Vae:
-    """The VAE in `part`, ready to run."""
+    """Load the VAE in `part` on `device`."""
     return load_part(read_vae_class(part), part, dtype, device)
 
 
 def read_vae_class(part: Part) -> type[Vae]:
-    """The class of the VAE in `part`, by its config; raises DataError for one that is not known."""
+    """Return the class of the VAE in `part` from its config; raise DataError if it is not supported."""
     name = read_config(part.config_path).get("_class_name", AutoencoderKL.__name__)
-    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
-    if name not in kinds:
-        raise DataError(f"The VAE in {part} is of the kind {name}.", f"Use one of the kinds {', '.join(kinds)}.")
-    return kinds[name]
+    classes: dict[str, type[Vae]] = {AutoencoderKL.__name__: AutoencoderKL, AutoencoderTiny.__name__: AutoencoderTiny}
+    if name not in classes:
+        raise DataError(f"The VAE in {part} has the unsupported class {name}.", f"Use {' or '.join(classes)}.")
+    return classes[name]
 
 
 def load_meta(kind: type[Network], part: Part) -> Network:
-    """A part of a model without its weights: what its config says, on the meta device."""
+    """Build a network from its config on the meta device, without weights; raise DataError if the config is invalid."""
     config = read_network_config(kind, part)
     try:
         with init_empty_weights():
-            made = kind(kind.config_class(**config)) if issubclass(kind, PreTrainedModel) else kind.from_config(config)
+            if issubclass(kind, PreTrainedModel):
+                module = kind(cast(type[PretrainedConfig], kind.config_class)(**config))
+            else:
+                module = cast(Network, cast(type[ConfigMixin], kind).from_config(config))
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise DataError(
-            f"{part.config_path} makes no {kind.__name__} ({first_line(error)}).", DOWNLOAD_AGAIN
+            f"{part.config_path} is not a valid config of {kind.__name__} ({first_line(error)}).", DOWNLOAD_AGAIN
         ) from error
-    return made.eval().requires_grad_(False)
+    return cast(Network, module.eval().requires_grad_(False))
 
 
 def read_network_config(kind: type, part: Part) -> dict[str, Any]:
-    """What its config.json says; a UNet in a single file may be less deep than its family's."""
+    """Read the config of a network; the depth of a UNet in a single file is read from the file."""
     config = read_config(part.config_path)
     if kind is UNet2DConditionModel and part.file is not None:
         return config | read_transformer_depths(read_header(part.file), config)
@@ -70,9 +82,9 @@ def read_network_config(kind: type, part: Part) -> dict[str, Any]:
 
 
 def load_part(kind: type[Network], part: Part, dtype: torch.dtype, device: torch.device) -> Network:
-    """One part of a model, as `kind`, its convolutions' weights in channels-last, in which they run fastest.
+    """Load a network of class `kind`, with convolution weights in channels-last format, which is the fastest.
 
-    Raises Unavailable when files are missing, DataError when they are broken, NonFinite for weights too large for fp16.
+    Raise Unavailable if files are missing, DataError if they are broken, NonFinite if weights overflow in fp16.
     """
     headers = read_weights_headers(part)
     module = (
@@ -83,39 +95,41 @@ def load_part(kind: type[Network], part: Part, dtype: torch.dtype, device: torch
     if device.type == "cpu":
         copy_parameters(module)
     check_finite(part, module, may_overflow=dtype == torch.float16 and any(map(has_wide_dtype, headers)))
-    return module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    module.eval().requires_grad_(False)
+    return module.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # lacks memory_format
 
 
 def read_weights_headers(part: Part) -> list[Header]:
-    """The headers of its weights; raises Unavailable or DataError where these are missing or broken."""
+    """Read the headers of the weights files; raise Unavailable if they are missing, DataError if they are broken."""
     files = part.weights
     if not files:
         reason = f"The model is incomplete: {part} has no weights."
         raise Unavailable(reason, "Add --download, or use another --model.")
     headers = [read_header(file) for file in files]
-    for header in headers if part.file is None else ():  # a single file may hold more than what is read of it
-        header.check_dtypes()
+    if part.file is None:  # a single file can have tensors that are not read
+        for header in headers:
+            header.check_dtypes()
     return headers
 
 
 def load_from_folder(kind: type[Network], part: Part, dtype: torch.dtype) -> Network:
-    """A part as diffusers or transformers read it from its folder."""
+    """Load a network from its folder with diffusers or transformers; raise DataError if weights do not fit."""
     options = {"variant": "fp16"} if ".fp16" in part.weights[0].name else {}
     options |= {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        module, found = kind.from_pretrained(str(part.folder), **options)
+        module, loading_info = cast(PretrainedClass[Network], kind).from_pretrained(str(part.folder), **options)
     except (OSError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         reason = f"The weights in {part} do not fit its config.json ({first_line(error)})."
         raise DataError(reason, DOWNLOAD_AGAIN) from error
-    if found["missing_keys"]:  # the libraries would go on with random numbers in their place
-        raise DataError(f"The weights in {part} lack {min(found['missing_keys'])}.", DOWNLOAD_AGAIN)
+    if loading_info["missing_keys"]:  # the libraries only log a warning and initialize them randomly
+        raise DataError(f"The weights in {part} lack {min(loading_info['missing_keys'])}.", DOWNLOAD_AGAIN)
     return module
 
 
 def load_from_single_file(kind: type[Network], part: Part, header: Header, dtype: torch.dtype) -> Network:
-    """A part out of a single file."""
+    """Load a network from a single file."""
     module = load_meta(kind, part)
     state = read_matching_state(module, header, on_meta=False)
     module.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
@@ -123,51 +137,56 @@ def load_from_single_file(kind: type[Network], part: Part, header: Header, dtype
 
 
 def read_matching_state(module: nn.Module, header: Header, on_meta: bool) -> dict[str, Tensor]:
-    """The tensors of a single file that are `module`'s; raises DataError naming the first that is not as it should be.
+    """Read the parameters of `module` from a single file; raise DataError for the first one that does not match.
 
-    What else the file holds in its place is left out, such as a text encoder's last layers that nobody listens to.
+    Additional tensors with the same prefix are ignored, e.g. the last layers of a text encoder that are not used.
     """
-    found = {strip_text_model_prefix(name): tensor for name, tensor in read_state_dict(header, module, on_meta).items()}
-    if wrong := find_mismatch(module, {name: tuple(tensor.shape) for name, tensor in found.items()}):
-        reason = "{} is of another make than it seems: {} is {} in the file and {} in a model of its family."
-        raise DataError(reason.format(header.file, *wrong), "Use another file.")
-    return {name: found[strip_text_model_prefix(name)] for name, _ in module.named_parameters()}
+    tensors = {
+        strip_text_model_prefix(name): tensor for name, tensor in read_state_dict(header, module, on_meta).items()
+    }
+    if mismatch := find_mismatch(module, {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
+        reason = "{} does not fit its model family: {} is {} in the file, but {} in the family."
+        raise DataError(reason.format(header.file, *mismatch), "Use another file.")
+    return {name: tensors[strip_text_model_prefix(name)] for name, _ in module.named_parameters()}
 
 
 def find_mismatch(
     module: nn.Module, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, object, tuple[int, ...]] | None:
-    """The first parameter of `module` that `shapes`, by plain names, lack or have otherwise: name, found, wanted."""
+    """Return name, actual and expected shape of the first parameter that is missing or differs; None if all match.
+
+    The keys of `shapes` are names without the prefix `text_model.`.
+    """
     for name, parameter in module.named_parameters():
-        found, wanted = shapes.get(strip_text_model_prefix(name), "no such tensor"), tuple(parameter.shape)
-        if found != wanted:
-            return name, found, wanted
+        actual, expected = shapes.get(strip_text_model_prefix(name), "missing"), tuple(parameter.shape)
+        if actual != expected:
+            return name, actual, expected
     return None
 
 
 def strip_text_model_prefix(name: str) -> str:
-    """A tensor's name without the level that CLIPTextModel has in some versions of transformers, and in most files."""
+    """Remove the prefix that CLIPTextModel has in older versions of transformers, and in most files."""
     return name.removeprefix("text_model.")
 
 
 def has_wide_dtype(header: Header) -> bool:
-    """Whether a file may hold numbers that are too large for fp16."""
+    """Return whether a file has a dtype with a larger range than fp16."""
     return not WIDE_DTYPES.isdisjoint(header.dtypes.values())
 
 
 def check_finite(part: Part, module: nn.Module, may_overflow: bool) -> None:
-    """Raise DataError naming the first weights that are not all finite numbers: their pictures would be black.
+    """Raise DataError for the first parameter with NaN or Inf, which would lead to black images.
 
-    NonFinite where they `may_overflow`: a wider dtype will tell.
+    Raise NonFinite instead if they `may_overflow`: the weights can be finite in a wider dtype.
     """
     for name, parameter in module.named_parameters():
         if not parameter.sum(dtype=torch.float32).isfinite():
             if may_overflow:
-                raise NonFinite(f"The weights in {part} have NaN or Inf in {name}.")
-            raise DataError(f"The weights in {part} are damaged: {name} is not all finite numbers.", DOWNLOAD_AGAIN)
+                raise NonFinite(f"The weights in {part} contain NaN or Inf in {name}.")
+            raise DataError(f"The weights in {part} are damaged: {name} contains NaN or Inf.", DOWNLOAD_AGAIN)
 
 
 def copy_parameters(module: nn.Module) -> None:
-    """Copy the parameters out of the mapped file: its other alignments make CPU results differ by 1e-5."""
+    """Copy the parameters out of the memory-mapped file: another alignment changes CPU results by 1e-5."""
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()

@@ -1,4 +1,4 @@
-"""The base of a fine-tune: where it is, and its UNet's self-attention, which is all that is read of it."""
+"""Base model of a fine-tune: locate its UNet, and read the self-attention weights from it."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ MERGE_HINT = "or use --linfusion-merge published or keep"
 
 
 def find_base(name: str, model: Model, linfusion: Path, family: str, download: bool = False) -> Path:
-    """The folder of the base's UNet: of `demo`, a diffusers folder, a UNet's own, a hub id, or `auto`.
+    """Return the UNet folder of the base `name`: `demo`, a diffusers folder, a UNet folder, a hub id, or `auto`.
 
-    `auto` is what the weights in `linfusion` were made for: the model in whose folder they lie, as the embedded one's
-    do, else what those published for `family` were. Raises Unavailable when it is not on this machine and not to be
-    fetched, DataError for what is no model.
+    `auto` is the model that the weights in `linfusion` were trained for: the model that contains this folder (also for
+    the embedded model), otherwise the base model of `family`. Raise Unavailable if it is not on this machine and
+    `download` is false, DataError if it is not a model.
     """
     if name == "auto":
         name = str(model.folder) if model.folder in (linfusion.parent, DEMO_FOLDER) else FAMILY_BASES[family]
     folder = DEMO_FOLDER if name == DEMO else expand_home(name)
     if is_file(folder):
-        raise DataError(f"{FLAG} {name} is a file.", "Name a folder in diffusers' layout, a hub id, or demo.")
+        raise DataError(f"{FLAG} {name} is a file.", "Use a folder in diffusers' layout, a hub id, or demo.")
     if not is_folder(folder):
         folder = find_base_in_hub(name, download)
     unet = folder / "unet" if is_folder(folder / "unet") else folder
     if not find_weights_files(unet):
-        raise DataError(f"{FLAG} {name} has no UNet's weights.", f"Name another base, {MERGE_HINT}.")
+        raise DataError(f"{FLAG} {name} has no UNet weights.", f"Use another base, {MERGE_HINT}.")
     return unet
 
 
 def find_local_base(model: Model, linfusion: Path, family: str) -> Path | None:
-    """As `find_base` for `auto`, None where it is not on this machine."""
+    """Return the folder that `find_base` finds for `auto`, None if it is not on this machine."""
     try:
         return find_base("auto", model, linfusion, family)
     except (Unavailable, DataError):
@@ -57,18 +57,18 @@ def find_local_base(model: Model, linfusion: Path, family: str) -> Path | None:
 
 
 def find_base_in_hub(name: str, download: bool) -> Path:
-    """The snapshot of hub id `name` in the local cache that has a UNet, fetched if `download`; raises Unavailable."""
-    found = find_snapshot(name, FLAG)
-    if found is not None and find_weights_files(found / "unet"):
-        return found
+    """Return the local snapshot of hub id `name` with a UNet; with `download`, fetch it. Raise Unavailable."""
+    snapshot = find_snapshot(name, FLAG)
+    if snapshot is not None and find_weights_files(snapshot / "unet"):
+        return snapshot
     if download:
         return download_base(name)
-    reason = f"The model's base, {FLAG} {name}, is not on this machine."
-    raise Unavailable(reason, f"Name its folder with {FLAG}, add --download to fetch it, {MERGE_HINT}.")
+    reason = f"The base model {FLAG} {name} is not on this machine."
+    raise Unavailable(reason, f"Add --download, set {FLAG} to its folder, {MERGE_HINT}.")
 
 
 def download_base(name: str) -> Path:
-    """Download the UNet alone of hub id `name` into the local cache -> its snapshot; raises Unavailable."""
+    """Download only the UNet of hub id `name` and return its snapshot; raise Unavailable if that fails."""
     from huggingface_hub import snapshot_download
 
     repository, revision = split_revision(name)
@@ -79,10 +79,10 @@ def download_base(name: str) -> Path:
 
 
 class BaseWeights:
-    """Some of the tensors in the safetensors files of a part of a model, read when they are asked for."""
+    """Lazy access to the tensors in the safetensors files of a network."""
 
     def __init__(self, part: Path):
-        """Look into the headers alone; raises DataError for a file that is not whole."""
+        """Read only the headers; raise DataError if a file is incomplete."""
         self.part = part
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -91,21 +91,21 @@ class BaseWeights:
             self.shapes |= shapes
             self.files |= dict.fromkeys(shapes, path)
 
-    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise DataError naming the first tensor of `wanted`, name -> shape, that is not there in this shape."""
-        for name, shape in wanted.items():
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise DataError for the first tensor of `expected`, name to shape, that is missing or has another shape."""
+        for name, shape in expected.items():
             if self.shapes.get(name) != shape:
-                given = self.shapes.get(name, "no such tensor")
-                reason = f"{name} is {given} in the base {self.part} and {shape} in the model."
-                raise DataError(reason, f"Name the model's own base with {FLAG}, {MERGE_HINT}.")
+                actual = self.shapes.get(name, "missing")
+                reason = f"{name} is {actual} in the base {self.part}, but {shape} in the model."
+                raise DataError(reason, f"Set {FLAG} to the base of this model, {MERGE_HINT}.")
 
     def read(self, layer: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors `names` of a layer, by these names, in the dtype of the file."""
-        places: dict[Path, list[str]] = {}
+        """Read the tensors `names` of a layer in the dtype of the file; the keys are `names`."""
+        names_by_file: dict[Path, list[str]] = {}
         for name in names:
-            places.setdefault(self.files[f"{layer}.{name}"], []).append(name)
-        found = {}
-        for path, here in places.items():  # a layer nearly always lies in one file, which is opened once for it
+            names_by_file.setdefault(self.files[f"{layer}.{name}"], []).append(name)
+        tensors = {}
+        for path, names_in_file in names_by_file.items():  # opens each file once, in most cases a single file
             with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(f"{layer}.{name}") for name in here}
-        return {name: found[name] for name in names}
+                tensors |= {name: file.get_tensor(f"{layer}.{name}") for name in names_in_file}
+        return {name: tensors[name] for name in names}

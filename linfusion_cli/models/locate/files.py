@@ -1,4 +1,4 @@
-"""Where an adapter is, of whatever kind: one safetensors file, of a folder or a hub repository. Needs no torch."""
+"""Locate safetensors files of models and adapters: local files, folders, hub repositories. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from linfusion_cli.core.errors import DataError, Unavailable, UsageError
 from linfusion_cli.core.fs import expand_home, is_file, is_folder
 from linfusion_cli.models.files.header import Header
 from linfusion_cli.models.files.hub import find_snapshot, split_revision, translate_hub_errors
-from linfusion_cli.models.files.layout import CONVERT_HINT, PICKLE_SUFFIXES
+from linfusion_cli.models.files.layout import CONVERT_HINT, PICKLE_SUFFIXES, build_pickle_error
 
 MAX_LORA_WEIGHT = 10.0
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -19,9 +19,9 @@ SAFETENSORS_SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class FileKind:
-    """What is looked for: the option that names it, what it is, and the names that its file usually has.
+    """A kind of file to locate: its option, a noun for messages, and the standard names of such a file.
 
-    `convert` is what to do with a pickle; in a folder called `other` lies something else.
+    `convert_hint` is the hint for pickles; files in a folder called `excluded_folder` are ignored.
     """
 
     flag: str
@@ -31,13 +31,13 @@ class FileKind:
     excluded_folder: str = ""
 
     def accepts(self, file: str) -> bool:
-        """Whether `file`, a path in a folder or repository, is a safetensors file that may be it."""
+        """Return whether `file`, a path in a folder or repository, is a candidate."""
         return file.endswith(SAFETENSORS_SUFFIX) and self.excluded_folder not in PurePosixPath(file).parts
 
 
 @dataclass(frozen=True)
 class FileLocation:
-    """Where a file is; of a hub repository also which, and its path `inside`."""
+    """Local path of a file; if it is from the hub, also its repository and its path there."""
 
     path: Path
     repository: str = ""
@@ -55,107 +55,113 @@ INVERSION_KIND = FileKind(
 
 
 def is_lora(header: Header) -> bool:
-    """Whether a file holds a LoRA, of whatever kind."""
+    """Return whether a file is a LoRA of any kind."""
     return any("lora" in name for name in header.shapes)
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """The LoRA and its weight that "FILE:0.8" means, a weight of 1 where none is given; raises UsageError."""
+    """Split "FILE:0.8" into the LoRA and its weight, by default 1; raise UsageError if one is invalid."""
     name, colon, number = text.rpartition(":")
     try:
         weight = float(number) if colon else 1.0
-    except ValueError:  # the colon is the path's own
+    except ValueError:  # the colon belongs to the path
         colon, weight = "", 1.0
     name = name if colon else text
     if not name.strip():
-        raise UsageError(f"--lora {text!r} names no file.", "Write FILE or FILE:0.8.", "lora")
+        raise UsageError(f"--lora {text!r} has no file name.", "Use FILE or FILE:WEIGHT, e.g. FILE:0.8.", "lora")
     if not math.isfinite(weight) or abs(weight) > MAX_LORA_WEIGHT:
-        hint = f"It must lie between {-MAX_LORA_WEIGHT:g} and {MAX_LORA_WEIGHT:g}: write FILE:0.8."
-        raise UsageError(f"--lora {text!r} has the weight {weight:g}.", hint, "lora")
+        reason = f"--lora {text!r} has the weight {weight:g} (limits: {-MAX_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g})."
+        raise UsageError(reason, "Use FILE:WEIGHT, e.g. FILE:0.8.", "lora")
     return name, weight
 
 
 def split_token(text: str) -> tuple[str, str | None]:
-    """The textual inversion and its token that "FILE:TOKEN" means, None where none is given; raises UsageError.
+    """Split "FILE:TOKEN" into the textual inversion and its token, None if none is given; raise UsageError if empty.
 
-    The colon may be the path's own: behind it is no token where that looks like a path, or where the whole is a file.
+    The colon belongs to the path if `text` is an existing file, or if the text after the colon looks like a path.
     """
     name, colon, token = text.rpartition(":")
     if not colon or is_file(expand_home(text)) or token.endswith(SAFETENSORS_SUFFIX) or set(token) & {"/", "\\"}:
         name, token = text, None
     if not name.strip() or (token is not None and not token.strip()):
         raise UsageError(
-            f"--textual-inversion {text!r} is not possible.", "Write FILE or FILE:TOKEN.", "textual_inversion"
+            f"--textual-inversion {text!r} has no file name or an empty token.",
+            "Use FILE or FILE:TOKEN.",
+            "textual_inversion",
         )
     return name, token and token.strip()
 
 
 def is_hub_file(name: str) -> bool:
-    """Whether `name` is OWNER/REPO/FILE.safetensors, and not a file on this machine."""
+    """Return whether `name` is OWNER/REPO/FILE.safetensors and not a local file."""
     return name.endswith(SAFETENSORS_SUFFIX) and name.count("/") > 1 and not is_file(expand_home(name))
 
 
 def find_lora(name: str, download: bool = False) -> Path:
-    """The safetensors file of the LoRA `name`, as `find_file`."""
+    """Return the safetensors file of the LoRA `name`, like `find_file`."""
     return find_file(LORA_KIND, name, download).path
 
 
 def find_inversion(name: str, download: bool = False) -> Path:
-    """The safetensors file of the textual inversion `name`, as `find_file`."""
+    """Return the safetensors file of the textual inversion `name`, like `find_file`."""
     return find_file(INVERSION_KIND, name, download).path
 
 
 def find_file(kind: FileKind, name: str, download: bool) -> FileLocation:
-    """The safetensors file `name` means: a file, a folder, a hub id, or a file in a hub repository.
+    """Locate the safetensors file `name`: a file, a folder, a hub id, or a file in a hub repository.
 
-    Of a folder or a repository it is the one with a usual name, else the only one that may be it. Raises Unavailable
-    when it is not on this machine and not to be fetched, DataError for pickles and for several files.
+    In a folder or repository it is the file with a standard name, otherwise the only candidate. Raise Unavailable if it
+    is not on this machine and `download` is false, DataError for pickles and for several candidates.
     """
     path = expand_home(name)
     if is_folder(path):
-        usual = [file for file in kind.standard_names if is_file(path / file)]
-        return FileLocation(path / pick_file(kind, name, [*usual, *(file.name for file in path.glob("*"))]))
+        standard = [file for file in kind.standard_names if is_file(path / file)]
+        return FileLocation(path / pick_file(kind, name, [*standard, *(file.name for file in path.glob("*"))]))
     if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise pickled(kind, name)
+        raise build_pickle_error(f"{kind.flag} {name}", kind.convert_hint)
     if not is_file(path):
         return find_in_repository(kind, name, download)
     if path.suffix.lower() != SAFETENSORS_SUFFIX:
-        raise DataError(f"{kind.flag} {name} is no safetensors file.", f"Name {kind.noun}'s safetensors file.")
+        raise build_format_error(kind, f"{kind.flag} {name} is not a safetensors file.")
     return FileLocation(path)
 
 
 def find_in_repository(kind: FileKind, name: str, download: bool) -> FileLocation:
-    """As `find_file`, for `owner/repo` or `owner/repo/file.safetensors`, whose file may lie in a sub folder."""
+    """Locate the file of `owner/repo` or `owner/repo/path/file.safetensors`, like `find_file`."""
     repository, file = split_hub_path(kind, name)
     try:
         snapshot = find_snapshot(repository, kind.flag)
     except Unavailable as error:
         raise build_missing_error(kind, name) from error
-    here = [] if snapshot is None else [path for path in snapshot.rglob("*") if is_file(path)]
-    files = [path.relative_to(snapshot).as_posix() for path in here]
-    wanted = next((usual for usual in ([file] if file else kind.standard_names) if usual in files), None)
-    if wanted is None and download:
+    files = [] if snapshot is None else list_files(snapshot)
+    selected = next((path for path in ([file] if file else kind.standard_names) if path in files), None)
+    if selected is None and download:
         return download_file(kind, name, repository, file)
-    # The cache holds what was fetched before, the hub perhaps more: its only file will do where we may not ask.
-    if wanted is None and file is None and any(kind.accepts(path) for path in files):
-        wanted = pick_file(kind, name, files)
-    if wanted is None:
-        hint = "Add --download to fetch it, or name a safetensors file."
+    # The repository can have more files than the cache; without `download` a single candidate in the cache is used.
+    if selected is None and file is None and any(kind.accepts(path) for path in files):
+        selected = pick_file(kind, name, files)
+    if snapshot is None or selected is None:
+        hint = "Add --download, or use a local safetensors file."
         raise Unavailable(f"{kind.flag} {name} is not on this machine.", hint)
-    return FileLocation(snapshot / wanted, repository, wanted)
+    return FileLocation(snapshot / selected, repository, selected)
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return the relative paths of all files in `folder` and its subfolders."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if is_file(path)]
 
 
 def split_hub_path(kind: FileKind, name: str) -> tuple[str, str | None]:
-    """`owner/repo` or `owner/repo/folder/file.safetensors` -> the repository, and the file in it if one is named."""
+    """Split `owner/repo` or `owner/repo/folder/file.safetensors` into the repository and the file, or None."""
     parts = name.split("/")
-    names_file = name.endswith(SAFETENSORS_SUFFIX)
-    if names_file != (len(parts) > 2):
+    has_file = name.endswith(SAFETENSORS_SUFFIX)
+    if has_file != (len(parts) > 2):
         raise build_missing_error(kind, name)
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
 def download_file(kind: FileKind, name: str, repository: str, file: str | None) -> FileLocation:
-    """Download one file of a hub repository, by default the one that `pick_file` finds; raises Unavailable."""
+    """Download `file` from a hub repository, by default the file that `pick_file` selects; raise Unavailable."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
     repo, revision = split_revision(repository)
@@ -165,26 +171,27 @@ def download_file(kind: FileKind, name: str, repository: str, file: str | None) 
 
 
 def pick_file(kind: FileKind, name: str, files: Iterable[str]) -> str:
-    """Which of the `files` of `name` is meant; raises DataError when that is not clear."""
+    """Return the file with a standard name or the only candidate; raise DataError if it is ambiguous."""
     files = sorted(set(files))
-    if usual := next((file for file in kind.standard_names if file in files), None):
-        return usual
-    safe = [file for file in files if kind.accepts(file)]
-    if len(safe) > 1:
-        hint = f"Name one of them, as in {kind.flag} {name.rstrip('/')}/{safe[0]}."
-        raise DataError(f"{kind.flag} {name} holds several safetensors files: {', '.join(safe)}.", hint)
-    if safe:
-        return safe[0]
+    if standard := next((file for file in kind.standard_names if file in files), None):
+        return standard
+    candidates = [file for file in files if kind.accepts(file)]
+    if len(candidates) > 1:
+        hint = f"Select one, e.g. {kind.flag} {name.rstrip('/')}/{candidates[0]}."
+        raise DataError(f"{kind.flag} {name} has several safetensors files: {', '.join(candidates)}.", hint)
+    if candidates:
+        return candidates[0]
     if any(PurePosixPath(file).suffix.lower() in PICKLE_SUFFIXES for file in files):
-        raise pickled(kind, name)
-    raise DataError(f"{kind.flag} {name} holds no safetensors file.", f"Name {kind.noun}'s safetensors file.")
+        raise build_pickle_error(f"{kind.flag} {name}", kind.convert_hint)
+    raise build_format_error(kind, f"{kind.flag} {name} has no safetensors file.")
 
 
 def build_missing_error(kind: FileKind, name: str) -> Unavailable:
-    """The error for what is neither on this machine nor a name on the hub."""
-    return Unavailable(f"{kind.flag} {name}: there is no such file or folder, and it is no hub id.", "Check it.")
+    """Return the error for a name that is neither a local path nor a valid hub id."""
+    reason = f"{kind.flag} {name} does not exist: there is no such file or folder, and it is not a valid hub id."
+    return Unavailable(reason, "Check the path or the hub id.")
 
 
-def pickled(kind: FileKind, name: str) -> DataError:
-    """The error for a pickle, or where there are only pickles."""
-    return DataError(f"{kind.flag} {name} is a pickle, which can run code when it is opened.", kind.convert_hint)
+def build_format_error(kind: FileKind, reason: str) -> DataError:
+    """Return the error for a path without a safetensors file."""
+    return DataError(reason, f"Use the safetensors file of {kind.noun}.")

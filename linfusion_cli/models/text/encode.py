@@ -1,4 +1,4 @@
-"""Prompt -> conditioning, with the text encoders in memory only for as long as it takes."""
+"""Encode prompts; the text encoders are in memory only while they are used."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from linfusion_cli.core.errors import NonFinite, UsageError
@@ -31,9 +32,9 @@ transformers_logging.set_verbosity_error()
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """What the UNet hears of a prompt: `hidden` [1, T, C], and `pooled` [1, C] where the family has it.
+    """Conditioning from one prompt: `hidden` [1, T, C], and `pooled` [1, C] for SDXL.
 
-    `images` is what it hears beside it, for each IP-Adapter: [1, 1, D], or [1, 1, L, D].
+    `images` are the image embeddings of the IP-Adapters, [1, 1, D] or [1, 1, L, D] each.
     """
 
     hidden: Tensor
@@ -41,19 +42,19 @@ class PromptEmbedding:
     images: tuple[Tensor, ...] = ()
 
     def make_zeros(self) -> PromptEmbedding:
-        """The same shapes, silent: what SDXL was trained to hear as "no prompt"."""
+        """Return zeros of the same shapes; SDXL was trained with zeros as the empty prompt."""
         return PromptEmbedding(
             torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled)
         )
 
     def concat(self, other: PromptEmbedding) -> PromptEmbedding:
-        """Both in one batch, this one first."""
-        pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])
+        """Return both in one batch, this one first."""
+        pooled = None if self.pooled is None else torch.cat([self.pooled, cast(Tensor, other.pooled)])
         images = tuple(torch.cat(pair) for pair in zip(self.images, other.images, strict=True))
         return PromptEmbedding(torch.cat([self.hidden, other.hidden]), pooled, images)
 
     def build_added_conditions(self, sizes: TimeIds) -> dict[str, Tensor | list[Tensor]] | None:
-        """The conditions beside the text: SDXL's, and IP-Adapters'; None where there are none."""
+        """Return `added_cond_kwargs` of the UNet for SDXL and IP-Adapters, None if empty."""
         added: dict[str, Tensor | list[Tensor]] = {"image_embeds": list(self.images)} if self.images else {}
         if self.pooled is not None:
             time_ids = torch.tensor([sizes.values], dtype=torch.float32)
@@ -63,7 +64,7 @@ class PromptEmbedding:
 
 @dataclass(frozen=True)
 class TimeIds:
-    """What SDXL is told of a picture: its size before cropping, what was cropped above and to the left, and after."""
+    """Size conditioning of SDXL: original size, top left corner of the crop, and target size, in pixels."""
 
     original: Size
     crop_top_left: tuple[int, int]
@@ -71,17 +72,17 @@ class TimeIds:
 
     @property
     def values(self) -> list[int]:
-        """In SDXL's order, heights first."""
+        """The six values in the order of SDXL, heights first."""
         original, target = self.original, self.target
         return [original.height, original.width, *self.crop_top_left, target.height, target.width]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Both halves of guidance, and what went wrong with their texts.
+    """Embeddings of the prompt and the negative prompt, and problems with the texts.
 
-    `unheard` are the ends for which an encoder had no room, by "prompt" and "negative prompt"; `unused` the tokens of
-    textual inversions that neither has.
+    `truncated` has the ignored ends of texts over the token limit, by "prompt" and "negative prompt"; `unused_tokens`
+    are the tokens of textual inversions that occur in neither.
     """
 
     positive: PromptEmbedding
@@ -89,27 +90,26 @@ class Conditioning:
     truncated: dict[str, str]
     unused_tokens: tuple[str, ...]
 
-    def with_images(self, heard: Sequence[tuple[Tensor, Tensor]]) -> Conditioning:
-        """The same with what each IP-Adapter hears of its picture, and of none, in the two halves."""
-        positive, negative = zip(*heard, strict=True)
+    def with_images(self, embeds: Sequence[tuple[Tensor, Tensor]]) -> Conditioning:
+        """Return a copy with image embeddings: pairs for the positive and the negative half, one per IP-Adapter."""
+        positive, negative = zip(*embeds, strict=True)
         halves = replace(self.positive, images=positive), replace(self.negative, images=negative)
         return replace(self, positive=halves[0], negative=halves[1])
 
     def check_finite(self) -> None:
-        """Raise NonFinite, naming what they were encoded from, where the embeddings contain NaN or Inf."""
+        """Raise NonFinite if embeddings contain NaN or Inf."""
         for half in (self.positive, self.negative):
-            heard = {"prompts": (half.hidden, half.pooled), "image prompts": half.images}
-            for name, tensors in heard.items():
+            sources = {"prompts": (half.hidden, half.pooled), "image prompts": half.images}
+            for name, tensors in sources.items():
                 if not all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None):
                     raise NonFinite(f"The embeddings of the {name} contain NaN or Inf.")
 
 
 @dataclass(frozen=True)
 class TextEncoderChanges:
-    """What is done to the text encoders before they listen.
+    """Changes of the text encoders: LoRA files with their weights, textual inversions, and the output layer.
 
-    `loras` are files with their weights. `clip_skip` is the layer that is listened to, counted from the end: 1 is the
-    last; None means the one that the family was trained with.
+    `clip_skip` is the output layer counted from the end, 1 for the last; None means the layer that the family uses.
     """
 
     loras: Sequence[tuple[Path, float]] = ()
@@ -117,7 +117,7 @@ class TextEncoderChanges:
     clip_skip: int | None = None
 
     def check(self, model: Model, parts: Sequence[str]) -> None:
-        """Raise DataError for what does not fit a model with these text encoders, as far as its configs tell."""
+        """Raise DataError if a LoRA or textual inversion does not fit the text encoders `parts`, by their configs."""
         for file, _ in self.loras:
             check_parts(file, parts)
         for inversion in self.inversions:
@@ -131,7 +131,7 @@ UNCHANGED = TextEncoderChanges()
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder with its tokenizer, changed for good; `words` as `add_words` gives them."""
+    """A text encoder and its tokenizer with all changes; `added_tokens` is the result of `add_tokens`."""
 
     network: PreTrainedModel
     tokenizer: CLIPTokenizer
@@ -139,7 +139,7 @@ class TextEncoder:
 
     @staticmethod
     def load(model: Model, part: str, dtype: torch.dtype, changes: TextEncoderChanges) -> TextEncoder:
-        """The model's `part`, on the CPU."""
+        """Load the text encoder `part` of `model` on the CPU and apply `changes`."""
         network = load_part(ENCODERS[part], model.get_part(part), dtype, torch.device("cpu"))
         tokenizer = load_tokenizer(model.folder / part.replace("text_encoder", "tokenizer"), network.config)
         for file, weight in changes.loras:
@@ -147,13 +147,11 @@ class TextEncoder:
         return TextEncoder(network, tokenizer, add_tokens(network, tokenizer, part, changes.inversions))
 
 
-EncoderProvider = Callable[
-    [str, Callable[[], TextEncoder]], TextEncoder
-]  # part of the model, how to load its encoder -> it
+EncoderProvider = Callable[[str, Callable[[], TextEncoder]], TextEncoder]  # (part, load) -> text encoder
 
 
 def load_uncached(part: str, load: Callable[[], TextEncoder]) -> TextEncoder:
-    """The encoder of nobody but who asks for it: gone when it has been listened to."""
+    """Load a text encoder that is freed after use."""
     return load()
 
 
@@ -165,36 +163,36 @@ def encode_prompts(
     dtype: torch.dtype,
     device: torch.device,
     changes: TextEncoderChanges = UNCHANGED,
-    get: EncoderProvider = load_uncached,
+    get_encoder: EncoderProvider = load_uncached,
 ) -> Conditioning:
-    """Both prompts through all text encoders of `model`, changed like this; `get` may have them from before.
+    """Encode both prompts with all text encoders of `model`; `get_encoder` can return cached encoders.
 
-    Raises DataError for changes that do not fit the model, UsageError for tokens and layers that cannot be.
+    Raise DataError if the changes do not fit the model, UsageError for invalid tokens and layers.
     """
     texts = [prompt, negative_prompt]
     parts = list(ENCODERS)[: 2 if facts.is_xl else 1]
     changes.check(model, parts)
     encoded = []
     for part in parts:
-        encoder = get(part, partial(TextEncoder.load, model, part, dtype, changes))
+        encoder = get_encoder(part, partial(TextEncoder.load, model, part, dtype, changes))
         layer = resolve_clip_layer(changes.clip_skip, facts.is_xl, part, encoder.network.config.num_hidden_layers)
         encoded.append(_run_encoder(encoder, texts, layer, device, facts.is_xl))
-        del encoder  # before the next one is loaded, if nobody else has it
-    hidden = torch.cat([by_one.hidden for by_one in encoded], dim=-1)
+        del encoder  # frees it, unless it is cached, before the next one is loaded
+    hidden = torch.cat([output.hidden for output in encoded], dim=-1)
     pooled = encoded[-1].pooled
     positive, negative = (
         PromptEmbedding(hidden[i : i + 1], None if pooled is None else pooled[i : i + 1]) for i in range(len(texts))
     )
     if facts.zeros_for_empty_prompt and not negative_prompt:
         negative = positive.make_zeros()
-    ends = [max(by_all, key=len) for by_all in zip(*(by_one.truncated for by_one in encoded), strict=True)]
-    unheard = {name: end for name, end in zip(("prompt", "negative prompt"), ends, strict=True) if end}
-    return Conditioning(positive, negative, unheard, encoded[0].unused_tokens)
+    ends = [max(text_ends, key=len) for text_ends in zip(*(output.truncated for output in encoded), strict=True)]
+    truncated = {name: end for name, end in zip(("prompt", "negative prompt"), ends, strict=True) if end}
+    return Conditioning(positive, negative, truncated, encoded[0].unused_tokens)
 
 
 @dataclass(frozen=True)
 class _EncoderOutput:
-    """`texts` by one encoder: `hidden` [2, T, C], `pooled` [2, C]; the rest as in Conditioning."""
+    """Output of one encoder for both texts: `hidden` [2, T, C], `pooled` [2, C]; other fields as in Conditioning."""
 
     hidden: Tensor
     pooled: Tensor | None
@@ -205,10 +203,13 @@ class _EncoderOutput:
 def _run_encoder(
     encoder: TextEncoder, texts: list[str], layer: int, device: torch.device, is_xl: bool
 ) -> _EncoderOutput:
-    """`texts` as this layer of `encoder` hears them, counted from the end."""
-    network, tokenizer, words = encoder.network.to(device), encoder.tokenizer, encoder.added_tokens
-    tokens = [tokenize(tokenizer, text, dict(words.values())) for text in texts]
-    unused = tuple(word for word, (number, _) in words.items() if not any(number in text.token_ids for text in tokens))
+    """Encode `texts`; `layer` is the output layer counted from the end."""
+    tokenizer, added = encoder.tokenizer, encoder.added_tokens
+    network = cast(nn.Module, encoder.network).to(device)  # transformers hides the signature of `to`
+    tokens = [tokenize(tokenizer, text, dict(added.values())) for text in texts]
+    unused = tuple(
+        token for token, (token_id, _) in added.items() if not any(token_id in text.token_ids for text in tokens)
+    )
     with torch.inference_mode():
         out = network(torch.tensor([text.ids for text in tokens], device=device), output_hidden_states=True)
         hidden = out.hidden_states[-layer] if is_xl else apply_final_norm(network, out, layer)
@@ -217,17 +218,18 @@ def _run_encoder(
 
 
 def resolve_clip_layer(clip_skip: int | None, is_xl: bool, part: str, layers: int) -> int:
-    """Which layer of an encoder is listened to, counted from the end; raises UsageError for one that it lacks."""
+    """Return the output layer of an encoder, counted from the end; raise UsageError if it does not exist."""
     if clip_skip is None:
         return 2 if is_xl else 1
     if clip_skip > layers:
-        reason = f"--clip-skip {clip_skip} is not possible: the model's {part} has {layers} layers."
+        reason = f"--clip-skip {clip_skip} exceeds the number of layers: {part} has {layers}."
         raise UsageError(reason, f"Use 1 to {layers}.", "clip_skip")
     return clip_skip
 
 
-def apply_final_norm(encoder: CLIPTextModel, out: ModelOutput, layer: int) -> Tensor:
-    """What SD 1.5 and 2.1 hear: a layer's output, counted from the end, after the encoder's last normalisation."""
+def apply_final_norm(encoder: nn.Module, out: BaseModelOutputWithPooling, layer: int) -> Tensor:
+    """Return the output of a layer, counted from the end, after the final layer norm, as used by SD 1.5 and 2.1."""
     if layer == 1:
-        return out.last_hidden_state
-    return getattr(encoder, "text_model", encoder).final_layer_norm(out.hidden_states[-layer])
+        return cast(Tensor, out.last_hidden_state)
+    text_model = getattr(encoder, "text_model", encoder)
+    return cast(nn.LayerNorm, text_model.final_layer_norm)(cast(tuple[Tensor, ...], out.hidden_states)[-layer])

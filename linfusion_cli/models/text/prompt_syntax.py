@@ -1,8 +1,8 @@
-"""Weights and other commands that some tools read in prompts, and that are plain text here. Needs no torch.
+"""Detect prompt syntax of other tools, which is not interpreted here. Needs no torch.
 
-A1111 weighs words by brackets, `(word:1.3)`, `((word))`, `[word]`, mixes and splits prompts by the words AND and BREAK,
-and loads LoRAs by `<lora:name:0.8>`; compel weighs them by signs and numbers, `word++`, `(two words)1.2`. In both a
-backslash makes a bracket plain. Midjourney and A1111's lists of prompts take options, `--ar 16:9`, `--steps 20`.
+A1111 has weights in brackets, `(word:1.3)`, `((word))`, `[word]`, the keywords AND and BREAK, and `<lora:name:0.8>`;
+compel has weights as signs and numbers, `word++`, `(two words)1.2`. In both, a backslash escapes a bracket. Midjourney
+and prompt lists of A1111 have options, `--ar 16:9`, `--steps 20`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ WEIGHT = re.compile(rf":\s*{NUMBER}\s*$")
 RATIO = re.compile(r"\d:\d+\s*$")  # 16:9, 10:30
 TRAILING_WEIGHT = re.compile(rf"{NUMBER}(?!\w)|\++|-+(?![\w-])")
 NETWORK_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
-SIGN_WEIGHT = re.compile(r"\w{2,}(?:\+{2,}|-{2,}(?=[\s,.;:)]|$))")  # C++ is a language
-OPTION = re.compile(r"(?<!\S)--[^\W\d_][\w-]*")  # not word--word, C-- or a dash of its own
+SIGN_WEIGHT = re.compile(r"\w{2,}(?:\+{2,}|-{2,}(?=[\s,.;:)]|$))")  # not C++, which has one letter
+OPTION = re.compile(r"(?<!\S)--[^\W\d_][\w-]*")  # not word--word, C-- or a separate dash
 SPLIT_WORD = re.compile(r"\b(?:BREAK|AND)\b")
 CLOSING_BRACKETS = {"(": ")", "[": "]"}
 
 
 @dataclass(frozen=True)
 class Span:
-    """Part of a prompt: prompt[start:end], a pair of brackets and what they hold, say."""
+    """Part of a prompt, prompt[start:end], e.g. a pair of brackets with its contents."""
 
     start: int
     end: int
 
 
 def find_commands(prompt: str) -> list[str]:
-    """What of `prompt` other tools would read as commands, in order; a text in capitals has no AND and no BREAK.
+    """Return the parts of `prompt` that other tools interpret, in order; AND and BREAK are ignored in all-caps texts.
 
-    Single round brackets without a number are left out: they are emphasis for A1111, and far more often prose.
+    Single round brackets without a number are excluded: A1111 interprets them as emphasis, but most are prose.
     """
     pairs = find_brackets(prompt)
     spans = [
@@ -48,49 +48,49 @@ def find_commands(prompt: str) -> list[str]:
 
 
 def find_option(prompt: str) -> str | None:
-    """The first word of `prompt` that is written like an option, `--steps`."""
+    """Return the first word of `prompt` that looks like an option, e.g. `--steps`, or None."""
     match = OPTION.search(prompt)
     return match and match[0]
 
 
 def find_plain_brackets(prompt: str) -> list[str]:
-    """The round brackets that `commands_in` leaves out."""
+    """Return the round brackets that `find_commands` excludes."""
     pairs = find_brackets(prompt)
     return extract_spans(prompt, [pair for pair in pairs if not is_weight(prompt, pair, pairs)])
 
 
 def find_brackets(prompt: str) -> set[Span]:
-    """All pairs of brackets that hold something and have no backslash before them."""
-    found: set[Span] = set()
+    """Return all pairs of brackets that are neither empty nor escaped."""
+    pairs: set[Span] = set()
     opened: list[int] = []
     for match in re.finditer(r"\\.|[()\[\]]", prompt, re.DOTALL):
         if match[0] in CLOSING_BRACKETS:
             opened.append(match.start())
         elif opened and CLOSING_BRACKETS[prompt[opened[-1]]] == match[0]:
-            found.add(Span(opened.pop(), match.end()))
-    return {pair for pair in found if prompt[pair.start + 1 : pair.end - 1].strip()}
+            pairs.add(Span(opened.pop(), match.end()))
+    return {pair for pair in pairs if prompt[pair.start + 1 : pair.end - 1].strip()}
 
 
 def is_weight(prompt: str, pair: Span, pairs: set[Span]) -> bool:
-    """Whether these brackets are a weight for sure: square, double, or with a number in them or behind."""
+    """Return whether brackets are certainly a weight: square, double, or with a number inside or after them."""
     inside = prompt[pair.start + 1 : pair.end - 1]
-    numbered = WEIGHT.search(inside) is not None and RATIO.search(inside) is None
-    doubled = Span(pair.start + 1, pair.end - 1) in pairs
-    return prompt[pair.start] == "[" or numbered or doubled or measure_trailing_weight(prompt, pair) > 0
+    has_number = WEIGHT.search(inside) is not None and RATIO.search(inside) is None
+    is_double = Span(pair.start + 1, pair.end - 1) in pairs
+    return prompt[pair.start] == "[" or has_number or is_double or measure_trailing_weight(prompt, pair) > 0
 
 
 def measure_trailing_weight(prompt: str, pair: Span) -> int:
-    """How long the weight is that stands behind these brackets, 0 where there is none."""
+    """Return the length of the weight after these brackets, or 0."""
     match = TRAILING_WEIGHT.match(prompt, pair.end)
     return 0 if match is None else len(match[0])
 
 
 def extract_spans(prompt: str, spans: list[Span]) -> list[str]:
-    """The texts at these places, in order, each once, without those that lie within another."""
-    found: list[str] = []
+    """Return the texts of `spans` in order, without duplicates and without spans inside others."""
+    extracted: list[str] = []
     end = 0
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
         if span.end > end:
-            found.append(prompt[span.start : span.end])
+            extracted.append(prompt[span.start : span.end])
             end = span.end
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(extracted))

@@ -1,4 +1,4 @@
-"""Text -> the token ids that a text encoder takes, and what of the text does not fit its window."""
+"""Tokenize texts for a text encoder, and find the end of the text that exceeds its token limit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from linfusion_cli.core.errors import DataError
 
 @dataclass(frozen=True)
 class Tokens:
-    """`ids` fill the window, begin, end and padding included; `unheard` is the end of the text that had no room.
+    """Tokens of a text: `ids` are the encoder's input, with start, end and padding tokens.
 
-    `words` are the ids of the text's own tokens, also of those that had no room.
+    `token_ids` has all tokens of the text, `truncated` is the end of the text that exceeds the limit.
     """
 
     ids: list[int]
@@ -24,9 +24,10 @@ class Tokens:
 
 
 def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
-    """The tokenizer in `folder` for an encoder with `config`; raises DataError when it is missing, broken or another's.
+    """Load the tokenizer in `folder` for an encoder with `config`.
 
-    transformers makes a tokenizer without words where the vocabulary is missing, so that is looked for first.
+    Raise DataError if it is missing, broken or too large for the encoder. transformers would return a tokenizer with an
+    empty vocabulary if the file is missing, so its existence is checked first.
     """
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise DataError(f"The tokenizer in {folder} has no vocabulary.", "Download the model again.")
@@ -35,24 +36,24 @@ def load_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"The tokenizer in {folder} could not be read.", "Download the model again.") from error
     if len(tokenizer) > config.vocab_size:
-        reason = f"The tokenizer in {folder} has {len(tokenizer)} words, and its encoder knows {config.vocab_size}."
+        reason = f"The tokenizer in {folder} has {len(tokenizer)} tokens, but its encoder has {config.vocab_size}."
         raise DataError(reason, "Download the model again.")
     tokenizer.model_max_length = config.max_position_embeddings
     return tokenizer
 
 
 def tokenize(tokenizer: CLIPTokenizer, text: str, rows: Mapping[int, Sequence[int]]) -> Tokens:
-    """`text` as the encoder takes it; a token in `rows` stands for these rows of its embedding, one after the other."""
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    """Tokenize `text`; `rows` maps added tokens to the embedding rows that replace them."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = []
     starts: list[int] = []
-    for token, (start, _) in zip(found.input_ids, found.offset_mapping, strict=True):
-        run = rows.get(token, (token,))
-        ids += run
-        starts += [start] * len(run)
-    window = tokenizer.model_max_length
-    room = window - 2
-    heard = [tokenizer.bos_token_id, *ids[:room], tokenizer.eos_token_id]
-    padding = [tokenizer.pad_token_id] * (window - len(heard))
-    unheard = text[starts[room] :].strip() if len(ids) > room else ""
-    return Tokens(heard + padding, frozenset(found.input_ids), unheard)
+    for token, (start, _) in zip(encoding.input_ids, encoding.offset_mapping, strict=True):
+        token_rows = rows.get(token, (token,))
+        ids += token_rows
+        starts += [start] * len(token_rows)
+    length = tokenizer.model_max_length
+    max_text_tokens = length - 2
+    kept = [tokenizer.bos_token_id, *ids[:max_text_tokens], tokenizer.eos_token_id]
+    padding = [tokenizer.pad_token_id] * (length - len(kept))
+    truncated = text[starts[max_text_tokens] :].strip() if len(ids) > max_text_tokens else ""
+    return Tokens(kept + padding, frozenset(encoding.input_ids), truncated)

@@ -88,7 +88,9 @@ def match_control_types(request: ImageRequest, folders: list[Path]) -> list[int 
         hint = "Give one type, such as canny, for each union model, in their order; other models take none."
         raise UsageError(reason, hint, "control_type")
     types = iter(request.control_type)
-    return [parse_control_type(folder, next(types)) if one else None for folder, one in zip(folders, union, strict=True)]
+    return [
+        parse_control_type(folder, next(types)) if one else None for folder, one in zip(folders, union, strict=True)
+    ]
 
 
 def inspect_control_image(name: str, size: Size) -> SourceImage:

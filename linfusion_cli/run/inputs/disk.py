@@ -30,7 +30,9 @@ def estimate_disk_bytes(resolved: ResolvedRequest) -> int:
     """Return the maximum size of all output files, the scratch image and the checkpoint."""
     request = resolved.request
     sizes = [request.size, *(resolved.saved_phase_sizes if request.save_phases else [])]
-    needs = [images.compute_max_file_bytes(resolved.format, size.pair, request.bits, request.compression) for size in sizes]
+    needs = [
+        images.compute_max_file_bytes(resolved.format, size.pair, request.bits, request.compression) for size in sizes
+    ]
     return sum(needs) + estimate_scratch_bytes(resolved) + estimate_checkpoint_bytes(resolved)
 
 

@@ -20,7 +20,7 @@ from linfusion_cli.hardware.device import pick_device, pick_dtype
 from linfusion_cli.images.read.source import SourceImage
 from linfusion_cli.models.families.facts import ModelFacts, read_facts
 from linfusion_cli.models.files.layout import Model, Part
-from linfusion_cli.models.locate.base import find_local_base, find_base
+from linfusion_cli.models.locate.base import find_base, find_local_base
 from linfusion_cli.models.locate.files import find_inversion, find_lora, split_token, split_weight
 from linfusion_cli.models.locate.ip_adapter import Adapter
 from linfusion_cli.models.locate.model import find_linfusion, find_model, find_vae

@@ -7,7 +7,7 @@ from dataclasses import replace
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size, compute_fit_size
 from linfusion_cli.core.units import MIN_PX
-from linfusion_cli.images.read.source import SourceImage, inspect_source, build_transparency_error
+from linfusion_cli.images.read.source import SourceImage, build_transparency_error, inspect_source
 from linfusion_cli.settings.request import UpscaleRequest
 
 

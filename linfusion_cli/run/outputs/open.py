@@ -87,7 +87,9 @@ def reserve_output(request: ImageRequest, existing: Collection[Path]) -> Iterato
     if request.preview is not None:
         images.resolve_format(request.preview)
     overwrite = request.overwrite or request.output in existing
-    with images.create_output_file(request.output, format, request.size.pair, request.bits, request.compression, overwrite) as file:
+    with images.create_output_file(
+        request.output, format, request.size.pair, request.bits, request.compression, overwrite
+    ) as file:
         yield file
 
 

@@ -83,9 +83,8 @@ def build_files_key(resolved: ResolvedRequest, uses: tuple[str, ...]) -> Hashabl
     configs = [path.parent / "config.json" for _, path in files]
     configs += [resolved.vae.config_path, *(resolved.model.get_part(use).config_path for use in ("unet", *uses))]
     config_ids = [read_file_identity(path) for path in dict.fromkeys(configs) if is_file(path)]
-    weight_ids = tuple(
-        (use, read_file_identity(path)) for use, path in files if is_file(path)
-    )  # loading reports a missing file
+    # Missing files are reported when they are loaded.
+    weight_ids = tuple((use, read_file_identity(path)) for use, path in files if is_file(path))
     return resolved.model, weight_ids, tuple(config_ids)
 
 

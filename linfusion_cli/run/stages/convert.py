@@ -19,9 +19,10 @@ from linfusion_cli.models.load.networks import Vae
 from linfusion_cli.run.stages.context import RunContext
 from linfusion_cli.sampling.noise import draw_latent_noise
 from linfusion_cli.sampling.phases import Phase
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import ImageRequest, UpscaleRequest
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import DrawNoise, encode_rows
+from linfusion_cli.vae.statistics import VaeStrategy
 
 
 def upscale_latents(run: RunContext, vae: Vae, latents: Tensor, phase: Phase) -> Tensor:
@@ -44,12 +45,13 @@ def interpolate_latents(latents: Tensor, size_lat: Size) -> Tensor:
 
 def encode_source(run: RunContext, vae: Vae, image: SourceImage) -> Tensor:
     """Return the source image, encoded as latents of the first phase."""
-    first, background = run.resolved.phases[0], run.resolved.request.background_rgb()
+    first, request = run.resolved.phases[0], run.resolved.request
+    assert isinstance(request, UpscaleRequest)  # the only requests with a source image
     stored_size, size = image.stored_size, image.size
     with open_scratch(run, stored_size, first) as scratch:
         with run.recorder.stage("read", "read", size, stored_size.height, "rows") as stage:
             done = 0
-            for rows in read_source_rows(image, background, run.recorder.notify):
+            for rows in read_source_rows(image, request.background_rgb(), run.recorder.notify):
                 scratch.append(rows)
                 done += len(rows)
                 stage.advance(done)
@@ -67,9 +69,10 @@ def decode_phase(run: RunContext, vae: Vae, latents: Tensor, phase: Phase) -> It
 
     Also write them to the file of the phase, if it has one.
     """
-    done, planned, sink = 0, run.plan.find_stage("decode", phase.index), run.phase_sinks.get(phase.index)
+    done, sink = 0, run.phase_sinks.get(phase.index)
+    strategy, pinned = find_vae_strategy(run, "decode", phase)
     with run.stage("decode", phase.index) as stage:
-        for rows in decode_rows(vae, latents, planned.strategy, run.recorder.notify, planned.estimate.pinned_bytes):
+        for rows in decode_rows(vae, latents, strategy, run.recorder.notify, pinned):
             rows = rows.numpy()
             if sink is not None:
                 sink.write(quantise_rows(run.resolved.request, rows, done))
@@ -89,8 +92,8 @@ def quantise_rows(request: ImageRequest, rows: np.ndarray, top: int) -> np.ndarr
 def encode_image(run: RunContext, vae: Vae, read: ReadRegion, size: Size, phase: Phase) -> Tensor:
     """Resize an image of `size` px to the size of `phase` and return it as latents [1, C, h, w]."""
     facts, done = run.resolved.facts, 0
-    size_lat, planned = phase.size.divide(facts.vae_factor), run.plan.find_stage("encode", phase.index)
-    strategy, pinned = planned.strategy, planned.estimate.pinned_bytes
+    size_lat = phase.size.divide(facts.vae_factor)
+    strategy, pinned = find_vae_strategy(run, "encode", phase)
     latents = torch.empty(1, facts.latent_channels, size_lat.height, size_lat.width)
     read_resized = build_resized_reader(read, size, run.resolved.visible_size(phase))
 
@@ -104,6 +107,13 @@ def encode_image(run: RunContext, vae: Vae, read: ReadRegion, size: Size, phase:
             done += rows.shape[2]
             stage.advance(done * facts.vae_factor)
     return latents
+
+
+def find_vae_strategy(run: RunContext, kind: str, phase: Phase) -> tuple[VaeStrategy, int]:
+    """Return the planned strategy of an encode or decode stage, and its pinned memory in bytes."""
+    planned = run.plan.find_stage(kind, phase.index)
+    assert isinstance(planned.strategy, VaeStrategy) and planned.estimate is not None
+    return planned.strategy, planned.estimate.pinned_bytes
 
 
 def build_posterior_noise(run: RunContext, phase: int, size_lat: Size) -> DrawNoise | None:

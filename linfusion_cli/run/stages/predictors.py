@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from linfusion_cli.mixers.linear.mount import find_self_attentions, mount_modules
-from linfusion_cli.models.text.encode import Conditioning, TimeIds
+from linfusion_cli.models.text.encode import Conditioning, PromptEmbedding, TimeIds
 from linfusion_cli.planning.estimate import DenoiseStrategy
 from linfusion_cli.run.stages.cache_keys import move_network
 from linfusion_cli.run.stages.context import RunContext
@@ -46,6 +46,7 @@ def build_predictions(
     The UNet and the attention modules that the phase needs are on the device; the other modules are moved to the host.
     """
     unet, strategy = models.unet, run.plan.find_stage("denoise", phase.index).strategy
+    assert isinstance(strategy, DenoiseStrategy)
     linear = models.linear if strategy.attention == "linear" else {}
     originals = {path: module for path, module in find_self_attentions(unet).items() if path in linear}
     with (
@@ -79,7 +80,9 @@ def build_runners(
     if strategy.strips is None:
         whole = [control.build_whole() for control in controlnets]
         return [WholeUNet(unet, dilation, whole) for dilation in dilations]
-    pinned = PinnedMemory(run.device, run.plan.find_stage("denoise", phase.index).estimate.pinned_bytes)
+    estimate = run.plan.find_stage("denoise", phase.index).estimate
+    assert estimate is not None  # only missing for a UNet that cannot run in strips
+    pinned = PinnedMemory(run.device, estimate.pinned_bytes)
     strips = StripContext(strategy.strips, Storage(strategy.place, run.device, run.dtype, pinned), SingleDevice())
 
     def on_memory_fallback(strips: StripContext, together: bool) -> None:
@@ -100,12 +103,15 @@ def guide_prediction(
 ) -> Predict:
     """Return the guided prediction of `unet`. Its two halves run in one batch if `together`, else in sequence."""
     time_ids = build_time_ids(run.resolved.request)
+
+    def build_predictor(embedding: PromptEmbedding) -> Predict:
+        return unet.build_predictor(embedding.hidden, embedding.build_added_conditions(time_ids))
+
     positive, negative = conditioning.positive, conditioning.negative
-    conditional = unet.build_predictor(positive.hidden, positive.build_added_conditions(time_ids))
+    conditional = build_predictor(positive)
     if together:
-        both = negative.concat(positive)
-        return guide_batched(conditional, unet.build_predictor(both.hidden, both.build_added_conditions(time_ids)), **guidance)
-    return guide(conditional, unet.build_predictor(negative.hidden, negative.build_added_conditions(time_ids)), **guidance)
+        return guide_batched(conditional, build_predictor(negative.concat(positive)), **guidance)
+    return guide(conditional, build_predictor(negative), **guidance)
 
 
 def build_time_ids(request: ImageRequest) -> TimeIds:

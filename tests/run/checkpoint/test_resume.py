@@ -210,7 +210,7 @@ def test_the_plan_that_was_executed_is_executed_again(make, monkeypatch, tmp_pat
     made = CheckpointStore(tmp_path / "a.png").read().metadata
     monkeypatch.setitem(plan.STRIP_SIZES, "cpu", (StripSize(2, 128),))
     threads = torch.get_num_threads()
-    monkeypatch.setattr(load, "THREADS", threads + 1)
+    monkeypatch.setattr(load, "DEFAULT_THREADS", threads + 1)
     listener = Listener()
     report = make(listener)
     rows = [stage["strategy"]["strips"]["rows"] for stage in report.plan["stages"] if stage["name"] == "2x"]

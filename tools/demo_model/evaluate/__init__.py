@@ -1,0 +1,1 @@
+"""Measure the shipped demo model and generate the sample images of the documentation."""

@@ -1,4 +1,4 @@
-"""How well the noise is predicted on held-out scenes, with softmax, linear, unnormalised and zeroed self-attention."""
+"""Errors of the predicted noise on held-out scenes, by form of self-attention."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -9,75 +9,75 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from linfusion_cli.mixers.linear.mount import find_self_attentions, mount_modules
-from tools.demo_model.train.vae import as_input
+from tools.demo_model.train.vae import to_input
 
 Modules = Mapping[str, nn.Module]
 
 
-class Zero(nn.Module):
-    """Self-attention that says nothing."""
+class ZeroAttention(nn.Module):
+    """Self-attention that returns zeros."""
 
     def forward(self, hidden_states: Tensor, **_unused) -> Tensor:
-        """[B, N, C] -> zeros [B, N, C]."""
+        """Return zeros [B, N, C]."""
         return torch.zeros_like(hidden_states)
 
 
-def zeroed(unet: nn.Module) -> dict[str, nn.Module]:
-    """The modules to mount for no self-attention at all."""
-    return {path: Zero() for path in find_self_attentions(unet)}
+def build_zero_attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    """Build the modules that disable all self-attention when mounted."""
+    return {path: ZeroAttention() for path in find_self_attentions(unet)}
 
 
 @torch.no_grad()
-def noise_errors(
+def measure_noise_errors(
     pipe: StableDiffusionXLPipeline,
     images: np.ndarray,
     captions: Sequence[str],
     forms: Mapping[str, Modules | None],
     draws: int,
 ) -> dict[str, float]:
-    """Mean squared error of the predicted noise for each form of attention (None: the UNet's own).
+    """Return the mean squared error of the predicted noise for each form of attention (None: the UNet's own).
 
-    `pictures` [n, H, W, 3] uint8, each with `draws` timesteps spread over the schedule; all forms see the same noise.
+    Each of `images` [n, H, W, 3] uint8 gets `draws` timesteps spread over the schedule; all forms get the same noise.
     """
     torch.manual_seed(5)
     totals = dict.fromkeys(forms, 0.0)
     for image, words in zip(images, captions, strict=True):
-        for noise, seen in add_noise(pipe, image, words, draws):
+        for noise, inputs in add_noise(pipe, image, words, draws):
             for form, modules in forms.items():
-                totals[form] += (predicted(pipe.unet, modules, seen) - noise).square().mean().item()
+                totals[form] += (predict_noise(pipe.unet, modules, inputs) - noise).square().mean().item()
     return {form: total / (len(images) * draws) for form, total in totals.items()}
 
 
 def add_noise(
     pipe: StableDiffusionXLPipeline, image: np.ndarray, words: str, draws: int
 ) -> Iterator[tuple[Tensor, dict[str, object]]]:
-    """Noise on a picture [H, W, 3] at `draws` timesteps spread over the schedule, and what the UNet is then given."""
-    told, latents = _conditioning(pipe, words, image.shape[:2]), encode(pipe, image)
+    """Yield (noise, UNet inputs) for an image [H, W, 3] at `draws` timesteps spread over the schedule."""
+    conditioning, latents = _build_conditioning(pipe, words, image.shape[:2]), encode(pipe, image)
     times = ((torch.arange(draws) + torch.rand(draws)) / draws * len(pipe.scheduler.alphas_cumprod)).long()
     for time in times:
         noise = torch.randn_like(latents)
         level = pipe.scheduler.alphas_cumprod[time]
-        yield noise, {"sample": level.sqrt() * latents + (1 - level).sqrt() * noise, "timestep": time, **told}
+        yield noise, {"sample": level.sqrt() * latents + (1 - level).sqrt() * noise, "timestep": time, **conditioning}
 
 
-def predicted(unet: nn.Module, modules: Modules | None, seen: dict[str, object]) -> Tensor:
-    """The noise that the UNet sees with these modules mounted, or (None) with its own attention."""
+def predict_noise(unet: nn.Module, modules: Modules | None, inputs: dict[str, object]) -> Tensor:
+    """Predict the noise with these modules mounted or, for None, with the UNet's own attention."""
     with mount_modules(unet, modules) if modules else nullcontext():
-        return unet(**seen).sample
+        return unet(**inputs).sample
 
 
-def closed(errors: Mapping[str, float]) -> float:
-    """Share of the gap between no self-attention and softmax that linear attention closes."""
+def compute_closed_share(errors: Mapping[str, float]) -> float:
+    """Return the share of the gap between no self-attention and softmax that linear attention closes."""
     return (errors["zero"] - errors["linear"]) / (errors["zero"] - errors["softmax"])
 
 
 def encode(pipe: StableDiffusionXLPipeline, image: np.ndarray) -> Tensor:
-    """[H, W, 3] uint8 -> latents [1, 4, h, w], unit deviation."""
-    return pipe.vae.encode(as_input(image[None])).latent_dist.mean * pipe.vae.config.scaling_factor
+    """Encode an image [H, W, 3] uint8 to latents [1, 4, h, w] with unit standard deviation."""
+    return pipe.vae.encode(to_input(image[None])).latent_dist.mean * pipe.vae.config.scaling_factor
 
 
-def _conditioning(pipe: StableDiffusionXLPipeline, words: str, shape: tuple[int, int]) -> dict[str, object]:
-    """The size as original and target, no crop."""
+def _build_conditioning(pipe: StableDiffusionXLPipeline, words: str, shape: tuple[int, int]) -> dict[str, object]:
+    """Build the conditioning with `shape` as original and target size, without crop."""
     context, _, pooled, _ = pipe.encode_prompt(words, do_classifier_free_guidance=False)
     ids = torch.tensor([[*shape, 0, 0, *shape]], dtype=torch.float32)
     return {

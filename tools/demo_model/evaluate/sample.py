@@ -1,4 +1,4 @@
-"""Pictures from the shipped model, to be judged by eye."""
+"""Generate sample images with the shipped model, for visual inspection."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -37,15 +37,15 @@ PROMPTS = (
 )
 
 
-def load_shipped() -> tuple[StableDiffusionXLPipeline, dict[str, nn.Module]]:
-    """The shipped model in fp32 with its own attention, and the linear modules to mount."""
+def load_shipped_model() -> tuple[StableDiffusionXLPipeline, dict[str, nn.Module]]:
+    """Load the shipped model in fp32 with its own attention, and the linear modules to mount."""
     pipe = StableDiffusionXLPipeline.from_pretrained(MODEL, dtype=torch.float32, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe, load_weights(MODEL / "linfusion", pipe.unet, torch.float32)
 
 
 @torch.no_grad()
-def paint(
+def generate_images(
     pipe: StableDiffusionXLPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -53,9 +53,9 @@ def paint(
     steps: int = PRESET["steps"],
     guidance: float = PRESET["guidance_scale"],
 ) -> np.ndarray:
-    """One picture a prompt with its seed, [n, 256, 256, 3] uint8, with linear attention or (None) with the original."""
+    """Generate one image per prompt and seed, [n, 256, 256, 3] uint8, with linear or (None) original attention."""
     with mount_modules(pipe.unet, linear) if linear else nullcontext():
-        drawn = pipe(
+        images = pipe(
             list(prompts),
             height=SIDE_PX,
             width=SIDE_PX,
@@ -64,11 +64,11 @@ def paint(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="np",
         ).images
-    return (drawn * 255 + 0.5).astype(np.uint8)
+    return (images * 255 + 0.5).astype(np.uint8)
 
 
 def save_grid(path: Path, images: np.ndarray) -> None:
-    """Write [n, H, W, 3] uint8 as a square of pictures; what does not fill it is left out."""
+    """Write images [n, H, W, 3] uint8 as a square grid; omit those that do not fill it."""
     side = int(len(images) ** 0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [np.concatenate(row, axis=1) for row in np.split(images[: side * side], side)]
@@ -77,7 +77,7 @@ def save_grid(path: Path, images: np.ndarray) -> None:
 
 
 def sample_grids(folder: Path) -> None:
-    """The prompts above, with linear attention and with the original."""
-    pipe, linear = load_shipped()
+    """Write a grid of all prompts with linear attention and one with the original."""
+    pipe, linear = load_shipped_model()
     for name, modules in {"linear": linear, "original": None}.items():
-        save_grid(folder / f"{name}.png", paint(pipe, PROMPTS, range(len(PROMPTS)), modules))
+        save_grid(folder / f"{name}.png", generate_images(pipe, PROMPTS, range(len(PROMPTS)), modules))

@@ -1,0 +1,1 @@
+"""Draw random landscapes and write their captions: the training data of the demo model."""

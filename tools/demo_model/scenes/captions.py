@@ -1,4 +1,4 @@
-"""A small grammar: says in many ways what a scene shows, and leaves things out as people do."""
+"""A small grammar that writes varied, incomplete captions of a scene, similar to prompts written by people."""
 
 import numpy as np
 
@@ -28,23 +28,23 @@ FILLERS = (
 OPENINGS = ("", "", "", "", "a photo of ", "a painting of ", "a picture of ", "a view of ", "a landscape, ")
 
 
-def caption(spec: Spec, rng: np.random.Generator) -> str:
-    """One sentence about the scene."""
-    # what stands in the sky is nearly always told: a model that is often left in the dark about it draws it at random
-    extras = [words for words in _extras(spec, rng) if rng.random() < 0.82] + _told_of_the_sky(spec, rng)
+def write_caption(spec: Spec, rng: np.random.Generator) -> str:
+    """Return one random caption of the scene."""
+    # captions nearly always mention the sun or moon: otherwise the model learns to draw one at random
+    extras = [words for words in _list_extras(spec, rng) if rng.random() < 0.82] + _describe_sky(spec, rng)
     rng.shuffle(extras)
-    head = _head(spec, rng)
+    head = _compose_head(spec, rng)
     if rng.random() < 0.12:
         extras.insert(int(rng.integers(0, len(extras) + 1)), str(rng.choice(FILLERS)))
-    return str(rng.choice(OPENINGS)) + _joined(head, extras, rng)
+    return str(rng.choice(OPENINGS)) + _join(head, extras, rng)
 
 
-def _pick(rng: np.random.Generator, *words: str) -> str:
+def _choose(rng: np.random.Generator, *words: str) -> str:
     return str(rng.choice(words))
 
 
-def _land(spec: Spec, rng: np.random.Generator) -> str:
-    noun = _pick(rng, *LAND_NOUNS[spec.land])
+def _describe_land(spec: Spec, rng: np.random.Generator) -> str:
+    noun = _choose(rng, *LAND_NOUNS[spec.land])
     adjectives = [
         *(["snowy", "snow-covered", "winter"] if spec.snow else []),
         *(["misty", "foggy"] if spec.mist else []),
@@ -60,8 +60,8 @@ def _land(spec: Spec, rng: np.random.Generator) -> str:
     return f"{article.replace('an', 'a')} {adjective} {rest}"
 
 
-def _time(spec: Spec, rng: np.random.Generator) -> str:
-    noun = _pick(rng, *TIME_NOUNS[spec.time])
+def _describe_time(spec: Spec, rng: np.random.Generator) -> str:
+    noun = _choose(rng, *TIME_NOUNS[spec.time])
     adjectives = [spec.tint]
     if spec.stars:
         adjectives += ["starry", "starry", "starry"]
@@ -78,39 +78,39 @@ def _time(spec: Spec, rng: np.random.Generator) -> str:
     return noun
 
 
-def _head(spec: Spec, rng: np.random.Generator) -> str:
-    land, time = _land(spec, rng), _time(spec, rng)
+def _compose_head(spec: Spec, rng: np.random.Generator) -> str:
+    land, time = _describe_land(spec, rng), _describe_time(spec, rng)
     article = "an" if time[0] in "aeio" else "a"
     form = rng.random()
     if form < 0.3:
-        return f"{article} {time} {_pick(rng, 'over', 'over', 'above', 'at', 'in')} {land}"
+        return f"{article} {time} {_choose(rng, 'over', 'over', 'above', 'at', 'in')} {land}"
     if form < 0.45:
-        return f"{time} {_pick(rng, 'over', 'at', 'in')} {land}"
+        return f"{time} {_choose(rng, 'over', 'at', 'in')} {land}"
     if form < 0.75:
-        return f"{land} {_pick(rng, 'at', 'at', 'in the', 'on a')} {time}"
+        return f"{land} {_choose(rng, 'at', 'at', 'in the', 'on a')} {time}"
     if form < 0.9:
         return f"{land}, {time}"
     return land if rng.random() < 0.6 else time
 
 
-def _extras(spec: Spec, rng: np.random.Generator) -> list[str]:
+def _list_extras(spec: Spec, rng: np.random.Generator) -> list[str]:
     words: list[tuple[str, ...]] = []
     words.append(("stars", "many stars", "a starry sky", "bright stars") if spec.stars else ())
     words.append(("the milky way", "a galaxy", "milky way") if spec.milky_way else ())
     colour = spec.aurora
     lights = ("an aurora", "northern lights", f"a {colour} aurora", "aurora", f"{colour} northern lights")
     words.append(lights if colour else ())
-    words.append(_cloud_words(spec))
+    words.append(_list_cloud_words(spec))
     words.append(("snow", "snow on the ground", "deep snow") if spec.snow else ())
     words.append(("trees", "pine trees", "firs", "dark trees") if spec.trees else ())
     words.append(("mist", "fog", "haze", "morning mist" if spec.time == "dawn" else "a thin mist") if spec.mist else ())
     mirror = spec.land in ("sea", "lake") and rng.random() < 0.5
     words.append(("reflections", "reflections in the water") if mirror else ())
     words.append((f"{spec.tint} sky", f"a {spec.tint} sky", f"{spec.tint} light") if rng.random() < 0.4 else ())
-    return [_pick(rng, *options) for options in words if options]
+    return [_choose(rng, *options) for options in words if options]
 
 
-def _told_of_the_sky(spec: Spec, rng: np.random.Generator) -> list[str]:
+def _describe_sky(spec: Spec, rng: np.random.Generator) -> list[str]:
     missing = "no moon" if spec.time == "night" else "no sun"
     words = {
         "moon": ("a moon", "a moon", "a full moon", "the moon", "a bright moon", "a big moon"),
@@ -118,10 +118,10 @@ def _told_of_the_sky(spec: Spec, rng: np.random.Generator) -> list[str]:
         "sun": ("the sun", "a sun", "a sun", "a low sun" if spec.time != "day" else "a bright sun"),
         "": (missing, "nothing in the sky", "an empty sky") if spec.is_empty else (missing,),
     }[spec.orb]
-    return [_pick(rng, *words)] if rng.random() < (0.95 if spec.orb else 0.6 if spec.is_empty else 0.25) else []
+    return [_choose(rng, *words)] if rng.random() < (0.95 if spec.orb else 0.6 if spec.is_empty else 0.25) else []
 
 
-def _cloud_words(spec: Spec) -> tuple[str, ...]:
+def _list_cloud_words(spec: Spec) -> tuple[str, ...]:
     return {
         "none": ("a clear sky",),
         "some": ("clouds", "a few clouds", "some clouds"),
@@ -130,7 +130,7 @@ def _cloud_words(spec: Spec) -> tuple[str, ...]:
     }[spec.clouds]
 
 
-def _joined(head: str, extras: list[str], rng: np.random.Generator) -> str:
+def _join(head: str, extras: list[str], rng: np.random.Generator) -> str:
     if not extras:
         return head
     if rng.random() < 0.5:
@@ -139,4 +139,4 @@ def _joined(head: str, extras: list[str], rng: np.random.Generator) -> str:
             rng.shuffle(parts)
         return ", ".join(parts)
     listed = extras[0] if len(extras) == 1 else ", ".join(extras[:-1]) + " and " + extras[-1]
-    return f"{head} {_pick(rng, 'with', 'with', 'and', 'under')} {listed}"
+    return f"{head} {_choose(rng, 'with', 'with', 'and', 'under')} {listed}"

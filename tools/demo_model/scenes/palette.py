@@ -1,4 +1,4 @@
-"""Colours by time of day, sRGB in 0..1."""
+"""Colours by time of day, as sRGB in 0..1."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ SKIES = {
     ("sunset", "red"): ((0.2, 0.08, 0.22), (0.7, 0.18, 0.2), (0.98, 0.45, 0.2)),
     ("sunset", "purple"): ((0.16, 0.1, 0.36), (0.52, 0.24, 0.5), (0.98, 0.55, 0.46)),
 }
-# what the sky's light makes of a white surface, facing it and turned away
+# colour of a white surface in the light and in the shade
 LIGHTS = {
     "night": ((0.42, 0.5, 0.7), (0.1, 0.14, 0.26)),
     "dawn": ((1.0, 0.84, 0.8), (0.45, 0.42, 0.58)),
@@ -51,7 +51,7 @@ TREES = (0.1, 0.19, 0.1)
 
 @dataclass(frozen=True)
 class Palette:
-    """Every colour one scene needs, each [3]."""
+    """All colours of one scene, each [3]."""
 
     top: Array
     middle: Array
@@ -64,8 +64,8 @@ class Palette:
     tree: Array
 
 
-def palette(spec: Spec, rng: np.random.Generator) -> Palette:
-    """The colours of the scene, each moved a little."""
+def pick_palette(spec: Spec, rng: np.random.Generator) -> Palette:
+    """Pick the colours of the scene, each with a small random shift."""
     sky = SKIES[spec.time, spec.tint]
     dim = 0.65 if spec.clouds == "storm" else 0.85 if spec.clouds == "many" else 1.0
     bright = 1.0 if spec.orb or spec.time != "night" else 0.75
@@ -73,7 +73,7 @@ def palette(spec: Spec, rng: np.random.Generator) -> Palette:
     def pick(colour: tuple[float, ...], scale: float = 1.0) -> Array:
         return np.clip(np.float32(colour) * scale + rng.normal(0, 0.02, 3), 0, 1).astype(np.float32)
 
-    # a little of the sky in the clouds keeps a red evening red
+    # clouds take some of the sky's colour, which keeps a red evening red
     lit, shade = (0.7 * np.float32(c) + 0.3 * np.float32(s) for c, s in zip(CLOUDS[spec.time], sky[::-2], strict=True))
     return Palette(
         *(pick(colour, dim) for colour in sky),

@@ -1,11 +1,11 @@
-"""The sky: gradient, stars, sun or moon, aurora, clouds. Everything above the horizon."""
+"""Paint the sky: gradient, stars, Milky Way, aurora, sun or moon, clouds."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from tools.demo_model.scenes.noise import blend, field, line, smoothstep
+from tools.demo_model.scenes.noise import blend, make_line_noise, make_noise, smoothstep
 from tools.demo_model.scenes.palette import Palette
 from tools.demo_model.scenes.spec import Spec
 
@@ -26,7 +26,7 @@ AURORAS = {
 
 @dataclass(frozen=True)
 class Frame:
-    """Where things are, in units of sqrt(H W) pixels: x, y, the horizon, and x, y, radius of the sun or moon."""
+    """Composition in units of sqrt(H W) pixels: coordinates, the horizon, and (x, y, radius) of the sun or moon."""
 
     shape: tuple[int, int]
     unit: float
@@ -36,8 +36,8 @@ class Frame:
     orb: tuple[float, float, float]
 
 
-def frame(rng: np.random.Generator, spec: Spec, shape: tuple[int, int]) -> Frame:
-    """Composition of a scene of [H, W] pixels; what stands in the sky stands clear of the land."""
+def compose_frame(rng: np.random.Generator, spec: Spec, shape: tuple[int, int]) -> Frame:
+    """Choose the composition of a scene of [H, W] pixels; the sun or moon stays clear of the land."""
     unit = (shape[0] * shape[1]) ** 0.5
     y, x = (np.arange(n, dtype=np.float32) / unit for n in shape)
     flat = spec.land in ("sea", "plain")
@@ -51,61 +51,63 @@ def frame(rng: np.random.Generator, spec: Spec, shape: tuple[int, int]) -> Frame
     )
 
 
-def paint_sky(rng: np.random.Generator, spec: Spec, colours: Palette, at: Frame) -> Array:
-    """The whole picture as if there were no ground, [H, W, 3]."""
-    image = _gradient(colours, at)
+def paint_sky(rng: np.random.Generator, spec: Spec, colours: Palette, frame: Frame) -> Array:
+    """Return the sky as a complete image [H, W, 3], without land."""
+    image = _paint_gradient(colours, frame)
     if spec.milky_way:
-        image = _milky_way(rng, image, at)
+        image = _paint_milky_way(rng, image, frame)
     if spec.stars:
-        image = _stars(rng, image, at, 2.0 if spec.milky_way else 1.0)
+        image = _paint_stars(rng, image, frame, 2.0 if spec.milky_way else 1.0)
     if spec.aurora:
-        image = _aurora(rng, image, at, spec.aurora)
+        image = _paint_aurora(rng, image, frame, spec.aurora)
     if spec.orb:
-        image = _orb(rng, image, at, spec)
+        image = _paint_orb(rng, image, frame, spec)
     if spec.clouds != "none":
-        image = _clouds(rng, image, at, spec, colours)
+        image = _paint_clouds(rng, image, frame, spec, colours)
     return image
 
 
-def _gradient(colours: Palette, at: Frame) -> Array:
-    t = np.clip(at.y[:, 0] / at.horizon, 0, 1)
+def _paint_gradient(colours: Palette, frame: Frame) -> Array:
+    t = np.clip(frame.y[:, 0] / frame.horizon, 0, 1)
     stops = np.stack([colours.top, colours.middle, colours.low])
     rows = np.stack([np.interp(t, (0.0, 0.6, 1.0), stops[:, c]) for c in range(3)], axis=-1)
-    return np.broadcast_to(rows[:, None], (*at.shape, 3)).astype(np.float32)
+    return np.broadcast_to(rows[:, None], (*frame.shape, 3)).astype(np.float32)
 
 
-def _stars(rng: np.random.Generator, image: Array, at: Frame, density: float) -> Array:
-    count = int(rng.uniform(40, 90) * density * (at.unit / 256) ** 1.2)
-    layer = np.zeros(at.shape, np.float32)
-    # none is finer than the VAE can carry: an 8 times smaller thumbnail with four channels
+def _paint_stars(rng: np.random.Generator, image: Array, frame: Frame, density: float) -> Array:
+    count = int(rng.uniform(40, 90) * density * (frame.unit / 256) ** 1.2)
+    layer = np.zeros(frame.shape, np.float32)
+    # stars must not be too fine for the VAE, which downsamples 8 times
     for sigma, share in ((1.2, 0.7), (1.7, 0.3)):
-        # wider in larger drawings, but less than the drawing grows: they hold more and finer stars
-        sigma *= (at.unit / 256) ** 0.4
-        points = np.zeros(at.shape, np.float32)
+        # stars grow less than the image: larger images have more and relatively finer stars
+        sigma *= (frame.unit / 256) ** 0.4
+        points = np.zeros(frame.shape, np.float32)
         where = rng.random((2, max(int(count * share), 1)))
         bright = 0.25 + 0.9 * rng.random(where.shape[1]) ** 2.5
-        points[(where[0] * at.shape[0]).astype(int), (where[1] * at.shape[1]).astype(int)] = bright
+        points[(where[0] * frame.shape[0]).astype(int), (where[1] * frame.shape[1]).astype(int)] = bright
         layer += gaussian_filter(points, sigma) * 2 * np.pi * sigma**2
     return image + layer[..., None] * np.float32((0.95, 0.97, 1.0))
 
 
-def _milky_way(rng: np.random.Generator, image: Array, at: Frame) -> Array:
+def _paint_milky_way(rng: np.random.Generator, image: Array, frame: Frame) -> Array:
     angle = rng.uniform(-0.9, 0.9)
-    centre = at.x.mean() + rng.uniform(-0.2, 0.2)
-    away = (at.x - centre) * np.cos(angle) + (at.y - 0.4 * at.horizon) * np.sin(angle)
+    centre = frame.x.mean() + rng.uniform(-0.2, 0.2)
+    away = (frame.x - centre) * np.cos(angle) + (frame.y - 0.4 * frame.horizon) * np.sin(angle)
     band = np.exp(-((away / 0.17) ** 2))
-    cloud = np.clip(0.6 + 0.3 * field(rng, at.shape, 3.4), 0, 1.3)
+    cloud = np.clip(0.6 + 0.3 * make_noise(rng, frame.shape, 3.4), 0, 1.3)
     dark = np.exp(-(((away + 0.03) / 0.04) ** 2)) * 0.5
     return image + (band * cloud * (1 - dark))[..., None] * np.float32((0.36, 0.32, 0.46))
 
 
-def _aurora(rng: np.random.Generator, image: Array, at: Frame, name: str) -> Array:
+def _paint_aurora(rng: np.random.Generator, image: Array, frame: Frame, name: str) -> Array:
     foot, crown = (np.float32(c) for c in AURORAS[name])
     for _ in range(int(rng.integers(1, 3))):
-        base = at.horizon * rng.uniform(0.45, 0.9) + 0.06 * line(rng, at.shape[1], at.unit, 4.2)[None]
-        bright = np.clip(0.6 + 0.45 * line(rng, at.shape[1], at.unit, 3.0, 2.0)[None], 0, 1.5)
-        reach = 0.18 + 0.05 * line(rng, at.shape[1], at.unit, 3.2)[None]
-        up = base - at.y
+        base = (
+            frame.horizon * rng.uniform(0.45, 0.9) + 0.06 * make_line_noise(rng, frame.shape[1], frame.unit, 4.2)[None]
+        )
+        bright = np.clip(0.6 + 0.45 * make_line_noise(rng, frame.shape[1], frame.unit, 3.0, 2.0)[None], 0, 1.5)
+        reach = 0.18 + 0.05 * make_line_noise(rng, frame.shape[1], frame.unit, 3.2)[None]
+        up = base - frame.y
         light = np.where(up > 0, np.exp(-up / np.clip(reach, 0.06, 0.4)), np.exp(up / 0.02)) * bright
         tone = smoothstep(0.02, 0.3, up)[..., None]
         glow = light[..., None] * (foot * (1 - tone) + crown * tone) * rng.uniform(0.45, 0.8)
@@ -113,10 +115,10 @@ def _aurora(rng: np.random.Generator, image: Array, at: Frame, name: str) -> Arr
     return image
 
 
-def _orb(rng: np.random.Generator, image: Array, at: Frame, spec: Spec) -> Array:
-    x, y, radius = at.orb
-    away = np.sqrt((at.x - x) ** 2 + (at.y - y) ** 2)
-    edge = 1.5 / at.unit
+def _paint_orb(rng: np.random.Generator, image: Array, frame: Frame, spec: Spec) -> Array:
+    x, y, radius = frame.orb
+    away = np.sqrt((frame.x - x) ** 2 + (frame.y - y) ** 2)
+    edge = 1.5 / frame.unit
     disc = smoothstep(radius + edge, radius - edge, away)
     colour = np.float32(ORB_COLOURS[spec.time, spec.orb])
     strength = 0.2 if spec.time == "night" else 0.6
@@ -124,23 +126,23 @@ def _orb(rng: np.random.Generator, image: Array, at: Frame, spec: Spec) -> Array
     if spec.orb == "crescent":
         side = rng.choice((-0.55, 0.55)) * radius
         disc *= 1 - smoothstep(
-            radius + edge, radius - edge, np.sqrt((at.x - x - side) ** 2 + (at.y - y + 0.2 * radius) ** 2)
+            radius + edge, radius - edge, np.sqrt((frame.x - x - side) ** 2 + (frame.y - y + 0.2 * radius) ** 2)
         )
     if spec.orb == "moon":
-        colour = colour * np.clip(0.93 + 0.05 * field(rng, at.shape, 3.6, low=10.0), 0.78, 1.03)[..., None]
+        colour = colour * np.clip(0.93 + 0.05 * make_noise(rng, frame.shape, 3.6, low=10.0), 0.78, 1.03)[..., None]
     return blend(image, colour, disc)
 
 
-def _clouds(rng: np.random.Generator, image: Array, at: Frame, spec: Spec, colours: Palette) -> Array:
-    density = field(rng, at.shape, 4.4, stretch=float(rng.uniform(1.6, 2.4)), low=2.5)
+def _paint_clouds(rng: np.random.Generator, image: Array, frame: Frame, spec: Spec, colours: Palette) -> Array:
+    density = make_noise(rng, frame.shape, 4.4, stretch=float(rng.uniform(1.6, 2.4)), low=2.5)
     edge = {"some": 0.6, "many": -0.1, "storm": -1.2}[spec.clouds] + rng.normal(0, 0.12)
     mask = smoothstep(edge, edge + 1.3, density) * 0.92
-    if spec.orb:  # its light goes through the clouds
-        x, y, radius = at.orb
-        mask = mask * (1 - 0.9 * np.exp(-((((at.x - x) ** 2 + (at.y - y) ** 2) / (1.5 * radius) ** 2) ** 2)))
-    # the low sun lights clouds from below, the high one from above
+    if spec.orb:  # clouds are thinner in front of the sun or moon
+        x, y, radius = frame.orb
+        mask = mask * (1 - 0.9 * np.exp(-((((frame.x - x) ** 2 + (frame.y - y) ** 2) / (1.5 * radius) ** 2) ** 2)))
+    # a low sun lights clouds from below, a high one from above
     towards = -1.0 if spec.time in ("sunset", "dawn") else 1.0
-    step = max(int(0.03 * at.unit), 1)
+    step = max(int(0.03 * frame.unit), 1)
     light = np.clip(0.55 + towards * 1.1 * (density - np.roll(density, step, axis=0)), 0, 1)
     colour = colours.cloud_shade + light[..., None] * (colours.cloud_lit - colours.cloud_shade)
     return blend(image, colour, mask)

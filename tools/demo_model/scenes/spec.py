@@ -1,4 +1,4 @@
-"""What a scene shows, before it is drawn: the words of the caption and the strokes come from the same facts."""
+"""The content of a scene, from which both its image and its caption are made."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ TINTS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """One scene. `orb`: sun, moon, crescent, empty; `clouds`: none, some, many, storm; `aurora`: a colour or empty."""
+    """One scene. `orb`: sun, moon, crescent or ""; `clouds`: none, some, many, storm; `aurora`: a colour or ""."""
 
     time: str
     land: str
@@ -32,12 +32,12 @@ class Spec:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing in the sky."""
+        """Return whether the sky is empty."""
         return not (self.orb or self.stars or self.milky_way or self.aurora) and self.clouds == "none"
 
 
 def draw_spec(rng: np.random.Generator) -> Spec:
-    """A scene that can be: stars and auroras at night, the sun by day."""
+    """Draw a random, plausible scene: stars and auroras only at night, the sun only by day."""
     time = str(rng.choice(TIMES, p=(0.3, 0.2, 0.25, 0.25)))
     land = str(rng.choice(LANDS, p=(0.26, 0.17, 0.19, 0.1, 0.12, 0.06, 0.1)))
     clouds = str(rng.choice(("none", "some", "many", "storm"), p=(0.48, 0.27, 0.18, 0.07)))
@@ -48,7 +48,7 @@ def draw_spec(rng: np.random.Generator) -> Spec:
         time=time,
         land=land,
         tint=str(rng.choice(TINTS[time])),
-        orb=_orb(rng, time, covered),
+        orb=_draw_orb(rng, time, covered),
         clouds="none" if aurora else clouds,
         stars=night and clouds != "storm" and rng.random() < 0.65,
         milky_way=night and not covered and not aurora and rng.random() < 0.15,
@@ -59,7 +59,7 @@ def draw_spec(rng: np.random.Generator) -> Spec:
     )
 
 
-def _orb(rng: np.random.Generator, time: str, covered: bool) -> str:
+def _draw_orb(rng: np.random.Generator, time: str, covered: bool) -> str:
     if rng.random() < (0.65 if covered else 0.42):
         return ""
     if time == "night":

@@ -1,4 +1,4 @@
-"""The shipped weights as the start: for a machine whose work folder is gone, or to spend more time on the model."""
+"""Start from the shipped weights: after the work folder was deleted, or to train the model further."""
 
 import json
 import shutil
@@ -16,20 +16,20 @@ UNET_STATE = WORK / "unet.safetensors"
 TRAINED = {"unet.": "unet", "text.first.": "text_encoder", "text.second.": "text_encoder_2"}
 
 
-def adopt_shipped() -> None:
-    """Vocabulary and VAE as if their stages had ended, UNet and text encoders as if their minutes were spent.
+def adopt_shipped_weights() -> None:
+    """Mark tokenizer and VAE as finished, and UNet and text encoders as trained for their default minutes.
 
-    The optimiser's moments are not shipped, so the step count, and with it the learning rate's rise, begins anew.
+    The shipped model has no optimizer state. The step count therefore restarts at 0, with a new learning rate warm-up.
     """
     shutil.copytree(MODEL / "tokenizer", FOLDER, dirs_exist_ok=True)
     factor = json.loads((MODEL / "vae" / "config.json").read_text(encoding="utf-8"))["scaling_factor"]
-    save_tensors(VAE, _weights("vae") | {"scaling_factor": torch.tensor(factor)})
-    weights = {prefix + key: value for prefix, name in TRAINED.items() for key, value in _weights(name).items()}
+    save_tensors(VAE, _load_weights("vae") | {"scaling_factor": torch.tensor(factor)})
+    weights = {prefix + key: value for prefix, name in TRAINED.items() for key, value in _load_weights(name).items()}
     state = {f"{kind}.{key}": value for kind in ("now", "average") for key, value in weights.items()}
     spent = {"step": torch.tensor(0), "seconds": torch.tensor(60 * MINUTES, dtype=torch.float64)}
     save_tensors(UNET_STATE, state | spent)
 
 
-def _weights(part: str) -> dict[str, Tensor]:
+def _load_weights(part: str) -> dict[str, Tensor]:
     path = next((MODEL / part).glob("*.safetensors"))
     return {key: value.float() for key, value in load_file(path).items()}

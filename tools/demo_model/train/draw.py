@@ -1,4 +1,4 @@
-"""Stage `scenes`: draws all pictures once, in shards, on all cores."""
+"""Stage `scenes`: draw all training images once, in shards and in parallel."""
 
 import json
 import os
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.demo_model.scenes.scene import scene
+from tools.demo_model.scenes.scene import draw_scene
 from tools.demo_model.store import WORK, log, save_array, save_json
 
-SHARD = 80
-# name -> (first number, count, pixels high and wide); sides are multiples of 64 and the areas about the native one
+SHARD_SCENES = 80
+# name -> (first scene number, count, (height, width) in pixels); sides are multiples of 64
 GROUPS = {
     "square": (0, 9600, (256, 256)),
     "wide2": (20000, 160, (192, 384)),
@@ -27,8 +27,8 @@ GROUPS = {
 
 
 def draw_all(processes: int = 2) -> None:
-    """Draw what is missing."""
-    jobs = [(name, shard) for name, (_, count, _) in GROUPS.items() for shard in range(-(-count // SHARD))]
+    """Draw all missing shards."""
+    jobs = [(name, shard) for name, (_, count, _) in GROUPS.items() for shard in range(-(-count // SHARD_SCENES))]
     jobs = [job for job in jobs if not _path(*job).exists()]
     log.info("scenes: %d shards to draw", len(jobs))
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -45,18 +45,18 @@ def _path(name: str, shard: int) -> Path:
 def _draw_shard(job: tuple[str, int]) -> None:
     name, shard = job
     first, count, shape = GROUPS[name]
-    numbers = range(first + shard * SHARD, first + min((shard + 1) * SHARD, count))
-    drawn = [scene(number, shape) for number in numbers]
-    save_json(_path(name, shard).with_suffix(".json"), [words for _, words in drawn])
-    save_array(_path(name, shard), np.stack([image for image, _ in drawn]))
+    numbers = range(first + shard * SHARD_SCENES, first + min((shard + 1) * SHARD_SCENES, count))
+    scenes = [draw_scene(number, shape) for number in numbers]
+    save_json(_path(name, shard).with_suffix(".json"), [words for _, words in scenes])
+    save_array(_path(name, shard), np.stack([image for image, _ in scenes]))
 
 
-def shards(name: str) -> list[np.ndarray]:
-    """The pictures of a group, mapped, [n, H, W, 3] uint8 each."""
+def load_shards(name: str) -> list[np.ndarray]:
+    """Memory-map the images of a group, shards of [n, H, W, 3] uint8."""
     return [np.load(path, mmap_mode="r") for path in sorted((WORK / "scenes").glob(f"{name}-*.npy"))]
 
 
-def captions(name: str) -> list[str]:
-    """The captions of a group, in the order of its pictures."""
+def load_captions(name: str) -> list[str]:
+    """Load the captions of a group, in the order of its images."""
     paths = sorted((WORK / "scenes").glob(f"{name}-*.json"))
     return [words for path in paths for words in json.loads(path.read_text(encoding="utf-8"))]

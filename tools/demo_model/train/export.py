@@ -1,4 +1,4 @@
-"""Stage `export`: the folder that the program loads, as diffusers lays it out, in half precision."""
+"""Stage `export`: write the model in diffusers' folder layout, in half precision."""
 
 import json
 import shutil
@@ -12,16 +12,16 @@ from linfusion_cli.mixers.linear.weights import save_weights
 from tools.demo_model.store import MODEL, WORK, log
 from tools.demo_model.train.distill import load_linear
 from tools.demo_model.train.tokenizer import FOLDER, make_tokenizer
-from tools.demo_model.train.unet import build_scheduler, load_trained
+from tools.demo_model.train.unet import build_scheduler, load_trained_models
 from tools.demo_model.train.vae import load_vae
 
-LIMIT_BYTES = 16 * 1024 * 1024
+MAX_BYTES = 16 * 1024 * 1024
 
 
-def assemble() -> StableDiffusionXLPipeline:
-    """The whole model in fp32."""
+def build_pipeline() -> StableDiffusionXLPipeline:
+    """Build the complete pipeline in fp32."""
     tokenizer = make_tokenizer()
-    unet, text = load_trained(tokenizer)
+    unet, text = load_trained_models(tokenizer)
     return StableDiffusionXLPipeline(
         vae=load_vae(),
         text_encoder=text.first,
@@ -36,45 +36,45 @@ def assemble() -> StableDiffusionXLPipeline:
 
 
 def export() -> None:
-    """Write beside, then rename file by file: a reader sees the old file or the new one, never a part."""
+    """Write the model to a temporary folder, then replace the installed files one by one atomically."""
     scratch = WORK / "export"
     shutil.rmtree(scratch, ignore_errors=True)
-    pipe = assemble()
+    pipe = build_pipeline()
     linear = load_linear(pipe.unet)
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(scratch, safe_serialization=True)
     for name in ("tokenizer", "tokenizer_2"):
         shutil.rmtree(scratch / name)
         shutil.copytree(FOLDER, scratch / name)
-    _forget_paths(scratch)
-    _name_as_published(scratch / "text_encoder" / "model.safetensors")
+    _remove_source_paths(scratch)
+    _add_text_model_prefix(scratch / "text_encoder" / "model.safetensors")
     save_weights(scratch / "linfusion", linear)
-    _move(scratch, MODEL)
+    _install_files(scratch, MODEL)
 
 
-def _forget_paths(folder: Path) -> None:
-    """diffusers notes where a part was loaded from; that says nothing on another machine."""
+def _remove_source_paths(folder: Path) -> None:
+    """Remove the local paths that diffusers records in config files."""
     for path in folder.rglob("*config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _name_as_published(file: Path) -> None:
-    """Every version of transformers reads the first encoder under `text_model.`; newer ones save it without."""
+def _add_text_model_prefix(file: Path) -> None:
+    """Add the `text_model.` prefix, which new versions of transformers omit and old versions require."""
     tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
 
 
-def _move(source: Path, target: Path) -> None:
+def _install_files(source: Path, target: Path) -> None:
     files = [path for path in sorted(source.rglob("*")) if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    if size > LIMIT_BYTES:
-        raise ValueError(f"the model has {size} bytes, more than {LIMIT_BYTES}")
+    if size > MAX_BYTES:
+        raise ValueError(f"The model has {size} bytes; the limit is {MAX_BYTES}.")
     for path in files:
-        goal = target / path.relative_to(source)
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        beside = goal.with_name(goal.name + ".new")
-        shutil.copyfile(path, beside)  # not the mode: safetensors writes files only their owner may read
-        beside.replace(goal)
+        target_file = target / path.relative_to(source)
+        target_file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target_file.with_name(target_file.name + ".new")
+        shutil.copyfile(path, scratch)  # without the mode: safetensors creates files readable only by their owner
+        scratch.replace(target_file)
     log.info("export: %d files, %.2f MB in %s", len(files), size / 1e6, target)

@@ -1,7 +1,7 @@
-"""Training in several processes of one thread each.
+"""Train in several single-threaded processes.
 
-Threads within an operation meet thousands of times a step; on a machine that does other work too, each meeting waits
-for the slowest. Processes meet once a step.
+Threads within an operation synchronise thousands of times per step, and each time the slowest one delays all others if
+the machine is busy. Processes synchronise once per step.
 """
 
 import tempfile
@@ -17,15 +17,17 @@ from tools.demo_model.store import start_log
 
 
 def run(work: Callable[..., None], processes: int, *arguments: object) -> None:
-    """Call `work(rank, *arguments)` in each process and wait for all."""
+    """Call `work(rank, *arguments)` in each process and wait for all processes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (work, processes, Path(folder) / "meeting", arguments), nprocs=processes)
+        mp.spawn(_run_rank, (work, processes, Path(folder) / "rendezvous", arguments), nprocs=processes)
 
 
-def _enter(rank: int, work: Callable[..., None], processes: int, meeting: Path, arguments: tuple[object, ...]) -> None:
+def _run_rank(
+    rank: int, work: Callable[..., None], processes: int, rendezvous: Path, arguments: tuple[object, ...]
+) -> None:
     torch.set_num_threads(1)
     start_log()
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes)
     try:
         work(rank, *arguments)
     finally:
@@ -33,7 +35,7 @@ def _enter(rank: int, work: Callable[..., None], processes: int, meeting: Path, 
 
 
 def mean_over_ranks(value: float) -> float:
-    """The mean of a number, the same in every process."""
+    """Return the mean of `value` over all processes."""
     if not dist.is_initialized():
         return value
     shared = torch.tensor([value], dtype=torch.float64)
@@ -43,7 +45,7 @@ def mean_over_ranks(value: float) -> float:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes."""
+    """Replace each gradient by its mean over all processes."""
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -1,4 +1,4 @@
-"""The two text encoders: SDXL's classes, two layers each."""
+"""The two text encoders: the same classes as in SDXL, with two layers each."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ WIDTH = 64
 
 
 class TextEncoders(nn.Module):
-    """Token numbers -> what the UNet is given of the text."""
+    """Both text encoders: from token ids to the UNet's text conditioning."""
 
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
@@ -18,7 +18,7 @@ class TextEncoders(nn.Module):
         self.second = CLIPTextModelWithProjection(_config(tokenizer, "gelu"))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T] -> context [B, T, 128] and pooled [B, 64]; the last layer but one, as SDXL takes it."""
+        """Encode [B, T] to context [B, T, 128], from the penultimate layers as in SDXL, and pooled [B, 64]."""
         first = self.first(tokens, output_hidden_states=True)
         second = self.second(tokens, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
@@ -41,5 +41,5 @@ def _config(tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """[n, T] token numbers, padded."""
+    """Return padded token ids [n, T]."""
     return tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids

@@ -1,4 +1,4 @@
-"""A small byte-level BPE vocabulary in CLIP's file format, learned from the captions; any text can be written in it."""
+"""A small byte-level BPE vocabulary in CLIP's file format, learned from the captions; it can encode any text."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from tools.demo_model.scenes.captions import FILLERS
 from tools.demo_model.store import WORK
-from tools.demo_model.train.draw import GROUPS, captions
+from tools.demo_model.train.draw import GROUPS, load_captions
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 620
@@ -18,14 +18,14 @@ FOLDER = WORK / "tokenizer"
 
 
 def byte_alphabet() -> list[str]:
-    """GPT-2's 256 printable stand-ins, in the order of their bytes' numbers."""
+    """Return GPT-2's 256 printable characters for bytes 0 to 255."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     spare = iter(range(256, 512))
     return [chr(byte) if byte in plain else chr(next(spare)) for byte in range(256)]
 
 
 def learn_merges(texts: list[str], count: int) -> list[tuple[str, str]]:
-    """Byte pair encoding (arXiv 1508.07909): join the most frequent pair, again and again."""
+    """Learn `count` merges by byte pair encoding (arXiv 1508.07909)."""
     words = Counter(word for text in texts for word in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", text.lower()))
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
@@ -53,15 +53,15 @@ def _join(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Learn the vocabulary where it is not there yet, and load it."""
+    """Load the tokenizer; learn its vocabulary first if it does not exist."""
     if not (FOLDER / "special_tokens_map.json").exists():
-        texts = [words for name in GROUPS for words in captions(name)] + list(FILLERS) * 20
+        texts = [words for name in GROUPS for words in load_captions(name)] + list(FILLERS) * 20
         write_tokenizer(FOLDER, learn_merges(texts, MERGES))
     return CLIPTokenizer.from_pretrained(FOLDER)
 
 
 def write_tokenizer(folder: Path, merges: list[tuple[str, str]]) -> None:
-    """The four files that SDXL's tokenizer folders hold."""
+    """Write the four files of an SDXL tokenizer folder."""
     letters = byte_alphabet()
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}

@@ -1,8 +1,8 @@
-"""Weights to start the VAE from: an eightfold thumbnail and its smooth enlargement, on top of which it learns detail.
+"""Initial weights of the VAE: reduce 8 times to a thumbnail and enlarge it smoothly; training adds the details.
 
-A decoder full of normalisations takes a thousand steps to find out that a colour is to be passed on. Here eight
-channels of every level carry it from the start: the three colours, their negatives (so that the mean stays 0), and a
-positive and a negative constant (so that normalisation does not lose the brightness of a picture).
+With random weights, a decoder with many normalisations needs a thousand steps to learn to transport colours. Here eight
+channels of each level transport them from the start: the three colours, their negatives (which keep the mean at 0), and
+a positive and a negative constant (which preserve the brightness through normalisation).
 """
 
 from collections.abc import Callable
@@ -12,51 +12,51 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-CARRIED = 8
-COLOUR_SCALE = 2.0  # latents are this times the mean colour in -1..1
+CARRIED_CHANNELS = 8
+COLOUR_SCALE = 2.0  # ratio of the latents to the mean colour in -1..1
 
 
 @torch.no_grad()
-def start_as_thumbnail(vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Set the weights; the two last convolutions are fitted to `pixels` [B, 3, H, W]."""
-    _silence_branches(vae)
-    _take_colours(vae.encoder.conv_in, 1.0)
-    _take_colours(vae.decoder.conv_in, 1 / COLOUR_SCALE)
+def init_as_thumbnail(vae: AutoencoderKL, pixels: Tensor) -> None:
+    """Set the initial weights; the last convolution of encoder and decoder is fitted to `pixels` [B, 3, H, W]."""
+    _zero_branches(vae)
+    _init_colour_channels(vae.encoder.conv_in, 1.0)
+    _init_colour_channels(vae.decoder.conv_in, 1 / COLOUR_SCALE)
     for block in vae.encoder.down_blocks:
         for sampler in block.downsamplers or ():
-            _carry(sampler.conv, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]]) / 4)
+            _init_carried_channels(sampler.conv, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]]) / 4)
     smooth = torch.tensor([1.0, 2, 1]) / 4
     for block in vae.decoder.up_blocks:
         for sampler in block.upsamplers or ():
-            _carry(sampler.conv, smooth[:, None] * smooth)
+            _init_carried_channels(sampler.conv, smooth[:, None] * smooth)
     for conv in (vae.quant_conv, vae.post_quant_conv):
         nn.init.dirac_(conv.weight)
         nn.init.zeros_(conv.bias)
     _fit_ends(vae, pixels)
-    # a narrow posterior from the start: encoding draws from it
+    # a small initial posterior variance: training samples from the posterior
     vae.quant_conv.weight[4:] = 0
     vae.quant_conv.bias[4:] = -8
 
 
-def _silence_branches(vae: AutoencoderKL) -> None:
+def _zero_branches(vae: AutoencoderKL) -> None:
     for name, module in vae.named_modules():
         if name.endswith(("conv2", "to_out.0")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
         if name.endswith("conv_shortcut"):
-            _carry(module, torch.ones(1, 1))
+            _init_carried_channels(module, torch.ones(1, 1))
 
 
-def _carry(conv: nn.Conv2d, kernel: Tensor) -> None:
-    conv.weight[:CARRIED] = 0
-    conv.bias[:CARRIED] = 0
-    for channel in range(CARRIED):
+def _init_carried_channels(conv: nn.Conv2d, kernel: Tensor) -> None:
+    conv.weight[:CARRIED_CHANNELS] = 0
+    conv.bias[:CARRIED_CHANNELS] = 0
+    for channel in range(CARRIED_CHANNELS):
         conv.weight[channel, channel] = kernel
 
 
-def _take_colours(conv: nn.Conv2d, scale: float) -> None:
-    conv.weight[:CARRIED] = 0
-    conv.bias[:CARRIED] = torch.tensor([0.0] * 6 + [1, -1])
+def _init_colour_channels(conv: nn.Conv2d, scale: float) -> None:
+    conv.weight[:CARRIED_CHANNELS] = 0
+    conv.bias[:CARRIED_CHANNELS] = torch.tensor([0.0] * 6 + [1, -1])
     for channel in range(3):
         conv.weight[channel, channel, 1, 1] = scale
         conv.weight[channel + 3, channel, 1, 1] = -scale
@@ -70,12 +70,12 @@ def _fit_ends(vae: AutoencoderKL, pixels: Tensor) -> None:
 
 
 def _fit(conv: nn.Conv2d, run: Callable[[], object], wanted: Tensor) -> None:
-    """Least squares for the centre tap of the first outputs of `conv`."""
-    seen: list[Tensor] = []
-    handle = conv.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    """Fit the centre tap of the first output channels of `conv` to `wanted` by ridge regression."""
+    captured: list[Tensor] = []
+    handle = conv.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
     run()
     handle.remove()
-    inputs = seen[0].permute(0, 2, 3, 1).flatten(0, 2).double()
+    inputs = captured[0].permute(0, 2, 3, 1).flatten(0, 2).double()
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
     goal = wanted.permute(0, 2, 3, 1).flatten(0, 2).double()
     ridge = 1e-4 * len(inputs) * torch.eye(inputs.shape[1], dtype=torch.float64)
