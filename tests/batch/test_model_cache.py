@@ -23,9 +23,9 @@ from linfusion_cli.run.stages import denoise
 from linfusion_cli.run.stages import load as stages_load
 from tests.batch.helpers import builder, job_specs, run_batch
 from tests.support.other_process import lock_in_other_process
-from tests.support.small_controlnets import small_control, write_control
+from tests.support.small_controlnets import build_small_controlnet, write_controlnet
 from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
-from tests.support.small_models import small_xl_unet
+from tests.support.small_models import build_small_xl_unet
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def guides(tmp_path_factory):
     """Write an IP-Adapter, its encoder, a ControlNet for the small SDXL, and an image."""
     folder = tmp_path_factory.mktemp("guides")
     write_encoder(folder / "image_encoder")
-    write_adapter(folder / "adapter.safetensors", small_xl_unet())
-    write_control(folder / "control", small_control(small_xl_unet(), 1))
+    write_adapter(folder / "adapter.safetensors", build_small_xl_unet())
+    write_controlnet(folder / "control", build_small_controlnet(build_small_xl_unet(), 1))
     write_image(folder / "a.png", width=64, height=64)
     return folder
 

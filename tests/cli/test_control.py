@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.small_controlnets import small_control, small_union, write_control
-from tests.support.small_models import small_xl_unet
+from tests.support.small_controlnets import build_small_controlnet, build_small_union_controlnet, write_controlnet
+from tests.support.small_models import build_small_xl_unet
 
 
 @pytest.fixture
 def here(xl_model, tmp_path):
     """Write two ControlNets and a control image; return the options of a small run."""
-    write_control(tmp_path / "net", small_control(small_xl_unet(), 1))
-    write_control(tmp_path / "union", small_union(small_xl_unet(), 2))
+    write_controlnet(tmp_path / "net", build_small_controlnet(build_small_xl_unet(), 1))
+    write_controlnet(tmp_path / "union", build_small_union_controlnet(build_small_xl_unet(), 2))
     numbers = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(numbers).save(tmp_path / "edges.png")
     return "a hill", "--model", xl_model, "--size", 64, "--steps", 1, "-o", "a.png"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
-from tests.support.small_models import small_xl_unet
+from tests.support.small_models import build_small_xl_unet
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     write_encoder(folder / "image_encoder")
     for kind in ("plain", "plus"):
-        write_adapter(folder / f"{kind}.safetensors", small_xl_unet(), kind)
+        write_adapter(folder / f"{kind}.safetensors", build_small_xl_unet(), kind)
     write_image(folder / "p.png")
     return folder
 

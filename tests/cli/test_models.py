@@ -12,20 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
-from tests.models.locate.test_model import put_in_hub
-from tests.support.fake_hub import COMMIT, serving
-from tests.support.small_controlnets import small_control, write_control
+from tests.models.locate.test_model import add_to_hub_cache
+from tests.support.fake_hub import COMMIT, serve_hub
+from tests.support.small_controlnets import build_small_controlnet, write_controlnet
 from tests.support.small_ip_adapters import write_adapter
-from tests.support.small_models import small_xl_unet, write_linfusion
-from tests.support.small_single_files import without_weights, write_original, write_small_sd21
+from tests.support.small_models import build_small_xl_unet, write_linfusion
+from tests.support.small_single_files import copy_without_weights, write_original, write_small_sd21
 
 LARGE = 24 << 20  # more than two of the chunks that huggingface_hub writes at a time
 
 
 def test_list_shows_installed_models(cli, sd_model, tmp_path):
-    put_in_hub(sd_model, "someone/small-sd")
-    put_in_hub(without_weights(sd_model, tmp_path / "bare"), "someone/configs")
-    put_in_hub(DEMO_FOLDER / "linfusion", "someone/linfusion")
+    add_to_hub_cache(sd_model, "someone/small-sd")
+    add_to_hub_cache(copy_without_weights(sd_model, tmp_path / "bare"), "someone/configs")
+    add_to_hub_cache(DEMO_FOLDER / "linfusion", "someone/linfusion")
     code, out, _ = cli("models", "list")
     assert code == 0
     rows = {line.split()[0]: line for line in out.splitlines()}
@@ -58,7 +58,7 @@ def test_check_of_a_single_file(cli, sd_model, tmp_path):
     file = write_original(sd_model, tmp_path / "one.safetensors", "sd15")
     code, _, err = cli("models", "check", file)
     assert code == 69 and "linfusion models pull" in err
-    put_in_hub(without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
+    add_to_hub_cache(copy_without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
     code, out, _ = cli("models", "check", file)
     assert code == 0 and "SD 1.5 family" in out and "probe" in out
 
@@ -75,11 +75,11 @@ def test_check_of_parts_and_loras(cli, xl_model, tmp_path):
 
 
 def test_check_of_adapters_and_single_parts(cli, xl_model, tmp_path):
-    control = write_control(tmp_path / "control", small_control(small_xl_unet()))
+    control = write_controlnet(tmp_path / "control", build_small_controlnet(build_small_xl_unet()))
     assert "ControlNetModel" in cli("models", "check", control)[1]
-    put_in_hub(control, "someone/control")
+    add_to_hub_cache(control, "someone/control")
     assert "ControlNetModel" in cli("models", "check", "someone/control")[1]
-    adapter = write_adapter(tmp_path / "ip.safetensors", small_xl_unet())
+    adapter = write_adapter(tmp_path / "ip.safetensors", build_small_xl_unet())
     assert "projection_dim" in cli("models", "check", adapter)[1]
     vae = shutil.copy(xl_model / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "vae.safetensors")
     assert "VAE" in cli("models", "check", vae)[1]
@@ -169,7 +169,7 @@ def repositories(tmp_path_factory):
 
 @pytest.mark.slow
 def test_pull_downloads_a_model_and_its_linfusion_weights(repositories, tmp_path):
-    with serving(repositories) as hub:
+    with serve_hub(repositories) as hub:
         run = run_linfusion(hub, tmp_path, "models", "pull", "a/demo")
         assert run.returncode == 0 and [line.split()[1] for line in run.stderr.splitlines()] == [
             "a/demo",
@@ -188,13 +188,13 @@ def test_pull_downloads_a_model_and_its_linfusion_weights(repositories, tmp_path
 
 
 def test_pull_of_configs_only(repositories, tmp_path):
-    with serving(repositories) as hub:
+    with serve_hub(repositories) as hub:
         assert run_linfusion(hub, tmp_path, "models", "pull", "a/demo", "--configs").returncode == 0
         assert not any(path.endswith(".safetensors") for _, path, _ in hub.asked)
 
 
 def test_a_pinned_revision_is_requested(repositories, tmp_path):
-    with serving(repositories) as hub:
+    with serve_hub(repositories) as hub:
         assert run_linfusion(hub, tmp_path, "models", "pull", f"a/large@{COMMIT}", "--configs").returncode == 0
         assert any(f"/resolve/{COMMIT}/" in path for _, path, _ in hub.asked)
         assert not any("/main" in path for _, path, _ in hub.asked)
@@ -206,7 +206,7 @@ def list_weight_ranges(hub):
 
 
 def test_a_broken_connection_is_resumed(repositories, tmp_path):
-    with serving(repositories) as hub:
+    with serve_hub(repositories) as hub:
         hub.cut_after = 12 << 20
         run = run_linfusion(hub, tmp_path, "models", "pull", "a/large")
         assert run.returncode == 0, run.stderr
@@ -215,7 +215,7 @@ def test_a_broken_connection_is_resumed(repositories, tmp_path):
 
 
 def test_a_repeated_pull_downloads_the_missing_files(repositories, tmp_path):
-    with serving(repositories) as hub:
+    with serve_hub(repositories) as hub:
         hub.cut_after, hub.refuses_after_cut = 12 << 20, True
         run = run_linfusion(hub, tmp_path, "models", "pull", "a/large")
         assert run.returncode == 69 and "a/large" in run.stderr and "Traceback" not in run.stderr
@@ -227,14 +227,14 @@ def test_a_repeated_pull_downloads_the_missing_files(repositories, tmp_path):
 
 
 def test_an_unknown_repository_is_one_line(repositories, tmp_path):
-    with serving(repositories) as hub:
+    with serve_hub(repositories) as hub:
         run = run_linfusion(hub, tmp_path, "models", "pull", "a/nothing")
         assert run.returncode == 69 and re.search(r" linfusion: .*a/nothing", run.stderr.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_generate_with_download_downloads_missing_models(repositories, tmp_path):
-    with serving(repositories) as hub:
+    with serve_hub(repositories) as hub:
         options = ("--size", "288", "--steps", "1", "--attention", "linear", "-o", tmp_path / "out.png")
         run = run_linfusion(hub, tmp_path, "generate", "a sea", "--model", "a/demo", *options)
         assert run.returncode == 69 and "--download" in run.stderr and "linfusion models pull a/demo" in run.stderr

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.support.fake_hub import COMMIT
-from tests.support.small_models import small_tokenizer
+from tests.support.small_models import write_small_tokenizer
 
 WITHOUT_NETWORK = """
 import socket, sys
@@ -33,7 +33,7 @@ def home(tmp_path_factory, sd_model):
     Image.new("RGB", (80, 64), "green").save(folder / "photo.png")
     repository = folder / "hub" / "models--someone--sd"
     shutil.copytree(sd_model, repository / "snapshots" / COMMIT)
-    small_tokenizer(repository / "snapshots" / COMMIT / "tokenizer")
+    write_small_tokenizer(repository / "snapshots" / COMMIT / "tokenizer")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     return folder

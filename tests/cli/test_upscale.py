@@ -8,8 +8,8 @@ import tifffile
 from PIL import Image
 
 from linfusion_cli.images import read_info
-from tests.support.small_controlnets import small_control, write_control
-from tests.support.small_models import small_xl_unet
+from tests.support.small_controlnets import build_small_controlnet, write_controlnet
+from tests.support.small_models import build_small_xl_unet
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_an_invalid_option_or_image_is_one_line(cli, photo, tmp_path, xl_model, 
     ids=["thumbnail", "dng"],
 )
 def test_camera_raw_files_are_rejected_everywhere(cli, tmp_path, xl_model, options, text):
-    write_control(tmp_path / "net", small_control(small_xl_unet()))
+    write_controlnet(tmp_path / "net", build_small_controlnet(build_small_xl_unet()))
     tifffile.imwrite(tmp_path / "raw.tif", np.zeros((64, 64, 3), np.uint8), photometric="rgb", **options)
     for command in (
         ("upscale", "raw.tif"),

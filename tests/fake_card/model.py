@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from linfusion_cli.mixers.linear.weights import build_spec
-from tests.support.small_models import scheduler_config, small_tokenizer
+from tests.support.small_models import build_scheduler_config, write_small_tokenizer
 from tools.bench.shapes import build_linear_attentions, build_sdxl_unet, build_sdxl_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -52,8 +52,8 @@ def write_sdxl(folder: Path) -> Path:
         write_part(folder / part, dict(network.config) | {"_class_name": type(network).__name__})
     for part, config in TEXT.items():
         write_part(folder / part, CLIPTextConfig(**config, **TOKENS).to_dict(), "model.safetensors")
-        small_tokenizer(folder / part.replace("text_encoder", "tokenizer"))
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config())
+        write_small_tokenizer(folder / part.replace("text_encoder", "tokenizer"))
+    write_json(folder / "scheduler" / "scheduler_config.json", build_scheduler_config())
     names = {part: ["diffusers", ""] for part in ("unet", "vae", *TEXT, "tokenizer", "tokenizer_2", "scheduler")}
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     write_json(folder / "model_index.json", index | names)

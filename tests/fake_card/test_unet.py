@@ -77,10 +77,9 @@ def test_a_run_continues_with_less_memory_wherever_memory_runs_out():
     result = run_in_group(FAULT)
     assert result["fails"] == []
     assert len(result["notices"]) == len(FAULT.fails)
-    assert "both halves of guidance one after the other" in result["notices"][0]
-    assert "64 rows" in result["notices"][0] and "maps on the device" in result["notices"][0]
-    assert "skip connections on the host" in result["notices"][3]
-    assert "maps on the host" in result["notices"][-1]
+    notices = result["notices"]
+    assert all(words in notices[0] for words in ("halves of guidance one after the other", "64 rows", "on the device"))
+    assert "skip connections on the host" in notices[3] and "maps on the host" in notices[-1]
     assert result["left_pinned"] == 0
 
 

@@ -14,7 +14,7 @@ from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.controlnet import StripControlNet, WholeControlNet, embed_control_image
 from linfusion_cli.unet.forward import strip_forward
 from linfusion_cli.unet.predict import WholeUNet
-from tests.support.small_controlnets import small_control
+from tests.support.small_controlnets import build_small_controlnet
 from tools.bench.shapes import build_linear_attentions, build_random_inputs, build_sdxl_unet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -26,7 +26,7 @@ def networks():
     """Return a UNet and a ControlNet with linear attention."""
     torch.manual_seed(0)
     unet = build_sdxl_unet(5).eval().requires_grad_(False)
-    net, linear = small_control(unet), build_linear_attentions(unet)
+    net, linear = build_small_controlnet(unet), build_linear_attentions(unet)
     with ExitStack() as stack:
         stack.enter_context(mount_modules(net, build_linear_attention(net, linear)))
         stack.enter_context(mount_modules(unet, linear))

@@ -10,13 +10,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from linfusion_cli.core.geometry import Size
-from tests.support.small_controlnets import small_control, small_union, write_control
+from tests.support.small_controlnets import build_small_controlnet, build_small_union_controlnet, write_controlnet
 from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
-from tests.support.small_models import small_sd_unet, small_xl_unet, write_linfusion
+from tests.support.small_models import build_small_sd_unet, build_small_xl_unet, write_linfusion
 
 pytestmark = pytest.mark.slow
 
-UNETS = {"xl": small_xl_unet, "sd": small_sd_unet}
+UNETS = {"xl": build_small_xl_unet, "sd": build_small_sd_unet}
 # Maximum distance of latents from those in fp32: mean absolute difference, divided by the standard deviation in fp32.
 # Measured maxima: 0.0086 and 0.0012 for the random models, including rounded noise; 0.048 and 0.011 for the demo model,
 # which has small latents.
@@ -63,12 +63,12 @@ def adapter_settings(tmp_path_factory):
     image = str(write_image(folder / "a.png"))
     edges = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(edges).save(folder / "edges.png")
-    write_linfusion(folder / "sd-linear", small_sd_unet())
+    write_linfusion(folder / "sd-linear", build_small_sd_unet())
 
     def control(family: str, name: str) -> dict:
         unet = UNETS[family]()
-        net = small_union(unet) if name == "union" else small_control(unet)
-        settings = {"controlnet": (str(write_control(folder / f"{family}-{name}", net)),)}
+        net = build_small_union_controlnet(unet) if name == "union" else build_small_controlnet(unet)
+        settings = {"controlnet": (str(write_controlnet(folder / f"{family}-{name}", net)),)}
         settings |= {"control_type": ("canny",)} if name == "union" else {}
         return settings | {"control_image": (str(folder / "edges.png"),), "control_phases": ("all",)}
 

@@ -22,7 +22,7 @@ from linfusion_cli.run.stages import load as stages_load
 from linfusion_cli.run.stages import plan, precision
 from tests.half.runs import BASE, DOUBLE, HALF, build_history, list_notices, read_files
 from tests.support.marks import mostly_slow
-from tests.support.small_models import small_vae
+from tests.support.small_models import build_small_vae
 
 FAILS = {"dpmpp-2m": (BASE, 2), "euler-a": (BASE, 1), "unipc": (DOUBLE, 1), "euler": (DOUBLE, 0)}
 
@@ -261,7 +261,7 @@ def test_the_new_plan_is_for_the_new_dtype_and_the_report_has_it(make, forwards,
     monkeypatch.setattr(precision, "plan_run", lambda *args: reserved_bytes.append(args[2]) or plan_run(*args))
     forwards.bad = {(BASE, 1): {"bfloat16"}}
     result = make(dtype="bfloat16")
-    assert reserved_bytes == [sum(2 * weights.numel() for weights in small_vae().parameters())]
+    assert reserved_bytes == [sum(2 * weights.numel() for weights in build_small_vae().parameters())]
     wide, stages = result.report.plan, [stage for stage in result.report.stages if stage.kind == "denoise"]
     planned = {
         stage["phase"]: stage["estimate"]["host_bytes"] for stage in wide["stages"] if stage["kind"] == "denoise"

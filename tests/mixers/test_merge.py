@@ -6,12 +6,12 @@ import torch
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.merge import PROJECTIONS, add_difference, copy_own_projections
 from linfusion_cli.mixers.linear.mount import find_self_attentions
-from tests.support.small_models import small_xl_unet
+from tests.support.small_models import build_small_xl_unet
 
 
 @pytest.fixture
 def unet():
-    return small_xl_unet()
+    return build_small_xl_unet()
 
 
 def build_linear(unet, dtype=torch.float32):
@@ -48,7 +48,7 @@ def test_keep_takes_the_models_projections_and_leaves_f_q_and_f_k(unet):
 
 
 def test_delta_adds_what_the_model_changed(unet):
-    linear, own, base = build_linear(unet), find_self_attentions(unet), find_self_attentions(small_xl_unet())
+    linear, own, base = build_linear(unet), find_self_attentions(unet), find_self_attentions(build_small_xl_unet())
     published, ours, theirs = copy_weights(linear), copy_weights(own), copy_weights(base)
     add_difference(linear, own, build_reader(base))
     for name, tensor in weights(linear).items():
@@ -61,7 +61,7 @@ def test_delta_adds_what_the_model_changed(unet):
 
 def test_what_is_merged_is_a_copy(unet):
     """A LoRA is added to both afterwards, so they must not share memory."""
-    own, base = find_self_attentions(unet), find_self_attentions(small_xl_unet())
+    own, base = find_self_attentions(unet), find_self_attentions(build_small_xl_unet())
     ours = copy_weights(own)
     for merge in (copy_own_projections, lambda linear, own: add_difference(linear, own, build_reader(base))):
         linear = build_linear(unet)
@@ -93,7 +93,7 @@ def test_delta_is_taken_in_fp32_and_rounded_once(unet, dtype):
     linear, own, base = (
         build_linear(unet, dtype),
         find_self_attentions(unet.to(dtype)),
-        find_self_attentions(small_xl_unet()),
+        find_self_attentions(build_small_xl_unet()),
     )
     published, ours = copy_weights(linear), copy_weights(own)
     theirs = {name: tensor.to(dtype) for name, tensor in copy_weights(base).items()}

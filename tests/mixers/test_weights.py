@@ -16,7 +16,7 @@ from linfusion_cli.mixers.linear.weights import (
     load_weights,
     save_weights,
 )
-from tests.support.small_models import small_xl_unet, write_linfusion
+from tests.support.small_models import build_small_xl_unet, write_linfusion
 
 
 def build_meta_sdxl_unet() -> UNet2DConditionModel:
@@ -79,7 +79,7 @@ def test_sdxls_seventy_modules_are_read(tmp_path):
 
 @pytest.fixture
 def unet():
-    return small_xl_unet()
+    return build_small_xl_unet()
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_round_trip(tmp_path, unet, mid_dim):
 @pytest.mark.parametrize("middle", [None, "UNetMidBlock2D"])
 def test_a_unet_that_was_cut_down_takes_what_it_has_a_place_for(weights, unet, middle):
     """Like SSD-1B: SDXL with fewer transformer blocks, and without self-attention in the mid block."""
-    small = small_xl_unet((1, 1, 1), mid_block_type=middle)
+    small = build_small_xl_unet((1, 1, 1), mid_block_type=middle)
     modules, tensors = load_weights(weights, small, torch.float32), load_file(weights / WEIGHTS_NAME)
     assert list(modules) == list(build_meta_modules(weights, small)) == list(find_self_attentions(small))
     places = {path: i for i, path in enumerate(find_self_attentions(unet))}
@@ -122,14 +122,14 @@ def test_a_unet_that_was_cut_down_takes_what_it_has_a_place_for(weights, unet, m
 
 
 def test_weights_that_lack_a_layer_name_it(tmp_path, unet):
-    cut = write_linfusion(tmp_path / "cut", small_xl_unet((1, 1, 1)))
+    cut = write_linfusion(tmp_path / "cut", build_small_xl_unet((1, 1, 1)))
     first = "down_blocks.2.attentions.0.transformer_blocks.1.attn1"
     with pytest.raises(DataError, match=f"{first} has no such layer in the weights and 16 channels in 2 heads in the"):
         load_weights(cut, unet, torch.float32)
 
 
 def test_a_layer_of_another_shape_is_named_with_both(weights):
-    wider = small_xl_unet((1, 1, 1), heads=(1, 4, 4))
+    wider = build_small_xl_unet((1, 1, 1), heads=(1, 4, 4))
     first = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
     shapes = "16 channels in 2 heads in the weights and 16 channels in 4 heads in the model"
     with pytest.raises(DataError, match=f"{first} has {shapes}"):

@@ -15,64 +15,64 @@ from linfusion_cli.models.files.header import read_header
 from linfusion_cli.models.files.layout import Model, Part
 from linfusion_cli.models.load.networks import load_unet, load_vae
 from linfusion_cli.models.locate.model import FAMILY_BASES, find_model
-from tests.models.locate.test_model import put_in_hub
-from tests.support.small_single_files import without_weights, write_original
+from tests.models.locate.test_model import add_to_hub_cache
+from tests.support.small_single_files import copy_without_weights, write_original
 
 CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-def parts_of(data):
+def split_file(data):
     """The header's JSON and the numbers that follow it."""
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-def joined(header, numbers, length=None):
+def join_file(header, numbers, length=None):
     text = json.dumps(header).encode() if isinstance(header, dict) else header
     return struct.pack("<Q", len(text) if length is None else length) + text + numbers
 
 
-def some(header):
+def find_tensor_name(header):
     """A tensor that every layout has."""
     return next(name for name in header if name.endswith("conv_in.weight"))
 
 
-def with_entry(data, **changed):
+def change_entry(data, **changed):
     """One tensor's entry in the header with other values."""
-    header, numbers = parts_of(data)
-    header[some(header)] |= changed
-    return joined(header, numbers)
+    header, numbers = split_file(data)
+    header[find_tensor_name(header)] |= changed
+    return join_file(header, numbers)
 
 
-def overlapping(data):
-    header, numbers = parts_of(data)
+def overlap_offsets(data):
+    header, numbers = split_file(data)
     one, two = [name for name in header if name != "__metadata__"][:2]
     header[two]["data_offsets"] = header[one]["data_offsets"]
-    return joined(header, numbers)
+    return join_file(header, numbers)
 
 
 DAMAGE = {
     "empty": lambda data: b"",
     "short": lambda data: data[:5],
     "header cut off": lambda data: data[:100],
-    "header longer than the file": lambda data: joined(*parts_of(data), length=1 << 40),
-    "header length of 2^64 - 1": lambda data: joined(*parts_of(data), length=(1 << 64) - 1),
-    "header length of 0": lambda data: joined(*parts_of(data), length=0),
-    "header no JSON": lambda data: joined(b"{" * 64, parts_of(data)[1]),
-    "header a list": lambda data: joined(b"[1, 2]", parts_of(data)[1]),
-    "header no UTF-8": lambda data: joined(b'{"\xff": 1}', parts_of(data)[1]),
+    "header longer than the file": lambda data: join_file(*split_file(data), length=1 << 40),
+    "header length of 2^64 - 1": lambda data: join_file(*split_file(data), length=(1 << 64) - 1),
+    "header length of 0": lambda data: join_file(*split_file(data), length=0),
+    "header no JSON": lambda data: join_file(b"{" * 64, split_file(data)[1]),
+    "header a list": lambda data: join_file(b"[1, 2]", split_file(data)[1]),
+    "header no UTF-8": lambda data: join_file(b'{"\xff": 1}', split_file(data)[1]),
     "numbers cut off": lambda data: data[:-10],
     "numbers too many": lambda data: data + b"1234",
-    "unknown type": lambda data: with_entry(data, dtype="F99"),
-    "wrong type": lambda data: with_entry(data, dtype="I32"),
-    "type of another size": lambda data: with_entry(data, dtype="F64"),
-    "shape too large": lambda data: with_entry(data, shape=[1 << 62, 1 << 62]),
-    "shape negative": lambda data: with_entry(data, shape=[-1]),
-    "shape of another rank": lambda data: with_entry(data, shape=[2, 2]),
-    "offsets backwards": lambda data: with_entry(data, data_offsets=[32, 0]),
-    "offsets beyond the end": lambda data: with_entry(data, data_offsets=[0, 1 << 40]),
-    "offsets overlap": overlapping,
+    "unknown type": lambda data: change_entry(data, dtype="F99"),
+    "wrong type": lambda data: change_entry(data, dtype="I32"),
+    "type of another size": lambda data: change_entry(data, dtype="F64"),
+    "shape too large": lambda data: change_entry(data, shape=[1 << 62, 1 << 62]),
+    "shape negative": lambda data: change_entry(data, shape=[-1]),
+    "shape of another rank": lambda data: change_entry(data, shape=[2, 2]),
+    "offsets backwards": lambda data: change_entry(data, data_offsets=[32, 0]),
+    "offsets beyond the end": lambda data: change_entry(data, data_offsets=[0, 1 << 40]),
+    "offsets overlap": overlap_offsets,
     "a pickle of torch": lambda data: b"PK\x03\x04" + data,
     "a bare pickle": lambda data: b"\x80\x02}q\x00." + data,
     "a web page": lambda data: b"<!DOCTYPE html><html>404</html>" * 9,
@@ -86,7 +86,7 @@ def copy(sd_model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_file_is_65_and_one_sentence(copy, kind):
+def test_a_damaged_file_is_65_and_one_line(copy, kind):
     file = copy / UNET
     file.write_bytes(DAMAGE[kind](file.read_bytes()))
     with pytest.raises(DataError, match="unet") as caught:
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_65_and_one_sentence(copy, kind):
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_single_file_too(sd_model, tmp_path, kind):
-    put_in_hub(without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
+    add_to_hub_cache(copy_without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
     file = write_original(sd_model, tmp_path / "one.safetensors", "sd15")
     file.write_bytes(DAMAGE[kind](file.read_bytes()))
     with pytest.raises(DataError, match=r"one\.safetensors") as caught:
@@ -108,7 +108,7 @@ def test_a_damaged_single_file_too(sd_model, tmp_path, kind):
     assert "\n" not in str(caught.value)
 
 
-def mutated(data, seed):
+def mutate(data, seed):
     """`data` with a few bytes of its header, or of what stands around it, changed."""
     rng, data = random.Random(seed), bytearray(data)
     (length,) = struct.unpack("<Q", data[:8])
@@ -125,13 +125,13 @@ def mutated(data, seed):
 
 
 @pytest.mark.parametrize("start", range(0, 300, 50))
-def test_300_mutated_headers_are_read_as_they_say_or_refused(copy, start):
+def test_300_mutated_headers_are_read_or_rejected(copy, start):
     """Whatever is read has every weight that it should, and no other exception comes through than ours."""
     file = copy / "vae" / "diffusion_pytorch_model.safetensors"
     whole, refused = file.read_bytes(), 0
     names = {name for name, _ in load_vae(Part(copy / "vae"), torch.float32, CPU).named_parameters()}
     for seed in range(start, start + 50):
-        file.write_bytes(mutated(whole, seed))
+        file.write_bytes(mutate(whole, seed))
         try:
             found = load_vae(Part(copy / "vae"), torch.float32, CPU)
         except DataError as error:
@@ -144,7 +144,7 @@ def test_300_mutated_headers_are_read_as_they_say_or_refused(copy, start):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["unet", "vae"])
-def test_weights_that_are_no_numbers_are_named(copy, part, value):
+def test_weights_with_nan_or_inf_are_named(copy, part, value):
     file = copy / part / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     name = sorted(tensors)[3]
@@ -184,7 +184,7 @@ def test_a_broken_index_of_shards_is_refused(copy, index, named):
         load_unet(Model(copy), torch.float32)
 
 
-def test_the_whole_way_ends_with_65_and_no_picture(copy, tmp_path):
+def test_a_run_with_a_damaged_file_ends_with_65_and_no_image(copy, tmp_path):
     from linfusion_cli.core.geometry import Size
     from linfusion_cli.run.pipeline import generate
     from linfusion_cli.settings.request import GenerateRequest

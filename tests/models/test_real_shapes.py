@@ -22,7 +22,7 @@ from linfusion_cli.planning.meta_model import MetaModel, count_parameters
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
 from tests.mixers.test_weights import sdxl_unet_on_meta
-from tests.support.small_single_files import original_clip, original_open_clip, original_unet, original_vae
+from tests.support.small_single_files import to_original_clip, to_original_open_clip, to_original_unet, to_original_vae
 from tools.bench.shapes import build_linear_attentions
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
@@ -57,7 +57,7 @@ KNOWN_KEYS = {
 }
 
 
-def sd_unet_on_meta(**fields):
+def build_sd_unet(**fields):
     """The UNet of SD 1.5, and with the fields in which it differs that of SD 2.1."""
     with init_empty_weights():
         return UNet2DConditionModel(sample_size=64, **{"cross_attention_dim": 768} | fields)
@@ -65,19 +65,19 @@ def sd_unet_on_meta(**fields):
 
 UNETS = {
     "sdxl": sdxl_unet_on_meta,
-    "sd21": lambda: sd_unet_on_meta(
+    "sd21": lambda: build_sd_unet(
         cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
     ),
-    "sd15": sd_unet_on_meta,
+    "sd15": build_sd_unet,
 }
 
 
-def encoder_on_meta(kind, **fields):
+def build_encoder(kind, **fields):
     with init_empty_weights():
         return kind(CLIPTextConfig(vocab_size=49408, **fields))
 
 
-def vae_on_meta():
+def build_vae():
     with init_empty_weights():
         return AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
@@ -87,37 +87,37 @@ def vae_on_meta():
         )
 
 
-def encoders_of(family):
+def build_encoders(family):
     """The text encoders and how the original file names their tensors."""
     clip, open_clip = "cond_stage_model.transformer.", "cond_stage_model.model."
     if family == "sd15":
-        return [(encoder_on_meta(CLIPTextModel, **CLIP_L), original_clip, clip)]
+        return [(build_encoder(CLIPTextModel, **CLIP_L), to_original_clip, clip)]
     if family == "sd21":
-        return [(encoder_on_meta(CLIPTextModel, **OPEN_CLIP_H), original_open_clip, open_clip)]
-    second = encoder_on_meta(CLIPTextModelWithProjection, projection_dim=1280, **OPEN_CLIP_G)
+        return [(build_encoder(CLIPTextModel, **OPEN_CLIP_H), to_original_open_clip, open_clip)]
+    second = build_encoder(CLIPTextModelWithProjection, projection_dim=1280, **OPEN_CLIP_G)
     return [
-        (encoder_on_meta(CLIPTextModel, **CLIP_L), original_clip, "conditioner.embedders.0.transformer."),
-        (second, original_open_clip, "conditioner.embedders.1.model."),
+        (build_encoder(CLIPTextModel, **CLIP_L), to_original_clip, "conditioner.embedders.0.transformer."),
+        (second, to_original_open_clip, "conditioner.embedders.1.model."),
     ]
 
 
-def parameters(module):
+def get_meta_parameters(module):
     return {name: parameter.to("meta") for name, parameter in module.named_parameters()}
 
 
 @pytest.fixture(scope="module", params=UNETS)
 def real(request):
     """Family, its networks, and the header of its single file."""
-    unet, vae, encoders = UNETS[request.param](), vae_on_meta(), encoders_of(request.param)
-    tensors = original_unet(unet, parameters(unet)) | original_vae(vae, parameters(vae))
+    unet, vae, encoders = UNETS[request.param](), build_vae(), build_encoders(request.param)
+    tensors = to_original_unet(unet, get_meta_parameters(unet)) | to_original_vae(vae, get_meta_parameters(vae))
     for encoder, rename, prefix in encoders:
-        tensors |= rename(parameters(encoder), prefix)
+        tensors |= rename(get_meta_parameters(encoder), prefix)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     header = Header(Path("real.safetensors"), shapes, dict.fromkeys(shapes, "F16"), {})
     return request.param, [unet, vae, *(encoder for encoder, _, _ in encoders)], header
 
 
-def test_a_family_is_told_by_names_and_shapes(real):
+def test_the_family_is_detected_by_names_and_shapes(real):
     family, (unet, *_), header = real
     assert detect_family(dict(unet.config)) == detect_file_family(header) == family
     assert read_transformer_depths(header, unet.config) == {}
@@ -136,7 +136,7 @@ def test_every_tensor_of_every_network_is_found_in_the_single_file(real):
         assert found.keys() == dict(network.named_parameters()).keys()
 
 
-def published_modules(family):
+def list_published_specs(family):
     """The entries of the published `modules_list`, in its order: down, up, middle.
 
     `projection_mid_dim` is a sixteenth of the channels in SDXL's, and null, which means all of them, in the others.
@@ -167,7 +167,7 @@ NUMBERS = {"sdxl": 435_480_800, "sd21": 99_235_520, "sd15": 99_235_520}  # 871 a
 def test_linear_attention_fits_key_by_key(real):
     """`{i}.to_q.weight` and so on, as design and published files have them."""
     family, (unet, *_), _ = real
-    specs = published_modules(family)
+    specs = list_published_specs(family)
     assert len(specs) == COUNTS[family]
     check_specs(Path("published"), specs, unet)
     modules = [build_meta_module(spec) for spec in specs]
@@ -186,18 +186,18 @@ def test_linear_attention_fits_key_by_key(real):
     assert shapes == expected
 
 
-def published_config(family):
+def build_published_config(family):
     """`config.json` as it is published."""
-    entries = [asdict(spec) for spec in published_modules(family)]
+    entries = [asdict(spec) for spec in list_published_specs(family)]
     return json.dumps({"_class_name": "LinFusion", "_diffusers_version": "0.27.0", "modules_list": entries})
 
 
 @pytest.fixture
 def sdxl(tmp_path):
     """SDXL's outline, with the linear attention that the published config describes."""
-    (tmp_path / CONFIG_NAME).write_text(published_config("sdxl"))
+    (tmp_path / CONFIG_NAME).write_text(build_published_config("sdxl"))
     unet = sdxl_unet_on_meta()
-    return MetaModel(unet, weights.build_meta_modules(tmp_path, unet), vae_on_meta())
+    return MetaModel(unet, weights.build_meta_modules(tmp_path, unet), build_vae())
 
 
 def test_sdxl_s_unet_with_linear_attention_takes_4_83_gib_in_fp16(sdxl):
@@ -216,7 +216,7 @@ def test_benchmarks_run_linear_attention_as_published():
     unet = sdxl_unet_on_meta()
     with torch.device("meta"):
         modules = build_linear_attentions(unet)
-    assert [build_spec(path, module) for path, module in modules.items()] == published_modules("sdxl")
+    assert [build_spec(path, module) for path, module in modules.items()] == list_published_specs("sdxl")
 
 
 @pytest.mark.parametrize("other", UNETS)
@@ -224,10 +224,10 @@ def test_another_familys_linear_attention_is_refused_by_its_first_layer(real, ot
     family, (unet, *_), _ = real
     if other == family:
         return
-    theirs = {spec.module_name: (spec.dim_n, spec.heads) for spec in published_modules(other)}
-    own = published_modules(family)
+    theirs = {spec.module_name: (spec.dim_n, spec.heads) for spec in list_published_specs(other)}
+    own = list_published_specs(family)
     first = next(spec for spec in own if theirs.get(spec.module_name) != (spec.dim_n, spec.heads))
     with pytest.raises(DataError) as caught:
-        check_specs(Path("published"), published_modules(other), unet)
+        check_specs(Path("published"), list_published_specs(other), unet)
     assert f": {first.module_name} has " in caught.value.message
     assert f"{first.dim_n} channels in {first.heads} heads in the model" in caught.value.message

@@ -25,8 +25,8 @@ from linfusion_cli.unet.estimate import ForwardSettings, embedding_cost, estimat
 from linfusion_cli.unet.forward import strip_forward
 from tests.planning.test_estimate import CountingStorage, check_peaks
 from tests.planning.test_plan import build_request, machine
-from tests.support.small_controlnets import small_control, small_union, write_control
-from tests.support.small_models import small_xl_unet
+from tests.support.small_controlnets import build_small_controlnet, build_small_union_controlnet, write_controlnet
+from tests.support.small_models import build_small_xl_unet
 from tests.unet.test_forward import random_condition
 from tools.bench.shapes import build_linear_attentions
 
@@ -39,8 +39,8 @@ SIZES = [Size(64, 64), Size(4096, 4096)]
 def networks():
     """A UNet and two ControlNets with linear attention."""
     torch.manual_seed(0)
-    unet = small_xl_unet().eval()
-    nets, linear = [small_control(unet), small_union(unet)], build_linear_attentions(unet)
+    unet = build_small_xl_unet().eval()
+    nets, linear = [build_small_controlnet(unet), build_small_union_controlnet(unet)], build_linear_attentions(unet)
     with ExitStack() as stack:
         for net in nets:
             stack.enter_context(mount_modules(net, build_linear_attention(net, linear)))
@@ -99,8 +99,8 @@ def test_a_controlnet_needs_about_the_work_of_the_unet_s_encoder(networks):
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_a_plan_includes_controlnets_in_their_phases(kind, xl_model, tmp_path):
     """On a CPU their weights are counted in all stages; on a GPU only in phases in which they are active."""
-    net = small_control(small_xl_unet())
-    folder, facts = write_control(tmp_path, net), read_facts(Model(xl_model))
+    net = build_small_controlnet(build_small_xl_unet())
+    folder, facts = write_controlnet(tmp_path, net), read_facts(Model(xl_model))
     meta_model = MetaModel.read(Model(xl_model), xl_model / "linfusion", controlnets=[folder])
     request = build_request(SIZES[-1], attention=("original", "linear"), steps=(4,), strength=(0.5,))
     phases = build_phases(request, PhaseSizes(SIZES, SIZES[0], SIZES[0], SIZES[0], from_noise=True))

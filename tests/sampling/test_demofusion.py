@@ -10,9 +10,9 @@ from linfusion_cli.sampling.noise import draw_phase_noise
 from linfusion_cli.sampling.schedulers.schedule import SCHEDULER_SPECS, build_schedule
 from linfusion_cli.sampling.upscalers.demofusion import ChannelStatistics, DemoFusion, blur_latents, cosines, demofusion
 from linfusion_cli.strips.dilation import dilate
-from tests.support.small_models import scheduler_config
+from tests.support.small_models import build_scheduler_config
 
-CONFIG = scheduler_config()
+CONFIG = build_scheduler_config()
 STEPS, COUNT = 20, 7
 
 

@@ -4,7 +4,7 @@ import torch
 
 from linfusion_cli.sampling.guidance import build_guidance_filter, guide, guide_batched, rescale_deviation
 from linfusion_cli.sampling.schedulers.schedule import build_schedule, draw_zero_noise
-from tests.support.small_models import scheduler_config
+from tests.support.small_models import build_scheduler_config
 
 OPTIONS = {"scale": 5.0, "rescale": 0.0}
 INPUTS = torch.zeros(1), torch.zeros(())  # latents, timestep
@@ -54,7 +54,7 @@ def test_batched_halves_give_the_same_result():
 
 
 def test_an_interval_of_noise_levels_is_open_below_and_closed_above():
-    schedule = build_schedule("euler", scheduler_config(), 8, draw_zero_noise)
+    schedule = build_schedule("euler", build_scheduler_config(), 8, draw_zero_noise)
     low, high = schedule.sigmas[5], schedule.sigmas[2]
     applies = build_guidance_filter(schedule, 7.5, (low, high))
     assert [applies(timestep) for timestep in schedule.timesteps] == [False] * 2 + [True] * 3 + [False] * 3
@@ -63,7 +63,7 @@ def test_an_interval_of_noise_levels_is_open_below_and_closed_above():
 
 
 def test_an_interval_may_have_no_upper_end():
-    schedule = build_schedule("euler", scheduler_config(), 8, draw_zero_noise)
+    schedule = build_schedule("euler", build_scheduler_config(), 8, draw_zero_noise)
     applies = build_guidance_filter(schedule, 7.5, (schedule.sigmas[5], float("inf")))
     assert [applies(timestep) for timestep in schedule.timesteps] == [True] * 5 + [False] * 3
 

@@ -10,9 +10,9 @@ from linfusion_cli.sampling.noise import SequentialNoise
 from linfusion_cli.sampling.schedulers.schedule import SCHEDULER_SPECS, build_schedule, draw_zero_noise
 from linfusion_cli.sampling.upscalers.sdedit import denoise, sdedit
 from linfusion_cli.settings.request import SCHEDULERS
-from tests.support.small_models import scheduler_config
+from tests.support.small_models import build_scheduler_config
 
-CONFIG = scheduler_config()
+CONFIG = build_scheduler_config()
 MIDWAY = [name for name, spec in SCHEDULER_SPECS.items() if spec.can_start_midway]
 NOISE_ADDING = ("euler-a", "lcm", "dpmpp-2m-sde")
 

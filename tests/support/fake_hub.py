@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789012345678901234567890123456789"
-PIECE = 1 << 16
+LARGE_FILE_BYTES = 1 << 16
 
 
 class FakeHub:
@@ -51,7 +51,12 @@ class FakeHub:
     def _tree(self, folder: Path) -> list[dict]:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return [
-            {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": etag(path)}
+            {
+                "type": "file",
+                "path": str(path.relative_to(folder)),
+                "size": path.stat().st_size,
+                "oid": compute_etag(path),
+            }
             for path in files
         ]
 
@@ -71,25 +76,25 @@ class FakeHub:
         if start:
             request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         request.send_header("Content-Length", str(len(data) - start))
-        request.send_header("ETag", f'"{etag(path)}"')
+        request.send_header("ETag", f'"{compute_etag(path)}"')
         request.send_header("X-Repo-Commit", COMMIT)
         request.send_header("Accept-Ranges", "bytes")
         request.end_headers()
         if request.command == "HEAD":
             return
-        stop, large = len(data), len(data) > PIECE
+        stop, large = len(data), len(data) > LARGE_FILE_BYTES
         if self.cut_after is not None and large:
             stop, self.cut_after, request.close_connection = start + self.cut_after, None, True
             self._refusing = True
         request.wfile.write(data[start:stop])
 
 
-def etag(path: Path) -> str:
+def compute_etag(path: Path) -> str:
     return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
 @contextmanager
-def serving(repositories: dict[str, Path]) -> Iterator[FakeHub]:
+def serve_hub(repositories: dict[str, Path]) -> Iterator[FakeHub]:
     """The hub, at `url`, for as long as the context lasts."""
     hub = FakeHub(repositories)
 

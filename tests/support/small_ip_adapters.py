@@ -37,11 +37,11 @@ def write_encoder(folder: Path, hidden: int = HIDDEN, projection: int = PROJECTI
 def write_adapter(file: Path, unet: UNet2DConditionModel, kind: str = "plain", seed: int = 1) -> Path:
     """An IP-Adapter of this kind for `unet`."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(unet, kind, seed), file, {"format": "pt"})
+    save_file(build_adapter_tensors(unet, kind, seed), file, {"format": "pt"})
     return file
 
 
-def adapter_tensors(unet: UNet2DConditionModel, kind: str, seed: int = 1) -> dict[str, Tensor]:
+def build_adapter_tensors(unet: UNet2DConditionModel, kind: str, seed: int = 1) -> dict[str, Tensor]:
     """Name -> tensor of such a file."""
     generator = torch.Generator().manual_seed(seed)
     width = unet.config.cross_attention_dim
@@ -50,16 +50,16 @@ def adapter_tensors(unet: UNet2DConditionModel, kind: str, seed: int = 1) -> dic
     for i, name in enumerate(names):
         channels = unet.get_submodule(name).to_k.out_features
         shapes |= {f"ip_adapter.{2 * i + 1}.to_{side}_ip.weight": (channels, width) for side in "kv"}
-    return {name: random(shape, generator, name) for name, shape in shapes.items()}
+    return {name: draw_tensor(shape, generator, name) for name, shape in shapes.items()}
 
 
-def random(shape: tuple[int, ...], generator: torch.Generator, name: str) -> Tensor:
+def draw_tensor(shape: tuple[int, ...], generator: torch.Generator, name: str) -> Tensor:
     """Numbers that keep what passes through them at about its size, and biases that are seen."""
     size = (SCALE if "_ip" in name else 1.0) / shape[-1] ** 0.5 if len(shape) > 1 else 0.5
     return torch.randn(shape, generator=generator) * size
 
 
-def plain_projection(width: int) -> dict[str, tuple[int, ...]]:
+def list_plain_shapes(width: int) -> dict[str, tuple[int, ...]]:
     return {
         "proj.weight": (4 * width, PROJECTION),
         "proj.bias": (4 * width,),
@@ -68,12 +68,12 @@ def plain_projection(width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def full_projection(width: int) -> dict[str, tuple[int, ...]]:
+def list_full_shapes(width: int) -> dict[str, tuple[int, ...]]:
     shapes = {"proj.0": (HIDDEN, HIDDEN), "proj.2": (width, HIDDEN), "proj.3": (width,)}
     return {f"{name}.{part}": shape[: 2 if part == "weight" else 1] for name, shape in shapes.items() for part in PARTS}
 
 
-def plus_projection(width: int) -> dict[str, tuple[int, ...]]:
+def list_plus_shapes(width: int) -> dict[str, tuple[int, ...]]:
     inner = 16
     shapes: dict[str, tuple[int, ...]] = {"latents": (1, TOKENS["plus"], inner)}
     for name, shape in {"proj_in": (inner, HIDDEN), "proj_out": (width, inner), "norm_out": (width,)}.items():
@@ -92,7 +92,7 @@ def plus_projection(width: int) -> dict[str, tuple[int, ...]]:
 
 
 PARTS = ("weight", "bias")
-PROJECTIONS = {"plain": plain_projection, "plus": plus_projection, "full": full_projection}
+PROJECTIONS = {"plain": list_plain_shapes, "plus": list_plus_shapes, "full": list_full_shapes}
 
 
 def write_image(file: Path, seed: int = 3, width: int = 50, height: int = 41) -> Path:

@@ -23,16 +23,16 @@ TEXT_WIDTH = 16
 PROJECTION = 16
 
 
-def byte_alphabet() -> list[str]:
+def list_byte_characters() -> list[str]:
     """The 256 characters that stand for bytes in CLIP's vocabulary (GPT-2's byte-level BPE)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-def small_tokenizer(folder: Path) -> CLIPTokenizer:
+def write_small_tokenizer(folder: Path) -> CLIPTokenizer:
     """A tokenizer of single bytes: every text has tokens."""
-    letters = byte_alphabet()
+    letters = list_byte_characters()
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
@@ -40,7 +40,7 @@ def small_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
 
 
-def small_text_config() -> CLIPTextConfig:
+def build_small_text_config() -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=514,
         hidden_size=TEXT_WIDTH,
@@ -53,7 +53,7 @@ def small_text_config() -> CLIPTextConfig:
     )
 
 
-def small_vae(
+def build_small_vae(
     widths: tuple[int, int, int, int] = (8, 8, 8, 8), layers_per_block: int = 1, groups: int = 4
 ) -> AutoencoderKL:
     return AutoencoderKL(
@@ -68,7 +68,7 @@ def small_vae(
     )
 
 
-def small_xl_unet(
+def build_small_xl_unet(
     transformer_layers: tuple[int, int, int] = (1, 1, 2), heads: tuple[int, int, int] = (1, 2, 2), **more: object
 ) -> UNet2DConditionModel:
     """SDXL's three levels, linear projections and text_time conditioning; native size 64 px."""
@@ -90,7 +90,7 @@ def small_xl_unet(
     )
 
 
-def small_sd_unet() -> UNet2DConditionModel:
+def build_small_sd_unet() -> UNet2DConditionModel:
     """SD 1.5's four levels and convolutional projections; native size 64 px."""
     return UNet2DConditionModel(
         sample_size=8,
@@ -102,7 +102,7 @@ def small_sd_unet() -> UNet2DConditionModel:
     )
 
 
-def small_scheduler(**more: object) -> EulerDiscreteScheduler:
+def build_small_scheduler(**more: object) -> EulerDiscreteScheduler:
     """Euler with SDXL's betas."""
     return EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
@@ -114,24 +114,24 @@ def small_scheduler(**more: object) -> EulerDiscreteScheduler:
     )
 
 
-def scheduler_config() -> dict[str, object]:
+def build_scheduler_config() -> dict[str, object]:
     """What its scheduler_config.json says; the object's own config marks defaults, which then cannot be changed."""
-    return json.loads(small_scheduler().to_json_string())
+    return json.loads(build_small_scheduler().to_json_string())
 
 
 def write_small_xl(folder: Path, **save_options: object) -> Path:
     """A random model of SDXL's make in diffusers' folder layout, with LinFusion weights beside it."""
     torch.manual_seed(0)
-    config = small_text_config()
-    unet = small_xl_unet()
+    config = build_small_text_config()
+    unet = build_small_xl_unet()
     StableDiffusionXLPipeline(
-        vae=small_vae(),
+        vae=build_small_vae(),
         text_encoder=CLIPTextModel(config),
         text_encoder_2=CLIPTextModelWithProjection(config),
-        tokenizer=small_tokenizer(folder / "tokenizer"),
-        tokenizer_2=small_tokenizer(folder / "tokenizer_2"),
+        tokenizer=write_small_tokenizer(folder / "tokenizer"),
+        tokenizer_2=write_small_tokenizer(folder / "tokenizer_2"),
         unet=unet,
-        scheduler=small_scheduler(),
+        scheduler=build_small_scheduler(),
         force_zeros_for_empty_prompt=True,
     ).save_pretrained(folder, **save_options)
     write_linfusion(folder / "linfusion", unet)
@@ -142,11 +142,11 @@ def write_small_sd(folder: Path, **scheduler_options: object) -> Path:
     """A random model of SD 1.5's make in diffusers' folder layout."""
     torch.manual_seed(0)
     StableDiffusionPipeline(
-        vae=small_vae(),
-        text_encoder=CLIPTextModel(small_text_config()),
-        tokenizer=small_tokenizer(folder / "tokenizer"),
-        unet=small_sd_unet(),
-        scheduler=small_scheduler(**scheduler_options),
+        vae=build_small_vae(),
+        text_encoder=CLIPTextModel(build_small_text_config()),
+        tokenizer=write_small_tokenizer(folder / "tokenizer"),
+        unet=build_small_sd_unet(),
+        scheduler=build_small_scheduler(**scheduler_options),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -157,7 +157,8 @@ def write_small_sd(folder: Path, **scheduler_options: object) -> Path:
 def write_linfusion(folder: Path, unet: UNet2DConditionModel) -> Path:
     """Random LinFusion weights for `unet` in the published layout."""
     modules = {
-        path: LinearAttention(module.to_q.in_features, module.heads) for path, module in find_self_attentions(unet).items()
+        path: LinearAttention(module.to_q.in_features, module.heads)
+        for path, module in find_self_attentions(unet).items()
     }
     save_weights(folder, modules, torch.float32)
     return folder

@@ -14,7 +14,12 @@ from transformers import CLIPTextModel
 from linfusion_cli.models.adapters.lora import list_original_names
 from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.load.networks import load_meta
-from tests.support.small_models import small_sd_unet, small_text_config, small_tokenizer, small_vae
+from tests.support.small_models import (
+    build_small_sd_unet,
+    build_small_text_config,
+    build_small_vae,
+    write_small_tokenizer,
+)
 
 UNET_PLACES = {
     "conv_in": "input_blocks.0.0",
@@ -47,25 +52,27 @@ OPEN_CLIP = {
 }
 
 
-def renamed(name: str, words: dict[str, str]) -> str:
+def replace_all(name: str, words: dict[str, str]) -> str:
     for word, other in words.items():
         name = name.replace(word, other)
     return name
 
 
-def original_unet(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_original_unet(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The UNet's tensors under "model.diffusion_model."."""
     places = {path: place for place, path in list_original_names(unet)} | UNET_PLACES
     found = {}
     for name, tensor in state.items():
         path = next(path for path in sorted(places, key=len, reverse=True) if name.startswith(f"{path}."))
         rest = name.removeprefix(f"{path}.")
-        rest = renamed(rest, RESNET) if "resnets" in path else rest
+        rest = replace_all(rest, RESNET) if "resnets" in path else rest
         found[f"model.diffusion_model.{places[path]}.{rest}"] = tensor
     return found
 
 
-def original_vae(vae: AutoencoderKL, state: dict[str, Tensor], prefix: str = "first_stage_model.") -> dict[str, Tensor]:
+def to_original_vae(
+    vae: AutoencoderKL, state: dict[str, Tensor], prefix: str = "first_stage_model."
+) -> dict[str, Tensor]:
     """The VAE's tensors; its attention was made of 1x1 convolutions, and its decoder's blocks counted from the end."""
     last = len(vae.config.block_out_channels) - 1
     words = {"conv_norm_out": "norm_out", "mid_block.attentions.0": "mid.attn_1", "conv_shortcut": "nin_shortcut"}
@@ -76,30 +83,30 @@ def original_vae(vae: AutoencoderKL, state: dict[str, Tensor], prefix: str = "fi
     words |= {f"up_blocks.{i}.upsamplers.0": f"up.{last - i}.upsample" for i in range(last + 1)}
     found = {}
     for name, tensor in state.items():
-        new = renamed(name, words)
+        new = replace_all(name, words)
         if "attn_1" in new:
-            new = renamed(new, VAE_ATTENTION)
+            new = replace_all(new, VAE_ATTENTION)
             tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
         found[prefix + new] = tensor
     return found
 
 
-def original_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def to_original_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """CLIP as transformers named it then, and the whole numbers that real files hold beside its weights."""
     found = {f"{prefix}text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in state.items()}
     return found | {f"{prefix}text_model.embeddings.position_ids": torch.arange(77)[None]}
 
 
-def original_open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def to_original_open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """OpenCLIP: queries, keys and values in one matrix, and the projection the other way round."""
     found = {}
     for name, tensor in state.items():
-        new = renamed(name.removeprefix("text_model."), OPEN_CLIP)
+        new = replace_all(name.removeprefix("text_model."), OPEN_CLIP)
         if name == "text_projection.weight":
             found[f"{prefix}text_projection"] = tensor.T
         elif ".q_proj." in new:
             parts = [state[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
-            found[prefix + renamed(new, {"q_proj.weight": "in_proj_weight", "q_proj.bias": "in_proj_bias"})] = (
+            found[prefix + replace_all(new, {"q_proj.weight": "in_proj_weight", "q_proj.bias": "in_proj_bias"})] = (
                 torch.cat(parts)
             )
         elif ".k_proj." not in new and ".v_proj." not in new:
@@ -107,7 +114,7 @@ def original_open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tenso
     return found
 
 
-def part_state(folder: Path, part: str) -> dict[str, Tensor]:
+def load_part_state(folder: Path, part: str) -> dict[str, Tensor]:
     (file,) = (folder / part).glob("*.safetensors")
     return load_file(file)
 
@@ -116,16 +123,18 @@ def write_original(folder: Path, file: Path, family: str, notes: dict[str, str] 
     """The model in diffusers' `folder` as one original file of its family."""
     unet = load_meta(UNet2DConditionModel, Model(folder).get_part("unet"))
     vae = load_meta(AutoencoderKL, Model(folder).get_part("vae"))
-    tensors = original_unet(unet, part_state(folder, "unet")) | original_vae(vae, part_state(folder, "vae"))
-    first = part_state(folder, "text_encoder")
+    tensors = to_original_unet(unet, load_part_state(folder, "unet")) | to_original_vae(
+        vae, load_part_state(folder, "vae")
+    )
+    first = load_part_state(folder, "text_encoder")
     if family == "sdxl":
-        tensors |= original_clip(first, "conditioner.embedders.0.transformer.")
-        second = part_state(folder, "text_encoder_2")
-        tensors |= original_open_clip(second, "conditioner.embedders.1.model.")
+        tensors |= to_original_clip(first, "conditioner.embedders.0.transformer.")
+        second = load_part_state(folder, "text_encoder_2")
+        tensors |= to_original_open_clip(second, "conditioner.embedders.1.model.")
     elif family == "sd21":
-        tensors |= original_open_clip(first, "cond_stage_model.model.")
+        tensors |= to_original_open_clip(first, "cond_stage_model.model.")
     else:
-        tensors |= original_clip(first, "cond_stage_model.transformer.")
+        tensors |= to_original_clip(first, "cond_stage_model.transformer.")
     tensors |= {"model_ema.num_updates": torch.tensor(3)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, notes)
     return file
@@ -134,15 +143,19 @@ def write_original(folder: Path, file: Path, family: str, notes: dict[str, str] 
 def write_small_sd21(folder: Path, **scheduler_options: object) -> Path:
     """A random model of SD 2.1's make: linear projections, its own encoder's activation, v-prediction."""
     torch.manual_seed(0)
-    config = small_text_config()
+    config = build_small_text_config()
     config.hidden_act = "gelu"
     unet = UNet2DConditionModel.from_config(
-        {**unspoiled(small_sd_unet().config), "use_linear_projection": True, "attention_head_dim": (1, 1, 2, 2)}
+        {
+            **without_default_marks(build_small_sd_unet().config),
+            "use_linear_projection": True,
+            "attention_head_dim": (1, 1, 2, 2),
+        }
     )
     StableDiffusionPipeline(
-        vae=small_vae(),
+        vae=build_small_vae(),
         text_encoder=CLIPTextModel(config),
-        tokenizer=small_tokenizer(folder / "tokenizer"),
+        tokenizer=write_small_tokenizer(folder / "tokenizer"),
         unet=unet,
         scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False, **scheduler_options),
         safety_checker=None,
@@ -152,11 +165,11 @@ def write_small_sd21(folder: Path, **scheduler_options: object) -> Path:
     return folder
 
 
-def unspoiled(config: dict) -> dict:
+def without_default_marks(config: dict) -> dict:
     """A config in which no field is marked as keeping its default."""
     return {name: value for name, value in config.items() if name != "_use_default_values"}
 
 
-def without_weights(folder: Path, target: Path) -> Path:
+def copy_without_weights(folder: Path, target: Path) -> Path:
     """The configs and tokenizers of a model, as `linfusion models pull --configs` brings them."""
     return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", "linfusion")))

@@ -12,7 +12,7 @@ from linfusion_cli.training.distillation import (
     compute_distillation_loss,
     compute_noise_loss,
 )
-from tests.support.small_models import small_sd_unet
+from tests.support.small_models import build_small_sd_unet
 
 
 class Recorder(nn.Module):
@@ -30,7 +30,7 @@ class Recorder(nn.Module):
 @pytest.fixture
 def unet():
     torch.manual_seed(0)
-    return small_sd_unet().eval()
+    return build_small_sd_unet().eval()
 
 
 @pytest.fixture

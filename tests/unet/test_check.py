@@ -5,7 +5,7 @@ import torch
 
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.unet.check import check_supported, find_unsupported_parts
-from tests.support.small_models import small_xl_unet
+from tests.support.small_models import build_small_xl_unet
 from tests.unet.test_forward import FAMILIES, with_linear_attention
 
 
@@ -17,10 +17,10 @@ def test_supported_families(family):
 
 
 def test_a_block_of_another_kind_is_named():
-    config = dict(small_xl_unet().config)
+    config = dict(build_small_xl_unet().config)
     config["down_block_types"] = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D")
     with (
-        with_linear_attention(lambda: type(small_xl_unet()).from_config(config), torch.float32) as unet,
+        with_linear_attention(lambda: type(build_small_xl_unet()).from_config(config), torch.float32) as unet,
         pytest.raises(DataError, match=r"down_blocks.1 is a AttnDownBlock2D.*--attention original") as error_info,
     ):
         check_supported(unet)
@@ -38,7 +38,7 @@ def test_a_block_of_another_kind_is_named():
     ],
 )
 def test_an_unsupported_layer_is_named(path, attribute, value):
-    with with_linear_attention(small_xl_unet, torch.float32) as unet:
+    with with_linear_attention(build_small_xl_unet, torch.float32) as unet:
         setattr(unet.get_submodule(path), attribute, value)
         with pytest.raises(DataError) as error_info:
             check_supported(unet)
@@ -47,11 +47,11 @@ def test_an_unsupported_layer_is_named(path, attribute, value):
 
 def test_self_attention_over_all_tokens_is_named():
     with pytest.raises(DataError, match="attn1 is a Attention"):
-        check_supported(small_xl_unet())
+        check_supported(build_small_xl_unet())
 
 
 def test_cross_attention_with_a_custom_processor_is_named():
-    with with_linear_attention(small_xl_unet, torch.float32) as unet:
+    with with_linear_attention(build_small_xl_unet, torch.float32) as unet:
         unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor = object()
         with pytest.raises(DataError, match="mid_block.attentions.0"):
             check_supported(unet)

@@ -21,13 +21,13 @@ from linfusion_cli.unet.check import check_controlnet
 from linfusion_cli.unet.controlnet import ActiveControlNet, StripControlNet, WholeControlNet, embed_control_image
 from linfusion_cli.unet.forward import strip_forward
 from linfusion_cli.unet.predict import StripUNet, WholeUNet
-from tests.support.small_controlnets import small_control, small_union
-from tests.support.small_models import small_sd_unet, small_xl_unet
+from tests.support.small_controlnets import build_small_controlnet, build_small_union_controlnet
+from tests.support.small_models import build_small_sd_unet, build_small_xl_unet
 from tests.unet.test_forward import CPU, TIMESTEP, random_condition, relative_error
 from tests.unet.test_ip_adapter import build_condition, load_unet_with_adapters
 
 FP64 = torch.float64
-UNETS = {"xl": small_xl_unet, "sd15": small_sd_unet}
+UNETS = {"xl": build_small_xl_unet, "sd15": build_small_sd_unet}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def build_case(kinds: list[str], family: str = "xl", height: int = 21, width: in
     controlnets = []
     with ExitStack() as stack:
         for i, kind in enumerate(kinds):
-            net = (small_union if kind == "union" else small_control)(UNETS[family](), seed=i)
+            net = (build_small_union_controlnet if kind == "union" else build_small_controlnet)(UNETS[family](), seed=i)
             stack.enter_context(mount_modules(net, build_linear_attention(net, linear)))
             controlnets.append(ActiveControlNet(net.to(FP64), 0.7 + i, 3 if kind == "union" else None))
         stack.enter_context(mount_modules(unet, linear))
@@ -129,7 +129,7 @@ def test_strip_unet_equals_whole_unet():
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
 def test_the_streamed_embedding_equals_that_of_the_whole_image(order):
     """Rows are read once, a few at a time, and no columns are lost if the width is not a power of two."""
-    net = small_control(small_sd_unet(), controlnet_conditioning_channel_order=order).to(FP64)
+    net = build_small_controlnet(build_small_sd_unet(), controlnet_conditioning_channel_order=order).to(FP64)
     image, spans = torch.rand(1, 3, 8 * 37, 8 * 11, dtype=FP64), []
 
     def read(top: int, bottom: int) -> Tensor:
@@ -146,8 +146,8 @@ def test_the_streamed_embedding_equals_that_of_the_whole_image(order):
 
 
 def test_linear_attention_has_the_controlnet_s_weights_and_linfusion_s_projections():
-    unet = small_xl_unet()
-    net = small_control(unet, 1)
+    unet = build_small_xl_unet()
+    net = build_small_controlnet(unet, 1)
     linear = {p: LinearAttention(old.to_q.in_features, old.heads) for p, old in find_self_attentions(unet).items()}
     linear_modules, original = build_linear_attention(net, linear), find_self_attentions(net)
     assert list(linear_modules) == list(original)
@@ -159,7 +159,7 @@ def test_linear_attention_has_the_controlnet_s_weights_and_linfusion_s_projectio
 
 
 def test_a_controlnet_that_cannot_run_in_strips_is_named():
-    net = small_control(small_xl_unet())
+    net = build_small_controlnet(build_small_xl_unet())
     with pytest.raises(DataError, match=r"ControlNet cannot run in strips: down_blocks.1.*attn1.*--control-phases"):
         check_controlnet(net)
     with build_case(["plain"]) as case:
@@ -180,7 +180,7 @@ def test_together_with_an_ip_adapter_of_the_unet(tmp_path):
     with load_unet_with_adapters(tmp_path, "xl", kinds) as unet:
         condition, latents = build_condition(unet, kinds), torch.randn(1, 4, 21, 13, dtype=FP64)
         linear = find_self_attentions(unet)
-        net = small_control(small_xl_unet()).to(FP64)
+        net = build_small_controlnet(build_small_xl_unet()).to(FP64)
         with mount_modules(net, build_linear_attention(net, linear)):
             control = ActiveControlNet(net, 0.8, None)
             case = Case(unet, [control], [torch.rand(1, 3, 8 * 21, 8 * 13, dtype=FP64)])

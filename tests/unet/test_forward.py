@@ -21,7 +21,7 @@ from linfusion_cli.strips.storage import PLACES, Storage
 from linfusion_cli.unet.check import check_supported
 from linfusion_cli.unet.forward import UNetInputs, strip_forward
 from tests.support.fakes import ConstantControlNet
-from tests.support.small_models import small_sd_unet, small_xl_unet
+from tests.support.small_models import build_small_sd_unet, build_small_xl_unet
 
 CPU, TIMESTEP = torch.device("cpu"), torch.tensor(500)
 WHOLE = StripSize(1 << 20, 1 << 30)
@@ -62,7 +62,13 @@ def demo_unet() -> UNet2DConditionModel:
     return load_unet(Model(DEMO_FOLDER), torch.float32)
 
 
-FAMILIES = {"xl": small_xl_unet, "sd15": small_sd_unet, "sd21": small_sd21_unet, "deep": deep_unet, "demo": demo_unet}
+FAMILIES = {
+    "xl": build_small_xl_unet,
+    "sd15": build_small_sd_unet,
+    "sd21": small_sd21_unet,
+    "deep": deep_unet,
+    "demo": demo_unet,
+}
 
 
 @contextmanager
@@ -142,7 +148,7 @@ def test_strips_of_any_height_equal_the_plain_forward(family, dtype):
 
 @pytest.mark.parametrize("height_width", [(37, 53), (8, 8), (9, 31), (40, 3), (1, 5), (2, 2)])
 def test_all_sizes(height_width):
-    with with_linear_attention(small_sd_unet, torch.float64) as unet:
+    with with_linear_attention(build_small_sd_unet, torch.float64) as unet:
         latents, condition = torch.randn(1, 4, *height_width, dtype=torch.float64), random_condition(unet)
         expected = run_plain(unet, latents, condition)
         assert relative_error(run_in_strips(unet, latents, condition, StripSize(2, 8)), expected) <= 1e-12
@@ -222,7 +228,7 @@ def test_lora_layers_are_called_and_dilated(family, targets, dilation):
 
 
 def test_convolutions_are_restored_even_after_an_error(monkeypatch):
-    with with_linear_attention(small_xl_unet, torch.float64) as unet:
+    with with_linear_attention(build_small_xl_unet, torch.float64) as unet:
         latents, condition = torch.randn(1, 4, 9, 9, dtype=torch.float64), random_condition(unet)
         original = [(layer.dilation, layer.padding) for layer in unet.modules() if isinstance(layer, nn.Conv2d)]
         run_in_strips(unet, latents, condition, dilation=2)
@@ -238,7 +244,7 @@ def test_convolutions_are_restored_even_after_an_error(monkeypatch):
 
 
 def test_the_same_strips_give_the_same_bits():
-    with with_linear_attention(small_xl_unet, torch.float32) as unet:
+    with with_linear_attention(build_small_xl_unet, torch.float32) as unet:
         latents, condition = torch.randn(1, 4, 37, 53), random_condition(unet)
         assert torch.equal(run_in_strips(unet, latents, condition), run_in_strips(unet, latents, condition))
         on_host = run_in_strips(unet, latents, condition, place="host")

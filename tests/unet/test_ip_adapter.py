@@ -14,7 +14,7 @@ from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.check import check_supported
 from linfusion_cli.unet.forward import UNetInputs
 from tests.support.small_ip_adapters import HIDDEN, PROJECTION, TOKENS, write_adapter, write_image
-from tests.support.small_models import small_sd_unet, small_xl_unet
+from tests.support.small_models import build_small_sd_unet, build_small_xl_unet
 from tests.unet.test_forward import (
     WHOLE,
     random_condition,
@@ -24,7 +24,7 @@ from tests.unet.test_forward import (
     with_linear_attention,
 )
 
-FAMILIES = {"xl": small_xl_unet, "sd15": small_sd_unet}
+FAMILIES = {"xl": build_small_xl_unet, "sd15": build_small_sd_unet}
 SCALES = (0.6, -1.5, 0.0)
 
 

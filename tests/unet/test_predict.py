@@ -12,7 +12,7 @@ from linfusion_cli.strips.ops import StripContext, StripSize
 from linfusion_cli.strips.storage import Storage
 from linfusion_cli.unet import predict
 from linfusion_cli.unet.predict import StripUNet, WholeUNet
-from tests.support.small_models import PROJECTION, TEXT_WIDTH, small_xl_unet
+from tests.support.small_models import PROJECTION, TEXT_WIDTH, build_small_xl_unet
 
 SIZE = StripSize(4, 512)
 
@@ -20,7 +20,7 @@ SIZE = StripSize(4, 512)
 @pytest.fixture
 def unet():
     torch.manual_seed(0)
-    network = small_xl_unet().eval()
+    network = build_small_xl_unet().eval()
     modules = {
         path: LinearAttention(old.to_q.in_features, old.heads) for path, old in find_self_attentions(network).items()
     }
@@ -125,4 +125,4 @@ def test_other_errors_are_not_handled_as_out_of_memory(unet, monkeypatch):
 
 def test_a_unet_without_linear_attention_is_rejected():
     with pytest.raises(DataError, match="attn1"):
-        build_strip_unet(small_xl_unet())
+        build_strip_unet(build_small_xl_unet())

@@ -15,7 +15,7 @@ from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import PLACES
 from linfusion_cli.unet.check import check_supported
 from tests.support.fakes import ConstantControlNet
-from tests.support.small_models import small_sd_unet, small_xl_unet
+from tests.support.small_models import build_small_sd_unet, build_small_xl_unet
 from tests.unet.test_forward import random_condition, relative_error, run_in_strips, run_plain, with_linear_attention
 
 SMALL = StripSize(2, 9)
@@ -35,7 +35,7 @@ RARE = {
 @contextmanager
 def rare_unet(**fields: object) -> Iterator[UNet2DConditionModel]:
     """Build an SDXL UNet with other fields in its config, in fp64, with random weights in its norms."""
-    config = dict(small_xl_unet().config)
+    config = dict(build_small_xl_unet().config)
     config.pop("_use_default_values", None)  # fields named there would keep their defaults
     with with_linear_attention(lambda: UNet2DConditionModel.from_config({**config, **fields}), torch.float64) as unet:
         for module in unet.modules():
@@ -85,7 +85,7 @@ def test_other_kinds_of_lora(targets, more):
             assert relative_error(run_in_strips(unet, latents, condition, SMALL, place, dilation=2), expected) <= 1e-12
 
 
-@pytest.mark.parametrize("make", [small_xl_unet, small_sd_unet], ids=["xl", "sd15"])
+@pytest.mark.parametrize("make", [build_small_xl_unet, build_small_sd_unet], ids=["xl", "sd15"])
 def test_everything_at_once(make):
     """Two images, a ControlNet, LoRA on convolutions, dilation, and strips of one row."""
     with with_linear_attention(make, torch.float64) as unet:

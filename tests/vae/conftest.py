@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from tests.support.small_models import small_vae
+from tests.support.small_models import build_small_vae
 
 
 def prepare(vae, dtype=torch.float32):
@@ -15,14 +15,14 @@ def prepare(vae, dtype=torch.float32):
 def deep_vae(dtype=torch.float32) -> AutoencoderKL:
     """Return a VAE as deep as SDXL's, with levels of different widths: shortcuts have a convolution."""
     torch.manual_seed(1)
-    return prepare(small_vae((4, 8, 12, 12), layers_per_block=2, groups=2), dtype)
+    return prepare(build_small_vae((4, 8, 12, 12), layers_per_block=2, groups=2), dtype)
 
 
 @pytest.fixture(scope="session")
 def vae():
     """A small VAE."""
     torch.manual_seed(0)
-    return prepare(small_vae())
+    return prepare(build_small_vae())
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from linfusion_cli.vae.patches import Source
 from linfusion_cli.vae.stages import build_decoder_stages
 from linfusion_cli.vae.statistics import VaeStrategy, find_last_norm, find_stream_starts, freeze_statistics
 from linfusion_cli.vae.streaming import delay_by_one
-from tests.support.small_models import small_vae
+from tests.support.small_models import build_small_vae
 from tests.vae.conftest import deep_vae, prepare
 from tools.bench.vae import load_demo_vae
 from tools.demo_model.scenes.scene import draw_scene
@@ -139,14 +139,14 @@ def test_a_tiny_vae_equals_diffusers(tiny):
 
 
 def test_a_vae_without_attention_equals_diffusers(vae):
-    without = prepare(AutoencoderKL(**{**small_vae().config, "mid_block_add_attention": False}))
+    without = prepare(AutoencoderKL(**{**build_small_vae().config, "mid_block_add_attention": False}))
     latents = torch.randn(1, 4, 9, 9)
     assert relative_error(decode(without, latents, exact_strategy(without)), decode_plainly(without, latents)) <= 1e-5
 
 
 def test_an_unsupported_part_is_named():
     kinds = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D")
-    odd = prepare(AutoencoderKL(**{**small_vae().config, "up_block_types": kinds}))
+    odd = prepare(AutoencoderKL(**{**build_small_vae().config, "up_block_types": kinds}))
     with pytest.raises(DataError, match="decoder.up_blocks.1.attentions") as refused:
         decode(odd, torch.randn(1, 4, 8, 8), exact_strategy(odd))
     assert "--vae" in refused.value.hint
@@ -167,7 +167,7 @@ class Overflowing(torch.nn.Module):
 
 def test_rows_with_nan_are_repeated_in_fp32():
     torch.manual_seed(0)
-    vae, notices = prepare(small_vae()), []
+    vae, notices = prepare(build_small_vae()), []
     latents = torch.randn(1, 4, 40, 8)
     expected = decode(vae, latents, exact_strategy(vae))
     vae.decoder.conv_out = Overflowing(vae.decoder.conv_out)
@@ -179,7 +179,7 @@ def test_rows_with_nan_are_repeated_in_fp32():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_in_fp32_is_an_error(dtype):
-    vae, notices = prepare(small_vae(), dtype), []
+    vae, notices = prepare(build_small_vae(), dtype), []
     vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(DataError, match="even in float32") as refused:
         decode(vae, torch.randn(1, 4, 8, 8), exact_strategy(vae), notify=notices.append)
@@ -243,7 +243,7 @@ def test_a_download_is_yielded_after_the_next_one_has_started():
 
 def test_infinity_is_not_shown_as_white():
     """Rows are checked before they are clamped."""
-    vae = small_vae().eval().requires_grad_(False)
+    vae = build_small_vae().eval().requires_grad_(False)
     vae.decoder.conv_out.bias[0] = float("inf")
     with pytest.raises(NonFinite):
         list(decode_rows(vae, torch.randn(1, 4, 8, 8), exact_strategy(vae)))

@@ -88,15 +88,15 @@ def write_models(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from linfusion_cli.mixers.linear.mount import find_self_attentions
-    from tests.support.small_controlnets import small_control, write_control
+    from tests.support.small_controlnets import build_small_controlnet, write_controlnet
     from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
-    from tests.support.small_models import small_xl_unet, write_linfusion, write_small_xl
+    from tests.support.small_models import build_small_xl_unet, write_linfusion, write_small_xl
 
     torch.manual_seed(0)
     write_small_xl(folder / "xl")
-    unet = small_xl_unet()
+    unet = build_small_xl_unet()
     write_linfusion(folder / "linfusion", unet)
-    write_control(folder / "control", small_control(unet))
+    write_controlnet(folder / "control", build_small_controlnet(unet))
     write_encoder(folder / "image_encoder")
     write_adapter(folder / "ip.safetensors", unet)
     write_image(folder / "image.png", width=64, height=64)

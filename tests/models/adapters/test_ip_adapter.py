@@ -1,4 +1,4 @@
-"""An IP-Adapter is found with the encoder that fits it, loaded where it fits the UNet, and else refused."""
+"""IP-Adapters are located with a fitting encoder and loaded into the UNet; those that do not fit are rejected."""
 
 import copy
 import json
@@ -21,10 +21,17 @@ from linfusion_cli.planning.meta_model import MetaModel, count_parameters
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
 from tests.mixers.test_weights import sdxl_unet_on_meta
-from tests.models.adapters.test_lora import factors_for, in_kohya_layout, layers_in, write
-from tests.models.locate.test_model import put_in_hub
-from tests.support.small_ip_adapters import HIDDEN, PROJECTION, TOKENS, adapter_tensors, write_adapter, write_encoder
-from tests.support.small_models import small_sd_unet, small_xl_unet, write_linfusion
+from tests.models.adapters.test_lora import build_factors, find_layers, to_kohya_layout, write_lora
+from tests.models.locate.test_model import add_to_hub_cache
+from tests.support.small_ip_adapters import (
+    HIDDEN,
+    PROJECTION,
+    TOKENS,
+    build_adapter_tensors,
+    write_adapter,
+    write_encoder,
+)
+from tests.support.small_models import build_small_sd_unet, build_small_xl_unet, write_linfusion
 
 SDXL = "sdxl_models/ip-adapter_sdxl.safetensors"
 
@@ -32,23 +39,23 @@ SDXL = "sdxl_models/ip-adapter_sdxl.safetensors"
 @pytest.fixture
 def unet():
     torch.manual_seed(0)
-    return small_xl_unet().eval().requires_grad_(False)
+    return build_small_xl_unet().eval().requires_grad_(False)
 
 
-def adapter(file, scale=1.0):
-    """What is in `file`, with no picture: none is looked at when it is loaded."""
+def build_adapter(file, scale=1.0):
+    """Build the adapter in `file` without an image, which is not needed to load it."""
     return Adapter(read_adapter(file), file.parent / "image_encoder", None, scale)
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A repository in the layout of h94/IP-Adapter: two encoders, and adapters for one or the other."""
+    """A repository in the layout of h94/IP-Adapter: two encoders with adapters for each."""
     folder = tmp_path_factory.mktemp("published")
     write_encoder(folder / "models" / "image_encoder")
     write_encoder(folder / "sdxl_models" / "image_encoder", hidden=HIDDEN + 8, projection=PROJECTION + 4)
-    write_adapter(folder / "models" / "ip-adapter_sd15.safetensors", small_sd_unet())
-    write_adapter(folder / "sdxl_models" / "ip-adapter-plus_sdxl_vit-h.safetensors", small_xl_unet(), "plus")
-    tensors = adapter_tensors(small_xl_unet(), "plain")
+    write_adapter(folder / "models" / "ip-adapter_sd15.safetensors", build_small_sd_unet())
+    write_adapter(folder / "sdxl_models" / "ip-adapter-plus_sdxl_vit-h.safetensors", build_small_xl_unet(), "plus")
+    tensors = build_adapter_tensors(build_small_xl_unet(), "plain")
     tensors["image_proj.proj.weight"] = torch.randn(len(tensors["image_proj.proj.bias"]), PROJECTION + 4)
     save_file(tensors, folder / SDXL)
     return folder
@@ -64,7 +71,7 @@ def published(tmp_path_factory):
 )
 @pytest.mark.parametrize("place", ["folder", "hub"])
 def test_the_published_layout(published, place, file, family, encoder):
-    root = put_in_hub(published, "h94/IP-Adapter") if place == "hub" else published
+    root = add_to_hub_cache(published, "h94/IP-Adapter") if place == "hub" else published
     name = "h94/IP-Adapter" if place == "hub" else str(published)
     location = find_adapter(f"{name}/{file}" if file else name, family)
     assert location.path == root / (file or {"sdxl": SDXL, "sd15": "models/ip-adapter_sd15.safetensors"}[family])
@@ -73,23 +80,23 @@ def test_the_published_layout(published, place, file, family, encoder):
 
 @pytest.fixture
 def hub(published, monkeypatch, tmp_path):
-    """A hub that has the published repository; which of its files were fetched."""
-    fetched, root = [], tmp_path / "fetched"
+    """Replace the hub by the published repository; return the list of downloaded files."""
+    downloads, root = [], tmp_path / "downloads"
 
     def download(repository, file, revision):
         assert repository == "h94/IP-Adapter"
-        fetched.append(file)
+        downloads.append(file)
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         return str(shutil.copyfile(published / file, root / file))
 
     files = [path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()]
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository, revision: files)
-    return fetched
+    return downloads
 
 
-def test_only_what_is_needed_is_fetched(hub):
-    with pytest.raises(Unavailable, match="--ip-adapter h94/IP-Adapter is not on this machine.*--download"):
+def test_only_required_files_are_downloaded(hub):
+    with pytest.raises(Unavailable, match="--ip-adapter h94/IP-Adapter .*--download"):
         find_adapter("h94/IP-Adapter", "sdxl")
     assert not hub
     location = find_adapter("h94/IP-Adapter/sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", "sdxl", download=True)
@@ -99,16 +106,16 @@ def test_only_what_is_needed_is_fetched(hub):
     assert "sdxl_models/image_encoder/model.safetensors" not in hub
 
 
-def test_without_an_encoder_that_fits_the_places_are_named(published, tmp_path):
+def test_the_error_without_a_fitting_encoder_lists_the_folders(published, tmp_path):
     (tmp_path / "one").mkdir()
     file = Path(shutil.copy(published / SDXL, tmp_path / "one" / "a.safetensors"))
     write_encoder(tmp_path / "image_encoder")
-    with pytest.raises(Unavailable, match=r"one/image_encoder \(not there\), .*image_encoder") as caught:
+    with pytest.raises(Unavailable, match=r"one/image_encoder \(does not exist\), .*image_encoder") as caught:
         find_encoder("auto", read_adapter(file), FileLocation(file))
     assert "--ip-image-encoder" in caught.value.hint
     named = published / "sdxl_models"
     assert find_encoder(str(named), read_adapter(file), FileLocation(file)) == named / "image_encoder"
-    with pytest.raises(DataError, match=f"does not fit .*projection_dim of {PROJECTION + 4}"):
+    with pytest.raises(DataError, match=f"projection_dim {PROJECTION + 4}"):
         find_encoder(str(tmp_path / "image_encoder"), read_adapter(file), FileLocation(file))
     with pytest.raises(Unavailable, match="--ip-image-encoder nowhere"):
         find_encoder("nowhere", read_adapter(file), FileLocation(file))
@@ -131,88 +138,88 @@ def test_face_id_is_refused_by_its_name(name):
 def test_face_id_is_refused_by_its_header(tmp_path, tensor):
     names = (f"image_proj.{tensor}", "image_proj.proj.0.weight", "ip_adapter.1.to_k_ip.weight")
     save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "a.safetensors")
-    with pytest.raises(DataError, match="is a FaceID adapter, which needs a face recogniser"):
+    with pytest.raises(DataError, match="FaceID"):
         read_adapter(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("names", "says"),
+    ("names", "named"),
     [
-        (["unet.a.lora_A.weight"], "no IP-Adapter: it holds unet.a.lora_A.weight"),
-        (["image_proj.proj.weight"], "no IP-Adapter"),
-        (["image_proj.first.weight", "ip_adapter.1.to_k_ip.weight"], "of an unknown kind: it holds image_proj.first"),
+        (["unet.a.lora_A.weight"], "not an IP-Adapter: .*unet.a.lora_A.weight"),
+        (["image_proj.proj.weight"], "not an IP-Adapter"),
+        (["image_proj.first.weight", "ip_adapter.1.to_k_ip.weight"], "unknown kind: .*image_proj.first"),
     ],
 )
-def test_other_files_are_refused(tmp_path, names, says):
+def test_other_files_are_refused(tmp_path, names, named):
     save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "a.safetensors")
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=named):
         read_adapter(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-5])
-    with pytest.raises(DataError, match="not a whole safetensors file"):
+    with pytest.raises(DataError, match="not a complete safetensors file"):
         read_adapter(tmp_path / "a.safetensors")
 
 
 def test_an_adapter_of_another_family_names_the_first_layer_and_both_shapes(tmp_path, unet):
-    file = write_adapter(tmp_path / "a.safetensors", small_sd_unet())
+    file = write_adapter(tmp_path / "a.safetensors", build_small_sd_unet())
     with pytest.raises(
-        DataError, match=r"ip_adapter.1.to_k_ip.weight is \(8, 16\) in the file and \(16, 32\) in the m"
+        DataError, match=r"ip_adapter.1.to_k_ip.weight is \(8, 16\) .*\(16, 32\)"
     ):
-        load_adapters(unet, [adapter(file)])
+        load_adapters(unet, [build_adapter(file)])
     assert unet.encoder_hid_proj is None
 
 
 @pytest.mark.parametrize("kind", ["plain", "plus", "full"])
-def test_what_is_missing_or_too_much_is_named(tmp_path, unet, kind):
-    def altered(change):
-        tensors = adapter_tensors(unet, kind)
+def test_missing_and_unknown_tensors_are_named(tmp_path, unet, kind):
+    def load_changed(change):
+        tensors = build_adapter_tensors(unet, kind)
         change(tensors)
         save_file(tensors, tmp_path / "a.safetensors")
-        load_adapters(copy.deepcopy(unet), [adapter(tmp_path / "a.safetensors")])
+        load_adapters(copy.deepcopy(unet), [build_adapter(tmp_path / "a.safetensors")])
 
-    with pytest.raises(DataError, match=r"ip_adapter.3.to_v_ip.weight is no such layer in the file"):
-        altered(lambda tensors: tensors.pop("ip_adapter.3.to_v_ip.weight"))
-    with pytest.raises(DataError, match=r"ip_adapter.99.to_k_ip.weight is \(2,\) in the file and no such layer"):
-        altered(lambda tensors: tensors.update({"ip_adapter.99.to_k_ip.weight": torch.zeros(2)}))
+    with pytest.raises(DataError, match=r"ip_adapter.3.to_v_ip.weight is missing"):
+        load_changed(lambda tensors: tensors.pop("ip_adapter.3.to_v_ip.weight"))
+    with pytest.raises(DataError, match=r"ip_adapter.99.to_k_ip.weight is \(2,\) .*missing"):
+        load_changed(lambda tensors: tensors.update({"ip_adapter.99.to_k_ip.weight": torch.zeros(2)}))
     bias = {"plain": "norm.bias", "plus": "layers.2.1.0.bias", "full": "proj.2.bias"}[kind]
-    with pytest.raises(DataError, match="cannot be loaded"):
-        altered(lambda tensors: tensors.pop(f"image_proj.{bias}"))
-    with pytest.raises(DataError, match="cannot be loaded"):
-        altered(lambda tensors: tensors.update({f"image_proj.{bias}": torch.zeros(3)}))
-    with pytest.raises(DataError, match="numbers in its image projection"):
-        altered(lambda tensors: tensors.update({"image_proj.zzz": torch.zeros(3)}))
+    with pytest.raises(DataError, match="could not be loaded"):
+        load_changed(lambda tensors: tensors.pop(f"image_proj.{bias}"))
+    with pytest.raises(DataError, match="could not be loaded"):
+        load_changed(lambda tensors: tensors.update({f"image_proj.{bias}": torch.zeros(3)}))
+    with pytest.raises(DataError, match="image projection .* parameters"):
+        load_changed(lambda tensors: tensors.update({"image_proj.zzz": torch.zeros(3)}))
 
 
 def test_half_precision_files_take_the_unet_s_precision(tmp_path, unet):
-    halves = {name: tensor.half() for name, tensor in adapter_tensors(unet, "plus").items()}
+    halves = {name: tensor.half() for name, tensor in build_adapter_tensors(unet, "plus").items()}
     save_file(halves, tmp_path / "a.safetensors")
-    load_adapters(unet, [adapter(tmp_path / "a.safetensors")])
+    load_adapters(unet, [build_adapter(tmp_path / "a.safetensors")])
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["plain", "plus", "full"])
 def test_a_plan_counts_the_adapter_s_weights_and_tokens(tmp_path, xl_model, unet, kind):
     file = write_adapter(tmp_path / "a.safetensors", unet, kind)
-    outline = MetaModel.read(Model(xl_model), xl_model / "linfusion", None, [adapter(file), adapter(file)])
+    meta_model = MetaModel.read(Model(xl_model), xl_model / "linfusion", None, [build_adapter(file), build_adapter(file)])
     without = MetaModel.read(Model(xl_model), xl_model / "linfusion")
     own = sum(tensor.numel() for tensor in load_file(file).values())
-    assert {parameter.device.type for parameter in outline.unet.parameters()} == {"meta"}
-    assert count_parameters(outline.unet) - count_parameters(without.unet) == 2 * own
-    assert outline.count_unet_parameters("linear") - without.count_unet_parameters("linear") == 2 * own
-    more = 2 * {**TOKENS, "full": 257}[kind]  # of a full face: one for each patch of the published encoder
+    assert {parameter.device.type for parameter in meta_model.unet.parameters()} == {"meta"}
+    assert count_parameters(meta_model.unet) - count_parameters(without.unet) == 2 * own
+    assert meta_model.count_unet_parameters("linear") - without.count_unet_parameters("linear") == 2 * own
+    more = 2 * {**TOKENS, "full": 257}[kind]  # a Full Face adapter has one token per patch of the published encoder
     settings = [ForwardSettings(StripSize(), "device", 1, 37, 53, 4, text_tokens=tokens) for tokens in (7, 7 + more)]
-    assert estimate_unet(outline.unet, settings[0]).flops == estimate_unet(without.unet, settings[1]).flops
+    assert estimate_unet(meta_model.unet, settings[0]).flops == estimate_unet(without.unet, settings[1]).flops
 
 
 def test_a_lora_changes_the_same_weights_before_and_after(tmp_path, unet):
-    """Merged before it is loaded, or after: the linear attention's twins, and no layer of the adapter's."""
+    """Merge before or after loading the adapter: linear attention changes, the layers of the adapter do not."""
     folder = write_linfusion(tmp_path / "linfusion", unet)
     linear = load_weights(folder, unet, torch.float32)
-    lora = write(tmp_path, in_kohya_layout(factors_for(layers_in(unet))))
+    lora = write_lora(tmp_path, to_kohya_layout(build_factors(find_layers(unet))))
     file = write_adapter(tmp_path / "a.safetensors", unet, "plus")
     other, other_linear = copy.deepcopy(unet), copy.deepcopy(linear)
     merge_lora(unet, linear, lora, 0.8)
-    load_adapters(unet, [adapter(file)])
-    load_adapters(other, [adapter(file)])
+    load_adapters(unet, [build_adapter(file)])
+    load_adapters(other, [build_adapter(file)])
     merged = merge_lora(other, other_linear, lora, 0.8)
     assert merged.linear_layers > 0
     with mount_modules(unet, linear), mount_modules(other, other_linear):
@@ -228,7 +235,7 @@ def test_an_encoder_s_config_may_be_that_of_a_whole_clip(published, tmp_path):
 
 
 def test_sdxl_s_own_layers_are_counted_as_published():
-    """The published file for SDXL: 70 cross-attentions at the odd places up to 139, 351 million numbers."""
+    """The published file for SDXL has 70 cross-attentions at odd indices up to 139, and 351 million parameters."""
     with torch.device("meta"):
         unet = sdxl_unet_on_meta()
     plain = AdapterFile(Path("a"), {"image_proj.proj.weight": (4 * 2048, 1280)})

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from linfusion_cli.core.errors import DataError
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.locate.model import FAMILY_BASES, find_model
-from tests.models.locate.test_model import put_in_hub
-from tests.support.small_models import scheduler_config
-from tests.support.small_single_files import without_weights, write_original
+from tests.models.locate.test_model import add_to_hub_cache
+from tests.support.small_models import build_scheduler_config
+from tests.support.small_single_files import copy_without_weights, write_original
 
 BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 NO_BETAS = dict.fromkeys(BETAS)
@@ -93,7 +93,7 @@ def test_another_noise_schedule_is_rejected_by_name(model, named):
         {"prediction_type": None},
     ],
 )
-def test_what_people_have_is_not_rejected(model, changes):
+def test_common_configs_are_accepted(model, changes):
     change_scheduler(model, changes)
     change_unet(model, {"time_cond_proj_dim": None, "class_embed_type": None, "num_class_embeds": 0})
     assert read_facts(find_model(str(model))).scheduler_config["_class_name"]
@@ -102,7 +102,7 @@ def test_what_people_have_is_not_rejected(model, changes):
 @pytest.fixture
 def write_file(sd_model, tmp_path):
     """A single file of SD 1.5's make with more tensors, or other ones, and notes in its header."""
-    put_in_hub(without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
+    add_to_hub_cache(copy_without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
 
     def write(notes: dict | None = None, **more: torch.Tensor) -> Path:
         file = write_original(sd_model, tmp_path / "one.safetensors", "sd15", notes)
@@ -118,7 +118,7 @@ def test_a_single_file_with_edm_markers_is_rejected(write_file, marker):
         read_facts(find_model(str(write_file(**{marker: torch.ones(1)}))))
 
 
-def test_markers_are_seen_before_the_configs_of_a_family_are_missed(sd_model, tmp_path):
+def test_markers_are_checked_before_the_configs_of_the_family(sd_model, tmp_path):
     file = write_original(sd_model, tmp_path / "one.safetensors", "sd15")
     save_file(load_file(file) | {"edm_mean": torch.zeros(4)}, file)
     with pytest.raises(DataError, match="its tensor edm_mean marks EDM"):
@@ -139,7 +139,7 @@ def test_a_single_file_for_inpainting_is_rejected(write_file):
 
 @pytest.mark.parametrize("note", ["modelspec.prediction_type", "modelspec.predict_key"])
 @pytest.mark.parametrize("markers", [("v_pred",), ("ztsnr",), ("v_pred", "ztsnr")])
-def test_tensors_that_mark_v_prediction_win_over_a_header_that_says_epsilon(write_file, markers, note):
+def test_marker_tensors_have_priority_over_the_metadata(write_file, markers, note):
     file = write_file({note: "epsilon"}, **{marker: torch.zeros(0) for marker in markers})
     facts = read_facts(find_model(str(file)))
     assert facts.prediction_type == "v_prediction"
@@ -149,13 +149,13 @@ def test_tensors_that_mark_v_prediction_win_over_a_header_that_says_epsilon(writ
 
 
 @pytest.mark.parametrize(("said", "marker"), [("v", "v_pred"), ("v_prediction", "ztsnr"), ("epsilon", None)])
-def test_what_agrees_is_no_warning(write_file, said, marker):
+def test_consistent_markers_give_no_warning(write_file, said, marker):
     more = {} if marker is None else {marker: torch.zeros(0)}
     assert read_facts(find_model(str(write_file({"modelspec.prediction_type": said}, **more)))).warnings == ()
 
 
 @pytest.mark.parametrize("change_model", [change_unet, change_scheduler])
-def test_every_command_rejects_it_with_the_same_sentence(cli, model, change_model):
+def test_every_command_rejects_a_model_with_the_same_message(cli, model, change_model):
     changes = {change_unet: UNETS["class_embed_type"], change_scheduler: SCHEDULERS["EDMEulerScheduler"]}
     change_model(model, changes[change_model])
     request = ("a hill", "--model", model, "--size", 64, "--steps", 2, "-o", "a.png")
@@ -165,7 +165,7 @@ def test_every_command_rejects_it_with_the_same_sentence(cli, model, change_mode
     assert f"{model} is not supported: its " in found[0][2] and not Path("a.png").exists()
 
 
-def test_every_command_warns_of_a_file_that_contradicts_itself(cli, write_file):
+def test_every_command_warns_of_a_contradictory_file(cli, write_file):
     file = write_file({"modelspec.prediction_type": "epsilon"}, v_pred=torch.zeros(0))
     request = ("a hill", "--model", file, "--linfusion", "none", "--size", 64, "--steps", 1)
     for command in (("generate", *request, "-o", "a.png"), ("plan", *request), ("models", "check", file)):
@@ -183,4 +183,4 @@ def test_a_scheduler_that_cannot_take_a_prediction_of_the_sample_is_usage(cli, m
 
 
 def test_the_schedule_of_the_tests_is_supported():
-    assert {"beta_start", "beta_end", "beta_schedule"} <= scheduler_config().keys()
+    assert {"beta_start", "beta_end", "beta_schedule"} <= build_scheduler_config().keys()

@@ -14,15 +14,15 @@ from linfusion_cli.mixers.linear.mount import find_self_attentions
 from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.locate.base import BaseWeights, find_base
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
-from tests.models.locate.test_model import put_in_hub
-from tests.support.small_models import small_xl_unet
+from tests.models.locate.test_model import add_to_hub_cache
+from tests.support.small_models import build_small_xl_unet
 
 NAME = "diffusion_pytorch_model"
-OTHERS = Path("/somewhere/linfusion")
+OTHER_LINFUSION = Path("/somewhere/linfusion")
 
 
 def find(name, model, **options):
-    return find_base(name, Model(model), OTHERS, "sdxl", **options)
+    return find_base(name, Model(model), OTHER_LINFUSION, "sdxl", **options)
 
 
 @pytest.fixture
@@ -36,21 +36,23 @@ def test_a_folder_of_a_model_and_of_its_unet_are_found(xl_model):
     assert find(str(xl_model / "unet"), DEMO_FOLDER) == xl_model / "unet"
 
 
-def test_auto_is_what_the_weights_were_made_for(xl_model):
+def test_auto_is_the_model_that_the_weights_were_trained_for(xl_model):
     """The embedded model's, or another's, that lie in its own folder, for that model; any other for the family's."""
     assert find_base("auto", Model(xl_model), xl_model / "linfusion", "sdxl") == xl_model / "unet"
     assert find_base("auto", Model(DEMO_FOLDER), DEMO_FOLDER / "linfusion", "sdxl") == DEMO_FOLDER / "unet"
-    assert find_base("auto", Model(DEMO_FOLDER), OTHERS, "sdxl") == find("demo", xl_model) == DEMO_FOLDER / "unet"
+    assert (
+        find_base("auto", Model(DEMO_FOLDER), OTHER_LINFUSION, "sdxl") == find("demo", xl_model) == DEMO_FOLDER / "unet"
+    )
     for family, name in FAMILY_BASES.items():
         with pytest.raises(Unavailable, match=f"--linfusion-base {name}, is not on this machine") as refused:
-            find_base("auto", Model(xl_model), OTHERS, family)
+            find_base("auto", Model(xl_model), OTHER_LINFUSION, family)
         assert refused.value.exit_code == 69
         assert all(word in refused.value.hint for word in ("--linfusion-base", "--download", "published", "keep"))
-        snapshot = put_in_hub(xl_model, name)
-        assert find_base("auto", Model(xl_model), OTHERS, family) == snapshot / "unet"
+        snapshot = add_to_hub_cache(xl_model, name)
+        assert find_base("auto", Model(xl_model), OTHER_LINFUSION, family) == snapshot / "unet"
 
 
-def test_what_is_no_base_is_refused(xl_model, tmp_path):
+def test_other_files_and_folders_are_no_base(xl_model, tmp_path):
     with pytest.raises(DataError, match="is a file"):
         find(str(xl_model / "model_index.json"), xl_model)
     with pytest.raises(DataError, match="has no UNet's weights"):
@@ -62,14 +64,14 @@ def test_what_is_no_base_is_refused(xl_model, tmp_path):
         find(str(tmp_path), xl_model)
 
 
-def test_a_part_of_a_model_in_the_cache_is_none_yet(xl_model):
-    snapshot = put_in_hub(xl_model / "vae", "someone/part")
+def test_a_snapshot_without_a_unet_is_no_base(xl_model):
+    snapshot = add_to_hub_cache(xl_model / "vae", "someone/part")
     with pytest.raises(Unavailable, match="someone/part, is not on this machine"):
         find("someone/part", xl_model)
     assert snapshot.is_dir()
 
 
-def test_of_a_base_the_unet_alone_is_fetched(xl_model, monkeypatch):
+def test_only_the_unet_of_a_base_is_downloaded(xl_model, monkeypatch):
     asked = []
 
     def download(name, *, revision, allow_patterns=None, local_files_only=False):
@@ -89,9 +91,9 @@ def test_of_a_base_the_unet_alone_is_fetched(xl_model, monkeypatch):
     assert folders == {"unet"} and f"unet/{NAME}.fp16.safetensors" in asked[-1]
 
 
-def test_it_is_read_from_one_file_from_several_and_in_half_precision(copy):
+def test_a_base_is_read_from_one_file_from_shards_and_in_half_precision(copy):
     whole = load_file(copy / f"{NAME}.safetensors")
-    path = list(find_self_attentions(small_xl_unet()))[1]
+    path = list(find_self_attentions(build_small_xl_unet()))[1]
     wanted = {f"{path}.{name}": whole[f"{path}.{name}"] for name in PROJECTIONS}
 
     def check(dtype):

@@ -11,18 +11,18 @@ from linfusion_cli.core.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.load.controlnet import LoadedControlNet
 from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, parse_control_type
-from tests.support.small_controlnets import small_control, small_union, write_control
-from tests.support.small_models import small_sd_unet, small_xl_unet
+from tests.support.small_controlnets import build_small_controlnet, build_small_union_controlnet, write_controlnet
+from tests.support.small_models import build_small_sd_unet, build_small_xl_unet
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return write_control(tmp_path_factory.mktemp("plain"), small_control(small_xl_unet()))
+    return write_controlnet(tmp_path_factory.mktemp("plain"), build_small_controlnet(build_small_xl_unet()))
 
 
 @pytest.fixture(scope="module")
 def union(tmp_path_factory):
-    return write_control(tmp_path_factory.mktemp("union"), small_union(small_xl_unet()))
+    return write_controlnet(tmp_path_factory.mktemp("union"), build_small_union_controlnet(build_small_xl_unet()))
 
 
 @pytest.fixture
@@ -38,17 +38,19 @@ def changed(plain, tmp_path):
     return make
 
 
-def test_a_folder_is_found_and_its_kind_told(plain, union):
+def test_a_folder_is_located_and_its_class_detected(plain, union):
     assert find_controlnet(str(plain)) == plain
     assert (is_union(plain), is_union(union)) == (False, True)
 
 
 @pytest.mark.parametrize("kind", ["plain", "union"])
-def test_it_is_loaded_as_it_was_written(kind, request, xl_model):
+def test_a_controlnet_is_loaded_as_it_was_written(kind, request, xl_model):
     folder = request.getfixturevalue(kind)
     check_fits(folder, Model(xl_model))
     loaded = LoadedControlNet.load(folder, {}, torch.float32)
-    expected = (small_union if kind == "union" else small_control)(small_xl_unet()).state_dict()
+    expected = (build_small_union_controlnet if kind == "union" else build_small_controlnet)(
+        build_small_xl_unet()
+    ).state_dict()
     outline = LoadedControlNet.load_meta(folder, {})
     assert {name: part.shape for name, part in outline.net.state_dict().items()} == {
         name: part.shape for name, part in expected.items()
@@ -64,7 +66,7 @@ def test_a_union_model_under_the_name_that_its_makers_gave_it(union, tmp_path, x
     assert is_union(folder) and type(LoadedControlNet.load(folder, {}, torch.float32).net) is ControlNetUnionModel
 
 
-def test_what_is_not_there_is_unavailable(tmp_path):
+def test_a_missing_controlnet_is_unavailable(tmp_path):
     with pytest.raises(Unavailable, match="--controlnet lllyasviel/nothing is not on this machine"):
         find_controlnet("lllyasviel/nothing")
     with pytest.raises(DataError, match="no config.json"):
@@ -86,7 +88,7 @@ def test_a_model_of_another_kind_is_no_controlnet(xl_model):
 
 
 def test_one_for_another_family_is_refused(tmp_path, xl_model, sd_model, plain):
-    other = write_control(tmp_path, small_control(small_sd_unet()))
+    other = write_controlnet(tmp_path, build_small_controlnet(build_small_sd_unet()))
     with pytest.raises(DataError, match=r"block_out_channels is \[8, 8, 16, 16\] in it and \[8, 16, 16\]"):
         check_fits(other, Model(xl_model))
     with pytest.raises(DataError, match="does not fit the model"):
@@ -104,7 +106,7 @@ def test_one_for_another_family_is_refused(tmp_path, xl_model, sd_model, plain):
         ("conditioning_channels", 4, "conditioning_channels 4"),
     ],
 )
-def test_what_does_not_fit_is_named(changed, xl_model, name, value, says):
+def test_the_mismatch_is_named(changed, xl_model, name, value, says):
     with pytest.raises(DataError, match=says) as refused:
         check_fits(changed(**{name: value}), Model(xl_model))
     assert refused.value.exit_code == 65

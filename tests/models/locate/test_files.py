@@ -6,12 +6,12 @@ import pytest
 
 from linfusion_cli.core.errors import DataError, Unavailable, UsageError
 from linfusion_cli.models.locate.files import find_inversion, find_lora, split_token, split_weight
-from tests.models.locate.test_model import put_in_hub
+from tests.models.locate.test_model import add_to_hub_cache
 
 STANDARD = "pytorch_lora_weights.safetensors"
 
 
-def folder_of(folder, *files):
+def make_folder(folder, *files):
     """A folder with `files`, all empty: to find a LoRA none is opened."""
     folder.mkdir(exist_ok=True)
     for file in files:
@@ -21,7 +21,7 @@ def folder_of(folder, *files):
 
 
 @pytest.fixture
-def fetched(monkeypatch):
+def downloads(monkeypatch):
     """What is asked of a hub that has whatever it is asked for."""
     asked = []
 
@@ -51,7 +51,7 @@ def test_a_trailing_number_is_the_weight(text, name, weight):
 
 
 @pytest.mark.parametrize("text", ["a:nan", "a:inf", "a:-inf", "a:1e999", "a:10.5", "a:-11", ":0.8", "", " "])
-def test_weights_that_are_none_are_refused(text):
+def test_invalid_weights_are_rejected(text):
     with pytest.raises(UsageError) as caught:
         split_weight(text)
     assert caught.value.setting == "lora" and f"--lora {text!r}" in caught.value.message and caught.value.hint
@@ -70,29 +70,31 @@ def test_weights_that_are_none_are_refused(text):
         ("C:/a.safetensors:x", "C:/a.safetensors", "x"),
     ],
 )
-def test_what_stands_behind_an_inversion_is_its_token(text, name, token):
+def test_the_text_after_the_colon_is_the_token(text, name, token):
     assert split_token(text) == (name, token)
 
 
-def test_a_colon_in_a_files_own_name_is_the_files(tmp_path):
-    folder = folder_of(tmp_path / "odd", "a:b")
+def test_a_colon_can_be_part_of_the_file_name(tmp_path):
+    folder = make_folder(tmp_path / "odd", "a:b")
     assert split_token(f"{folder}/a:b") == (f"{folder}/a:b", None)
     assert split_token(f"{folder}/a:c") == (f"{folder}/a", "c")
 
 
 @pytest.mark.parametrize("text", ["", " ", "a:", "a: ", ":token"])
-def test_tokens_that_are_none_are_refused(text):
+def test_invalid_tokens_are_rejected(text):
     with pytest.raises(UsageError, match="--textual-inversion") as caught:
         split_token(text)
     assert caught.value.setting == "textual_inversion" and "FILE:TOKEN" in caught.value.hint
 
 
 def test_inversions_are_found_as_loras_are(tmp_path):
-    many = folder_of(tmp_path / "many", "a.safetensors", "learned_embeds.safetensors", STANDARD)
+    many = make_folder(tmp_path / "many", "a.safetensors", "learned_embeds.safetensors", STANDARD)
     assert find_inversion(str(many)) == many / "learned_embeds.safetensors"
-    hub = put_in_hub(folder_of(tmp_path / "cat", "learned_embeds.safetensors", "learned_embeds.bin"), "owner/cat")
+    hub = add_to_hub_cache(
+        make_folder(tmp_path / "cat", "learned_embeds.safetensors", "learned_embeds.bin"), "owner/cat"
+    )
     assert find_inversion("owner/cat") == hub / "learned_embeds.safetensors"
-    for name in ("owner/cat/learned_embeds.bin", str(folder_of(tmp_path / "old", "easy.pt"))):
+    for name in ("owner/cat/learned_embeds.bin", str(make_folder(tmp_path / "old", "easy.pt"))):
         with pytest.raises(DataError, match=f"--textual-inversion {name} is a pickle") as caught:
             find_inversion(name)
         assert "safetensors.torch.save_file" in caught.value.hint
@@ -101,22 +103,22 @@ def test_inversions_are_found_as_loras_are(tmp_path):
 
 
 def test_a_file_and_a_folder_are_found(tmp_path):
-    one = folder_of(tmp_path / "one", "lcm.safetensors", "README.md", "old.bin")
-    many = folder_of(tmp_path / "many", "a.safetensors", STANDARD, "z.safetensors")
+    one = make_folder(tmp_path / "one", "lcm.safetensors", "README.md", "old.bin")
+    many = make_folder(tmp_path / "many", "a.safetensors", STANDARD, "z.safetensors")
     assert find_lora(str(one / "lcm.safetensors")) == find_lora(str(one)) == one / "lcm.safetensors"
     assert find_lora(str(many)) == many / STANDARD
 
 
 def test_several_files_are_named(tmp_path):
-    folder = folder_of(tmp_path / "many", "b.safetensors", "a.safetensors")
+    folder = make_folder(tmp_path / "many", "b.safetensors", "a.safetensors")
     with pytest.raises(DataError, match=r"several safetensors files: a\.safetensors, b\.safetensors") as caught:
         find_lora(f"{folder}/")
     assert f"--lora {folder}/a.safetensors" in caught.value.hint
 
 
 @pytest.mark.parametrize("file", ["a.bin", "a.pt", "a.ckpt", "a.PTH"])
-def test_pickles_are_refused_wherever_they_are(tmp_path, file):
-    folder = folder_of(tmp_path / "pickled", file)
+def test_pickles_are_rejected_in_all_locations(tmp_path, file):
+    folder = make_folder(tmp_path / "pickled", file)
     for name in (str(folder), str(folder / file), f"owner/repo/{file}"):
         with pytest.raises(DataError, match="is a pickle") as caught:
             find_lora(name, download=True)
@@ -124,7 +126,7 @@ def test_pickles_are_refused_wherever_they_are(tmp_path, file):
 
 
 def test_other_files_and_empty_folders_are_refused(tmp_path):
-    folder = folder_of(tmp_path / "empty", "README.md")
+    folder = make_folder(tmp_path / "empty", "README.md")
     with pytest.raises(DataError, match="is no safetensors file"):
         find_lora(str(folder / "README.md"))
     with pytest.raises(DataError, match="holds no safetensors file"):
@@ -145,34 +147,34 @@ def test_other_files_and_empty_folders_are_refused(tmp_path):
         "x" * 300,
     ],
 )
-def test_a_path_that_is_not_there_is_said_to_be_none(name):
+def test_a_missing_path_is_unavailable(name):
     with pytest.raises(Unavailable, match="no such file or folder") as caught:
         find_lora(name)
     assert f"--lora {name}" in caught.value.message
 
 
 def test_a_hub_repository_in_the_cache_is_searched(tmp_path):
-    lcm = put_in_hub(folder_of(tmp_path / "lcm", STANDARD, "other.safetensors"), "owner/lcm")
+    lcm = add_to_hub_cache(make_folder(tmp_path / "lcm", STANDARD, "other.safetensors"), "owner/lcm")
     assert find_lora("owner/lcm") == find_lora("owner/lcm", download=True) == lcm / STANDARD
-    hyper = put_in_hub(folder_of(tmp_path / "hyper", "sub/8steps.safetensors"), "owner/hyper")
+    hyper = add_to_hub_cache(make_folder(tmp_path / "hyper", "sub/8steps.safetensors"), "owner/hyper")
     assert (
         find_lora("owner/hyper") == find_lora("owner/hyper/sub/8steps.safetensors") == hyper / "sub/8steps.safetensors"
     )
-    folder_of(hyper, "sub/4steps.safetensors")
+    make_folder(hyper, "sub/4steps.safetensors")
     with pytest.raises(DataError, match=r"several safetensors files: sub/4steps\.safetensors, sub/8steps"):
         find_lora("owner/hyper")
 
 
 @pytest.mark.parametrize("name", ["owner/hyper/8steps.safetensors", "owner/lcm", "owner/readme"])
-def test_what_is_not_in_the_cache_says_how_to_get_it(tmp_path, fetched, name):
-    put_in_hub(folder_of(tmp_path / "hyper", "sub/8steps.safetensors"), "owner/hyper")
-    put_in_hub(folder_of(tmp_path / "readme", "README.md"), "owner/readme")
+def test_the_error_for_an_uncached_file_has_a_hint(tmp_path, fetched, name):
+    add_to_hub_cache(make_folder(tmp_path / "hyper", "sub/8steps.safetensors"), "owner/hyper")
+    add_to_hub_cache(make_folder(tmp_path / "readme", "README.md"), "owner/readme")
     with pytest.raises(Unavailable, match=f"--lora {name} is not on this machine") as caught:
         find_lora(name)
     assert "--download" in caught.value.hint and not fetched
 
 
-def test_only_the_file_that_is_meant_is_fetched(tmp_path, fetched, monkeypatch):
+def test_only_the_selected_file_is_downloaded(tmp_path, fetched, monkeypatch):
     files = ["README.md", "lcm.safetensors", STANDARD]
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision: files)
     assert str(find_lora("owner/a/sub/8.safetensors", download=True)) == "/hub/owner/a/sub/8.safetensors"
@@ -182,16 +184,16 @@ def test_only_the_file_that_is_meant_is_fetched(tmp_path, fetched, monkeypatch):
     assert fetched == [("owner/a", "sub/8.safetensors"), ("owner/b", STANDARD), ("owner/c", "lcm.safetensors")]
 
 
-def test_what_the_hub_has_counts_when_it_may_be_asked(tmp_path, fetched, monkeypatch):
+def test_with_download_the_files_of_the_hub_count(tmp_path, fetched, monkeypatch):
     """The cache has the one file that was fetched by its name, which is perhaps not the one that is meant now."""
-    put_in_hub(folder_of(tmp_path / "hyper", "8.safetensors"), "owner/hyper")
+    add_to_hub_cache(make_folder(tmp_path / "hyper", "8.safetensors"), "owner/hyper")
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision: ["4.safetensors", "8.safetensors"])
     with pytest.raises(DataError, match="several safetensors files"):
         find_lora("owner/hyper", download=True)
     assert find_lora("owner/hyper/8.safetensors", download=True).name == "8.safetensors" and not fetched
 
 
-def hub_error(kind):
+def build_hub_error(kind):
     """An error of the hub's, without the response that it takes: its type differs between the hub's versions."""
     from huggingface_hub import errors
 
@@ -201,13 +203,13 @@ def hub_error(kind):
 @pytest.mark.parametrize(
     ("error", "named"),
     [
-        (lambda: hub_error("RepositoryNotFoundError"), "the hub has no such repository"),
-        (lambda: hub_error("RemoteEntryNotFoundError"), "the hub's repository has no such file"),
-        (lambda: hub_error("HfHubHTTPError"), r"could not be fetched \(no\)"),
+        (lambda: build_hub_error("RepositoryNotFoundError"), "the hub has no such repository"),
+        (lambda: build_hub_error("RemoteEntryNotFoundError"), "the hub's repository has no such file"),
+        (lambda: build_hub_error("HfHubHTTPError"), r"could not be fetched \(no\)"),
         (lambda: OSError("no route\nto host"), r"could not be fetched \(no route\)"),
     ],
 )
-def test_what_the_hub_refuses_is_one_sentence(monkeypatch, error, named):
+def test_hub_errors_are_one_line(monkeypatch, error, named):
     def refuse(repository, file, revision):
         raise error()
 
@@ -216,6 +218,6 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, error, named):
         find_lora("owner/a/b.safetensors", download=True)
 
 
-def test_offline_nothing_is_fetched():
+def test_offline_downloads_are_unavailable():
     with pytest.raises(Unavailable, match="--lora owner/a/b.safetensors could not be fetched"):
         find_lora("owner/a/b.safetensors", download=True)

@@ -22,7 +22,7 @@ def copy(xl_model, tmp_path):
     return shutil.copytree(xl_model, tmp_path / "copy")
 
 
-def put_in_hub(folder, name):
+def add_to_hub_cache(folder, name):
     """Lay `folder` into the hub's cache as huggingface_hub does for repository `name`."""
     from huggingface_hub import constants
 
@@ -46,7 +46,7 @@ def test_demo_is_embedded():
 
 
 def test_a_hub_id_in_the_cache_is_found(xl_model):
-    snapshot = put_in_hub(xl_model, "someone/small-xl")
+    snapshot = add_to_hub_cache(xl_model, "someone/small-xl")
     assert find_model("someone/small-xl") == Model(snapshot)
     assert find_linfusion("someone/small-xl", Model(xl_model), "sdxl") == snapshot
 
@@ -55,7 +55,7 @@ def test_a_vae_is_found_in_a_model_on_its_own_and_in_the_hub(xl_model, tmp_path)
     assert find_vae("auto", Model(xl_model)) == find_vae(str(xl_model), Model(DEMO_FOLDER)) == Part(xl_model / "vae")
     assert find_vae(str(xl_model / "vae"), Model(DEMO_FOLDER)) == Part(xl_model / "vae")
     assert find_vae("demo", Model(xl_model)) == Part(DEMO_FOLDER / "vae")
-    snapshot = put_in_hub(xl_model / "vae", "someone/vae")
+    snapshot = add_to_hub_cache(xl_model / "vae", "someone/vae")
     assert find_vae("someone/vae", Model(DEMO_FOLDER)) == Part(snapshot)
     with pytest.raises(Unavailable, match="--vae someone/other is not on this machine"):
         find_vae("someone/other", Model(DEMO_FOLDER))
@@ -65,7 +65,7 @@ def test_a_vae_is_found_in_a_model_on_its_own_and_in_the_hub(xl_model, tmp_path)
         find_vae(str(xl_model / "vae" / "config.json"), Model(DEMO_FOLDER))
 
 
-def test_a_hub_id_that_is_not_here_says_how_to_get_it():
+def test_the_error_for_a_hub_id_that_is_not_local_has_a_hint():
     with pytest.raises(Unavailable, match="someone/else is not on this machine") as caught:
         find_model("someone/else")
     assert "--download" in caught.value.hint
@@ -74,7 +74,7 @@ def test_a_hub_id_that_is_not_here_says_how_to_get_it():
 @pytest.mark.parametrize(
     "name", ["no/such/folder/anywhere", "./nowhere", "a b", "~nosuchuser/x", "x" * 300, "a/" * 200]
 )
-def test_a_path_that_is_not_there_is_said_to_be_none(name):
+def test_a_missing_path_is_unavailable(name):
     with pytest.raises(Unavailable, match="no such folder"):
         find_model(name)
 
@@ -146,9 +146,9 @@ def test_pickles_are_refused_with_a_way_to_convert(copy):
     assert "safetensors" in caught.value.hint
 
 
-def test_download_fetches_only_what_is_not_here(xl_model, monkeypatch):
+def test_download_fetches_only_missing_files(xl_model, monkeypatch):
     """With --download a complete model runs without a network, and one that was cut off is fetched."""
-    snapshot = put_in_hub(xl_model, "someone/small-xl")
+    snapshot = add_to_hub_cache(xl_model, "someone/small-xl")
     monkeypatch.setattr("linfusion_cli.models.files.hub.download_repository", lambda name, kind: f"fetched {name}")
     assert find_model("someone/small-xl", download=True) == Model(snapshot)
     (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -157,7 +157,7 @@ def test_download_fetches_only_what_is_not_here(xl_model, monkeypatch):
     assert find_model("someone/other", download=True) == Model("fetched someone/other")
 
 
-def test_what_is_downloaded_is_what_is_needed(monkeypatch):
+def test_only_required_weights_are_downloaded(monkeypatch):
     files = [
         "README.md",
         "sd_xl_base_1.0.safetensors",
@@ -174,7 +174,7 @@ def test_what_is_downloaded_is_what_is_needed(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", range(3))
-def test_nothing_is_downloaded_unless_asked_and_a_dead_network_is_one_sentence(monkeypatch, kind):
+def test_downloads_need_the_option_and_network_errors_are_one_line(monkeypatch, kind):
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     error = [*HfHubHTTPError.__bases__, OfflineModeIsEnabled][kind]("no route\nto host")
@@ -189,6 +189,6 @@ def test_nothing_is_downloaded_unless_asked_and_a_dead_network_is_one_sentence(m
         find_model("someone/else", download=True)
 
 
-def test_model_index_names_what_diffusers_names(xl_model):
+def test_model_index_names_the_pipeline_class(xl_model):
     index = json.loads((xl_model / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionXLPipeline"

@@ -13,17 +13,17 @@ CPU = torch.device("cpu")
 PROMPTS = "a hill", "a cat"
 
 
-def hear(folder, clip_skip):
+def encode(folder, clip_skip):
     changes = TextEncoderChanges(clip_skip=clip_skip)
     return encode_prompts(Model(folder), read_facts(Model(folder)), *PROMPTS, torch.float32, CPU, changes)
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
-def test_sd_hears_an_earlier_layer_normalised_as_in_diffusers(sd_model, clip_skip):
+def test_sd_uses_an_earlier_layer_with_final_norm_as_in_diffusers(sd_model, clip_skip):
     encoder = (pipeline := StableDiffusionPipeline.from_pretrained(sd_model, safety_checker=None)).text_encoder
     if not hasattr(encoder, "text_model"):  # diffusers reaches for a level that is gone from newer transformers
         encoder.__dict__["text_model"] = encoder
-    found, usual = hear(sd_model, clip_skip), hear(sd_model, None)
+    found, usual = encode(sd_model, clip_skip), encode(sd_model, None)
     for prompt, half, usual_half in zip(
         PROMPTS, (found.positive, found.negative), (usual.positive, usual.negative), strict=True
     ):
@@ -34,9 +34,9 @@ def test_sd_hears_an_earlier_layer_normalised_as_in_diffusers(sd_model, clip_ski
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
-def test_sdxl_hears_another_layer_of_both_encoders_as_in_diffusers(xl_model, clip_skip):
+def test_sdxl_uses_another_layer_of_both_encoders_as_in_diffusers(xl_model, clip_skip):
     pipeline = StableDiffusionXLPipeline.from_pretrained(xl_model)
-    found, usual = hear(xl_model, clip_skip), hear(xl_model, None)
+    found, usual = encode(xl_model, clip_skip), encode(xl_model, None)
     for prompt, half, usual_half in zip(
         PROMPTS, (found.positive, found.negative), (usual.positive, usual.negative), strict=True
     ):
@@ -48,13 +48,13 @@ def test_sdxl_hears_another_layer_of_both_encoders_as_in_diffusers(xl_model, cli
         assert torch.equal(half.hidden, usual_half.hidden) == (clip_skip == 2)
 
 
-def test_more_layers_than_there_are_is_an_error(xl_model):
+def test_a_layer_beyond_the_first_is_an_error(xl_model):
     with pytest.raises(
         UsageError, match="--clip-skip 3 is not possible: the model's text_encoder has 2 layers"
     ) as caught:
-        hear(xl_model, 3)
+        encode(xl_model, 3)
     assert caught.value.setting == "clip_skip"
 
 
-def test_the_usual_layer_of_a_small_encoder_may_be_its_embedding():
+def test_the_default_layer_of_a_small_encoder_can_be_its_embedding():
     assert resolve_clip_layer(None, True, "text_encoder", 1) == 2

@@ -55,15 +55,15 @@ def test_commands_are_found(prompt, found):
         "",
     ],
 )
-def test_prose_has_none(prompt):
+def test_prose_has_no_commands(prompt):
     assert find_commands(prompt) == []
 
 
-def test_plain_brackets_are_known_apart():
+def test_plain_brackets_are_distinguished():
     assert find_plain_brackets(r"a house (old), (16:9), (word:1.3), \(x\), (a (b))") == ["(old)", "(16:9)", "(a (b))"]
 
 
-def test_a_long_line_of_brackets_takes_no_time():
+def test_many_brackets_are_fast():
     assert find_commands("(" * 3_000 + "a" + ")" * 3_000)
     assert find_commands("[(" * 3_000) == []
 
@@ -75,5 +75,5 @@ def test_the_first_option_is_found(prompt, word):
     assert find_option(prompt) == word
 
 
-def test_a_long_line_of_dashes_takes_no_time():
+def test_many_dashes_are_fast():
     assert find_option("-" * 50_000 + " -" * 25_000 + "--" * 25_000) is None

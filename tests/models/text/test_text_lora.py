@@ -15,7 +15,7 @@ from linfusion_cli.models.adapters.lora_file import read_lora
 from linfusion_cli.models.families.facts import read_facts
 from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.text.encode import TextEncoderChanges, encode_prompts
-from tests.support.small_models import small_sd_unet
+from tests.support.small_models import build_small_sd_unet
 
 CPU = torch.device("cpu")
 PROMPT, NEGATIVE = "a cat", "blurry"
@@ -30,23 +30,23 @@ def model(request, xl_model, sd_model):
     return Model(xl_model if request.param == "xl" else sd_model)
 
 
-def pipeline_of(model):
+def load_pipeline(model):
     if read_facts(model).is_xl:
         return StableDiffusionXLPipeline.from_pretrained(model.folder)
     return StableDiffusionPipeline.from_pretrained(model.folder, safety_checker=None)
 
 
-def encoders_of(pipeline):
+def get_encoders(pipeline):
     """Part -> text encoder."""
     parts = {part: getattr(pipeline, part, None) for part in KOHYA}
     return {part: encoder for part, encoder in parts.items() if encoder is not None}
 
 
-def factors_for(pipeline, *kinds, seed=1):
+def build_factors(pipeline, *kinds, seed=1):
     """Part, path without `text_model` -> random (down, up) of the linear layers with one of `kinds` in their path."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
-    for part, encoder in encoders_of(pipeline).items():
+    for part, encoder in get_encoders(pipeline).items():
         for path, layer in encoder.named_modules():
             if isinstance(layer, nn.Linear) and any(kind in path for kind in kinds):
                 down = torch.randn(RANK, layer.in_features, generator=generator) / math.sqrt(layer.in_features)
@@ -55,7 +55,7 @@ def factors_for(pipeline, *kinds, seed=1):
     return factors
 
 
-def in_layout(factors, sides, level="text_model.", rename=lambda path: path):
+def to_layout(factors, sides, level="text_model.", rename=lambda path: path):
     """As diffusers writes them: `sides` are what stands between the layer and `.weight`, of down and up."""
     return {
         f"{part}.{level}{rename(path)}{side}.weight": pair[i]
@@ -64,24 +64,24 @@ def in_layout(factors, sides, level="text_model.", rename=lambda path: path):
     }
 
 
-def in_peft_layout(factors, level="text_model."):
-    return in_layout(factors, (".lora_A", ".lora_B"), level)
+def to_peft_layout(factors, level="text_model."):
+    return to_layout(factors, (".lora_A", ".lora_B"), level)
 
 
-def in_diffusers_layout(factors):
-    return in_layout(factors, (".lora_linear_layer.down", ".lora_linear_layer.up"))
+def to_diffusers_layout(factors):
+    return to_layout(factors, (".lora_linear_layer.down", ".lora_linear_layer.up"))
 
 
-def old_name(path):
+def get_old_name(path):
     block, _, layer = path.rpartition(".")
     return f"{block}.{OLD[layer]}_lora" if layer in OLD else f"{path}.lora_linear_layer"
 
 
-def in_old_layout(factors):
-    return in_layout(factors, (".down", ".up"), rename=old_name)
+def to_old_layout(factors):
+    return to_layout(factors, (".down", ".up"), rename=get_old_name)
 
 
-def in_kohya_layout(factors, prefixes=KOHYA, alphas=(2.0,)):
+def to_kohya_layout(factors, prefixes=KOHYA, alphas=(2.0,)):
     tensors = {}
     for i, ((part, path), (down, up)) in enumerate(factors.items()):
         name = prefixes[part] + f"text_model.{path}".replace(".", "_")
@@ -90,13 +90,13 @@ def in_kohya_layout(factors, prefixes=KOHYA, alphas=(2.0,)):
     return tensors
 
 
-def write(folder, tensors, **header):
+def write_lora(folder, tensors, **header):
     file = folder / "lora.safetensors"
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, {"format": "pt", **header})
     return file
 
 
-def hear(model, *loras):
+def encode(model, *loras):
     """What we make of the prompts with LoRAs (file, weight): a list of tensors."""
     facts = read_facts(model)
     found = encode_prompts(model, facts, PROMPT, NEGATIVE, torch.float32, CPU, TextEncoderChanges(loras))
@@ -104,7 +104,7 @@ def hear(model, *loras):
     return [both[i].hidden for i in (0, 1)] + [half.pooled for half in both if half.pooled is not None]
 
 
-def with_diffusers(pipeline, tensors, weight=1.0):
+def encode_with_diffusers(pipeline, tensors, weight=1.0):
     """The same with the LoRA as diffusers loads it."""
     if tensors:
         pipeline.load_lora_weights(dict(tensors), adapter_name="test")
@@ -122,54 +122,58 @@ def assert_same(found, wanted, before):
         assert (ours - plain).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("layout", [in_peft_layout, in_diffusers_layout, in_old_layout, in_kohya_layout])
-def test_prompts_are_heard_as_in_diffusers(model, tmp_path, layout):
-    pipeline = pipeline_of(model)
-    kinds = ("self_attn",) if layout is in_old_layout else ("self_attn", "mlp")
-    tensors = layout(factors_for(pipeline, *kinds))
-    assert_same(hear(model, (write(tmp_path, tensors), 0.7)), with_diffusers(pipeline, tensors, 0.7), hear(model))
+@pytest.mark.parametrize("layout", [to_peft_layout, to_diffusers_layout, to_old_layout, to_kohya_layout])
+def test_embeddings_are_those_of_diffusers(model, tmp_path, layout):
+    pipeline = load_pipeline(model)
+    kinds = ("self_attn",) if layout is to_old_layout else ("self_attn", "mlp")
+    tensors = layout(build_factors(pipeline, *kinds))
+    assert_same(
+        encode(model, (write_lora(tmp_path, tensors), 0.7)),
+        encode_with_diffusers(pipeline, tensors, 0.7),
+        encode(model),
+    )
 
 
 def test_names_are_read_without_the_level_that_newer_libraries_left_out(model, tmp_path):
-    factors = factors_for(pipeline_of(model), "q_proj", "fc2")
-    with_level = hear(model, (write(tmp_path, in_peft_layout(factors)), 1.0))
-    without = hear(model, (write(tmp_path, in_peft_layout(factors, level="")), 1.0))
+    factors = build_factors(load_pipeline(model), "q_proj", "fc2")
+    with_level = encode(model, (write_lora(tmp_path, to_peft_layout(factors)), 1.0))
+    without = encode(model, (write_lora(tmp_path, to_peft_layout(factors, level="")), 1.0))
     assert all(torch.equal(*pair) for pair in zip(with_level, without, strict=True))
 
 
 def test_kohyas_name_for_a_single_encoder_is_read(sd_model, tmp_path):
-    pipeline = pipeline_of(Model(sd_model))
-    factors = factors_for(pipeline, "self_attn")
-    tensors = in_kohya_layout(factors, {"text_encoder": "lora_te_"})
-    wanted = with_diffusers(pipeline, tensors)
-    assert_same(hear(Model(sd_model), (write(tmp_path, tensors), 1.0)), wanted, hear(Model(sd_model)))
+    pipeline = load_pipeline(Model(sd_model))
+    factors = build_factors(pipeline, "self_attn")
+    tensors = to_kohya_layout(factors, {"text_encoder": "lora_te_"})
+    wanted = encode_with_diffusers(pipeline, tensors)
+    assert_same(encode(Model(sd_model), (write_lora(tmp_path, tensors), 1.0)), wanted, encode(Model(sd_model)))
 
 
 def test_the_projection_of_sdxls_second_encoder_is_changed(xl_model, tmp_path):
-    pipeline = pipeline_of(Model(xl_model))
+    pipeline = load_pipeline(Model(xl_model))
     down, up = torch.randn(RANK, 16), torch.randn(16, RANK)
     names = {"lora_te2_text_projection.lora_down.weight": down, "lora_te2_text_projection.lora_up.weight": up}
     before = pipeline.text_encoder_2.text_projection.weight.clone()
-    assert merge_text_lora(pipeline.text_encoder_2, "text_encoder_2", write(tmp_path, names), 0.5) == 1
+    assert merge_text_lora(pipeline.text_encoder_2, "text_encoder_2", write_lora(tmp_path, names), 0.5) == 1
     torch.testing.assert_close(pipeline.text_encoder_2.text_projection.weight, before + 0.5 * up @ down)
 
 
 def test_each_layers_alpha_counts(sd_model, tmp_path):
-    encoder = pipeline_of(Model(sd_model)).text_encoder
-    factors = factors_for(pipeline_of(Model(sd_model)), "q_proj", "k_proj", "fc1")
+    encoder = load_pipeline(Model(sd_model)).text_encoder
+    factors = build_factors(load_pipeline(Model(sd_model)), "q_proj", "k_proj", "fc1")
     alphas = (1.0, 2.0, 4.0, 0.5)
     before = {path: encoder.get_submodule(path).weight.clone() for _, path in factors}
-    merge_text_lora(encoder, "text_encoder", write(tmp_path, in_kohya_layout(factors, alphas=alphas)), 2.0)
+    merge_text_lora(encoder, "text_encoder", write_lora(tmp_path, to_kohya_layout(factors, alphas=alphas)), 2.0)
     for i, ((_, path), (down, up)) in enumerate(factors.items()):
         change = encoder.get_submodule(path).weight - before[path]
         torch.testing.assert_close(change, 2.0 * alphas[i % 4] / RANK * up @ down, rtol=1e-4, atol=1e-6)
 
 
 def test_alphas_in_the_header_count_for_their_part(xl_model, tmp_path):
-    pipeline = pipeline_of(Model(xl_model))
-    factors = factors_for(pipeline, "q_proj", "fc1")
+    pipeline = load_pipeline(Model(xl_model))
+    factors = build_factors(pipeline, "q_proj", "fc1")
     header = {"text_encoder.lora_alpha": 6, "text_encoder.alpha_pattern": {"fc1": 9}, "text_encoder_2.lora_alpha": 1}
-    file = write(tmp_path, in_peft_layout(factors), lora_adapter_metadata=json.dumps(header))
+    file = write_lora(tmp_path, to_peft_layout(factors), lora_adapter_metadata=json.dumps(header))
     scales = {(part, layer.split("_")[0]): 1.0 for part in KOHYA for layer in ("q_proj", "fc1")}
     scales |= {("text_encoder", "q"): 2.0, ("text_encoder", "fc1"): 3.0}
     scales |= {("text_encoder_2", "q"): 1 / 3, ("text_encoder_2", "fc1"): 1 / 3}
@@ -179,26 +183,26 @@ def test_alphas_in_the_header_count_for_their_part(xl_model, tmp_path):
 
 
 def test_sums_are_rounded_once(sd_model, tmp_path):
-    half = pipeline_of(Model(sd_model)).text_encoder.half()
-    file = write(tmp_path, in_peft_layout(factors_for(pipeline_of(Model(sd_model)), "self_attn", "mlp")))
-    exact = pipeline_of(Model(sd_model)).text_encoder.half().float()
+    half = load_pipeline(Model(sd_model)).text_encoder.half()
+    file = write_lora(tmp_path, to_peft_layout(build_factors(load_pipeline(Model(sd_model)), "self_attn", "mlp")))
+    exact = load_pipeline(Model(sd_model)).text_encoder.half().float()
     assert merge_text_lora(half, "text_encoder", file, 0.3) == merge_text_lora(exact, "text_encoder", file, 0.3) == 12
     for name, parameter in half.named_parameters():
         assert torch.equal(parameter, exact.get_parameter(name).half()) and parameter.dtype == torch.float16
 
 
 def test_a_file_for_text_encoders_alone_leaves_the_unet_as_it_is(sd_model, tmp_path):
-    unet = small_sd_unet()
+    unet = build_small_sd_unet()
     before = [parameter.clone() for parameter in unet.parameters()]
-    file = write(tmp_path, in_peft_layout(factors_for(pipeline_of(Model(sd_model)), "q_proj")))
+    file = write_lora(tmp_path, to_peft_layout(build_factors(load_pipeline(Model(sd_model)), "q_proj")))
     assert merge_lora(unet, {}, file, 1.0).layers == 0
     assert all(torch.equal(*pair) for pair in zip(unet.parameters(), before, strict=True))
 
 
 def test_a_lora_for_an_encoder_that_the_model_lacks_is_refused(sd_model, xl_model, tmp_path):
-    file = write(tmp_path, in_peft_layout(factors_for(pipeline_of(Model(xl_model)), "q_proj")))
+    file = write_lora(tmp_path, to_peft_layout(build_factors(load_pipeline(Model(xl_model)), "q_proj")))
     with pytest.raises(DataError, match="it changes text_encoder_2, which the model does not have") as caught:
-        hear(Model(sd_model), (file, 1.0))
+        encode(Model(sd_model), (file, 1.0))
     assert str(file) in caught.value.message and caught.value.hint
 
 
@@ -214,21 +218,21 @@ def test_a_lora_for_an_encoder_that_the_model_lacks_is_refused(sd_model, xl_mode
         ("lora_te_text_model_encoder_layers_0_mlp_fc1", (2, 8), r"mlp_fc1 is \(32, 8\) .* \(32, 16\)"),
     ],
 )
-def test_what_does_not_fit_is_named_with_both_shapes(sd_model, tmp_path, name, down, named):
+def test_a_mismatch_is_named_with_both_shapes(sd_model, tmp_path, name, down, named):
     tensors = {f"{name}.lora_down.weight": torch.ones(down), f"{name}.lora_up.weight": torch.ones(32, 2)}
     with pytest.raises(DataError, match=named):
-        hear(Model(sd_model), (write(tmp_path, tensors), 1.0))
+        encode(Model(sd_model), (write_lora(tmp_path, tensors), 1.0))
 
 
 def test_other_kinds_are_refused_in_the_text_part_too(sd_model, tmp_path):
-    tensors = in_kohya_layout(factors_for(pipeline_of(Model(sd_model)), "q_proj"))
-    file = write(tmp_path, tensors | {"lora_te1_text_model_x.dora_scale": torch.ones(2)})
+    tensors = to_kohya_layout(build_factors(load_pipeline(Model(sd_model)), "q_proj"))
+    file = write_lora(tmp_path, tensors | {"lora_te1_text_model_x.dora_scale": torch.ones(2)})
     with pytest.raises(DataError, match="unknown kind: it holds lora_te1_text_model_x.dora_scale"):
-        hear(Model(sd_model), (file, 1.0))
+        encode(Model(sd_model), (file, 1.0))
 
 
 def test_no_two_layers_share_a_name(model):
-    for encoder in encoders_of(pipeline_of(model)).values():
+    for encoder in get_encoders(load_pipeline(model)).values():
         layers = [path for path, layer in encoder.named_modules() if isinstance(layer, nn.Linear)]
         paths = build_text_layer_paths(encoder)
         assert set(paths.values()) == set(layers)

@@ -14,10 +14,10 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
-from tests.models.locate.test_model import put_in_hub
+from tests.models.locate.test_model import add_to_hub_cache
 from tests.support.fakes import Listener
 from tests.support.small_models import write_small_sd, write_small_xl
-from tests.support.small_single_files import without_weights, write_original, write_small_sd21
+from tests.support.small_single_files import copy_without_weights, write_original, write_small_sd21
 
 WRITERS = {"sdxl": write_small_xl, "sd21": write_small_sd21, "sd15": write_small_sd}
 SIZE, STEPS, SCALE, SEED = 64, 4, 3.0, 5
@@ -67,7 +67,7 @@ def test_the_base_image_equals_diffusers(run_base, tmp_path, family, layout):
     folder = WRITERS[family](tmp_path / "folder")
     wanted, model, more = run_diffusers(folder), folder, {}
     if layout == "file":
-        put_in_hub(without_weights(folder, tmp_path / "bare"), FAMILY_BASES[family])
+        add_to_hub_cache(copy_without_weights(folder, tmp_path / "bare"), FAMILY_BASES[family])
         model = write_original(folder, tmp_path / "one.safetensors", family)
         more = {"prediction_type": "v_prediction" if family == "sd21" else "epsilon"}
     elif layout == "half":

@@ -14,8 +14,8 @@ from linfusion_cli.models.files.digest import hash_files
 from linfusion_cli.models.locate.model import FAMILY_BASES
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.settings.request import GenerateRequest
-from tests.models.locate.test_model import put_in_hub
-from tests.support.small_single_files import without_weights, write_original
+from tests.models.locate.test_model import add_to_hub_cache
+from tests.support.small_single_files import copy_without_weights, write_original
 
 
 def sha256(path):
@@ -64,7 +64,7 @@ def test_unused_files_are_not_reported(make, xl_model):
 
 
 def test_a_single_file_is_identified_by_the_hash_of_the_file(make, sd_model, tmp_path):
-    put_in_hub(without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
+    add_to_hub_cache(copy_without_weights(sd_model, tmp_path / "bare"), FAMILY_BASES["sd15"])
     file = write_original(sd_model, tmp_path / "one.safetensors", "sd15", {"modelspec.prediction_type": "epsilon"})
     report = make(file, linfusion="none")
     assert [entry["use"] for entry in report.weights] == ["model"]

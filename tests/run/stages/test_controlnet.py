@@ -22,8 +22,8 @@ from linfusion_cli.run.stages import predictors
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import WholeUNet
 from tests.support.fakes import Listener
-from tests.support.small_controlnets import small_control, small_union, write_control
-from tests.support.small_models import small_sd_unet, small_xl_unet
+from tests.support.small_controlnets import build_small_controlnet, build_small_union_controlnet, write_controlnet
+from tests.support.small_models import build_small_sd_unet, build_small_xl_unet
 
 STEPS = 3
 PHASES = ("base", "all", "1")
@@ -34,12 +34,12 @@ def nets(tmp_path_factory):
     """Write small ControlNets and return their folders by name."""
     folder = tmp_path_factory.mktemp("controlnets")
     controlnets = {
-        "xl": small_control(small_xl_unet(), 1),
-        "bgr": small_control(small_xl_unet(), 2, controlnet_conditioning_channel_order="bgr"),
-        "sd": small_control(small_sd_unet(), 3),
-        "union": small_union(small_xl_unet(), 4),
+        "xl": build_small_controlnet(build_small_xl_unet(), 1),
+        "bgr": build_small_controlnet(build_small_xl_unet(), 2, controlnet_conditioning_channel_order="bgr"),
+        "sd": build_small_controlnet(build_small_sd_unet(), 3),
+        "union": build_small_union_controlnet(build_small_xl_unet(), 4),
     }
-    return {name: str(write_control(folder / name, net)) for name, net in controlnets.items()}
+    return {name: str(write_controlnet(folder / name, net)) for name, net in controlnets.items()}
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +191,9 @@ def test_invalid_settings_are_refused_before_any_work(make, tmp_path, nets, imag
 
 def test_a_controlnet_without_linear_attention_is_refused_in_strips(make, tmp_path, nets, images):
     """A ControlNet with more transformer blocks than the UNet can only run whole, at the base."""
-    deeper = dict(small_xl_unet().config) | {"transformer_layers_per_block": (1, 2, 2)}
-    net = small_control(type(small_xl_unet()).from_config(deeper))
-    how = {"controlnet": (str(write_control(tmp_path / "net", net)),), "control_image": (images["a"],)}
+    deeper = dict(build_small_xl_unet().config) | {"transformer_layers_per_block": (1, 2, 2)}
+    net = build_small_controlnet(type(build_small_xl_unet()).from_config(deeper))
+    how = {"controlnet": (str(write_controlnet(tmp_path / "net", net)),), "control_image": (images["a"],)}
     with pytest.raises(DataError, match=r"down_blocks\.1.*transformer_blocks\.1\.attn1.*Attention"):
         make(size=Size(128, 128), control_phases=("all",), **how)
     make(size=Size(64, 64), **how)

@@ -19,7 +19,7 @@ from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.convert import build_resized_reader
 from linfusion_cli.settings.request import GenerateRequest
 from tests.support.fakes import Listener
-from tests.support.small_models import small_vae
+from tests.support.small_models import build_small_vae
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_an_image_between_phases_is_buffered_in_memory_if_there_is_room(make, tm
 
 
 def test_a_vae_that_gives_nan_ends_with_an_error_and_no_file(make, tmp_path, xl_model):
-    vae = AutoencoderKL(**small_vae().config)
+    vae = AutoencoderKL(**build_small_vae().config)
     for layer in (vae.decoder.conv_norm_out, vae.decoder.conv_out):  # finite weights that overflow in the forward pass
         layer.weight.data.mul_(1e25)
     vae.save_pretrained(tmp_path / "nan")

@@ -18,12 +18,12 @@ from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import predictors
 from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import WholeUNet
-from tests.models.adapters.test_lora import factors_for, in_peft_layout, layers_in, write
+from tests.models.adapters.test_lora import build_factors, find_layers, to_peft_layout, write_lora
 from tests.support.fakes import Listener
 from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
-from tests.support.small_models import small_sd_unet, small_xl_unet
+from tests.support.small_models import build_small_sd_unet, build_small_xl_unet
 
-UNETS = {"xl": small_xl_unet, "sd": small_sd_unet}
+UNETS = {"xl": build_small_xl_unet, "sd": build_small_sd_unet}
 PIPELINES = {"xl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}
 
 
@@ -144,7 +144,7 @@ def test_orientation_is_applied_and_transparency_becomes_white(adapters, tmp_pat
 
 
 def test_a_lora_and_an_adapter_together_match_diffusers(make, models, adapters, phases, tmp_path):
-    lora = write(tmp_path, in_peft_layout(factors_for(layers_in(small_sd_unet(), "attn"))))
+    lora = write_lora(tmp_path, to_peft_layout(build_factors(find_layers(build_small_sd_unet(), "attn"))))
     make("plain", family="sd", linfusion="none", lora=(str(lora),))
     pipeline = StableDiffusionPipeline.from_pretrained(models["sd"])
     pipeline.load_lora_weights(str(lora))

@@ -18,9 +18,9 @@ from linfusion_cli.run.inputs.resolve import resolve_request
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.plan import plan_run
 from linfusion_cli.settings.request import GenerateRequest
-from tests.models.locate.test_model import put_in_hub
+from tests.models.locate.test_model import add_to_hub_cache
 from tests.support.fakes import Listener
-from tests.support.small_models import small_xl_unet, write_linfusion
+from tests.support.small_models import build_small_xl_unet, write_linfusion
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 PATH = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
@@ -106,7 +106,7 @@ def test_delta_of_the_base_itself_gives_the_published_weights(generate_pixels, x
 @pytest.fixture
 def tuned(xl_model, tmp_path):
     """Write the small model as a fine-tune without LinFusion weights; weights for its family are in the hub cache."""
-    put_in_hub(xl_model / "linfusion", PUBLISHED_LINFUSION["sdxl"])
+    add_to_hub_cache(xl_model / "linfusion", PUBLISHED_LINFUSION["sdxl"])
     return str(shutil.copytree(xl_model, tmp_path / "tuned", ignore=shutil.ignore_patterns("linfusion")))
 
 
@@ -120,7 +120,7 @@ def test_auto_adds_the_changes_if_the_base_is_installed(generate_pixels, tuned, 
         generate_pixels(listener, model=tuned), generate_pixels(model=tuned, linfusion_merge="published")
     )
     assert ["not installed" in text for text in notices_of(listener)] == [True]
-    put_in_hub(base, FAMILY_BASES["sdxl"])
+    add_to_hub_cache(base, FAMILY_BASES["sdxl"])
     listener = Listener()
     found = generate_pixels(listener, model=tuned)
     assert np.array_equal(found, generate_pixels(model=tuned, linfusion_merge="delta"))
@@ -130,7 +130,7 @@ def test_auto_adds_the_changes_if_the_base_is_installed(generate_pixels, tuned, 
 
 def test_auto_adds_nothing_if_the_weights_are_for_the_model(generate_pixels, tuned, base, xl_model):
     """For the base itself, for a model with its own weights, and for weights set with --linfusion."""
-    snapshot = put_in_hub(base, FAMILY_BASES["sdxl"])
+    snapshot = add_to_hub_cache(base, FAMILY_BASES["sdxl"])
     shutil.rmtree(snapshot / "linfusion")
     for model, more in ((snapshot, {}), (xl_model, {}), (tuned, {"linfusion": str(xl_model / "linfusion")})):
         listener = Listener()
@@ -158,7 +158,7 @@ def test_a_missing_base_is_refused_if_it_is_needed(generate_pixels, xl_model, tm
 
 
 def test_an_incompatible_base_is_refused_by_the_plan(request_for, base):
-    small_xl_unet((1, 1, 1)).save_pretrained(base / "unet")
+    build_small_xl_unet((1, 1, 1)).save_pretrained(base / "unet")
     request = request_for(linfusion_merge="delta", linfusion_base=str(base))
     with pytest.raises(DataError, match=r"transformer_blocks\.1\.attn1\.to_q\.weight"):
         plan_run(resolve_request(request))
@@ -166,10 +166,10 @@ def test_an_incompatible_base_is_refused_by_the_plan(request_for, base):
 
 def test_a_model_with_fewer_layers_uses_the_weights_of_the_full_one(generate_pixels, xl_model, tmp_path):
     """As SSD-1B with the weights for SDXL: weights without a matching layer are ignored and reported."""
-    weights = write_linfusion(tmp_path / "whole", small_xl_unet())
+    weights = write_linfusion(tmp_path / "whole", build_small_xl_unet())
     model = shutil.copytree(xl_model, tmp_path / "cut")
     torch.manual_seed(0)
-    small_xl_unet((1, 1, 1), mid_block_type=None).save_pretrained(model / "unet")
+    build_small_xl_unet((1, 1, 1), mid_block_type=None).save_pretrained(model / "unet")
     listener = Listener()
     generate_pixels(listener, model=str(model), linfusion=str(weights))
     assert [event.text for event in listener.of(Notice) if str(weights) in event.text and "layers" in event.text]

@@ -17,7 +17,7 @@ TOKENS = 77
 FOLDER = WORK / "tokenizer"
 
 
-def byte_alphabet() -> list[str]:
+def list_byte_characters() -> list[str]:
     """Return GPT-2's 256 printable characters for bytes 0 to 255."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     spare = iter(range(256, 512))
@@ -62,7 +62,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 def write_tokenizer(folder: Path, merges: list[tuple[str, str]]) -> None:
     """Write the four files of an SDXL tokenizer folder."""
-    letters = byte_alphabet()
+    letters = list_byte_characters()
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
     config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True}
