@@ -176,7 +176,7 @@ def test_pull_downloads_a_model_and_its_linfusion_weights(repositories, tmp_path
             "Yuanshi/LinFusion-XL",
         ]
         assert [f"models--{name}" in run.stdout for name in ("a--demo", "Yuanshi--LinFusion-XL")] == [True, True]
-        hub.asked.clear()
+        hub.requests.clear()
         checked = run_linfusion(hub, tmp_path, "models", "check", "a/demo")
         assert checked.returncode == 0 and "LinFusion-XL" in checked.stdout and "fits" in checked.stdout
         generated = run_linfusion(
@@ -184,25 +184,25 @@ def test_pull_downloads_a_model_and_its_linfusion_weights(repositories, tmp_path
             "-o", tmp_path / "out.png",
         )  # fmt: skip
         assert generated.returncode == 0, generated.stderr
-        assert hub.asked == []  # neither command connects to the hub
+        assert hub.requests == []  # neither command connects to the hub
 
 
 def test_pull_of_configs_only(repositories, tmp_path):
     with serve_hub(repositories) as hub:
         assert run_linfusion(hub, tmp_path, "models", "pull", "a/demo", "--configs").returncode == 0
-        assert not any(path.endswith(".safetensors") for _, path, _ in hub.asked)
+        assert not any(path.endswith(".safetensors") for _, path, _ in hub.requests)
 
 
 def test_a_pinned_revision_is_requested(repositories, tmp_path):
     with serve_hub(repositories) as hub:
         assert run_linfusion(hub, tmp_path, "models", "pull", f"a/large@{COMMIT}", "--configs").returncode == 0
-        assert any(f"/resolve/{COMMIT}/" in path for _, path, _ in hub.asked)
-        assert not any("/main" in path for _, path, _ in hub.asked)
+        assert any(f"/resolve/{COMMIT}/" in path for _, path, _ in hub.requests)
+        assert not any("/main" in path for _, path, _ in hub.requests)
 
 
 def list_weight_ranges(hub):
     """Return the byte range of each request for the large file; None for the whole file."""
-    return [part for method, path, part in hub.asked if method == "GET" and path.endswith(".safetensors")]
+    return [part for method, path, part in hub.requests if method == "GET" and path.endswith(".safetensors")]
 
 
 def test_a_broken_connection_is_resumed(repositories, tmp_path):
@@ -220,10 +220,10 @@ def test_a_repeated_pull_downloads_the_missing_files(repositories, tmp_path):
         run = run_linfusion(hub, tmp_path, "models", "pull", "a/large")
         assert run.returncode == 69 and "a/large" in run.stderr and "Traceback" not in run.stderr
         hub.refuses_after_cut = False
-        hub.asked.clear()
+        hub.requests.clear()
         run = run_linfusion(hub, tmp_path, "models", "pull", "a/large")
         assert run.returncode == 0, run.stderr
-        assert list_weight_ranges(hub) == [None] and not any("config.json" in path for _, path, _ in hub.asked)
+        assert list_weight_ranges(hub) == [None] and not any("config.json" in path for _, path, _ in hub.requests)
 
 
 def test_an_unknown_repository_is_one_line(repositories, tmp_path):
@@ -238,6 +238,6 @@ def test_generate_with_download_downloads_missing_models(repositories, tmp_path)
         options = ("--size", "288", "--steps", "1", "--attention", "linear", "-o", tmp_path / "out.png")
         run = run_linfusion(hub, tmp_path, "generate", "a sea", "--model", "a/demo", *options)
         assert run.returncode == 69 and "--download" in run.stderr and "linfusion models pull a/demo" in run.stderr
-        assert hub.asked == []
+        assert hub.requests == []
         run = run_linfusion(hub, tmp_path, "generate", "a sea", "--model", "a/demo", "--download", *options)
         assert run.returncode == 0, run.stderr

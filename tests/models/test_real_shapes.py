@@ -1,4 +1,4 @@
-"""The three families in their real shapes, on the meta device: single files key by key, and LinFusion's layout."""
+"""The three families with real shapes on the meta device: keys of single files, and the layout of LinFusion weights."""
 
 import json
 from dataclasses import asdict
@@ -21,14 +21,14 @@ from linfusion_cli.models.load.single_file import read_transformer_depths
 from linfusion_cli.planning.meta_model import MetaModel, count_parameters
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
-from tests.mixers.test_weights import sdxl_unet_on_meta
+from tests.mixers.test_weights import build_meta_sdxl_unet
 from tests.support.small_single_files import to_original_clip, to_original_open_clip, to_original_unet, to_original_vae
 from tools.bench.shapes import build_linear_attentions
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
 OPEN_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
-# What diffusers tells models apart by (loaders/single_file_utils.py), and other keys of the published files.
+# Keys by which diffusers detects a family (loaders/single_file_utils.py), and other keys of the published files.
 KNOWN_KEYS = {
     "sdxl": {
         "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
@@ -58,13 +58,13 @@ KNOWN_KEYS = {
 
 
 def build_sd_unet(**fields):
-    """The UNet of SD 1.5, and with the fields in which it differs that of SD 2.1."""
+    """Build the UNet of SD 1.5, or with `fields` that of SD 2.1."""
     with init_empty_weights():
         return UNet2DConditionModel(sample_size=64, **{"cross_attention_dim": 768} | fields)
 
 
 UNETS = {
-    "sdxl": sdxl_unet_on_meta,
+    "sdxl": build_meta_sdxl_unet,
     "sd21": lambda: build_sd_unet(
         cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
     ),
@@ -88,7 +88,7 @@ def build_vae():
 
 
 def build_encoders(family):
-    """The text encoders and how the original file names their tensors."""
+    """Return the text encoders with the functions and prefixes that give the original tensor names."""
     clip, open_clip = "cond_stage_model.transformer.", "cond_stage_model.model."
     if family == "sd15":
         return [(build_encoder(CLIPTextModel, **CLIP_L), to_original_clip, clip)]
@@ -107,7 +107,7 @@ def get_meta_parameters(module):
 
 @pytest.fixture(scope="module", params=UNETS)
 def real(request):
-    """Family, its networks, and the header of its single file."""
+    """Family, networks, and the header of the single file."""
     unet, vae, encoders = UNETS[request.param](), build_vae(), build_encoders(request.param)
     tensors = to_original_unet(unet, get_meta_parameters(unet)) | to_original_vae(vae, get_meta_parameters(vae))
     for encoder, rename, prefix in encoders:
@@ -137,9 +137,9 @@ def test_every_tensor_of_every_network_is_found_in_the_single_file(real):
 
 
 def list_published_specs(family):
-    """The entries of the published `modules_list`, in its order: down, up, middle.
+    """Return the entries of the published `modules_list` in its order: down, up, middle.
 
-    `projection_mid_dim` is a sixteenth of the channels in SDXL's, and null, which means all of them, in the others.
+    `projection_mid_dim` is a sixteenth of the channels for SDXL, and null, which means all channels, for the others.
     """
     if family == "sdxl":
         places = [(f"down_blocks.1.attentions.{i}", 2, 640, 10) for i in (0, 1)]
@@ -165,7 +165,7 @@ NUMBERS = {"sdxl": 435_480_800, "sd21": 99_235_520, "sd15": 99_235_520}  # 871 a
 
 
 def test_linear_attention_fits_key_by_key(real):
-    """`{i}.to_q.weight` and so on, as design and published files have them."""
+    """Compare all keys, e.g. `{i}.to_q.weight`, with the published files."""
     family, (unet, *_), _ = real
     specs = list_published_specs(family)
     assert len(specs) == COUNTS[family]
@@ -187,16 +187,16 @@ def test_linear_attention_fits_key_by_key(real):
 
 
 def build_published_config(family):
-    """`config.json` as it is published."""
+    """Return the text of the published `config.json`."""
     entries = [asdict(spec) for spec in list_published_specs(family)]
     return json.dumps({"_class_name": "LinFusion", "_diffusers_version": "0.27.0", "modules_list": entries})
 
 
 @pytest.fixture
 def sdxl(tmp_path):
-    """SDXL's outline, with the linear attention that the published config describes."""
+    """SDXL on the meta device, with linear attention from the published config."""
     (tmp_path / CONFIG_NAME).write_text(build_published_config("sdxl"))
-    unet = sdxl_unet_on_meta()
+    unet = build_meta_sdxl_unet()
     return MetaModel(unet, weights.build_meta_modules(tmp_path, unet), build_vae())
 
 
@@ -213,7 +213,7 @@ def test_a_forward_of_sdxl_at_16k_is_1547_tflop(sdxl):
 
 
 def test_benchmarks_run_linear_attention_as_published():
-    unet = sdxl_unet_on_meta()
+    unet = build_meta_sdxl_unet()
     with torch.device("meta"):
         modules = build_linear_attentions(unet)
     assert [build_spec(path, module) for path, module in modules.items()] == list_published_specs("sdxl")

@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of Hugging Face's as its library needs to list and fetch files."""
+"""A local Hugging Face hub: the requests that huggingface_hub needs to list and download files."""
 
 from __future__ import annotations
 
@@ -16,30 +16,36 @@ LARGE_FILE_BYTES = 1 << 16
 
 
 class FakeHub:
-    """Serves `repositories`, name -> folder; `asked` has every request.
+    """Serve `repositories`, name to folder; `requests` has all requests.
 
-    `cut_after` ends the next large file after so many bytes; if it `refuses_after_cut`, nothing is served from then on.
+    `cut_after` closes the connection after this number of bytes of the next large file; with `refuses_after_cut` all
+    later requests fail with 503.
     """
 
     def __init__(self, repositories: dict[str, Path]):
-        self.repositories, self.asked = repositories, []
+        self.repositories, self.requests = repositories, []
         self.cut_after: int | None = None
         self.refuses_after_cut = self._refusing = False
         self.url = ""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Send the response to a request."""
         path = unquote(urlsplit(request.path).path)
-        self.asked.append((request.command, path, request.headers.get("Range")))
+        self.requests.append((request.command, path, request.headers.get("Range")))
         if self._refusing and self.refuses_after_cut:
-            return self._refuse(request, 503, {})
+            self._refuse(request, 503, {})
+            return
         for name, folder in self.repositories.items():
             if path.startswith(f"/api/models/{name}/tree/"):
-                return self._json(request, self._tree(folder))
+                self._json(request, self._tree(folder))
+                return
             if path.startswith(f"/api/models/{name}"):
                 files = [{"rfilename": entry["path"]} for entry in self._tree(folder)]
-                return self._json(request, {"id": name, "sha": COMMIT, "siblings": files})
+                self._json(request, {"id": name, "sha": COMMIT, "siblings": files})
+                return
             if path.startswith(f"/{name}/resolve/"):
-                return self._file(request, folder / path.split("/", 5)[5])
+                self._file(request, folder / path.split("/", 5)[5])
+                return
         self._refuse(request, 404, {"X-Error-Code": "RepoNotFound"})
 
     def _refuse(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str]) -> None:
@@ -69,7 +75,7 @@ class FakeHub:
         request.wfile.write(body)
 
     def _file(self, request: BaseHTTPRequestHandler, path: Path) -> None:
-        """A file, or the rest of it from where a Range begins."""
+        """Send a file, or the range of it that is requested."""
         data = path.read_bytes()
         start = int((request.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         request.send_response(206 if start else 200)
@@ -95,15 +101,15 @@ def compute_etag(path: Path) -> str:
 
 @contextmanager
 def serve_hub(repositories: dict[str, Path]) -> Iterator[FakeHub]:
-    """The hub, at `url`, for as long as the context lasts."""
+    """Serve the repositories at `hub.url` within the context."""
     hub = FakeHub(repositories)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        do_GET = do_HEAD = lambda self: hub.answer(self)
+        do_GET = do_HEAD = lambda self: hub.answer(self)  # noqa: N815 - names of http.server
 
         def log_message(self, *_: object) -> None:
-            """Nothing: the test reads `asked`."""
+            """Log nothing; tests read `requests`."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"

@@ -1,4 +1,4 @@
-"""Random ControlNets of the real classes in the real formats, small enough to write in a second."""
+"""Small random ControlNets of the real classes in the real formats."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from torch import nn
 
-RANDOM_STD = 0.2  # of the weights that training begins with as zeros
-CONV_SCALE = 3.0  # than convolutions are at first, of which seven would leave nothing of a picture but its mean
+RANDOM_STD = 0.2  # of weights that are initialized with zeros
+CONV_SCALE = (
+    3.0  # factor for the seven convolutions of the image embedding, which otherwise reduce the image to its mean
+)
 CONTROL_TYPE_COUNT = 6
 
 
 def build_small_controlnet(unet: UNet2DConditionModel, seed: int = 0, **options: object) -> ControlNetModel:
-    """A ControlNet that begins as `unet`, with projections and conditions that do something."""
+    """Build a ControlNet from `unet` with non-zero projections and image embedding."""
     torch.manual_seed(seed)
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 6, 8, 8), **options)
     return randomize_zeros(net)
 
 
 def build_small_union_controlnet(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetUnionModel:
-    """The same of a union model, of the make of `small_xl_unet`."""
+    """Build a union ControlNet for `build_small_xl_unet`."""
     torch.manual_seed(seed)
     shared = (
         "block_out_channels",
@@ -48,7 +50,7 @@ def build_small_union_controlnet(unet: UNet2DConditionModel, seed: int = 0) -> C
 
 
 def randomize_zeros(net: nn.Module) -> nn.Module:
-    """`net` with random numbers where it has zeros, so that it changes what a UNet predicts."""
+    """Replace zero parameters by random numbers, otherwise the ControlNet has no effect."""
     for parameter in net.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=RANDOM_STD)
@@ -59,6 +61,6 @@ def randomize_zeros(net: nn.Module) -> nn.Module:
 
 
 def write_controlnet(folder: Path, net: nn.Module) -> Path:
-    """`net` in diffusers' folder layout."""
+    """Write `net` in diffusers' folder layout."""
     net.save_pretrained(folder)
     return folder

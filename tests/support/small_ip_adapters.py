@@ -1,4 +1,4 @@
-"""Random IP-Adapters in the published layout, with the image encoders they take, for the small models."""
+"""Small random IP-Adapters in the published layout, and image encoders for them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 HIDDEN, PROJECTION, IMAGE_PX, PATCH_PX = 24, 20, 32, 8
 TOKENS = {"plain": 4, "plus": 6, "full": (IMAGE_PX // PATCH_PX) ** 2 + 1}
-DEPTH, HEAD_WIDTH = 4, 64  # of a Plus adapter, as published and as diffusers takes them
-SCALE = 3.0  # of keys and values: large enough that a picture that is not heard is seen
+DEPTH, HEAD_WIDTH = 4, 64  # of a Plus adapter; diffusers requires these values
+SCALE = 3.0  # of keys and values: large enough that an ignored image fails the comparison
 
 
 def write_encoder(folder: Path, hidden: int = HIDDEN, projection: int = PROJECTION) -> Path:
-    """A small CLIP vision model in `folder`."""
+    """Write a small CLIP vision model to `folder`."""
     torch.manual_seed(7)
     config = CLIPVisionConfig(
         hidden_size=hidden,
@@ -35,14 +35,14 @@ def write_encoder(folder: Path, hidden: int = HIDDEN, projection: int = PROJECTI
 
 
 def write_adapter(file: Path, unet: UNet2DConditionModel, kind: str = "plain", seed: int = 1) -> Path:
-    """An IP-Adapter of this kind for `unet`."""
+    """Write an IP-Adapter of this kind for `unet`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(build_adapter_tensors(unet, kind, seed), file, {"format": "pt"})
     return file
 
 
 def build_adapter_tensors(unet: UNet2DConditionModel, kind: str, seed: int = 1) -> dict[str, Tensor]:
-    """Name -> tensor of such a file."""
+    """Return name to tensor of an IP-Adapter file."""
     generator = torch.Generator().manual_seed(seed)
     width = unet.config.cross_attention_dim
     shapes = {f"image_proj.{name}": shape for name, shape in PROJECTIONS[kind](width).items()}
@@ -54,7 +54,7 @@ def build_adapter_tensors(unet: UNet2DConditionModel, kind: str, seed: int = 1) 
 
 
 def draw_tensor(shape: tuple[int, ...], generator: torch.Generator, name: str) -> Tensor:
-    """Numbers that keep what passes through them at about its size, and biases that are seen."""
+    """Draw weights that preserve the magnitude of activations, and non-zero biases."""
     size = (SCALE if "_ip" in name else 1.0) / shape[-1] ** 0.5 if len(shape) > 1 else 0.5
     return torch.randn(shape, generator=generator) * size
 
@@ -96,7 +96,7 @@ PROJECTIONS = {"plain": list_plain_shapes, "plus": list_plus_shapes, "full": lis
 
 
 def write_image(file: Path, seed: int = 3, width: int = 50, height: int = 41) -> Path:
-    """A picture of coloured noise that changes from place to place."""
+    """Write an image of smooth coloured noise."""
     numbers = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), np.uint8)
     Image.fromarray(numbers).resize((width, height), Image.Resampling.BICUBIC).save(file)
     return file

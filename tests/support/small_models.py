@@ -1,4 +1,4 @@
-"""Random models of the real classes in the real formats, small enough to write in a second."""
+"""Small random models of the real classes in the real formats."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PROJECTION = 16
 
 
 def list_byte_characters() -> list[str]:
-    """The 256 characters that stand for bytes in CLIP's vocabulary (GPT-2's byte-level BPE)."""
+    """Return the 256 characters that encode bytes in CLIP's vocabulary (byte-level BPE of GPT-2)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def write_small_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A tokenizer of single bytes: every text has tokens."""
+    """Write a tokenizer of single bytes, which can tokenize every text."""
     letters = list_byte_characters()
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def build_small_vae(
 def build_small_xl_unet(
     transformer_layers: tuple[int, int, int] = (1, 1, 2), heads: tuple[int, int, int] = (1, 2, 2), **more: object
 ) -> UNet2DConditionModel:
-    """SDXL's three levels, linear projections and text_time conditioning; native size 64 px."""
+    """Build a UNet with SDXL's three levels, linear projections and text_time conditioning; native size 64 px."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16, 16),
@@ -91,7 +91,7 @@ def build_small_xl_unet(
 
 
 def build_small_sd_unet() -> UNet2DConditionModel:
-    """SD 1.5's four levels and convolutional projections; native size 64 px."""
+    """Build a UNet with SD 1.5's four levels and convolutional projections; native size 64 px."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 8, 16, 16),
@@ -103,7 +103,7 @@ def build_small_sd_unet() -> UNet2DConditionModel:
 
 
 def build_small_scheduler(**more: object) -> EulerDiscreteScheduler:
-    """Euler with SDXL's betas."""
+    """Build an Euler scheduler with SDXL's betas."""
     return EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -115,12 +115,12 @@ def build_small_scheduler(**more: object) -> EulerDiscreteScheduler:
 
 
 def build_scheduler_config() -> dict[str, object]:
-    """What its scheduler_config.json says; the object's own config marks defaults, which then cannot be changed."""
+    """Return its scheduler_config.json; the config of the object marks default values, which cannot be overridden."""
     return json.loads(build_small_scheduler().to_json_string())
 
 
 def write_small_xl(folder: Path, **save_options: object) -> Path:
-    """A random model of SDXL's make in diffusers' folder layout, with LinFusion weights beside it."""
+    """Write a random SDXL model in diffusers' folder layout, with LinFusion weights."""
     torch.manual_seed(0)
     config = build_small_text_config()
     unet = build_small_xl_unet()
@@ -139,7 +139,7 @@ def write_small_xl(folder: Path, **save_options: object) -> Path:
 
 
 def write_small_sd(folder: Path, **scheduler_options: object) -> Path:
-    """A random model of SD 1.5's make in diffusers' folder layout."""
+    """Write a random SD 1.5 model in diffusers' folder layout."""
     torch.manual_seed(0)
     StableDiffusionPipeline(
         vae=build_small_vae(),
@@ -155,7 +155,7 @@ def write_small_sd(folder: Path, **scheduler_options: object) -> Path:
 
 
 def write_linfusion(folder: Path, unet: UNet2DConditionModel) -> Path:
-    """Random LinFusion weights for `unet` in the published layout."""
+    """Write random LinFusion weights for `unet` in the published layout."""
     modules = {
         path: LinearAttention(module.to_q.in_features, module.heads)
         for path, module in find_self_attentions(unet).items()

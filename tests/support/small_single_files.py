@@ -1,4 +1,4 @@
-"""Small models as single files in the layout of the original code: diffusers' names turned back into those."""
+"""Write small models as single files in the layout of the original code, with its tensor names."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def replace_all(name: str, words: dict[str, str]) -> str:
 
 
 def to_original_unet(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The UNet's tensors under "model.diffusion_model."."""
+    """Rename the tensors of a UNet, with the prefix "model.diffusion_model."."""
     places = {path: place for place, path in list_original_names(unet)} | UNET_PLACES
     found = {}
     for name, tensor in state.items():
@@ -73,7 +73,7 @@ def to_original_unet(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> di
 def to_original_vae(
     vae: AutoencoderKL, state: dict[str, Tensor], prefix: str = "first_stage_model."
 ) -> dict[str, Tensor]:
-    """The VAE's tensors; its attention was made of 1x1 convolutions, and its decoder's blocks counted from the end."""
+    """Rename the tensors of a VAE; the original has 1x1 convolutions in attention and reversed decoder blocks."""
     last = len(vae.config.block_out_channels) - 1
     words = {"conv_norm_out": "norm_out", "mid_block.attentions.0": "mid.attn_1", "conv_shortcut": "nin_shortcut"}
     words |= {f"mid_block.resnets.{i}": f"mid.block_{i + 1}" for i in (0, 1)}
@@ -92,13 +92,13 @@ def to_original_vae(
 
 
 def to_original_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """CLIP as transformers named it then, and the whole numbers that real files hold beside its weights."""
+    """Rename the tensors of a CLIP encoder, and add the integer tensor of real files."""
     found = {f"{prefix}text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in state.items()}
     return found | {f"{prefix}text_model.embeddings.position_ids": torch.arange(77)[None]}
 
 
 def to_original_open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """OpenCLIP: queries, keys and values in one matrix, and the projection the other way round."""
+    """Rename the tensors of an OpenCLIP encoder; there q, k, v are one matrix and the projection is transposed."""
     found = {}
     for name, tensor in state.items():
         new = replace_all(name.removeprefix("text_model."), OPEN_CLIP)
@@ -120,7 +120,7 @@ def load_part_state(folder: Path, part: str) -> dict[str, Tensor]:
 
 
 def write_original(folder: Path, file: Path, family: str, notes: dict[str, str] | None = None) -> Path:
-    """The model in diffusers' `folder` as one original file of its family."""
+    """Write the model in diffusers' `folder` as a single original file."""
     unet = load_meta(UNet2DConditionModel, Model(folder).get_part("unet"))
     vae = load_meta(AutoencoderKL, Model(folder).get_part("vae"))
     tensors = to_original_unet(unet, load_part_state(folder, "unet")) | to_original_vae(
@@ -141,7 +141,7 @@ def write_original(folder: Path, file: Path, family: str, notes: dict[str, str] 
 
 
 def write_small_sd21(folder: Path, **scheduler_options: object) -> Path:
-    """A random model of SD 2.1's make: linear projections, its own encoder's activation, v-prediction."""
+    """Write a random SD 2.1 model: linear projections, GELU in the text encoder, v-prediction."""
     torch.manual_seed(0)
     config = build_small_text_config()
     config.hidden_act = "gelu"
@@ -166,10 +166,10 @@ def write_small_sd21(folder: Path, **scheduler_options: object) -> Path:
 
 
 def without_default_marks(config: dict) -> dict:
-    """A config in which no field is marked as keeping its default."""
+    """Remove the marks of default values from a config."""
     return {name: value for name, value in config.items() if name != "_use_default_values"}
 
 
 def copy_without_weights(folder: Path, target: Path) -> Path:
-    """The configs and tokenizers of a model, as `linfusion models pull --configs` brings them."""
+    """Copy only the configs and tokenizers of a model, like `linfusion models pull --configs`."""
     return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", "linfusion")))

@@ -63,7 +63,8 @@ EXTRA = {"batch": ("-q",), "plan": ("--json",), "info": ("--json",)}  # all othe
 JOBS = '{"prompt": "a hill"}\n{"prompt": "the sea", "seed": 5, "output": "sea.tif"}\n'
 # Values that depend on the machine. Planned host memory includes the memory of the process at startup.
 MEASURED_KEYS = re.compile(r"seconds|per_second|peak_|host_bytes|budget_bytes|memory_bytes|checkpoints\.bytes|\btime\b")
-RENAMED_KEYS: dict[str, str] = {}  # old key -> new key, as listed in the changelog
+# Parts of dotted keys that have another name in the new version; the changelog lists them.
+RENAMED_KEYS = {"mode": "strategy", "need": "estimate", "waiting_bytes": "image_buffer_bytes"}
 
 
 def main() -> int:
@@ -155,7 +156,7 @@ def compare(case: str, old: tuple[dict, dict], new: tuple[dict, dict]) -> Iterat
             if old[1].get(name) != new[1].get(name):
                 yield f"file {name}: {old[1].get(name)} instead of {new[1].get(name)}"
     before, now = (dict(flatten(version[0][case])) for version in (old, new))
-    before = {RENAMED_KEYS.get(key, key): value for key, value in before.items()}
+    before = {".".join(RENAMED_KEYS.get(part, part) for part in key.split(".")): before[key] for key in before}
     for key in {**before, **now}:
         if not MEASURED_KEYS.search(key) and key != "stderr" and before.get(key) != now.get(key):
             yield f"{case}: {key}: {before.get(key)!r} -> {now.get(key)!r}"

@@ -20,7 +20,7 @@ from linfusion_cli.models.locate.ip_adapter import Adapter, AdapterFile, find_ad
 from linfusion_cli.planning.meta_model import MetaModel, count_parameters
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
-from tests.mixers.test_weights import sdxl_unet_on_meta
+from tests.mixers.test_weights import build_meta_sdxl_unet
 from tests.models.adapters.test_lora import build_factors, find_layers, to_kohya_layout, write_lora
 from tests.models.locate.test_model import add_to_hub_cache
 from tests.support.small_ip_adapters import (
@@ -161,9 +161,7 @@ def test_other_files_are_refused(tmp_path, names, named):
 
 def test_an_adapter_of_another_family_names_the_first_layer_and_both_shapes(tmp_path, unet):
     file = write_adapter(tmp_path / "a.safetensors", build_small_sd_unet())
-    with pytest.raises(
-        DataError, match=r"ip_adapter.1.to_k_ip.weight is \(8, 16\) .*\(16, 32\)"
-    ):
+    with pytest.raises(DataError, match=r"ip_adapter.1.to_k_ip.weight is \(8, 16\) .*\(16, 32\)"):
         load_adapters(unet, [build_adapter(file)])
     assert unet.encoder_hid_proj is None
 
@@ -199,7 +197,9 @@ def test_half_precision_files_take_the_unet_s_precision(tmp_path, unet):
 @pytest.mark.parametrize("kind", ["plain", "plus", "full"])
 def test_a_plan_counts_the_adapter_s_weights_and_tokens(tmp_path, xl_model, unet, kind):
     file = write_adapter(tmp_path / "a.safetensors", unet, kind)
-    meta_model = MetaModel.read(Model(xl_model), xl_model / "linfusion", None, [build_adapter(file), build_adapter(file)])
+    meta_model = MetaModel.read(
+        Model(xl_model), xl_model / "linfusion", None, [build_adapter(file), build_adapter(file)]
+    )
     without = MetaModel.read(Model(xl_model), xl_model / "linfusion")
     own = sum(tensor.numel() for tensor in load_file(file).values())
     assert {parameter.device.type for parameter in meta_model.unet.parameters()} == {"meta"}
@@ -237,7 +237,7 @@ def test_an_encoder_s_config_may_be_that_of_a_whole_clip(published, tmp_path):
 def test_sdxl_s_own_layers_are_counted_as_published():
     """The published file for SDXL has 70 cross-attentions at odd indices up to 139, and 351 million parameters."""
     with torch.device("meta"):
-        unet = sdxl_unet_on_meta()
+        unet = build_meta_sdxl_unet()
     plain = AdapterFile(Path("a"), {"image_proj.proj.weight": (4 * 2048, 1280)})
     shapes = dict(list_expected_shapes(plain, unet))
     places = [int(name.split(".")[1]) for name in shapes if name.endswith("to_k_ip.weight")]

@@ -17,7 +17,7 @@ from linfusion_cli.mixers.linear.mount import find_self_attentions, mount_module
 from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.adapters.lora import MergeCounts, build_layer_paths, merge_lora, normalize_layer_name
 from linfusion_cli.models.locate.files import find_lora
-from tests.mixers.test_weights import sdxl_unet_on_meta
+from tests.mixers.test_weights import build_meta_sdxl_unet
 from tests.support.small_models import build_small_sd_unet, build_small_xl_unet, write_linfusion
 
 RANK = 3
@@ -126,7 +126,7 @@ def test_the_original_names_of_sdxl_are_read_as_in_diffusers(unet, tmp_path):
 
 
 def test_the_original_names_of_the_real_sdxl_are_those_of_diffusers_converter():
-    unet = sdxl_unet_on_meta()
+    unet = build_meta_sdxl_unet()
     names = map_original_names(unet)
     assert names.keys() == find_layers(unet).keys()
     one = torch.zeros(1, 1)
@@ -154,11 +154,11 @@ def test_the_original_names_of_the_real_sdxl_are_those_of_diffusers_converter():
     ],
 )
 def test_names_lead_to_layers_of_sdxl(name, path):
-    assert build_layer_paths(sdxl_unet_on_meta())[normalize_layer_name(name)].startswith(path)
+    assert build_layer_paths(build_meta_sdxl_unet())[normalize_layer_name(name)].startswith(path)
 
 
 def test_no_two_layers_of_sdxl_share_a_name():
-    unet = sdxl_unet_on_meta()
+    unet = build_meta_sdxl_unet()
     assert len(build_layer_paths(unet)) == 2 * len(find_layers(unet))
 
 

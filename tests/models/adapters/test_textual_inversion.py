@@ -127,7 +127,10 @@ def test_a_token_in_neither_prompt_is_reported(sd_model, tmp_path, vectors):
 
 
 def test_a_token_uses_as_many_positions_as_it_has_vectors(xl_model, tmp_path, vectors):
-    tensors = {"clip_l": vectors[0][:2], "clip_g": vectors[1]}  # the second encoder has more vectors, so its limit counts
+    tensors = {
+        "clip_l": vectors[0][:2],
+        "clip_g": vectors[1],
+    }  # the second encoder has more vectors, so its limit counts
     file = write_inversion(tmp_path, tensors)
     found = encode(xl_model, "style" + "y" * 72, (file, None), negative="z" * 73 + "style end")
     assert found.truncated == {"negative prompt": "style end"}
@@ -149,7 +152,10 @@ def test_the_token_is_given_or_the_tensor_name_or_the_file_name(tmp_path, vector
 
 
 def test_a_single_vector_may_have_one_dimension(tmp_path, vectors):
-    assert read_inversion(write_inversion(tmp_path, {"x": vectors[0][0]})).vectors["text_encoder"].shape == (1, TEXT_WIDTH)
+    assert read_inversion(write_inversion(tmp_path, {"x": vectors[0][0]})).vectors["text_encoder"].shape == (
+        1,
+        TEXT_WIDTH,
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,6 +198,8 @@ def test_a_token_in_the_vocabulary_is_rejected(sd_model, tmp_path, vectors, toke
 
 
 def test_two_inversions_with_one_token_are_rejected(tmp_path, vectors):
-    file, other = (write_inversion(tmp_path, {"emb_params": vectors[0]}, f"{name}.safetensors") for name in ("one", "two"))
+    file, other = (
+        write_inversion(tmp_path, {"emb_params": vectors[0]}, f"{name}.safetensors") for name in ("one", "two")
+    )
     with pytest.raises(UsageError, match=r"one.safetensors and .*two.safetensors .*'ONE'"):
         read_inversions([(file, None), (other, "ONE")])

@@ -62,8 +62,12 @@ def test_all_parts_of_a_file_are_those_of_the_folder(found):
 
 def test_a_file_and_its_folder_give_equal_embeddings(found):
     name, folder, model = found
-    outputs = [encode_prompts(one, read_facts(one), "a hill", "fog", torch.float32, CPU) for one in (model, Model(folder))]
-    for one, two in zip((outputs[0].positive, outputs[0].negative), (outputs[1].positive, outputs[1].negative), strict=True):
+    outputs = [
+        encode_prompts(one, read_facts(one), "a hill", "fog", torch.float32, CPU) for one in (model, Model(folder))
+    ]
+    for one, two in zip(
+        (outputs[0].positive, outputs[0].negative), (outputs[1].positive, outputs[1].negative), strict=True
+    ):
         assert torch.equal(one.hidden, two.hidden)
         assert name != "sdxl" or torch.equal(one.pooled, two.pooled)
 
@@ -153,7 +157,9 @@ def test_a_cut_down_unet_in_a_file_is_built_as_deep_as_it_is(tmp_path):
     file = write_original(folder, tmp_path / "one.safetensors", "sdxl")
     others = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("model.diffusion_model.")}
     save_file(others | to_original_unet(unet, unet.state_dict()), file)
-    (folder / "unet" / "config.json").write_text(json.dumps(config))  # config of the family: two layers per level, one block each
+    (folder / "unet" / "config.json").write_text(
+        json.dumps(config)
+    )  # config of the family: two layers per level, one block each
     model = Model(folder, file)
     assert_same(load_unet(model, torch.float32), unet)
     assert len(list(load_meta(UNet2DConditionModel, model.get_part("unet")).parameters())) == len(

@@ -1,4 +1,4 @@
-"""ControlNets are found, and what is none, does not fit or is not there is named."""
+"""ControlNets are located; missing ones, other models and mismatches are reported."""
 
 import json
 import shutil
@@ -26,8 +26,8 @@ def union(tmp_path_factory):
 
 
 @pytest.fixture
-def changed(plain, tmp_path):
-    """The folder of a ControlNet with other entries in its config."""
+def change_config(plain, tmp_path):
+    """Return a function that copies a ControlNet with other entries in its config."""
 
     def make(**entries):
         folder = shutil.copytree(plain, tmp_path / "changed")
@@ -51,11 +51,11 @@ def test_a_controlnet_is_loaded_as_it_was_written(kind, request, xl_model):
     expected = (build_small_union_controlnet if kind == "union" else build_small_controlnet)(
         build_small_xl_unet()
     ).state_dict()
-    outline = LoadedControlNet.load_meta(folder, {})
-    assert {name: part.shape for name, part in outline.net.state_dict().items()} == {
+    meta = LoadedControlNet.load_meta(folder, {})
+    assert {name: part.shape for name, part in meta.net.state_dict().items()} == {
         name: part.shape for name, part in expected.items()
     }
-    assert type(loaded.net) is type(outline.net) and not loaded.net.training
+    assert type(loaded.net) is type(meta.net) and not loaded.net.training
 
 
 def test_a_union_model_under_the_name_that_its_makers_gave_it(union, tmp_path, xl_model):
@@ -67,7 +67,7 @@ def test_a_union_model_under_the_name_that_its_makers_gave_it(union, tmp_path, x
 
 
 def test_a_missing_controlnet_is_unavailable(tmp_path):
-    with pytest.raises(Unavailable, match="--controlnet lllyasviel/nothing is not on this machine"):
+    with pytest.raises(Unavailable, match="--controlnet lllyasviel/nothing"):
         find_controlnet("lllyasviel/nothing")
     with pytest.raises(DataError, match="no config.json"):
         find_controlnet(str(tmp_path))
@@ -83,13 +83,13 @@ def test_a_missing_controlnet_is_unavailable(tmp_path):
 
 
 def test_a_model_of_another_kind_is_no_controlnet(xl_model):
-    with pytest.raises(DataError, match="UNet2DConditionModel, and no ControlNet"):
+    with pytest.raises(DataError, match="not a ControlNet.*UNet2DConditionModel"):
         is_union(xl_model / "unet")
 
 
 def test_one_for_another_family_is_refused(tmp_path, xl_model, sd_model, plain):
     other = write_controlnet(tmp_path, build_small_controlnet(build_small_sd_unet()))
-    with pytest.raises(DataError, match=r"block_out_channels is \[8, 8, 16, 16\] in it and \[8, 16, 16\]"):
+    with pytest.raises(DataError, match=r"block_out_channels is \[8, 8, 16, 16\], .*\[8, 16, 16\]"):
         check_fits(other, Model(xl_model))
     with pytest.raises(DataError, match="does not fit the model"):
         check_fits(plain, Model(sd_model))
@@ -97,31 +97,31 @@ def test_one_for_another_family_is_refused(tmp_path, xl_model, sd_model, plain):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "named"),
     [
-        ("cross_attention_dim", 999, "cross_attention_dim is 999 in it and 32"),
-        ("in_channels", 9, "in_channels is 9 in it and 4"),
-        ("conditioning_embedding_out_channels", [4, 8], "pixels per latent is 2 in it and 8"),
+        ("cross_attention_dim", 999, "cross_attention_dim is 999, .*32"),
+        ("in_channels", 9, "in_channels is 9, .*4"),
+        ("conditioning_embedding_out_channels", [4, 8], "pixels per latent is 2, .*8"),
         ("global_pool_conditions", True, "global_pool_conditions True"),
         ("conditioning_channels", 4, "conditioning_channels 4"),
     ],
 )
-def test_the_mismatch_is_named(changed, xl_model, name, value, says):
-    with pytest.raises(DataError, match=says) as refused:
-        check_fits(changed(**{name: value}), Model(xl_model))
-    assert refused.value.exit_code == 65
+def test_the_mismatch_is_named(change_config, xl_model, name, value, named):
+    with pytest.raises(DataError, match=named) as caught:
+        check_fits(change_config(**{name: value}), Model(xl_model))
+    assert caught.value.exit_code == 65
 
 
 @pytest.mark.parametrize(
-    ("written", "number"),
+    ("text", "number"),
     [("openpose", 0), ("Depth", 1), ("scribble", 2), ("mlsd", 3), ("anime-lineart", 3), ("5", 5), ("seg", 5)],
 )
-def test_kinds_of_images_have_names_and_numbers(union, written, number):
-    assert parse_control_type(union, written) == number
+def test_kinds_of_images_have_names_and_numbers(union, text, number):
+    assert parse_control_type(union, text) == number
 
 
-@pytest.mark.parametrize("written", ["tile", "6", "inpaint", "-1", "edges", ""])
-def test_a_kind_that_a_model_does_not_know_is_usage(union, written):
-    with pytest.raises(UsageError, match="--control-type") as refused:
-        parse_control_type(union, written)
-    assert refused.value.setting == "control_type" and "segment, or 0 to 5" in refused.value.hint
+@pytest.mark.parametrize("text", ["tile", "6", "inpaint", "-1", "edges", ""])
+def test_a_kind_that_a_model_does_not_know_is_usage(union, text):
+    with pytest.raises(UsageError, match="--control-type") as caught:
+        parse_control_type(union, text)
+    assert caught.value.setting == "control_type" and "segment, or 0 to 5" in caught.value.hint

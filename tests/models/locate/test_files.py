@@ -1,4 +1,4 @@
-"""Where a LoRA or a textual inversion is: a file, a folder, a hub id, a file there; and what is written behind it."""
+"""LoRAs and textual inversions are located as file, folder, hub id or hub file; weights and tokens are parsed."""
 
 from unittest.mock import MagicMock
 
@@ -12,7 +12,7 @@ STANDARD = "pytorch_lora_weights.safetensors"
 
 
 def make_folder(folder, *files):
-    """A folder with `files`, all empty: to find a LoRA none is opened."""
+    """Create a folder with empty `files`; locating a LoRA opens no file."""
     folder.mkdir(exist_ok=True)
     for file in files:
         (folder / file).parent.mkdir(exist_ok=True)
@@ -22,15 +22,15 @@ def make_folder(folder, *files):
 
 @pytest.fixture
 def downloads(monkeypatch):
-    """What is asked of a hub that has whatever it is asked for."""
-    asked = []
+    """Replace the hub by one that has every file; return the list of requests."""
+    requests = []
 
     def download(repository, file, revision):
-        asked.append((repository, file))
+        requests.append((repository, file))
         return f"/hub/{repository}/{file}"
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    return asked
+    return requests
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_pickles_are_rejected_in_all_locations(tmp_path, file):
 
 def test_other_files_and_empty_folders_are_refused(tmp_path):
     folder = make_folder(tmp_path / "empty", "README.md")
-    with pytest.raises(DataError, match="is no safetensors file"):
+    with pytest.raises(DataError, match="README.md is not a safetensors file"):
         find_lora(str(folder / "README.md"))
-    with pytest.raises(DataError, match="holds no safetensors file"):
+    with pytest.raises(DataError, match="empty has no safetensors file"):
         find_lora(str(folder))
 
 
@@ -148,7 +148,7 @@ def test_other_files_and_empty_folders_are_refused(tmp_path):
     ],
 )
 def test_a_missing_path_is_unavailable(name):
-    with pytest.raises(Unavailable, match="no such file or folder") as caught:
+    with pytest.raises(Unavailable, match="does not exist") as caught:
         find_lora(name)
     assert f"--lora {name}" in caught.value.message
 
@@ -166,35 +166,35 @@ def test_a_hub_repository_in_the_cache_is_searched(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["owner/hyper/8steps.safetensors", "owner/lcm", "owner/readme"])
-def test_the_error_for_an_uncached_file_has_a_hint(tmp_path, fetched, name):
+def test_the_error_for_an_uncached_file_has_a_hint(tmp_path, downloads, name):
     add_to_hub_cache(make_folder(tmp_path / "hyper", "sub/8steps.safetensors"), "owner/hyper")
     add_to_hub_cache(make_folder(tmp_path / "readme", "README.md"), "owner/readme")
     with pytest.raises(Unavailable, match=f"--lora {name} is not on this machine") as caught:
         find_lora(name)
-    assert "--download" in caught.value.hint and not fetched
+    assert "--download" in caught.value.hint and not downloads
 
 
-def test_only_the_selected_file_is_downloaded(tmp_path, fetched, monkeypatch):
+def test_only_the_selected_file_is_downloaded(tmp_path, downloads, monkeypatch):
     files = ["README.md", "lcm.safetensors", STANDARD]
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision: files)
     assert str(find_lora("owner/a/sub/8.safetensors", download=True)) == "/hub/owner/a/sub/8.safetensors"
     find_lora("owner/b", download=True)
     files.remove(STANDARD)
     find_lora("owner/c", download=True)
-    assert fetched == [("owner/a", "sub/8.safetensors"), ("owner/b", STANDARD), ("owner/c", "lcm.safetensors")]
+    assert downloads == [("owner/a", "sub/8.safetensors"), ("owner/b", STANDARD), ("owner/c", "lcm.safetensors")]
 
 
-def test_with_download_the_files_of_the_hub_count(tmp_path, fetched, monkeypatch):
-    """The cache has the one file that was fetched by its name, which is perhaps not the one that is meant now."""
+def test_with_download_the_files_of_the_hub_count(tmp_path, downloads, monkeypatch):
+    """The cache has one file, which was downloaded by its name; the repository has two."""
     add_to_hub_cache(make_folder(tmp_path / "hyper", "8.safetensors"), "owner/hyper")
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision: ["4.safetensors", "8.safetensors"])
     with pytest.raises(DataError, match="several safetensors files"):
         find_lora("owner/hyper", download=True)
-    assert find_lora("owner/hyper/8.safetensors", download=True).name == "8.safetensors" and not fetched
+    assert find_lora("owner/hyper/8.safetensors", download=True).name == "8.safetensors" and not downloads
 
 
 def build_hub_error(kind):
-    """An error of the hub's, without the response that it takes: its type differs between the hub's versions."""
+    """Build an error of huggingface_hub; its response type depends on the version, so it is a mock."""
     from huggingface_hub import errors
 
     return getattr(errors, kind)("no\nroute", response=MagicMock())
@@ -203,10 +203,10 @@ def build_hub_error(kind):
 @pytest.mark.parametrize(
     ("error", "named"),
     [
-        (lambda: build_hub_error("RepositoryNotFoundError"), "the hub has no such repository"),
-        (lambda: build_hub_error("RemoteEntryNotFoundError"), "the hub's repository has no such file"),
-        (lambda: build_hub_error("HfHubHTTPError"), r"could not be fetched \(no\)"),
-        (lambda: OSError("no route\nto host"), r"could not be fetched \(no route\)"),
+        (lambda: build_hub_error("RepositoryNotFoundError"), "no such repository"),
+        (lambda: build_hub_error("RemoteEntryNotFoundError"), "no such file"),
+        (lambda: build_hub_error("HfHubHTTPError"), r"\(no\)"),
+        (lambda: OSError("no route\nto host"), r"\(no route\)"),
     ],
 )
 def test_hub_errors_are_one_line(monkeypatch, error, named):
@@ -219,5 +219,5 @@ def test_hub_errors_are_one_line(monkeypatch, error, named):
 
 
 def test_offline_downloads_are_unavailable():
-    with pytest.raises(Unavailable, match="--lora owner/a/b.safetensors could not be fetched"):
+    with pytest.raises(Unavailable, match="--lora owner/a/b.safetensors could not be downloaded"):
         find_lora("owner/a/b.safetensors", download=True)

@@ -1,4 +1,4 @@
-"""What prompts of other tools have in them that is plain text here, and what only looks like it."""
+"""Prompt syntax of other tools is detected, and prose is not mistaken for it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""LoRA merged into text encoders says what diffusers says with the same LoRA, in every layout."""
+"""Embeddings with a merged LoRA are those of diffusers, for all file layouts."""
 
 import json
 import math
@@ -37,13 +37,13 @@ def load_pipeline(model):
 
 
 def get_encoders(pipeline):
-    """Part -> text encoder."""
+    """Return part to text encoder."""
     parts = {part: getattr(pipeline, part, None) for part in KOHYA}
     return {part: encoder for part, encoder in parts.items() if encoder is not None}
 
 
 def build_factors(pipeline, *kinds, seed=1):
-    """Part, path without `text_model` -> random (down, up) of the linear layers with one of `kinds` in their path."""
+    """Return random (down, up) by part and path (without `text_model`) for layers with one of `kinds` in the path."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for part, encoder in get_encoders(pipeline).items():
@@ -56,7 +56,7 @@ def build_factors(pipeline, *kinds, seed=1):
 
 
 def to_layout(factors, sides, level="text_model.", rename=lambda path: path):
-    """As diffusers writes them: `sides` are what stands between the layer and `.weight`, of down and up."""
+    """Return tensors with the names of diffusers; `sides` are the suffixes of down and up before `.weight`."""
     return {
         f"{part}.{level}{rename(path)}{side}.weight": pair[i]
         for (part, path), pair in factors.items()
@@ -97,7 +97,7 @@ def write_lora(folder, tensors, **header):
 
 
 def encode(model, *loras):
-    """What we make of the prompts with LoRAs (file, weight): a list of tensors."""
+    """Encode the prompts with LoRAs (file, weight), and return a list of tensors."""
     facts = read_facts(model)
     found = encode_prompts(model, facts, PROMPT, NEGATIVE, torch.float32, CPU, TextEncoderChanges(loras))
     both = (found.positive, found.negative)
@@ -105,7 +105,7 @@ def encode(model, *loras):
 
 
 def encode_with_diffusers(pipeline, tensors, weight=1.0):
-    """The same with the LoRA as diffusers loads it."""
+    """Encode the prompts with the LoRA loaded by diffusers."""
     if tensors:
         pipeline.load_lora_weights(dict(tensors), adapter_name="test")
         pipeline.set_adapters(["test"], [weight])
@@ -115,7 +115,7 @@ def encode_with_diffusers(pipeline, tensors, weight=1.0):
 
 
 def assert_same(found, wanted, before):
-    """Equal to 1e-5, and unlike what was heard without LoRA."""
+    """Check that `found` equals `wanted` to 1e-5 and differs from `before`, the result without LoRA."""
     assert len(found) == len(wanted)
     for ours, theirs, plain in zip(found, wanted, before, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -201,7 +201,7 @@ def test_a_file_for_text_encoders_alone_leaves_the_unet_as_it_is(sd_model, tmp_p
 
 def test_a_lora_for_an_encoder_that_the_model_lacks_is_refused(sd_model, xl_model, tmp_path):
     file = write_lora(tmp_path, to_peft_layout(build_factors(load_pipeline(Model(xl_model)), "q_proj")))
-    with pytest.raises(DataError, match="it changes text_encoder_2, which the model does not have") as caught:
+    with pytest.raises(DataError, match="text_encoder_2") as caught:
         encode(Model(sd_model), (file, 1.0))
     assert str(file) in caught.value.message and caught.value.hint
 
@@ -212,9 +212,9 @@ def test_a_lora_for_an_encoder_that_the_model_lacks_is_refused(sd_model, xl_mode
         (
             f"text_encoder.text_model.{LAYER}",
             (2, 640),
-            rf"{LAYER} is \(32, 640\) in the file and \(32, 16\) in the model",
+            rf"{LAYER} is \(32, 640\) .*\(32, 16\)",
         ),
-        ("text_encoder.text_model.encoder.layers.9.mlp.fc1", (2, 16), "no such layer"),
+        ("text_encoder.text_model.encoder.layers.9.mlp.fc1", (2, 16), "missing"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1", (2, 8), r"mlp_fc1 is \(32, 8\) .* \(32, 16\)"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_mismatch_is_named_with_both_shapes(sd_model, tmp_path, name, down, na
 def test_other_kinds_are_refused_in_the_text_part_too(sd_model, tmp_path):
     tensors = to_kohya_layout(build_factors(load_pipeline(Model(sd_model)), "q_proj"))
     file = write_lora(tmp_path, tensors | {"lora_te1_text_model_x.dora_scale": torch.ones(2)})
-    with pytest.raises(DataError, match="unknown kind: it holds lora_te1_text_model_x.dora_scale"):
+    with pytest.raises(DataError, match="unsupported kind: .*lora_te1_text_model_x.dora_scale"):
         encode(Model(sd_model), (file, 1.0))
 
 
@@ -236,6 +236,6 @@ def test_no_two_layers_share_a_name(model):
         layers = [path for path, layer in encoder.named_modules() if isinstance(layer, nn.Linear)]
         paths = build_text_layer_paths(encoder)
         assert set(paths.values()) == set(layers)
-        # Each with and without the level, and the four of attention by their old names as well.
+        # Each layer with and without `text_model`; attention layers have an old name in addition.
         old = [path for path in layers if path.rpartition(".")[2] in OLD]
         assert len(paths) == 2 * (len(layers) + len(old))
