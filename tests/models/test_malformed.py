@@ -133,12 +133,12 @@ def test_300_mutated_headers_are_read_or_rejected(copy, start):
     for seed in range(start, start + 50):
         file.write_bytes(mutate(whole, seed))
         try:
-            found = load_vae(Part(copy / "vae"), torch.float32, CPU)
+            result = load_vae(Part(copy / "vae"), torch.float32, CPU)
         except DataError as error:
             rejected += 1
             assert "\n" not in str(error)
         else:
-            assert {name for name, _ in found.named_parameters()} == names <= set(read_header(file).shapes)
+            assert {name for name, _ in result.named_parameters()} == names <= set(read_header(file).shapes)
     assert rejected >= 45  # the other mutations change metadata or white space
 
 

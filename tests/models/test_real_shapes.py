@@ -132,8 +132,8 @@ def test_the_keys_are_those_of_the_published_files(real):
 def test_every_tensor_of_every_network_is_found_in_the_single_file(real):
     _, networks, header = real
     for network in networks:
-        found = read_matching_state(network, header, on_meta=True)
-        assert found.keys() == dict(network.named_parameters()).keys()
+        result = read_matching_state(network, header, on_meta=True)
+        assert result.keys() == dict(network.named_parameters()).keys()
 
 
 def list_published_specs(family):
@@ -208,8 +208,8 @@ def test_sdxl_s_unet_with_linear_attention_takes_4_83_gib_in_fp16(sdxl):
 
 def test_a_forward_of_sdxl_at_16k_is_1547_tflop(sdxl):
     with sdxl.with_attention("linear"):
-        found = estimate_unet(sdxl.unet, ForwardSettings(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
-    assert found.flops == pytest.approx(1547e12, rel=0.005)
+        result = estimate_unet(sdxl.unet, ForwardSettings(StripSize(16, 8192), "device", 1, 2048, 2048, 2))
+    assert result.flops == pytest.approx(1547e12, rel=0.005)
 
 
 def test_benchmarks_run_linear_attention_as_published():

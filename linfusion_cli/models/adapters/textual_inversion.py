@@ -39,13 +39,13 @@ class Inversion:
     vectors: dict[str, Tensor]
 
 
-def read_inversions(wanted: Iterable[tuple[Path, str | None]]) -> list[Inversion]:
+def read_inversions(files: Iterable[tuple[Path, str | None]]) -> list[Inversion]:
     """Read textual inversions from pairs of file and token; the default token is that of the file.
 
     Raise DataError if a file is not a textual inversion or is broken, UsageError if two have the same token.
     """
     inversions: dict[str, Inversion] = {}
-    for file, token in wanted:
+    for file, token in files:
         inversion = read_inversion(file, token)
         other = inversions.setdefault(inversion.token.lower(), inversion)
         if other is not inversion:

@@ -21,9 +21,9 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 def find_in_hub(name: str, download: bool, flag: str, is_complete: Callable[[Path], bool]) -> Path:
     """Return the local snapshot of hub id `name`; with `download`, fetch it if it is missing or incomplete."""
-    found = find_snapshot(name, flag)
-    if found is not None and (not download or is_complete(found)):
-        return found
+    snapshot = find_snapshot(name, flag)
+    if snapshot is not None and (not download or is_complete(snapshot)):
+        return snapshot
     if download:
         return download_repository(name, flag)
     hint = f"Add --download or run `linfusion models pull {name}`, use a local folder, or use --preset demo."
@@ -115,9 +115,9 @@ def build_download_patterns(name: str) -> list[str]:
 
     repository, revision = split_revision(name)
     weights = [file for file in list_repo_files(repository, revision=revision) if file.endswith(".safetensors")]
-    wanted = []
+    patterns: list[str] = []
     for folder in {str(Path(file).parent) for file in weights} & {*PARTS, LINFUSION_FOLDER, "."}:
         files = [file for file in weights if str(Path(file).parent) == folder]
         half = [file for file in files if ".fp16" in file]
-        wanted += half or [file for file in files if folder != "." or file == "diffusion_pytorch_model.safetensors"]
-    return [*build_config_patterns(), *sorted(wanted)]
+        patterns += half or [file for file in files if folder != "." or file == "diffusion_pytorch_model.safetensors"]
+    return [*build_config_patterns(), *sorted(patterns)]

@@ -41,7 +41,7 @@ from linfusion_cli.models.text.tokens import load_tokenizer
 
 SINGLE_NETWORKS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, ControlNetModel)}
 SINGLE_NETWORKS |= dict.fromkeys(UNION_CLASSES, ControlNetUnionModel)
-LINFUSION = "LinFusion"
+LINFUSION_CLASS = "LinFusion"
 FIT_UNKNOWN = "Whether it fits a model is checked when it is used."
 
 
@@ -114,7 +114,7 @@ def check_lora(header: Header) -> CheckResult:
 def check_single_network(folder: Path) -> CheckResult:
     """Check a folder with a single network."""
     name = str(read_config(folder / "config.json").get("_class_name"))
-    if name == LINFUSION:
+    if name == LINFUSION_CLASS:
         header = read_header(folder / weights.WEIGHTS_NAME)
         check_file_finite(header)
         layers = len(weights.read_specs(folder / weights.CONFIG_NAME))

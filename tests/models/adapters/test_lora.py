@@ -100,19 +100,19 @@ def merge_with_diffusers(unet, tensors, weight=1.0, metadata=None):
     return unet
 
 
-def assert_same(found, wanted, before):
-    """Check that `found` equals `wanted` to 1e-5 and differs from `before`, the result without LoRA."""
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert (found - before).abs().max() > 0.01
+def assert_same(result, expected, before):
+    """Check that `result` equals `expected` to 1e-5 and differs from `before`, the result without LoRA."""
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert (result - before).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("layout", [to_peft_layout, to_diffusers_layout, to_kohya_layout])
 def test_every_layer_gets_a_lora_as_in_diffusers(unet, tmp_path, layout):
     # Without add_embedding: the converter of diffusers does not know its kohya-ss name.
     tensors = layout(build_factors(find_layers(unet, "_blocks", "mid_block", "conv_", "time_embedding")))
-    before, wanted = predict(unet), predict(merge_with_diffusers(unet, tensors, 0.7))
+    before, expected = predict(unet), predict(merge_with_diffusers(unet, tensors, 0.7))
     merged = merge_lora(unet, {}, write_lora(tmp_path, tensors), 0.7)
-    assert_same(predict(unet), wanted, before)
+    assert_same(predict(unet), expected, before)
     assert merged == MergeCounts(len(find_layers(unet)) - 2, 0)
 
 
@@ -120,9 +120,9 @@ def test_the_original_names_of_sdxl_are_read_as_in_diffusers(unet, tmp_path):
     tensors = to_kohya_layout(build_factors(find_layers(unet)), map_original_names(unet))
     assert "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_out_0.lora_up.weight" in tensors
     assert not any("down_blocks" in name for name in tensors)
-    before, wanted = predict(unet), predict(merge_with_diffusers(unet, tensors))
+    before, expected = predict(unet), predict(merge_with_diffusers(unet, tensors))
     merge_lora(unet, {}, write_lora(tmp_path, tensors), 1.0)
-    assert_same(predict(unet), wanted, before)
+    assert_same(predict(unet), expected, before)
 
 
 def test_the_original_names_of_the_real_sdxl_are_those_of_diffusers_converter():
@@ -135,8 +135,8 @@ def test_the_original_names_of_the_real_sdxl_are_those_of_diffusers_converter():
         tensors[f"lora_unet_{name}.lora_down.weight"] = path
     state, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(tensors, unet_config=unet.config)
     converted = convert_unet_state_dict_to_peft(state)
-    found = {value: key for key, value in converted.items() if isinstance(value, str)}
-    assert found == {path: f"unet.{path}.lora_A.weight" for path in names}
+    result = {value: key for key, value in converted.items() if isinstance(value, str)}
+    assert result == {path: f"unet.{path}.lora_A.weight" for path in names}
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_a_layer_under_both_names_is_applied_once(unet, tmp_path):
     layers = find_layers(unet, "attn1")
     own, other = build_factors(layers), build_factors(layers, seed=2)
     both = to_kohya_layout(own) | to_kohya_layout(other, map_original_names(unet))
-    before, wanted = predict(unet), predict(merge_with_diffusers(unet, both))
+    before, expected = predict(unet), predict(merge_with_diffusers(unet, both))
     merge_lora(unet, {}, write_lora(tmp_path, both), 1.0)
-    assert_same(predict(unet), wanted, before)
+    assert_same(predict(unet), expected, before)
 
 
 def test_diffusers_old_layout_is_read(unet, tmp_path):
@@ -178,9 +178,9 @@ def test_diffusers_old_layout_is_read(unet, tmp_path):
         attention, _, layer = path.removesuffix(".0").rpartition(".")
         tensors |= {f"unet.{attention}.processor.{layer}_lora.down.weight": down}
         tensors |= {f"unet.{attention}.processor.{layer}_lora.up.weight": up}
-    before, wanted = predict(unet), predict(merge_with_diffusers(unet, tensors))
+    before, expected = predict(unet), predict(merge_with_diffusers(unet, tensors))
     merge_lora(unet, {}, write_lora(tmp_path, tensors), 1.0)
-    assert_same(predict(unet), wanted, before)
+    assert_same(predict(unet), expected, before)
 
 
 def test_ranks_and_alphas_of_each_layer_count(unet, tmp_path):
@@ -189,18 +189,18 @@ def test_ranks_and_alphas_of_each_layer_count(unet, tmp_path):
         build_factors(find_layers(unet, "resnets"), 2),
     )
     tensors = to_kohya_layout(attention, alpha=1.0) | to_kohya_layout(convolutions, alpha=8.0)
-    before, wanted = predict(unet), predict(merge_with_diffusers(unet, tensors))
+    before, expected = predict(unet), predict(merge_with_diffusers(unet, tensors))
     merge_lora(unet, {}, write_lora(tmp_path, tensors), 1.0)
-    assert_same(predict(unet), wanted, before)
+    assert_same(predict(unet), expected, before)
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor(2.0), torch.tensor(2), torch.tensor([2.0]).half()])
 def test_an_alpha_in_diffusers_layout_counts(unet, tmp_path, alpha):
     factors = build_factors(find_layers(unet, "attn1"))
     tensors = to_peft_layout(factors) | {f"unet.{path}.alpha": alpha for path in factors}
-    before, wanted = predict(unet), predict(merge_with_diffusers(unet, to_kohya_layout(factors)))
+    before, expected = predict(unet), predict(merge_with_diffusers(unet, to_kohya_layout(factors)))
     merge_lora(unet, {}, write_lora(tmp_path, tensors), 1.0)
-    assert_same(predict(unet), wanted, before)
+    assert_same(predict(unet), expected, before)
 
 
 @pytest.mark.parametrize("by_root", [False, True])
@@ -211,9 +211,9 @@ def test_alphas_in_diffusers_header_count(unet, tmp_path, by_root):
     config["target_modules"] = sorted(factors)
     header = json.dumps(add_unet_prefix(config) | {"text_encoder.lora_alpha": "?"})
     tensors = to_peft_layout(factors)
-    before, wanted = predict(unet), predict(merge_with_diffusers(unet, tensors, metadata=add_unet_prefix(config)))
+    before, expected = predict(unet), predict(merge_with_diffusers(unet, tensors, metadata=add_unet_prefix(config)))
     merge_lora(unet, {}, write_lora(tmp_path, tensors, lora_adapter_metadata=header), 1.0)
-    assert_same(predict(unet), wanted, before)
+    assert_same(predict(unet), expected, before)
 
 
 def add_unet_prefix(config):
@@ -232,23 +232,23 @@ def test_a_lora_saved_by_diffusers_is_read(xl_model, tmp_path):
     layers, metadata = get_peft_model_state_dict(pipeline.unet), {"r": 4, "lora_alpha": 2}
     metadata["target_modules"] = sorted(config.target_modules)
     pipeline.save_lora_weights(tmp_path, layers, unet_lora_adapter_metadata=metadata)
-    before, wanted = predict(plain), predict(pipeline.unet)
+    before, expected = predict(plain), predict(pipeline.unet)
     merge_lora(plain, {}, find_lora(str(tmp_path)), 1.0)
-    assert_same(predict(plain), wanted, before)
+    assert_same(predict(plain), expected, before)
 
 
 def test_linear_and_original_attention_get_the_same_lora(unet, tmp_path):
     linear = load_weights(write_linfusion(tmp_path / "linfusion", unet), unet, torch.float32)
     tensors = to_peft_layout(build_factors(find_layers(unet, "attn1", "ff")))
     original = copy.deepcopy(unet)
-    wanted_unet, wanted_linear = copy.deepcopy(unet), copy.deepcopy(linear)
-    with mount_modules(wanted_unet, wanted_linear):
-        before = predict(wanted_unet)
-        wanted_unet.load_lora_adapter(tensors, prefix="unet", adapter_name="test")
-        wanted = predict(wanted_unet)
+    expected_unet, expected_linear = copy.deepcopy(unet), copy.deepcopy(linear)
+    with mount_modules(expected_unet, expected_linear):
+        before = predict(expected_unet)
+        expected_unet.load_lora_adapter(tensors, prefix="unet", adapter_name="test")
+        expected = predict(expected_unet)
     merged = merge_lora(unet, linear, write_lora(tmp_path, tensors), 1.0)
     with mount_modules(unet, linear):
-        assert_same(predict(unet), wanted, before)
+        assert_same(predict(unet), expected, before)
     assert_same(predict(unet), predict(merge_with_diffusers(original, tensors)), predict(original))
     assert merged.linear_layers == 4 * len(find_self_attentions(unet)) < merged.layers
 
@@ -260,8 +260,8 @@ def test_weights_scale_and_two_loras_add_up(unet, tmp_path):
     merge_lora(unet, {}, write_lora(tmp_path, to_peft_layout(second)), -2.0)
     for path in first:
         change = unet.get_submodule(path).weight - before.get_submodule(path).weight
-        wanted = 0.5 * first[path][1] @ first[path][0] - 2.0 * second[path][1] @ second[path][0]
-        torch.testing.assert_close(change, wanted, rtol=1e-4, atol=1e-6)
+        expected = 0.5 * first[path][1] @ first[path][0] - 2.0 * second[path][1] @ second[path][0]
+        torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_sums_are_rounded_once_and_keep_the_weights_place(unet, tmp_path):

@@ -53,9 +53,9 @@ def encode_with_diffusers(pipeline, prompt, negative):
         return pipeline.encode_prompt(prompt, *arguments, negative_prompt=negative)
 
 
-def assert_same(found, wanted):
-    ours = [found.positive.hidden, found.negative.hidden, found.positive.pooled, found.negative.pooled]
-    for mine, theirs in zip(ours, wanted, strict=False):
+def assert_same(result, expected):
+    ours = [result.positive.hidden, result.negative.hidden, result.positive.pooled, result.negative.pooled]
+    for mine, theirs in zip(ours, expected, strict=False):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -66,10 +66,10 @@ def test_sd_embeds_a_token_as_diffusers_does(sd, sd_model, tmp_path, vectors, co
     prompt, negative = "a <cat> on a hill", "no <cat>, blurry"
     plain = encode(sd_model, prompt, negative=negative)
     sd.load_textual_inversion({"<cat>": vectors[0][:count]})
-    found = encode(sd_model, prompt, (file, None), negative=negative)
-    assert_same(found, encode_with_diffusers(sd, prompt, negative))
-    assert (found.positive.hidden - plain.positive.hidden).abs().max() > 0.01
-    assert found.unused_tokens == ()
+    result = encode(sd_model, prompt, (file, None), negative=negative)
+    assert_same(result, encode_with_diffusers(sd, prompt, negative))
+    assert (result.positive.hidden - plain.positive.hidden).abs().max() > 0.01
+    assert result.unused_tokens == ()
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -80,9 +80,9 @@ def test_sdxl_embeds_a_token_in_both_encoders(xl, xl_model, tmp_path, vectors, c
         xl.load_textual_inversion({"style": tensors[key]}, tokenizer=tokenizer, text_encoder=getattr(xl, part))
     prompt, negative = "a hill in style!", "style"
     plain = encode(xl_model, prompt, negative=negative)
-    found = encode(xl_model, prompt, (write_inversion(tmp_path, tensors), None), negative=negative)
-    assert_same(found, encode_with_diffusers(xl, prompt, negative))
-    for half, before in ((found.positive, plain.positive), (found.negative, plain.negative)):
+    result = encode(xl_model, prompt, (write_inversion(tmp_path, tensors), None), negative=negative)
+    assert_same(result, encode_with_diffusers(xl, prompt, negative))
+    for half, before in ((result.positive, plain.positive), (result.negative, plain.negative)):
         assert (half.hidden - before.hidden).abs().amax(dim=(0, 1)).min() > 0 and (half.pooled != before.pooled).any()
 
 
@@ -90,15 +90,17 @@ def test_several_tokens_are_distinguished(sd, sd_model, tmp_path, vectors):
     first = write_inversion(tmp_path, {"emb_params": vectors[0]}, "0.safetensors")
     second = write_inversion(tmp_path, {"emb_params": vectors[1][:1]}, "1.safetensors")
     sd.load_textual_inversion([{"one": vectors[0]}, {"two": vectors[1][:1]}], token=["one", "two"])
-    found = encode(sd_model, "one by two by one", (first, "one"), (second, "two"), negative="two")
-    assert_same(found, encode_with_diffusers(sd, "one by two by one", "two"))
+    result = encode(sd_model, "one by two by one", (first, "one"), (second, "two"), negative="two")
+    assert_same(result, encode_with_diffusers(sd, "one by two by one", "two"))
 
 
 def test_tokens_are_case_insensitive(sd_model, tmp_path, vectors):
     """Like all tokens of CLIP."""
     file = write_inversion(tmp_path, {"emb_params": vectors[0]})
-    found = [encode(sd_model, f"a {word} hill", (file, "MyStyle")) for word in ("MyStyle", "mystyle", "MYSTYLE")]
-    assert all(torch.equal(each.positive.hidden, found[0].positive.hidden) and not each.unused_tokens for each in found)
+    result = [encode(sd_model, f"a {word} hill", (file, "MyStyle")) for word in ("MyStyle", "mystyle", "MYSTYLE")]
+    assert all(
+        torch.equal(each.positive.hidden, result[0].positive.hidden) and not each.unused_tokens for each in result
+    )
 
 
 def test_the_pooled_embedding_is_at_the_end_token_with_old_configs(xl_model, tmp_path, vectors, monkeypatch):
@@ -109,12 +111,12 @@ def test_the_pooled_embedding_is_at_the_end_token_with_old_configs(xl_model, tmp
     right = encode(xl_model, "a style", (file, None)).positive.pooled
     load = CLIPTextModelWithProjection.from_pretrained
 
-    def load_with_old_config(*given, **options):
-        module, found = load(*given, **options)
+    def load_with_old_config(*args, **options):
+        module, info = load(*args, **options)
         for part in module.modules():
             if hasattr(part, "eos_token_id"):
                 part.eos_token_id = 2
-        return module, found
+        return module, info
 
     monkeypatch.setattr(CLIPTextModelWithProjection, "from_pretrained", load_with_old_config)
     assert torch.equal(encode(xl_model, "a style", (file, None)).positive.pooled, right)
@@ -132,8 +134,8 @@ def test_a_token_uses_as_many_positions_as_it_has_vectors(xl_model, tmp_path, ve
         "clip_g": vectors[1],
     }  # the second encoder has more vectors, so its limit counts
     file = write_inversion(tmp_path, tensors)
-    found = encode(xl_model, "style" + "y" * 72, (file, None), negative="z" * 73 + "style end")
-    assert found.truncated == {"negative prompt": "style end"}
+    result = encode(xl_model, "style" + "y" * 72, (file, None), negative="z" * 73 + "style end")
+    assert result.truncated == {"negative prompt": "style end"}
     assert encode(xl_model, "style" + "y" * 73, (file, None)).truncated == {"prompt": "y"}
 
 

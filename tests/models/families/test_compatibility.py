@@ -159,10 +159,12 @@ def test_every_command_rejects_a_model_with_the_same_message(cli, model, change_
     changes = {change_unet: UNETS["class_embed_type"], change_scheduler: SCHEDULERS["EDMEulerScheduler"]}
     change_model(model, changes[change_model])
     request = ("a hill", "--model", model, "--size", 64, "--steps", 2, "-o", "a.png")
-    found = [cli(*command) for command in (("generate", *request), ("plan", *request[:-2]), ("models", "check", model))]
-    assert [code for code, _, _ in found] == [65] * 3
-    assert len({err.splitlines()[-1].split("linfusion: ", 1)[1] for _, _, err in found}) == 1  # without the time
-    assert f"{model} is not supported: its " in found[0][2] and not Path("a.png").exists()
+    result = [
+        cli(*command) for command in (("generate", *request), ("plan", *request[:-2]), ("models", "check", model))
+    ]
+    assert [code for code, _, _ in result] == [65] * 3
+    assert len({err.splitlines()[-1].split("linfusion: ", 1)[1] for _, _, err in result}) == 1  # without the time
+    assert f"{model} is not supported: its " in result[0][2] and not Path("a.png").exists()
 
 
 def test_every_command_warns_of_a_contradictory_file(cli, write_file):
@@ -179,7 +181,7 @@ def test_every_command_warns_of_a_contradictory_file(cli, write_file):
 def test_a_scheduler_that_cannot_take_a_prediction_of_the_sample_is_usage(cli, model, scheduler):
     change_scheduler(model, {"prediction_type": "sample"})
     code, _, err = cli("generate", "a", "--model", model, "--size", 64, "--steps", 2, "--scheduler", scheduler)
-    assert code == 2 and "predicts the sample" in err
+    assert code == 2 and f"--scheduler {scheduler}" in err
 
 
 def test_the_schedule_of_the_tests_is_supported():

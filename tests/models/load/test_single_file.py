@@ -39,7 +39,7 @@ def family(request, tmp_path_factory):
 
 
 @pytest.fixture
-def found(family, tmp_path):
+def result(family, tmp_path):
     """Family, folder, and the located single file; the configs of the family are in the hub cache."""
     name, folder, file = family
     add_to_hub_cache(copy_without_weights(folder, tmp_path / "bare"), FAMILY_BASES[name])
@@ -51,8 +51,8 @@ def assert_same(module, other):
         assert name == other_name and torch.equal(one, two), name
 
 
-def test_all_parts_of_a_file_are_those_of_the_folder(found):
-    name, folder, model = found
+def test_all_parts_of_a_file_are_those_of_the_folder(result):
+    name, folder, model = result
     assert read_facts(model).family == name
     assert_same(load_unet(model, torch.float32), load_unet(Model(folder), torch.float32))
     assert_same(
@@ -60,8 +60,8 @@ def test_all_parts_of_a_file_are_those_of_the_folder(found):
     )
 
 
-def test_a_file_and_its_folder_give_equal_embeddings(found):
-    name, folder, model = found
+def test_a_file_and_its_folder_give_equal_embeddings(result):
+    name, folder, model = result
     outputs = [
         encode_prompts(one, read_facts(one), "a hill", "fog", torch.float32, CPU) for one in (model, Model(folder))
     ]
@@ -72,9 +72,9 @@ def test_a_file_and_its_folder_give_equal_embeddings(found):
         assert name != "sdxl" or torch.equal(one.pooled, two.pooled)
 
 
-def test_diffusers_reads_the_file_with_equal_weights(found):
+def test_diffusers_reads_the_file_with_equal_weights(result):
     """Check the files that the tests write: diffusers reads them as original files."""
-    name, folder, model = found
+    name, folder, model = result
     kind = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
     pipeline = kind.from_single_file(str(model.file), config=str(model.folder), local_files_only=True)
     assert_same(load_unet(model, torch.float32), pipeline.unet)
@@ -114,7 +114,7 @@ def test_with_download_only_configs_are_fetched(family, monkeypatch):
     downloads = []
     monkeypatch.setattr(
         "linfusion_cli.models.locate.model.download_repository",
-        lambda *given, **options: downloads.append((given, options)),
+        lambda *args, **options: downloads.append((args, options)),
     )
     find_model(str(family[2]), download=True)
     assert downloads == [((FAMILY_BASES[family[0]], "--model"), {"configs_only": True})]

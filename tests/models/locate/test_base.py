@@ -94,14 +94,14 @@ def test_only_the_unet_of_a_base_is_downloaded(xl_model, monkeypatch):
 def test_a_base_is_read_from_one_file_from_shards_and_in_half_precision(copy):
     whole = load_file(copy / f"{NAME}.safetensors")
     path = list(find_self_attentions(build_small_xl_unet()))[1]
-    wanted = {f"{path}.{name}": whole[f"{path}.{name}"] for name in PROJECTIONS}
+    expected = {f"{path}.{name}": whole[f"{path}.{name}"] for name in PROJECTIONS}
 
     def check(dtype):
         weights = BaseWeights(find(str(copy), copy))
-        weights.check({name: tuple(tensor.shape) for name, tensor in wanted.items()})
-        found = weights.read(path, PROJECTIONS)
-        assert list(found) == list(PROJECTIONS)
-        assert all(torch.equal(found[name], wanted[f"{path}.{name}"].to(dtype)) for name in PROJECTIONS)
+        weights.check({name: tuple(tensor.shape) for name, tensor in expected.items()})
+        result = weights.read(path, PROJECTIONS)
+        assert list(result) == list(PROJECTIONS)
+        assert all(torch.equal(result[name], expected[f"{path}.{name}"].to(dtype)) for name in PROJECTIONS)
 
     save_file({name: tensor + 1 for name, tensor in whole.items()}, copy / f"{NAME}.non_ema.safetensors")
     check(torch.float32)

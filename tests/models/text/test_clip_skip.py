@@ -23,29 +23,29 @@ def test_sd_uses_an_earlier_layer_with_final_norm_as_in_diffusers(sd_model, clip
     encoder = (pipeline := StableDiffusionPipeline.from_pretrained(sd_model, safety_checker=None)).text_encoder
     if not hasattr(encoder, "text_model"):  # diffusers needs an attribute that newer versions of transformers lack
         encoder.__dict__["text_model"] = encoder
-    found, usual = encode(sd_model, clip_skip), encode(sd_model, None)
-    for prompt, half, usual_half in zip(
-        PROMPTS, (found.positive, found.negative), (usual.positive, usual.negative), strict=True
+    result, default = encode(sd_model, clip_skip), encode(sd_model, None)
+    for prompt, half, default_half in zip(
+        PROMPTS, (result.positive, result.negative), (default.positive, default.negative), strict=True
     ):
         # diffusers ignores clip_skip for the negative prompt; A1111 and this project apply it to both.
-        wanted, _ = pipeline.encode_prompt(prompt, CPU, 1, False, clip_skip=clip_skip - 1)
-        torch.testing.assert_close(half.hidden, wanted, rtol=1e-5, atol=1e-5)
-        assert torch.equal(half.hidden, usual_half.hidden) == (clip_skip == 1)
+        expected, _ = pipeline.encode_prompt(prompt, CPU, 1, False, clip_skip=clip_skip - 1)
+        torch.testing.assert_close(half.hidden, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(half.hidden, default_half.hidden) == (clip_skip == 1)
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
 def test_sdxl_uses_another_layer_of_both_encoders_as_in_diffusers(xl_model, clip_skip):
     pipeline = StableDiffusionXLPipeline.from_pretrained(xl_model)
-    found, usual = encode(xl_model, clip_skip), encode(xl_model, None)
-    for prompt, half, usual_half in zip(
-        PROMPTS, (found.positive, found.negative), (usual.positive, usual.negative), strict=True
+    result, default = encode(xl_model, clip_skip), encode(xl_model, None)
+    for prompt, half, default_half in zip(
+        PROMPTS, (result.positive, result.negative), (default.positive, default.negative), strict=True
     ):
-        wanted, _, pooled, _ = pipeline.encode_prompt(
+        expected, _, pooled, _ = pipeline.encode_prompt(
             prompt, do_classifier_free_guidance=False, clip_skip=clip_skip - 2
         )
-        torch.testing.assert_close(half.hidden, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(half.hidden, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(half.pooled, pooled, rtol=1e-5, atol=1e-5)
-        assert torch.equal(half.hidden, usual_half.hidden) == (clip_skip == 2)
+        assert torch.equal(half.hidden, default_half.hidden) == (clip_skip == 2)
 
 
 def test_a_layer_beyond_the_first_is_an_error(xl_model):

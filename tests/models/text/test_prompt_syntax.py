@@ -6,7 +6,7 @@ from linfusion_cli.models.text.prompt_syntax import find_commands, find_option, 
 
 
 @pytest.mark.parametrize(
-    ("prompt", "found"),
+    ("prompt", "result"),
     [
         ("a (word:1.3) b", ["(word:1.3)"]),
         ("(a, b : .5 ), (c:-1)", ["(a, b : .5 )", "(c:-1)"]),
@@ -30,8 +30,8 @@ from linfusion_cli.models.text.prompt_syntax import find_commands, find_option, 
         ("(a hill:1.2) --größe 3", ["(a hill:1.2)", "--größe"]),
     ],
 )
-def test_commands_are_found(prompt, found):
-    assert find_commands(prompt) == found
+def test_commands_are_found(prompt, result):
+    assert find_commands(prompt) == result
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def write_lora(folder, tensors, **header):
 def encode(model, *loras):
     """Encode the prompts with LoRAs (file, weight), and return a list of tensors."""
     facts = read_facts(model)
-    found = encode_prompts(model, facts, PROMPT, NEGATIVE, torch.float32, CPU, TextEncoderChanges(loras))
-    both = (found.positive, found.negative)
+    result = encode_prompts(model, facts, PROMPT, NEGATIVE, torch.float32, CPU, TextEncoderChanges(loras))
+    both = (result.positive, result.negative)
     return [both[i].hidden for i in (0, 1)] + [half.pooled for half in both if half.pooled is not None]
 
 
@@ -114,10 +114,10 @@ def encode_with_diffusers(pipeline, tensors, weight=1.0):
         return list(pipeline.encode_prompt(PROMPT, *(() if is_xl else (CPU, 1, True)), negative_prompt=NEGATIVE))
 
 
-def assert_same(found, wanted, before):
-    """Check that `found` equals `wanted` to 1e-5 and differs from `before`, the result without LoRA."""
-    assert len(found) == len(wanted)
-    for ours, theirs, plain in zip(found, wanted, before, strict=True):
+def assert_same(result, expected, before):
+    """Check that `result` equals `expected` to 1e-5 and differs from `before`, the result without LoRA."""
+    assert len(result) == len(expected)
+    for ours, theirs, plain in zip(result, expected, before, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         assert (ours - plain).abs().max() > 0.01
 
@@ -145,8 +145,8 @@ def test_kohyas_name_for_a_single_encoder_is_read(sd_model, tmp_path):
     pipeline = load_pipeline(Model(sd_model))
     factors = build_factors(pipeline, "self_attn")
     tensors = to_kohya_layout(factors, {"text_encoder": "lora_te_"})
-    wanted = encode_with_diffusers(pipeline, tensors)
-    assert_same(encode(Model(sd_model), (write_lora(tmp_path, tensors), 1.0)), wanted, encode(Model(sd_model)))
+    expected = encode_with_diffusers(pipeline, tensors)
+    assert_same(encode(Model(sd_model), (write_lora(tmp_path, tensors), 1.0)), expected, encode(Model(sd_model)))
 
 
 def test_the_projection_of_sdxls_second_encoder_is_changed(xl_model, tmp_path):
