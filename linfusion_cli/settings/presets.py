@@ -13,7 +13,7 @@ from typing import Any
 import platformdirs
 
 from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
-from linfusion_cli.core.fs import is_file, is_folder, expand_home
+from linfusion_cli.core.fs import expand_home, is_file, is_folder
 from linfusion_cli.settings.fields import PARSERS
 
 PACKAGE = Path(__file__).parents[1]
