@@ -135,7 +135,7 @@ def check_model(model: Model) -> CheckResult:
     for name, kind in encoders.items():
         tokenizer = model.folder / name.replace("text_encoder", "tokenizer")
         load_tokenizer(tokenizer, load_meta(kind, model.get_part(name)).config)
-    prediction = facts.prediction_type or "an unknown type (detected in a run)"
+    prediction = facts.prediction_type or "a type that a probe detects at the start of a run"
     what = f"{FAMILY_NAMES[facts.family]} family, {facts.native_px} px, predicts {prediction}"
     return CheckResult(what, parts, [*facts.warnings, describe_linfusion(model, facts.family)])
 
