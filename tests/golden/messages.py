@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("messages.txt")
 SENTENCE = re.compile(r"[A-Za-z{][^ ]* [^ ]+ [^ ]")
+PATTERN = re.compile(r"\(\?:|\\[swdb]|\[\^")  # regular expressions are not texts
 
 
 def collect_messages() -> str:
@@ -40,7 +41,7 @@ def texts_in(path: Path) -> Iterator[str]:
         if id(node) in docstrings or id(node) in inside:
             continue
         text = render(node)
-        if text is not None and SENTENCE.search(text):
+        if text is not None and SENTENCE.search(text) and not PATTERN.search(text):
             yield " ".join(text.split())
 
 
