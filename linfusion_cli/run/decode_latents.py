@@ -100,7 +100,7 @@ def build_decode_request(saved_latents: SavedLatents, given: Mapping[str, Any]) 
     kind = UpscaleRequest if saved_latents.metadata.get("image") else GenerateRequest
     try:
         stored = settings.Layer(f"latents {saved_latents.path}", read_settings(saved_latents, kind))
-        merged = settings.merge([settings.flag_layer(given), stored])
+        merged = settings.merge([settings.build_flag_layer(given), stored])
         return merged.origins(kind), settings.build_request(merged, kind)
     except (LookupError, ValueError, TypeError, AttributeError, UsageError) as error:
         if given.get(getattr(error, "setting", None) or "") is not None:

@@ -5,14 +5,14 @@ from linfusion_cli.settings.layers import (
     JOB,
     Layer,
     Settings,
+    build_flag_layer,
     build_request,
-    config_layer,
-    environment_layer,
-    flag_layer,
     merge,
-    preset_layer,
+    read_config_layer,
+    read_environment_layer,
+    read_preset_layer,
 )
-from linfusion_cli.settings.presets import Preset, find_presets, preset_names, preset_path
+from linfusion_cli.settings.presets import Preset, find_preset_file, find_presets, list_preset_names
 
 SDXL, DEMO = "sdxl", "demo"  # the default presets: SDXL if it is installed, else the embedded demo model
 
@@ -25,12 +25,12 @@ __all__ = [
     "Preset",
     "Settings",
     "build_request",
-    "config_layer",
-    "environment_layer",
+    "read_config_layer",
+    "read_environment_layer",
     "find_presets",
-    "flag_layer",
+    "build_flag_layer",
     "merge",
-    "preset_layer",
-    "preset_names",
-    "preset_path",
+    "read_preset_layer",
+    "list_preset_names",
+    "find_preset_file",
 ]

@@ -13,10 +13,10 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.settings.fields import PARSERS
 from linfusion_cli.settings.presets import (
     CONFIG_VARIABLE,
-    config_path,
+    find_config_file,
+    find_preset_file,
     locate_key,
     parse_table,
-    preset_path,
     read_config_preset,
     read_toml,
 )
@@ -67,12 +67,12 @@ class Settings:
         return {name: self.layers[name].origin_of(name) if name in self.layers else "default" for name in names}
 
 
-def flag_layer(values: Mapping[str, Any]) -> Layer:
+def build_flag_layer(values: Mapping[str, Any]) -> Layer:
     """Return the options given on the command line; None means "not given"."""
     return Layer("flag", {name: value for name, value in values.items() if value is not None})
 
 
-def environment_layer(environ: Mapping[str, str]) -> Layer:
+def read_environment_layer(environ: Mapping[str, str]) -> Layer:
     """Parse the LINFUSION_* variables that are settings; raises UsageError with the variable's name."""
     given = {name: environ[PREFIX + name.upper()] for name in PARSERS if PREFIX + name.upper() in environ}
     values = {}
@@ -86,9 +86,9 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
     return Layer("environment", values)
 
 
-def config_layer(environ: Mapping[str, str]) -> tuple[Layer, str | None]:
+def read_config_layer(environ: Mapping[str, str]) -> tuple[Layer, str | None]:
     """Read the user's config file if it exists -> its settings, and the preset that it names."""
-    path = config_path(environ)
+    path = find_config_file(environ)
     if not is_file(path):
         if environ.get(CONFIG_VARIABLE):
             raise InputNotFound(f"The config file {path} does not exist.", f"Correct or unset {CONFIG_VARIABLE}.")
@@ -99,9 +99,9 @@ def config_layer(environ: Mapping[str, str]) -> tuple[Layer, str | None]:
     return Layer(f"config file {path}", parse_table(path, table), path), name
 
 
-def preset_layer(name: str) -> Layer:
+def read_preset_layer(name: str) -> Layer:
     """Read a preset, given its name or path; raises UsageError, InputNotFound or ConfigError."""
-    path = preset_path(name)
+    path = find_preset_file(name)
     return Layer(f"preset {name}", parse_table(path, read_toml(path)), path)
 
 
@@ -122,7 +122,7 @@ def build_request(settings: Settings, kind: type[R]) -> R:
     """
     names = {field.name for field in fields(kind)}
     given = {name: value for name, value in settings.values.items() if name in names}
-    missing = [name for name in required_settings(kind) if name not in given]
+    missing = [name for name in list_required_settings(kind) if name not in given]
     try:
         request = kind(**{name: PLACEHOLDERS[name] for name in missing} | given)
     except UsageError as error:
@@ -143,6 +143,6 @@ def _with_origin(error: UsageError, layer: Layer) -> UsageError | ConfigError:
     return ConfigError(f"{locate_key(layer.path, setting)}: {error.message}", error.hint)
 
 
-def required_settings(kind: type[ImageRequest]) -> list[str]:
+def list_required_settings(kind: type[ImageRequest]) -> list[str]:
     """Return the fields of a request that have no default."""
     return [field.name for field in fields(kind) if field.default is MISSING]

@@ -35,23 +35,23 @@ class Preset:
     shadowed_by: Path | None = None
 
 
-def find_presets(environ: Mapping[str, str] = os.environ) -> list[Preset]:
+def find_presets() -> list[Preset]:
     """Find all presets: those in LINFUSION_PRESET_PATH, the built-in ones, and those in the user's config folder.
 
     Of several with one name the first is used: only a folder that was named explicitly can replace a built-in preset.
     """
     found: list[Preset] = []
     used: dict[str, Path] = {}
-    for folder, source in preset_folders(environ):
+    for folder, source in list_preset_folders():
         for path in sorted(folder.glob("[!.]*.toml"), key=lambda path: path.stem):
             found.append(Preset(path.stem, path, source, used.get(path.stem)))
             used.setdefault(path.stem, path)
     return found
 
 
-def preset_folders(environ: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
+def list_preset_folders() -> Iterator[tuple[Path, str]]:
     """Yield each existing folder of presets with its source, in the order of precedence."""
-    for name in environ.get(PATH_VARIABLE, "").split(os.pathsep):
+    for name in os.environ.get(PATH_VARIABLE, "").split(os.pathsep):
         if name and is_folder(folder := expand_home(name)):
             yield folder, str(folder)
     yield find_built_in_folder(PACKAGE), BUILT_IN
@@ -72,9 +72,9 @@ def find_built_in_folder(package: Path) -> Path:
     raise ConfigError(f"The installation in {package} has no presets.", "Install linfusion again.")
 
 
-def preset_names(environ: Mapping[str, str] = os.environ) -> list[str]:
+def list_preset_names() -> list[str]:
     """Return the names that --preset takes."""
-    return [preset.name for preset in find_presets(environ) if preset.shadowed_by is None]
+    return [preset.name for preset in find_presets() if preset.shadowed_by is None]
 
 
 def is_preset_file(name: str) -> bool:
@@ -82,12 +82,12 @@ def is_preset_file(name: str) -> bool:
     return name.endswith(".toml")
 
 
-def preset_path(name: str) -> Path:
+def find_preset_file(name: str) -> Path:
     """Return the file of a preset, given its name or path; raises UsageError or InputNotFound."""
     if not is_preset_file(name):
         found = next((preset.path for preset in find_presets() if preset.name == name), None)
         if found is None:
-            raise UsageError(f"There is no preset {name!r}.", preset_hint())
+            raise UsageError(f"There is no preset {name!r}.", build_preset_hint())
         return found
     path = expand_home(name)
     if not is_file(path):
@@ -95,12 +95,12 @@ def preset_path(name: str) -> Path:
     return path
 
 
-def preset_hint() -> str:
+def build_preset_hint() -> str:
     """Return the hint of an error about an unknown preset."""
-    return f"Use one of {', '.join(preset_names())}, or the path of a .toml file."
+    return f"Use one of {', '.join(list_preset_names())}, or the path of a .toml file."
 
 
-def config_path(environ: Mapping[str, str]) -> Path:
+def find_config_file(environ: Mapping[str, str]) -> Path:
     """Return the user's config file: LINFUSION_CONFIG, or `linfusion/config.toml` in the user's config folder."""
     return Path(environ.get(CONFIG_VARIABLE) or platformdirs.user_config_path("linfusion") / "config.toml")
 
@@ -117,8 +117,8 @@ def read_config_preset(path: Path, preset: Any) -> str:
                 f"{locate_key(path, 'preset')}: the preset file {file} does not exist.", "Check the path."
             )
         return str(file)
-    if preset not in preset_names():
-        raise ConfigError(f"{locate_key(path, 'preset')}: there is no preset {preset!r}.", preset_hint())
+    if preset not in list_preset_names():
+        raise ConfigError(f"{locate_key(path, 'preset')}: there is no preset {preset!r}.", build_preset_hint())
     return preset
 
 
@@ -138,15 +138,15 @@ def parse_table(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_entry(path: Path, key: str, value: Any) -> Any:
-    place = locate_key(path, key)
     if key not in PARSERS:
-        raise ConfigError(f"{place}: there is no setting {key!r}.", f"Settings are {', '.join(PARSERS)}.")
+        message = f"{locate_key(path, key)}: there is no setting {key!r}."
+        raise ConfigError(message, f"Settings are {', '.join(PARSERS)}.")
     try:
         return PARSERS[key](value)
     except ValueError as error:
-        raise ConfigError(f"{place}: {key} = {value!r} {error}.", "Correct that line.") from error
+        raise ConfigError(f"{locate_key(path, key)}: {key} = {value!r} {error}.", "Correct that line.") from error
     except UsageError as error:
-        raise ConfigError(f"{place}: {key} = {value!r} is wrong.", error.hint) from error
+        raise ConfigError(f"{locate_key(path, key)}: {key} = {value!r} is wrong.", error.hint) from error
 
 
 def locate_key(path: Path, key: str) -> str:

@@ -41,7 +41,7 @@ def lora(xl_model, tmp_path_factory):
 @pytest.fixture
 def make(xl_model, tmp_path, lora):
     def run(preset, output="out.png", **changed):
-        values = dict(settings.preset_layer(preset).values) | {"prompt": "a hill", "model": str(xl_model)}
+        values = dict(settings.read_preset_layer(preset).values) | {"prompt": "a hill", "model": str(xl_model)}
         values |= {"lora": (f"{lora}:0.8",), "size": Size(64, 64), "output": tmp_path / output}
         return generate(GenerateRequest(**values | changed), {}, Listener())
 

@@ -13,9 +13,12 @@ from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
 REQUIRED = {"prompt": "a", "size": Size(64, 64), "output": Path("a.png"), "model": "demo"}
 
 
-@pytest.mark.parametrize("name", settings.preset_names())
+@pytest.mark.parametrize("name", settings.list_preset_names())
 def test_every_preset_is_a_request(name):
-    layers = [settings.flag_layer({"size": Size(64, 64), "output": Path("a.png")}), settings.preset_layer(name)]
+    layers = [
+        settings.build_flag_layer({"size": Size(64, 64), "output": Path("a.png")}),
+        settings.read_preset_layer(name),
+    ]
     request = settings.build_request(settings.merge(layers), GenerateRequest)
     assert request.prompt and request.steps
 
@@ -29,9 +32,12 @@ def test_flag_before_environment_before_config_before_preset_before_default(tmp_
     preset.write_text("steps = 1\nseed = 1\nstrength = 0.1\ndpi = 100")
     config.write_text("steps = 2\nseed = 2\nstrength = 0.2\npreset = 'mine.toml'")
     environ = {"LINFUSION_CONFIG": str(config), "LINFUSION_STEPS": "3", "LINFUSION_SEED": "3"}
-    config_layer, preset_name = settings.config_layer(environ)
-    layers = [settings.flag_layer(REQUIRED | {"steps": (4,), "dtype": None}), settings.environment_layer(environ)]
-    merged = settings.merge([*layers, config_layer, settings.preset_layer(str(preset))])
+    config_layer, preset_name = settings.read_config_layer(environ)
+    layers = [
+        settings.build_flag_layer(REQUIRED | {"steps": (4,), "dtype": None}),
+        settings.read_environment_layer(environ),
+    ]
+    merged = settings.merge([*layers, config_layer, settings.read_preset_layer(str(preset))])
     request = settings.build_request(merged, GenerateRequest)
     assert (request.steps, request.seed, request.strength, request.dpi, request.dtype) == ((4,), 3, (0.2,), 100, "auto")
     assert preset_name == str(preset)
@@ -42,7 +48,7 @@ def test_flag_before_environment_before_config_before_preset_before_default(tmp_
 
 def test_types_from_the_environment():
     environ = {"LINFUSION_SIZE": "100x200", "LINFUSION_DPI": "72.5", "LINFUSION_PROMPT_METADATA": "no"}
-    values = settings.environment_layer(environ).values
+    values = settings.read_environment_layer(environ).values
     assert values == {"size": Size(100, 200), "dpi": 72.5, "prompt_metadata": False}
 
 
@@ -52,11 +58,13 @@ def test_types_from_the_environment():
 )
 def test_a_wrong_variable_is_named(name, text):
     with pytest.raises(UsageError, match=f"LINFUSION_{name}='{text}'"):
-        settings.environment_layer({f"LINFUSION_{name}": text})
+        settings.read_environment_layer({f"LINFUSION_{name}": text})
 
 
 def test_a_variable_out_of_range_is_named():
-    merged = settings.merge([settings.flag_layer(REQUIRED), settings.environment_layer({"LINFUSION_STEPS": "0"})])
+    merged = settings.merge(
+        [settings.build_flag_layer(REQUIRED), settings.read_environment_layer({"LINFUSION_STEPS": "0"})]
+    )
     with pytest.raises(UsageError, match="LINFUSION_STEPS: --steps 0"):
         settings.build_request(merged, GenerateRequest)
 
@@ -75,13 +83,13 @@ def test_a_wrong_line_of_a_file_is_named(tmp_path, text, line, named):
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"mine.toml:{line}: .*{named}"):
-        settings.preset_layer(str(path))
+        settings.read_preset_layer(str(path))
 
 
 def test_a_value_out_of_range_in_a_file_is_named_with_its_line(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("seed = 1\nsteps = 0")
-    merged = settings.merge([settings.flag_layer(REQUIRED), settings.preset_layer(str(path))])
+    merged = settings.merge([settings.build_flag_layer(REQUIRED), settings.read_preset_layer(str(path))])
     with pytest.raises(ConfigError, match="mine.toml:2: --steps 0"):
         settings.build_request(merged, GenerateRequest)
 
@@ -91,12 +99,12 @@ def test_what_is_no_toml_is_refused(tmp_path, content):
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="mine.toml is not TOML"):
-        settings.preset_layer(str(path))
+        settings.read_preset_layer(str(path))
 
 
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(UsageError, match="demo, sd15, sd21, sdxl"):
-        settings.preset_layer("nope")
+        settings.read_preset_layer("nope")
 
 
 @pytest.fixture
@@ -119,15 +127,15 @@ def test_presets_come_from_the_path_the_program_and_the_users_folder(own_presets
     shadowed = [preset for preset in settings.find_presets() if preset.shadowed_by is not None]
     assert {preset.source for preset in shadowed} == {"built in", str(own)}
     assert {preset.shadowed_by for preset in shadowed} == {shared / "demo.toml", shared / "team.toml"}
-    assert settings.preset_layer("team").values["prompt"] == "from shared"
-    assert settings.preset_layer(str(own / "team.toml")).values["prompt"] == "from presets"
+    assert settings.read_preset_layer("team").values["prompt"] == "from shared"
+    assert settings.read_preset_layer(str(own / "team.toml")).values["prompt"] == "from presets"
 
 
 def test_a_preset_in_the_users_folder_does_not_replace_a_built_in_one(own_presets, monkeypatch):
     _, own = own_presets
     monkeypatch.delenv("LINFUSION_PRESET_PATH")
     (own / "sdxl.toml").write_text("model = 'demo'")
-    assert settings.preset_layer("sdxl").values["model"] != "demo"
+    assert settings.read_preset_layer("sdxl").values["model"] != "demo"
 
 
 def test_built_in_presets_are_found_in_a_wheel_and_in_a_checkout(tmp_path):
@@ -151,36 +159,36 @@ def test_a_preset_in_a_config_file_is_relative_to_that_file(tmp_path, monkeypatc
     config = tmp_path / "conf" / "config.toml"
     config.write_text("preset = 'mine.toml'")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    _, preset = settings.config_layer({"LINFUSION_CONFIG": str(config)})
-    assert preset is not None and settings.preset_layer(preset).values == {"seed": 7}
+    _, preset = settings.read_config_layer({"LINFUSION_CONFIG": str(config)})
+    assert preset is not None and settings.read_preset_layer(preset).values == {"seed": 7}
     config.write_text("\npreset = 'nope.toml'")
     with pytest.raises(ConfigError, match=r"config\.toml:2: .*conf/nope\.toml"):
-        settings.config_layer({"LINFUSION_CONFIG": str(config)})
+        settings.read_config_layer({"LINFUSION_CONFIG": str(config)})
 
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(InputNotFound, match="nope.toml"):
-        settings.preset_layer(str(tmp_path / "nope.toml"))
+        settings.read_preset_layer(str(tmp_path / "nope.toml"))
     with pytest.raises(InputNotFound, match="none.toml"):
-        settings.config_layer({"LINFUSION_CONFIG": str(tmp_path / "none.toml")})
+        settings.read_config_layer({"LINFUSION_CONFIG": str(tmp_path / "none.toml")})
 
 
 def test_without_a_config_file_there_are_no_settings_from_it():
-    assert settings.config_layer({})[0].values == {}
+    assert settings.read_config_layer({})[0].values == {}
 
 
 @pytest.mark.parametrize("missing", ["prompt", "size"])
 def test_what_has_no_default_is_asked_for(missing):
     given = {key: value for key, value in REQUIRED.items() if key != missing}
     with pytest.raises(UsageError, match=f"No {missing} was given"):
-        settings.build_request(settings.merge([settings.flag_layer(given)]), GenerateRequest)
+        settings.build_request(settings.merge([settings.build_flag_layer(given)]), GenerateRequest)
 
 
 @pytest.mark.parametrize("missing", ["prompt", "size", "output", "model"])
 def test_a_missing_setting_does_not_hide_a_wrong_one(missing):
     given = {key: value for key, value in REQUIRED.items() if key != missing} | {"steps": (0,)}
     with pytest.raises(UsageError, match="--steps 0"):
-        settings.build_request(settings.merge([settings.flag_layer(given)]), GenerateRequest)
+        settings.build_request(settings.merge([settings.build_flag_layer(given)]), GenerateRequest)
 
 
 @pytest.mark.parametrize("value", ["3", "'nope'", "true"])
@@ -188,7 +196,7 @@ def test_a_config_file_that_names_no_preset_is_wrong_in_that_line(tmp_path, valu
     path = tmp_path / "config.toml"
     path.write_text(f"seed = 1\npreset = {value}")
     with pytest.raises(ConfigError, match=r"config\.toml:2: there is no preset"):
-        settings.config_layer({"LINFUSION_CONFIG": str(path)})
+        settings.read_config_layer({"LINFUSION_CONFIG": str(path)})
 
 
 FILES = ("lora", "textual_inversion", "ip_adapter", "ip_image", "controlnet", "control_image")
@@ -202,9 +210,9 @@ def test_a_comma_is_part_of_a_files_name_everywhere(tmp_path, setting):
     name = "My Style, v2.safetensors"
     path = tmp_path / "mine.toml"
     path.write_text(f'{setting} = "{name}"')
-    assert settings.preset_layer(str(path)).values == {setting: (name,)}
-    assert settings.config_layer({"LINFUSION_CONFIG": str(path)})[0].values == {setting: (name,)}
-    assert settings.environment_layer({f"LINFUSION_{setting.upper()}": name}).values == {setting: (name,)}
+    assert settings.read_preset_layer(str(path)).values == {setting: (name,)}
+    assert settings.read_config_layer({"LINFUSION_CONFIG": str(path)})[0].values == {setting: (name,)}
+    assert settings.read_environment_layer({f"LINFUSION_{setting.upper()}": name}).values == {setting: (name,)}
     assert read_fields({setting: name}) == {setting: (name,)}
     assert read_fields({setting: [name, " b, c "]}) == {setting: (name, "b, c")}
 

@@ -157,6 +157,8 @@ def compare(case: str, old: tuple[dict, dict], new: tuple[dict, dict]) -> Iterat
                 yield f"file {name}: {old[1].get(name)} instead of {new[1].get(name)}"
     before, now = (dict(flatten(version[0][case])) for version in (old, new))
     before = {".".join(RENAMED_KEYS.get(part, part) for part in key.split(".")): before[key] for key in before}
+    if now["exit"] != 0:
+        yield f"{case}: exit code {now['exit']}"
     for key in {**before, **now}:
         if not MEASURED_KEYS.search(key) and key != "stderr" and before.get(key) != now.get(key):
             yield f"{case}: {key}: {before.get(key)!r} -> {now.get(key)!r}"

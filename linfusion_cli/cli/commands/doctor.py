@@ -45,7 +45,7 @@ def collect_values() -> dict[str, Any]:
         "memory": f"{format_bytes(memory.total)}, {format_bytes(memory.available)} free",
         "memory limit": format_bytes(memory_limit_bytes()),
         **{f"codec {name}": find_version(name) or "not installed" for name in CODECS},
-        **{f"model {name}": describe_model(name) for name in settings.preset_names()},
+        **{f"model {name}": describe_model(name) for name in settings.list_preset_names()},
     }
 
 
@@ -80,7 +80,7 @@ def describe_device(device: torch.device) -> str:
 def describe_model(preset: str) -> str:
     """Return the model of a preset, and whether it is installed."""
     try:
-        name = settings.preset_layer(preset).values.get("model")
+        name = settings.read_preset_layer(preset).values.get("model")
     except LinfusionError as error:
         return str(error).rstrip(".")
     if name is None:

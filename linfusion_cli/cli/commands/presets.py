@@ -26,7 +26,7 @@ def list_presets() -> None:
             echo_line(SHADOWED.format(preset.path, preset.shadowed_by))
             continue
         try:
-            values = settings.preset_layer(str(preset.path)).values
+            values = settings.read_preset_layer(str(preset.path)).values
         except ConfigError as error:  # one broken file must not hide the others
             echo_line(str(error))
             continue
@@ -36,5 +36,5 @@ def list_presets() -> None:
 @app.command("show")
 def show(name: Annotated[str, typer.Argument(help="A name from the list, or the path of a .toml file.")]) -> None:
     """Print the file of a preset, as a start for your own."""
-    settings.preset_layer(name)
-    emit_result(settings.preset_path(name).read_text(encoding="utf-8").rstrip())
+    settings.read_preset_layer(name)
+    emit_result(settings.find_preset_file(name).read_text(encoding="utf-8").rstrip())

@@ -136,11 +136,11 @@ class Sources:
     @staticmethod
     def read(given: Mapping[str, Any], preset: str | None, environ: Mapping[str, str], observer: Observer) -> Sources:
         """Read all sources; raises UsageError, InputNotFound or ConfigError."""
-        config, config_preset = settings.config_layer(environ)
-        layers = [settings.flag_layer(given), settings.environment_layer(environ), config]
+        config, config_preset = settings.read_config_layer(environ)
+        layers = [settings.build_flag_layer(given), settings.read_environment_layer(environ), config]
         named = (preset, environ.get("LINFUSION_PRESET"), config_preset)
         name = next((name for name in named if name is not None), None)
-        return Sources(layers, name, observer, {} if name is None else {name: settings.preset_layer(name)})
+        return Sources(layers, name, observer, {} if name is None else {name: settings.read_preset_layer(name)})
 
     def merge(
         self, kind: type[ImageRequest], job: settings.Layer | None = None, preset: str | None = None
@@ -152,13 +152,14 @@ class Sources:
             name = self._default_preset
         if name is not None:
             layer = self._preset_layer(name)
-            layers.append(drop_inapplicable(layer, is_upscale=kind is UpscaleRequest, is_job=job is not None))
-        return settings.merge([*layers, output_layer(layers)])
+            layers.append(drop_inapplicable_settings(layer, is_upscale=kind is UpscaleRequest, is_job=job is not None))
+        return settings.merge([*layers, build_output_layer(layers)])
 
     @cached_property
     def _default_preset(self) -> str:
         """Return sdxl if its model is installed, else demo, with a notice."""
-        if is_local(settings.preset_layer(settings.SDXL).values.get("model", settings.SDXL)):
+        model = settings.read_preset_layer(settings.SDXL).values.get("model")
+        if model is not None and is_local(model):
             return settings.SDXL
         self.observer(
             Notice(
@@ -170,11 +171,11 @@ class Sources:
 
     def _preset_layer(self, name: str) -> settings.Layer:
         if name not in self.preset_layers:
-            self.preset_layers[name] = settings.preset_layer(name)
+            self.preset_layers[name] = settings.read_preset_layer(name)
         return self.preset_layers[name]
 
 
-def drop_inapplicable(preset: settings.Layer, is_upscale: bool, is_job: bool) -> settings.Layer:
+def drop_inapplicable_settings(preset: settings.Layer, is_upscale: bool, is_job: bool) -> settings.Layer:
     """Return a preset without its sample prompt for a job or an upscale, and without its size for an upscale.
 
     The prompt of an upscale describes the source image, and its size depends on that image.
@@ -183,7 +184,7 @@ def drop_inapplicable(preset: settings.Layer, is_upscale: bool, is_job: bool) ->
     return replace(preset, values={name: value for name, value in preset.values.items() if name not in dropped})
 
 
-def output_layer(layers: list[settings.Layer]) -> settings.Layer:
+def build_output_layer(layers: list[settings.Layer]) -> settings.Layer:
     """Return the default output: in the current folder, named after size and seed, or after the upscaled image."""
     values = settings.merge(layers).values
     suffix = {"png": ".png", "jpeg": ".jpg"}.get(values.get("format") or "", ".tif")

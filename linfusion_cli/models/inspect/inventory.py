@@ -70,13 +70,12 @@ def resolve_pull_names(name: str) -> list[str]:
     """Return the hub names in the preset `name`, or `name` itself; raise UsageError if it is a local path."""
     if is_folder(expand_home(name)) or is_file(expand_home(name)) or name == DEMO:
         raise UsageError(f"{name} is already on this machine.", "Use a hub id or a preset.")
-    if name not in settings.preset_names():
+    if name not in settings.list_preset_names():
         return [name]
-    values = settings.preset_layer(name).values
-    names = [values[key] for key in ("model",) if key in values] + list(values.get("lora", ()))
-    if not names:
+    values = settings.read_preset_layer(name).values
+    if "model" not in values:
         raise UsageError(f"The preset {name} sets no model.", "Use a hub id, or a preset with a model.")
-    return names
+    return [values["model"], *values.get("lora", ())]
 
 
 def pull_one(name: str, configs: bool) -> Path:
