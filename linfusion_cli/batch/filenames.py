@@ -12,7 +12,7 @@ from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.text import quote
 from linfusion_cli.run.inputs.phase_files import find_phase_output
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
 
 DEFAULT_TEMPLATE = "{index:04}-{slug}-{seed}"
 MAX_SLUG_CHARS = 48
@@ -65,7 +65,7 @@ class FilenameTemplate:
             raise UsageError(f"--name {quote(text)} is not a valid template: {error}.", FIELDS_HINT) from error
         return template
 
-    def format(self, index: int, request: ImageRequest) -> str:
+    def format(self, index: int, request: Request) -> str:
         """Return the file name for the job at `index` of its list, with the suffix of its format."""
         size: Size = request.size
         values = {"index": index, "slug": slugify(request.prompt), "seed": request.seed, "size": str(size)}

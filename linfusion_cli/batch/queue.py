@@ -13,26 +13,11 @@ from linfusion_cli.batch.parsers.job_spec import MAX_PROBLEM_CHARS, JobSpec
 from linfusion_cli.batch.shard import Shard
 from linfusion_cli.core.errors import LinfusionError
 from linfusion_cli.core.text import shorten
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.table import flatten_request, list_reloading_settings
 
-BuildRequest = Callable[[Mapping[str, Any]], tuple[dict[str, str], ImageRequest]]
+BuildRequest = Callable[[Mapping[str, Any]], tuple[dict[str, str], Request]]
 
-# Jobs with the same values of these settings use the same networks.
-MODEL_SETTINGS = (
-    "model",
-    "linfusion",
-    "linfusion_merge",
-    "linfusion_base",
-    "vae",
-    "lora",
-    "textual_inversion",
-    "ip_adapter",
-    "ip_scale",
-    "ip_image_encoder",
-    "controlnet",
-    "dtype",
-    "device",
-)
 REPORT_SUFFIX = ".json"  # appended to the full name of the image: a.png and a.tif have different reports
 MAX_PROMPT_CHARS = 120  # of the prompt in the results file
 
@@ -54,11 +39,12 @@ class Job:
     group: int = -1
     problem: str = ""
 
-    def build_request(self) -> tuple[dict[str, str], ImageRequest]:
+    def build_request(self) -> tuple[dict[str, str], Request]:
         """Return the origin of each setting, and the request."""
         origins, request = self.queue.build_request(self.values)
         assert self.output is not None  # a job without a problem has a name
-        return origins, replace(request, output=self.output, preview=self._build_path(self.preview))
+        files = replace(request.execution, output=self.output, preview=self._build_path(self.preview))
+        return origins, replace(request, execution=files)
 
     @property
     def output(self) -> Path | None:
@@ -120,11 +106,12 @@ class JobQueue:
             output, preview = self._reserve_files(index, spec, request, filenames)
         except LinfusionError as error:
             return replace(job, problem=shorten(str(error), MAX_PROBLEM_CHARS))
-        model_key = tuple(getattr(request, name) for name in MODEL_SETTINGS)
+        flat = flatten_request(request)
+        model_key = tuple(flat[name] for name in list_reloading_settings())
         return replace(job, name=output, preview=preview, group=groups.setdefault(model_key, len(groups)))
 
     def _reserve_files(
-        self, index: int, spec: JobSpec, request: ImageRequest, filenames: FilenameRegistry
+        self, index: int, spec: JobSpec, request: Request, filenames: FilenameRegistry
     ) -> tuple[str, str]:
         """Return the names of the image and its preview ("" for none); no later job can use any file of this job."""
         output = spec.values.get("output") or self.template.format(index, request)

@@ -25,46 +25,38 @@ from linfusion_cli.core.events import JobStarted, Observer
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.core.text import shorten
 from linfusion_cli.hardware.torch_errors import translate_error
-from linfusion_cli.images.read.source import SourceImage
 from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.run.inputs.source_image import resolve_source_image
 from linfusion_cli.run.outputs.existing import find_existing
 from linfusion_cli.run.pipeline import run_pipeline
 from linfusion_cli.run.progress.recorder import RunRecorder
-from linfusion_cli.settings.request import ImageRequest, UpscaleRequest
+from linfusion_cli.settings.request import Request
 
 MAX_FAILURES = 10_000  # kept in memory until the end; the results file has all of them
 
 # Run a job and return its report; None if a dry run only plans it.
-JobFunction = Callable[[ImageRequest, Mapping[str, str], Observer, ModelCache], RunReport | None]
+JobFunction = Callable[[Request, Mapping[str, str], Observer, ModelCache], RunReport | None]
 
 
-def run_job(
-    request: ImageRequest, origins: Mapping[str, str], observer: Observer, model_cache: ModelCache
-) -> RunReport:
+def run_job(request: Request, origins: Mapping[str, str], observer: Observer, model_cache: ModelCache) -> RunReport:
     """Make the image of a job unless it is already complete."""
-    request, image = resolve_job_source(request)
+    request, image = resolve_source_image(request)
     return run_pipeline(request, image, origins, observer, model_cache, keep_complete=True)
 
 
 def dry_run_job(
-    request: ImageRequest, origins: Mapping[str, str], observer: Observer, model_cache: ModelCache
+    request: Request, origins: Mapping[str, str], observer: Observer, model_cache: ModelCache
 ) -> RunReport | None:
     """Return the report of an image that is already complete; None if it would be made.
 
     Raises CannotCreateOutput if the output is another file.
     """
-    request, image = resolve_job_source(request)
+    request, image = resolve_source_image(request)
     report = find_existing(request, image, RunRecorder(observer), model_cache, keep_complete=True).report
-    if report is None and os.path.lexists(request.output) and not request.overwrite:
-        reason = f"{request.output} exists and is another image."
+    if report is None and os.path.lexists(request.execution.output) and not request.execution.overwrite:
+        reason = f"{request.execution.output} exists and is another image."
         raise CannotCreateOutput(reason, "Add --overwrite, or choose another name.")
     return report
-
-
-def resolve_job_source(request: ImageRequest) -> tuple[ImageRequest, SourceImage | None]:
-    """Return the request and the source image of an upscale; None for the image of other requests."""
-    return resolve_source_image(request) if isinstance(request, UpscaleRequest) else (request, None)
 
 
 @dataclass
@@ -147,7 +139,7 @@ class BatchRunner:
             raise UsageError(job.problem)
         origins, request = job.build_request()
         if self.results_log is not None:
-            make_folder(request.output.parent)
+            make_folder(request.execution.output.parent)
         return self.execute(request, origins, self.observer, self._model_cache)
 
     def _describe_error(self, error: Exception) -> tuple[int, str]:

@@ -5,37 +5,67 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.exceptions import TyperException
 
 from linfusion_cli import __version__
-from linfusion_cli.cli.commands import batch, decode, doctor, generate, info, models, plan, presets, upscale
+from linfusion_cli.cli.commands import batch, decode, doctor, generate, info, models, plan, presets, schema, upscale
 from linfusion_cli.cli.output.crash_report import report_crash
 from linfusion_cli.cli.output.log_file import close_log
 from linfusion_cli.cli.output.streams import emit_result, log
+from linfusion_cli.cli.parsing.help import HelpCommand, HelpGroup
+from linfusion_cli.cli.parsing.usage_errors import translate_parser_error
 from linfusion_cli.core import signals
-from linfusion_cli.core.errors import EXIT_BUG, LinfusionError, Stopped
+from linfusion_cli.core.errors import EXIT_BUG, LinfusionError, Stopped, UsageError
 from linfusion_cli.hardware.cuda import suppress_start_warnings
 from linfusion_cli.hardware.torch_errors import translate_error
 
+EXAMPLES = """
+linfusion generate "a lake at dawn" --size 2048
+linfusion plan --preset sdxl --size 16384 --device cuda --vram 24GiB
+linfusion models pull sdxl
+linfusion help generate
+"""
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+
 app = typer.Typer(
     name="linfusion",
-    help="Generate ultra-high-resolution images in bounded memory.",
-    no_args_is_help=True,
+    cls=HelpGroup,
+    epilog=EXAMPLES,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich would interpret [brackets] in help texts as markup
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=SETTINGS,
 )
-app.command("generate")(generate.command)
-app.command("upscale")(upscale.command)
-app.command("batch")(batch.command)
-app.command("decode")(decode.command)
-app.command("plan")(plan.command)
-app.add_typer(presets.app, name="presets")
-app.add_typer(models.app, name="models")
-app.command("info")(info.command)
-app.command("doctor")(doctor.command)
+for module in (generate, upscale, batch, decode, plan):
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, cls=HelpCommand, epilog=module.EXAMPLES, context_settings=SETTINGS)(module.command)
+app.add_typer(presets.app, name="presets", cls=HelpGroup, context_settings=SETTINGS)
+app.add_typer(models.app, name="models", cls=HelpGroup, context_settings=SETTINGS)
+app.command("info", cls=HelpCommand, epilog=info.EXAMPLES)(info.command)
+app.command("schema", cls=HelpCommand, epilog=schema.EXAMPLES)(schema.command)
+app.command("doctor", cls=HelpCommand)(doctor.command)
+
+
+@app.command("help", cls=HelpCommand)
+def show_help(
+    context: typer.Context,
+    command: Annotated[list[str] | None, typer.Argument(help="A command, e.g. generate or models pull.")] = None,
+) -> None:
+    """Show the help of a command."""
+    emit_result(find_help(context, command or []))
+
+
+def find_help(context: typer.Context, names: list[str]) -> str:
+    """Return the help of the command with these names; raise UsageError if there is none."""
+    current: Any = context.parent
+    for name in names:
+        found = getattr(current.command, "commands", {}).get(name)
+        if found is None:
+            raise UsageError(f"There is no command {' '.join(names)!r}.", "See `linfusion help`.")
+        current = type(current)(found, info_name=name, parent=current)
+    return current.get_help().rstrip("\n")
 
 
 def _show_version(requested: bool) -> None:
@@ -91,9 +121,13 @@ def run_app_without_log() -> int:
     """Run the app and return the exit code; each error is reported as one line on stderr and in the log."""
     try:
         with signals.reraise_stop(), suppress_start_warnings():
-            app()
+            exit_code = app(standalone_mode=False)
+            return exit_code if isinstance(exit_code, int) else 0
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0
+    except TyperException as error:
+        error = translate_parser_error(error)
+        return report_error(str(error), error.exit_code)
     except (LinfusionError, Stopped) as error:
         return report_error(str(error), error.exit_code)
     except Exception as error:  # noqa: BLE001 - any other exception is a bug and gets a crash report
@@ -101,7 +135,6 @@ def run_app_without_log() -> int:
         if known is None:
             return report_error(report_crash(error), EXIT_BUG)
         return report_error(str(known), known.exit_code)
-    return 0
 
 
 def report_error(text: str, exit_code: int) -> int:

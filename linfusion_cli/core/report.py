@@ -44,7 +44,8 @@ class StageReport:
 class RunReport:
     """The report of a whole run; `output`, `size`, `format` and `file_bytes` are set when the file is complete."""
 
-    request: dict[str, Any]
+    request: dict[str, Any]  # what decides the image
+    execution: dict[str, Any]  # files, device and budgets
     settings: dict[str, str]  # setting -> source of its value
     machine: dict[str, Any]
     versions: dict[str, str]

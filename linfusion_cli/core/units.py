@@ -10,22 +10,19 @@ MIN_PX = 64
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def parse_size(text: str, setting: str = "size") -> Size:
-    """Parse "2048" (a square) or "2048x1024" (width x height) in pixels; raises UsageError."""
-    flag = "--" + setting.replace("_", "-")
+def parse_size(text: str) -> Size:
+    """Parse "2048" (a square) or "2048x1024" (width x height) in pixels; raises ValueError."""
     match = re.fullmatch(r"\s*(\d{1,7})\s*(?:[xX×]\s*(\d{1,7})\s*)?", text, re.ASCII)
     if match is None:
-        hint = "Use 16384 for a square, or 16384x8192 (width x height)."
-        raise UsageError(f"{flag} {text!r} is not a size.", hint, setting)
+        raise ValueError("is not a size: use 16384 for a square, or 16384x8192 (width x height)")
     width, height = int(match[1]), int(match[2] or match[1])
     if min(width, height) < MIN_PX:
-        hint = f"Both sides must be at least {MIN_PX} pixels."
-        raise UsageError(f"{flag} {text!r} is too small.", hint, setting)
+        raise ValueError(f"is too small: both sides must be at least {MIN_PX} pixels")
     return Size(width, height)
 
 
 def parse_bytes(text: str) -> int:
-    """Parse "12GiB", "12.5 GB", "800M" or a number of bytes; raises ValueError.
+    """Parse "12GiB", "12.5 GB", "800M" or "4096B"; raises ValueError, also for a number without a unit.
 
     KiB, MiB, GiB and TiB are powers of 1024, KB, MB, GB and TB powers of 1000; a single letter is a power of 1024.
     """
@@ -33,17 +30,30 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError("is not an amount of memory: use e.g. 12GiB")
     number, letter, ending = match.groups()
+    if not letter and not ending:
+        raise ValueError(f"has no unit: {_suggest_bytes(number)}")
     base = 1000 if letter and (ending or "").lower() == "b" else 1024
     return round(float(number) * base ** ("bkmgt".index(letter.lower()) if letter else 0))
 
 
+def _suggest_bytes(number: str) -> str:
+    """Return the two likely meanings of an amount of memory without a unit: 12 is hardly 12 bytes."""
+    if float(number) < 1024:
+        return f"use {number}GiB or {number}MiB"
+    if float(number) < 1 << 20:
+        return f"use {number}MiB or {number}B"
+    return f"use {number}B, or about {format_bytes_rounded_up(float(number))}"
+
+
 def parse_seconds(text: str) -> float:
-    """Parse "90", "90s", "50m", "1.5h" or "1h30m" into seconds; raises ValueError."""
+    """Parse "90s", "50m", "1.5h" or "1h30m" into seconds; raises ValueError, also for a number without a unit."""
     number = r"(\d{1,9}(?:\.\d{1,6})?)"
-    match = re.fullmatch(rf"\s*(?:{number}h)?(?:{number}m)?(?:{number}s?)?\s*", text, re.ASCII | re.IGNORECASE)
-    if match is None or not any(match.groups()):
-        raise ValueError("is not a duration: use e.g. 50m, 1h30m or 90s")
-    return sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+    match = re.fullmatch(rf"\s*(?:{number}h)?(?:{number}m)?(?:{number}s)?\s*", text, re.ASCII | re.IGNORECASE)
+    if match is not None and any(match.groups()):
+        return sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+    if re.fullmatch(rf"\s*{number}\s*", text, re.ASCII):
+        raise ValueError(f"has no unit: use {text.strip()}m for minutes or {text.strip()}s for seconds")
+    raise ValueError("is not a duration: use e.g. 50m, 1h30m or 90s")
 
 
 def parse_colour(text: str, setting: str = "background") -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from linfusion_cli.hardware.host_memory import free_host_bytes, resident_bytes
 from linfusion_cli.hardware.no_gpu import explain_no_gpu, has_nvidia_gpu
 from linfusion_cli.hardware.torch_errors import is_out_of_memory
 from linfusion_cli.planning.speed import Speed, measure_speed
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
 
 FREE_MEMORY_SHARE = 0.9  # default budget, as a share of the free memory
 MIN_NOTICE_SEC = 60.0  # shorter runs do not need a GPU
@@ -38,23 +38,23 @@ class Machine:
     no_gpu: tuple[str, str] | None = None  # reason (clause) and hint (sentence) if `auto` selected the CPU
 
 
-def inspect_machine(request: ImageRequest, cached_model_bytes: int = 0) -> Machine:
+def inspect_machine(request: Request, cached_model_bytes: int = 0) -> Machine:
     """Return the machine as `request` uses it.
 
     `cached_model_bytes` is the host memory of models from previous jobs: they are reused, or freed first.
     Raise UsageError, Unavailable, or OutOfMemoryBudget if the GPU is full.
     """
-    device = pick_device(request.device)
+    device = pick_device(request.execution.device)
     dtype, vae_dtype = (pick(request.dtype, device) for pick in (pick_dtype, pick_vae_dtype))
-    if request.vram is not None and not is_cuda(device):
+    if request.execution.vram is not None and not is_cuda(device):
         raise UsageError(
-            f"--vram {format_bytes(request.vram)} needs a GPU; the device is {device}.", "Use --ram.", "vram"
+            f"--vram {format_bytes(request.execution.vram)} needs a GPU; the device is {device}.", "Use --ram.", "vram"
         )
     speed, vae_speed = measure_speeds(device, dtype, vae_dtype)
     resident = max(0, resident_bytes() - cached_model_bytes)  # includes the GPU driver's memory
-    host = request.ram or resident + int(FREE_MEMORY_SHARE * (free_host_bytes() + cached_model_bytes))
+    host = request.execution.ram or resident + int(FREE_MEMORY_SHARE * (free_host_bytes() + cached_model_bytes))
     budget = compute_device_budget(request, device)
-    no_gpu = explain_no_gpu() if request.device == "auto" and not is_cuda(device) else None
+    no_gpu = explain_no_gpu() if request.execution.device == "auto" and not is_cuda(device) else None
     return Machine(device, dtype, vae_dtype, host, budget, resident, speed, vae_speed, detect_segments(), no_gpu)
 
 
@@ -84,8 +84,8 @@ def build_cpu_notice(machine: Machine, seconds: float) -> str | None:
     return f"{CPU_NOTICE.format(format_seconds(seconds), reason)} {hint}".strip()
 
 
-def compute_device_budget(request: ImageRequest, device: torch.device) -> int | None:
+def compute_device_budget(request: Request, device: torch.device) -> int | None:
     """Return the budget in bytes of GPU memory, None if `device` is not a GPU."""
     if not is_cuda(device):
         return None
-    return request.vram or int(FREE_MEMORY_SHARE * free_device_bytes(device))
+    return request.execution.vram or int(FREE_MEMORY_SHARE * free_device_bytes(device))

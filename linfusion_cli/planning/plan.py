@@ -18,7 +18,7 @@ from linfusion_cli.planning.meta_model import MetaModel
 from linfusion_cli.planning.vae_strategies import Kind, list_vae_strategies
 from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.sampling.upscalers.pass_count import PassCount
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
 from linfusion_cli.strips.ops import MIN_EFFICIENT_ROWS, StripSize
 from linfusion_cli.strips.storage import PLACES, Place
 from linfusion_cli.vae.statistics import VaeStrategy
@@ -102,7 +102,7 @@ class PlanInputs:
     of an earlier run by kind and phase. They are preferred, because the result is then identical bit for bit.
     """
 
-    request: ImageRequest
+    request: Request
     facts: ModelFacts
     phases: Sequence[Phase]
     passes: Sequence[PassCount]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli import settings
-from linfusion_cli.core.errors import DataError, UsageError
+from linfusion_cli.core.errors import DataError, LinfusionError, UsageError
 from linfusion_cli.core.events import Observer, ignore_event
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.models.cache import ModelCache
@@ -23,38 +23,23 @@ from linfusion_cli.run.outputs.existing import Provenance
 from linfusion_cli.run.outputs.open import open_outputs, reserve_output
 from linfusion_cli.run.outputs.report import complete_report
 from linfusion_cli.run.progress.recorder import RunRecorder
-from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
+from linfusion_cli.settings.checks import list_errors
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.request_json import values_from_json
+from linfusion_cli.settings.table import SETTINGS, assemble_request, flatten_request
 
 VAE_USE = "vae"
-# Decoding does not use these settings, so their files do not have to exist.
-DECODE_DEFAULTS: dict[str, Any] = {
-    "linfusion": "none",
-    "linfusion_merge": "auto",
-    "linfusion_base": "auto",
-    "lora": (),
-    "textual_inversion": (),
-    "ip_adapter": (),
-    "ip_image": (),
-    "ip_scale": (1.0,),
-    "controlnet": (),
-    "control_image": (),
-    "control_scale": (1.0,),
-    "control_type": (),
-    "control_phases": ("base",),
-    "attention": ("auto",),
-    "strict_prompt": False,
-}
 
 
 def decode(
-    saved_latents: SavedLatents, request: ImageRequest, origins: Mapping[str, str], observer: Observer = ignore_event
+    saved_latents: SavedLatents, request: Request, origins: Mapping[str, str], observer: Observer = ignore_event
 ) -> RunReport:
     """Decode the latents into the output of `request`. Raise a LinfusionError on failure; no partial file remains."""
     started = time.perf_counter()
     recorder = RunRecorder(observer)
     with reserve_output(request, ()) as file:
         with recorder.stage("start", "load", None, 1, "start"):
-            resolved = keep_last_phase(resolve_request(replace(request, **DECODE_DEFAULTS)), saved_latents)
+            resolved = keep_last_phase(resolve_request(reset_unused_settings(request)), saved_latents)
             check_disk_space(resolved)
             from linfusion_cli.run.stages import load, write  # importing torch and diffusers takes seconds
 
@@ -92,26 +77,37 @@ def replace_vae_weights(saved_latents: SavedLatents, vae: Sequence[WeightsFile])
     return [*others[:before], *vae, *others[before:]]
 
 
-def build_decode_request(saved_latents: SavedLatents, given: Mapping[str, Any]) -> tuple[dict[str, str], ImageRequest]:
+def reset_unused_settings(request: Request) -> Request:
+    """Return the request with defaults for the settings that decoding does not use: their files need not exist."""
+    defaults = {name: setting.default for name, setting in SETTINGS.items() if not setting.used_by_decode}
+    # The original attention needs no LinFusion weights.
+    return assemble_request(flatten_request(request) | defaults | {"attention": ("original",)})
+
+
+def build_decode_request(saved_latents: SavedLatents, given: Mapping[str, Any]) -> tuple[dict[str, str], Request]:
     """Return the origin of each setting and the request that made the latents, overridden by the `given` settings.
 
     Raise DataError if the metadata of the latents contain no valid request, UsageError if a given setting is invalid.
     """
-    kind = UpscaleRequest if saved_latents.metadata.get("image") else GenerateRequest
+    flags = settings.raise_errors(settings.read_flag_layer(given))
     try:
-        stored = settings.Layer(f"latents {saved_latents.path}", read_settings(saved_latents, kind))
-        merged = settings.merge([settings.build_flag_layer(given), stored])
-        return merged.origins(kind), settings.build_request(merged, kind)
+        stored = settings.Layer(f"latents {saved_latents.path}", read_settings(saved_latents))
+        merged = settings.merge([flags, stored])
+        return merged.origins(), settings.build_request(merged)
     except (LookupError, ValueError, TypeError, AttributeError, UsageError) as error:
-        if given.get(getattr(error, "setting", None) or "") is not None:
+        if isinstance(error, UsageError) and any(is_given(one, flags) for one in list_errors(error)):
             raise
         reason = f"{saved_latents.path} has no valid request in its metadata ({error})."
         raise DataError(reason, "Generate it again with --keep-latents.") from error
 
 
-def read_settings(saved_latents: SavedLatents, kind: type[ImageRequest]) -> dict[str, Any]:
+def is_given(error: LinfusionError, flags: settings.Layer) -> bool:
+    """Return whether the error is about an option that was given."""
+    return getattr(error, "setting", None) in flags.values
+
+
+def read_settings(saved_latents: SavedLatents) -> dict[str, Any]:
     """Return the settings in the metadata of the latents, without those of other output files."""
-    metadata, parsers = saved_latents.metadata, settings.PARSERS
-    values = {name: parsers[name](metadata[name]) for name in parsers if metadata.get(name) is not None}
-    values |= {"image": Path(metadata["image"])} if kind is UpscaleRequest else {}
-    return values | {"save_phases": False, "format": None, "output": saved_latents.path.with_suffix(".tif")}
+    values = values_from_json(saved_latents.metadata)
+    values |= {"save_phases": False, "format": None, "output": saved_latents.path.with_suffix(".tif")}
+    return {name: value for name, value in values.items() if value is not None}

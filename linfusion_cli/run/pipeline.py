@@ -30,33 +30,31 @@ from linfusion_cli.run.outputs.open import (
 )
 from linfusion_cli.run.outputs.report import complete_report
 from linfusion_cli.run.progress.recorder import RunRecorder
-from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
+from linfusion_cli.settings.request import Request
 
 if TYPE_CHECKING:
     from linfusion_cli.run.stages.context import RunContext
 
 
-def generate(request: GenerateRequest, origins: Mapping[str, str], observer: Observer = ignore_event) -> RunReport:
-    """Generate an image from a prompt. Raise a LinfusionError on failure; no partial output file remains."""
-    return run_pipeline(request, None, origins, observer)
+def generate(request: Request, origins: Mapping[str, str], observer: Observer = ignore_event) -> RunReport:
+    """Generate an image from a prompt, or upscale the source image of the request.
 
-
-def upscale(request: UpscaleRequest, origins: Mapping[str, str], observer: Observer = ignore_event) -> RunReport:
-    """Upscale the image `request.image`. Raise a LinfusionError on failure; no partial output file remains."""
+    Raise a LinfusionError on failure; no partial output file remains.
+    """
     request, image = resolve_source_image(request)
     return run_pipeline(request, image, origins, observer)
 
 
 @reraise_stop()
 def run_pipeline(
-    request: ImageRequest,
+    request: Request,
     image: SourceImage | None,
     origins: Mapping[str, str],
     observer: Observer,
     model_cache: ModelCache | None = None,
     keep_complete: bool = False,
 ) -> RunReport:
-    """Generate the image and write it to `request.output`.
+    """Generate the image and write it to `request.execution.output`.
 
     `origins` maps each setting to the source of its value. The run resumes from the checkpoint of an earlier run of the
     same request. Models are taken from `model_cache` and stored there. With `keep_complete`, a complete output file of
@@ -109,7 +107,7 @@ def run_pipeline(
 
 
 def start_run(
-    request: ImageRequest,
+    request: Request,
     image: SourceImage | None,
     recorder: RunRecorder,
     checkpoints: CheckpointManager,

@@ -11,7 +11,8 @@ import numpy as np
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.settings.request import ImageRequest, flag
+from linfusion_cli.settings.checks import flag
+from linfusion_cli.settings.request import Request
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ class PhaseSizes:
     from_noise: bool
 
 
-def build_phases(request: ImageRequest, phase_sizes: PhaseSizes) -> list[Phase]:
+def build_phases(request: Request, phase_sizes: PhaseSizes) -> list[Phase]:
     """Return the phases of an image. Raise UsageError if a setting has more values than there are phases."""
     sizes, from_noise = phase_sizes.sizes, phase_sizes.from_noise
     first = 1 if from_noise else 0
@@ -79,7 +80,7 @@ def format_ratio(ratio: float) -> str:
     return np.format_float_positional(ratio, precision=digits, fractional=False, trim="-") + "x"
 
 
-def get_phase_values(request: ImageRequest, setting: str, phases: int) -> list[Any]:
+def get_phase_values(request: Request, setting: str, phases: int) -> list[Any]:
     """Return the values of `setting` for each phase."""
     return broadcast_values(getattr(request, setting), phases, setting)
 
@@ -112,7 +113,7 @@ def compute_dilation(size: Size, base: Size) -> int:
     return max(1, math.floor(math.sqrt(size.area / base.area) + 0.5))
 
 
-def choose_attentions(request: ImageRequest, sizes: Sequence[Size], native: Size) -> list[str]:
+def choose_attentions(request: Request, sizes: Sequence[Size], native: Size) -> list[str]:
     """Return the attention of each phase. `auto` is "original" up to the model's native size, and "linear" above it."""
     kinds = get_phase_values(request, "attention", len(sizes))
     if "linear" in kinds and request.linfusion == "none":

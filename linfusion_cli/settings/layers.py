@@ -2,88 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
+from linfusion_cli.core.errors import ConfigError, InputNotFound, LinfusionError, UsageError
 from linfusion_cli.core.fs import is_file
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.settings.fields import PARSERS
+from linfusion_cli.settings.checks import flag, list_errors, raise_all
 from linfusion_cli.settings.presets import (
     CONFIG_VARIABLE,
+    OTHER_VARIABLES,
     find_config_file,
     find_preset_file,
     locate_key,
-    parse_table,
     read_config_preset,
     read_toml,
 )
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.setting import PREFIX, Source
+from linfusion_cli.settings.table import ALL_SETTINGS, MEMBERS, SETTINGS, assemble_request, select_settings
+from linfusion_cli.settings.values import Problem, parse_values
 
-R = TypeVar("R", bound=ImageRequest)
-
-PREFIX = "LINFUSION_"
-JOB = "job"  # the origin of settings that a job of a batch defines itself
+FLAG, ENVIRONMENT, JOB = "flag", "environment", "job"  # origins
+PRESET = "preset"
 HINTS = {  # for settings that have no default
     "prompt": "Write it as the argument, in quotes, or name a --preset that has one.",
     "size": "Add --size 4096, or --size 4096x2048 (width x height).",
     "model": "Add --model, or name a --preset that has one.",
 }
-# Valid values in place of missing ones, so that an error in another setting is reported first.
+# Valid values in place of missing ones, so that errors in other settings are reported first.
 PLACEHOLDERS: dict[str, Any] = {
     "prompt": "",
     "size": Size(1024, 1024),
-    "model": "auto",
     "output": Path("image.tif"),
-    "image": Path("image.png"),
+    "model": "auto",
 }
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one source: its description for reports, and its path if it is a file."""
+    """Settings from one source: its description for reports, and its path if it is a file.
+
+    errors: the errors of its invalid values. notices: warnings about it.
+    """
 
     origin: str
     values: Mapping[str, Any]
     path: Path | None = None
+    errors: Sequence[LinfusionError] = ()
+    notices: Sequence[str] = ()
 
     def origin_of(self, setting: str) -> str:
         """Return the description of the source: for an environment variable, its name."""
-        return PREFIX + setting.upper() if self.origin == "environment" else self.origin
+        return PREFIX + setting.upper() if self.origin == ENVIRONMENT else self.origin
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Merged settings and, for each, the layer it came from."""
+    """Merged settings, the layer that each came from, and the errors of all layers."""
 
     values: Mapping[str, Any]
     layers: Mapping[str, Layer]
+    errors: Sequence[LinfusionError] = field(default=())
 
-    def origins(self, kind: type[ImageRequest]) -> dict[str, str]:
-        """Return {setting: origin of its value} for all fields of a request."""
-        names = [field.name for field in fields(kind)]
-        return {name: self.layers[name].origin_of(name) if name in self.layers else "default" for name in names}
+    def origins(self) -> dict[str, str]:
+        """Return {setting: origin of its value} for all settings of a request."""
+        return {name: self.layers[name].origin_of(name) if name in self.layers else "default" for name in SETTINGS}
 
 
-def build_flag_layer(values: Mapping[str, Any]) -> Layer:
-    """Return the options given on the command line; None means "not given"."""
-    return Layer("flag", {name: value for name, value in values.items() if value is not None})
+def read_flag_layer(given: Mapping[str, Any]) -> Layer:
+    """Parse the options given on the command line; None means "not given"."""
+    values, problems = parse_values({name: value for name, value in given.items() if value is not None}, "flag")
+    errors = [
+        UsageError(f"{flag(name)} {format_given(problem.value)} {problem.reason}.", problem.hint, name)
+        for problem in problems
+        if (name := problem.name) is not None
+    ]
+    return Layer(FLAG, values, errors=errors)
+
+
+def format_given(value: Any) -> str:
+    """Return the text of an option in quotes; several occurrences are separated by commas."""
+    return repr(",".join(map(str, value)) if isinstance(value, list | tuple) else value)
 
 
 def read_environment_layer(environ: Mapping[str, str]) -> Layer:
-    """Parse the LINFUSION_* variables that are settings; raises UsageError with the variable's name."""
-    given = {name: environ[PREFIX + name.upper()] for name in PARSERS if PREFIX + name.upper() in environ}
-    values = {}
-    for name, text in given.items():
-        try:
-            values[name] = PARSERS[name](text)
-        except ValueError as error:
-            raise UsageError(f"{PREFIX}{name.upper()}={text!r} {error}.", "Correct or unset it.") from error
-        except UsageError as error:
-            raise UsageError(f"{PREFIX}{name.upper()}={text!r} is wrong.", error.hint) from error
-    return Layer("environment", values)
+    """Parse the LINFUSION_* variables that are settings, and warn about unknown ones."""
+    known = select_settings("environment")
+    given = {name: environ[setting.variable] for name, setting in known.items() if setting.variable in environ}
+    values, problems = parse_values(given, "environment")
+    errors = [
+        UsageError(
+            f"{PREFIX}{problem.key.upper()}={problem.value!r} {problem.reason}.", problem.hint or "Correct or unset it."
+        )
+        for problem in problems
+    ]
+    variables = [setting.variable for setting in known.values()]
+    notices = [warn_unknown(name, variables) for name in environ if name.startswith(PREFIX) and name not in variables]
+    return Layer(ENVIRONMENT, values, errors=errors, notices=list(filter(None, notices)))
+
+
+def warn_unknown(name: str, variables: Sequence[str]) -> str:
+    """Return the warning about a LINFUSION_* variable that is not a setting; nothing for the program's others."""
+    if name in OTHER_VARIABLES:
+        return ""
+    if (setting := ALL_SETTINGS.get(name.removeprefix(PREFIX).lower())) is not None:
+        return f"{name} is ignored: this setting cannot be a variable. Use {setting.flag}."
+    similar = difflib.get_close_matches(name, [*variables, *OTHER_VARIABLES], 1)
+    return f"{name} is ignored: there is no such setting.{f' Did you mean {similar[0]}?' if similar else ''}"
 
 
 def read_config_layer(environ: Mapping[str, str]) -> tuple[Layer, str | None]:
@@ -94,55 +123,82 @@ def read_config_layer(environ: Mapping[str, str]) -> tuple[Layer, str | None]:
             raise InputNotFound(f"The config file {path} does not exist.", f"Correct or unset {CONFIG_VARIABLE}.")
         return Layer("config file", {}, path), None
     table = read_toml(path)
-    preset = table.pop("preset", None)
+    preset = table.pop(PRESET, None)
     name = None if preset is None else read_config_preset(path, preset)
-    return Layer(f"config file {path}", parse_table(path, table), path), name
+    return read_file_layer(f"config file {path}", path, table, "config"), name
 
 
 def read_preset_layer(name: str) -> Layer:
     """Read a preset, given its name or path; raises UsageError, InputNotFound or ConfigError."""
     path = find_preset_file(name)
-    return Layer(f"preset {name}", parse_table(path, read_toml(path)), path)
+    return read_file_layer(f"preset {name}", path, read_toml(path), "preset")
 
 
-def merge(layers: list[Layer]) -> Settings:
-    """Merge `layers`; of several values for one setting, the first layer's counts."""
+def read_file_layer(origin: str, path: Path, table: Mapping[str, Any], source: Source) -> Layer:
+    """Parse the settings in the table of a file; its errors name file, line and key."""
+    values, problems = parse_values(table, source)
+    return Layer(origin, values, path, errors=[build_file_error(path, problem) for problem in problems])
+
+
+def build_file_error(path: Path, problem: Problem) -> ConfigError:
+    """Return the error about a line of a file."""
+    place = locate_key(path, problem.key.partition(" ")[0].partition(".")[0])
+    if problem.name is None:
+        hint = problem.hint or f"Settings are {', '.join(select_settings('preset'))}."
+        return ConfigError(f"{place}: there is no setting {problem.key!r}.", hint)
+    value = "" if problem.value is None else f" = {problem.value!r}"
+    return ConfigError(f"{place}: {problem.key}{value} {problem.reason}.", problem.hint or "Correct that line.")
+
+
+def raise_errors(layer: Layer) -> Layer:
+    """Return the layer; raise its errors if it has any."""
+    raise_all(layer.errors)
+    return layer
+
+
+def merge(layers: Sequence[Layer]) -> Settings:
+    """Merge `layers`; of several values for one setting, the first layer's counts.
+
+    A layer with the models of a group (ControlNets, IP-Adapters) replaces all settings of this group in later layers.
+    """
     values: dict[str, Any] = {}
     origins: dict[str, Layer] = {}
-    for layer in reversed(layers):
-        values.update(layer.values)
-        origins.update(dict.fromkeys(layer.values, layer))
-    return Settings(values, origins)
+    for layer in layers:
+        replaced = {name for group, members in MEMBERS.items() if group in values for name in members.values()}
+        new = {name: value for name, value in layer.values.items() if name not in values and name not in replaced}
+        values |= new
+        origins |= dict.fromkeys(new, layer)
+    return Settings(values, origins, [error for layer in layers for error in layer.errors])
 
 
-def build_request(settings: Settings, kind: type[R]) -> R:
-    """Build the request of this kind; settings that only the other kind has are left out.
+def build_request(settings: Settings) -> Request:
+    """Build the request: an upscale if there is an image. Settings of commands are left out.
 
-    Raises UsageError, or ConfigError if the wrong value is in a file. A wrong value is reported before a missing one.
+    Raises UsageError, or ConfigError if the wrong value is in a file. All wrong values are reported together, and before
+    a missing one.
     """
-    names = {field.name for field in fields(kind)}
-    given = {name: value for name, value in settings.values.items() if name in names}
-    missing = [name for name in list_required_settings(kind) if name not in given]
+    values = {name: value for name, value in settings.values.items() if name in SETTINGS}
+    optional = ("prompt",) if values.get("image") is not None else ()
+    missing = [name for name in PLACEHOLDERS if name not in values and name not in optional]
     try:
-        request = kind(**{name: PLACEHOLDERS[name] for name in missing} | given)
+        request, errors = assemble_request({name: PLACEHOLDERS[name] for name in missing} | values), []
     except UsageError as error:
-        layer = settings.layers.get(error.setting or "")
-        if layer is None or layer.origin in ("flag", JOB):
-            raise
-        raise _with_origin(error, layer) from error
+        request, errors = None, list(map_origins(list_errors(error), settings))
+    raise_all([*settings.errors, *errors])
+    assert request is not None  # otherwise there is an error
     if missing:
         raise UsageError(f"No {missing[0]} was given.", HINTS.get(missing[0], ""), missing[0])
     return request
 
 
-def _with_origin(error: UsageError, layer: Layer) -> UsageError | ConfigError:
-    """Return `error` with the variable, or the line of the file, that the wrong value comes from."""
-    setting = error.setting or ""
-    if layer.path is None:
-        return UsageError(f"{layer.origin_of(setting)}: {error.message}", error.hint)
-    return ConfigError(f"{locate_key(layer.path, setting)}: {error.message}", error.hint)
-
-
-def list_required_settings(kind: type[ImageRequest]) -> list[str]:
-    """Return the fields of a request that have no default."""
-    return [field.name for field in fields(kind) if field.default is MISSING]
+def map_origins(errors: Iterable[LinfusionError], settings: Settings) -> Iterable[LinfusionError]:
+    """Yield the errors, with the variable or the line of the file that each wrong value comes from."""
+    for error in errors:
+        name = getattr(error, "setting", None) or ""
+        layer = settings.layers.get(name)
+        if layer is None or layer.origin in (FLAG, JOB):
+            yield error
+        elif layer.path is None:
+            yield UsageError(f"{layer.origin_of(name)}: {error.message}", error.hint, name)
+        else:
+            yield ConfigError(f"{locate_key(layer.path, name)}: {error.message}", error.hint)

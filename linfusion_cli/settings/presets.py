@@ -14,11 +14,12 @@ import platformdirs
 
 from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
 from linfusion_cli.core.fs import expand_home, is_file, is_folder
-from linfusion_cli.settings.fields import PARSERS
 
 PACKAGE = Path(__file__).parents[1]
 CONFIG_VARIABLE = "LINFUSION_CONFIG"
 PATH_VARIABLE = "LINFUSION_PRESET_PATH"
+CPU_HALF_VARIABLE = "LINFUSION_CPU_HALF"  # of the tests of half precision
+OTHER_VARIABLES = (CONFIG_VARIABLE, PATH_VARIABLE, CPU_HALF_VARIABLE)  # that are not settings
 BUILT_IN = "built in"
 
 
@@ -130,23 +131,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}.", "Correct that line.") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}).", "Check its permissions.") from error
-
-
-def parse_table(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
-    """Parse the settings in a file's `table`; raises ConfigError with file, line and key."""
-    return {key: _parse_entry(path, key, value) for key, value in table.items()}
-
-
-def _parse_entry(path: Path, key: str, value: Any) -> Any:
-    if key not in PARSERS:
-        message = f"{locate_key(path, key)}: there is no setting {key!r}."
-        raise ConfigError(message, f"Settings are {', '.join(PARSERS)}.")
-    try:
-        return PARSERS[key](value)
-    except ValueError as error:
-        raise ConfigError(f"{locate_key(path, key)}: {key} = {value!r} {error}.", "Correct that line.") from error
-    except UsageError as error:
-        raise ConfigError(f"{locate_key(path, key)}: {key} = {value!r} is wrong.", error.hint) from error
 
 
 def locate_key(path: Path, key: str) -> str:

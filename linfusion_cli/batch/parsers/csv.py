@@ -10,9 +10,10 @@ from typing import Any
 from linfusion_cli.batch.parsers.job_spec import JobSpec, parse_job
 from linfusion_cli.batch.parsers.line_reader import MAX_JOB_BYTES, Line
 from linfusion_cli.batch.parsers.list_format import SEPARATORS
-from linfusion_cli.batch.parsers.schema import FIELDS
+from linfusion_cli.batch.parsers.schema import FIELDS, is_field
 from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.core.text import quote, shorten
+from linfusion_cli.settings.values import find_setting
 
 
 def read_csv(lines: Iterator[Line]) -> Iterator[JobSpec]:
@@ -30,11 +31,12 @@ def read_csv(lines: Iterator[Line]) -> Iterator[JobSpec]:
 
 def find_header_problem(names: list[str]) -> str | None:
     """Return a sentence on an unknown or repeated field; None if the header is valid."""
-    unknown = next((name for name in names if name not in FIELDS), None)
+    unknown = next((name for name in names if not is_field(name)), None)
     if unknown is not None:
         hint = " Separate the columns by commas." if SEPARATORS.search(unknown) else ""
         return f"Unknown field {quote(unknown)}.{hint}"
-    return "A field is named twice." if len(set(names)) < len(names) else None
+    fields = [setting.name for name in names if (setting := find_setting(name, FIELDS)) is not None]
+    return "A field is named twice." if len(set(fields)) < len(fields) else None
 
 
 def name_cells(names: list[str], cells: list[str]) -> dict[str, Any]:

@@ -60,8 +60,14 @@ class _Table:
 
 
 def parse_table(text: str) -> dict[str, Any]:
-    """Return the settings of a table; raise UsageError."""
+    """Return the settings of a table; raise UsageError. Its groups are written [[controlnet]] or [[job.controlnet]]."""
     try:
-        return tomllib.loads(text)
+        values = tomllib.loads(text)
     except ValueError as error:
         raise UsageError(f"Invalid TOML: {shorten(POSITION.sub('', str(error)))}.") from error
+    groups = values.get("job")
+    return (
+        values
+        if not isinstance(groups, dict)
+        else {name: value for name, value in {**values, **groups}.items() if name != "job"}
+    )

@@ -19,38 +19,68 @@ from linfusion_cli.cli.output.batch_reporter import BatchReporter
 from linfusion_cli.cli.output.crash_report import report_crash
 from linfusion_cli.cli.output.progress import observe_run
 from linfusion_cli.cli.output.streams import log as log_message
-from linfusion_cli.cli.parsing import option_groups, options
-from linfusion_cli.cli.parsing.build_request import Sources, configure_hub, parse_options, start_time_limit
+from linfusion_cli.cli.parsing.build_request import (
+    Sources,
+    build_job_request,
+    configure_hub,
+    read_command_options,
+    start_time_limit,
+)
+from linfusion_cli.cli.parsing.options import add_settings
 from linfusion_cli.core.errors import LinfusionError, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice, Observer
-from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
 
 if TYPE_CHECKING:
     from linfusion_cli.batch.queue import JobQueue
     from linfusion_cli.batch.results import Summary
     from linfusion_cli.batch.runner import BatchRunner
 
-PER_IMAGE_OPTIONS = ("output", "preview", "keep_latents")  # names of single files
+EXAMPLES = """
+linfusion batch jobs.jsonl --output-dir out
+linfusion batch prompts.txt --output-dir out --size 4096 --seeds 1-4 --dry-run
+linfusion batch --watch inbox --output-dir out --log-file batch.log
+"""
+PANEL = "Jobs"
 
-OutputDir = Annotated[Path, typer.Option(help="Folder of the images; created if it is missing.", show_default=False)]
-Name = Annotated[
-    str, typer.Option(help="File names; the fields are index, slug (of the prompt), seed, size, width and height.")
-]
-Seeds = Annotated[
-    str | None, typer.Option(help="Run each job that has no seed once per seed: 1-20, or 1,5,9-12.", metavar="SEEDS")
-]
-Shard = Annotated[str | None, typer.Option(metavar="I/N", help="Run only the I-th of N parts, for several machines.")]
-StopOnError = Annotated[bool, typer.Option("--stop-on-error", help="Stop after the first job that fails.")]
-Watch = Annotated[
-    Path | None,
-    typer.Option(
-        help="Instead of a single list, run every list that appears in this folder, until a signal stops the program. "
-        "Files with other suffixes are ignored."
+Jobs = Annotated[
+    str | None,
+    typer.Argument(
+        help="The list of jobs: a .jsonl, .ndjson or .csv file, a .toml file with [[job]] tables, or a .txt file with "
+        "one prompt per line. The format of standard input (-), pipes and files without a suffix is detected from "
+        "their first lines."
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the jobs and their files, and which are complete.")]
-Reports = Annotated[bool, typer.Option("--reports", help="Write the report of each image next to it, as FILE.json.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the files' paths.")]
+
+
+def job_option(help: str, *flags: str, **facts: Any) -> Any:
+    """Return an option about the list of jobs."""
+    return typer.Option(*flags, help=help, rich_help_panel=PANEL, show_default=False, **facts)
+
+
+OutputDir = Annotated[Path, job_option("Folder of the images; created if it is missing.", metavar="FOLDER")]
+Name = Annotated[
+    str,
+    job_option(
+        "File names; the fields are index, slug (of the prompt), seed, size, width and height. "
+        f"[default: {DEFAULT_TEMPLATE}]",
+        metavar="TEMPLATE",
+    ),
+]
+Seeds = Annotated[
+    str | None, job_option("Run each job that has no seed once per seed: 1-20, or 1,5,9-12.", metavar="SEEDS")
+]
+Shard = Annotated[str | None, job_option("Run only the I-th of N parts, for several machines.", metavar="I/N")]
+StopOnError = Annotated[bool, job_option("Stop after the first job that fails.", "--stop-on-error")]
+Watch = Annotated[
+    Path | None,
+    job_option(
+        "Instead of a single list, run every list that appears in this folder, until a signal stops the program. "
+        "Files with other suffixes are ignored.",
+        metavar="FOLDER",
+    ),
+]
+DryRun = Annotated[bool, job_option("Only list the jobs and their files, and which are complete.", "--dry-run")]
+Reports = Annotated[bool, job_option("Write the report of each image next to it, as FILE.json.", "--reports")]
 
 
 @dataclass(frozen=True)
@@ -64,12 +94,11 @@ class ListOptions:
     reports: bool
 
 
-@option_groups.collect_options(
-    option_groups.batch_options, *option_groups.REQUEST_GROUPS, without=PER_IMAGE_OPTIONS, own_first=True
-)
+@add_settings("batch")
 def command(
     given: dict[str, Any],
     output_dir: OutputDir,
+    jobs: Jobs = None,
     name: Name = DEFAULT_TEMPLATE,
     seeds: Seeds = None,
     shard: Shard = None,
@@ -77,10 +106,6 @@ def command(
     watch: Watch = None,
     dry_run: DryRun = False,
     reports: Reports = False,
-    as_json: Json = False,
-    quiet: options.Quiet = False,
-    log_file: options.LogFile = None,
-    time_limit: options.TimeLimit = None,
 ) -> None:
     """Generate many images from a list of jobs. A job can define any setting; options apply to jobs without it.
 
@@ -89,13 +114,14 @@ def command(
     The same command again skips complete images and resumes the others. Exit codes: 0 if all are complete, 3 if some
     failed.
     """
-    source = given.pop("jobs")
-    check_conflicts(source, watch, dry_run, seeds, given)
-    configure_hub(bool(given["download"]), quiet)
-    start_time_limit(time_limit)
-    with ExitStack() as at_exit, observe_run(quiet, log_file) as observer:
+    command_options = read_command_options(given)
+    check_conflicts(jobs, watch, dry_run, seeds, given)
+    configure_hub(bool(given["download"]), command_options.quiet)
+    start_time_limit(command_options.time_limit)
+    with ExitStack() as at_exit, observe_run(command_options.quiet, command_options.log_file) as observer:
         queue = build_queue(given, ListOptions(output_dir, name, seeds, shard, reports), observer)
-        reporter = BatchReporter(observer, as_json, reports, source or str(watch), dry_run, quiet)
+        source, quiet = jobs or str(watch), command_options.quiet
+        reporter = BatchReporter(observer, command_options.json, reports, source, dry_run, quiet)
         batch = build_runner(queue, observer, reporter, stop_on_error, dry_run)
         at_exit.callback(reporter.show_summary, batch)  # after the progress bars are closed, also after a signal
         if watch is None:
@@ -121,9 +147,8 @@ def build_queue(given: dict[str, Any], list_options: ListOptions, observer: Obse
     """Return the queue that expands lists to jobs; raises UsageError, InputNotFound or ConfigError."""
     from linfusion_cli.batch.queue import JobQueue  # numpy and more: slow to import, not needed for --help
 
-    given = parse_options(given)
-    preset = given.pop("preset")
-    sources = Sources.read(given, preset, os.environ, observer)
+    sources = Sources.read(given, os.environ, observer)
+    check_values(sources)
     seeds, shard = list_options.seeds, list_options.shard
     return JobQueue(
         build_request=lambda values: build_job_request(sources, values),
@@ -135,14 +160,10 @@ def build_queue(given: dict[str, Any], list_options: ListOptions, observer: Obse
     )
 
 
-def build_job_request(sources: Sources, values: Mapping[str, Any]) -> tuple[dict[str, str], ImageRequest]:
-    """Build the request of a job from its own values and `sources` -> origins of its settings, request."""
-    kind = GenerateRequest if "image" not in values else UpscaleRequest
-    own = {name: value for name, value in values.items() if name != "preset"}
-    merged = sources.merge(kind, settings.Layer(settings.JOB, own), values.get("preset"))
-    if kind is GenerateRequest and "prompt" not in merged.values:
-        raise UsageError("Empty job: a prompt is required.", "Add a prompt, or an image to upscale.")
-    return merged.origins(kind), settings.build_request(merged, kind)
+def check_values(sources: Sources) -> None:
+    """Raise the errors of options, variables, config file and preset: they are not those of a job."""
+    for layer in [*sources.layers, *sources.preset_layers.values()]:
+        settings.raise_errors(layer)
 
 
 def build_runner(

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from linfusion_cli.cli.commands.run_command import PreparedRun, RunOptions, run_command
-from linfusion_cli.cli.parsing import option_groups, options
-from linfusion_cli.cli.parsing.build_request import parse_option
+import typer
+
+from linfusion_cli.cli.commands.run_command import PreparedRun, run_command
+from linfusion_cli.cli.parsing.options import add_settings
 from linfusion_cli.core.events import Observer
 
+EXAMPLES = """
+linfusion decode lake.safetensors -o lake.png --bits 16
+linfusion decode lake.tif.linfusion -o lake.tif   # the checkpoint of a run
+"""
 
-@option_groups.collect_options(option_groups.decode_options)
-def command(
-    given: dict[str, Any],
-    latents: options.Latents,
-    report: options.Report = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    log_file: options.LogFile = None,
-    time_limit: options.TimeLimit = None,
-) -> None:
+Latents = Annotated[
+    Path,
+    typer.Argument(
+        help="A file written by --keep-latents, or the .linfusion folder of an unfinished run.", show_default=False
+    ),
+]
+
+
+@add_settings("decode")
+def command(given: dict[str, Any], latents: Latents) -> None:
     """Decode saved latents to an image. Options that are not given keep the values of the run."""
-    given |= {name: parse_option(name, given[name]) for name in ("vram", "ram") if given[name] is not None}
-    prepare = partial(prepare_decode, latents, given)
-    run_command(prepare, bool(given["download"]), RunOptions(report, as_json, quiet, log_file, time_limit))
+    run_command(partial(prepare_decode, latents, given), given)
 
 
 def prepare_decode(latents: Path, given: dict[str, Any], observer: Observer) -> PreparedRun:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from linfusion_cli.cli.commands.run_command import RunOptions, run_request
-from linfusion_cli.cli.parsing import option_groups, options
-from linfusion_cli.settings.request import GenerateRequest
+from linfusion_cli.cli.commands.run_command import run_request
+from linfusion_cli.cli.parsing.options import add_settings
+
+EXAMPLES = """
+linfusion generate "a lake at dawn" --size 8192 -o lake.tif
+linfusion generate "a lake" --preset sdxl-lightning --size 4096x2048 --download
+linfusion generate - --steps 50,30 --seed 7 < prompt.txt
+linfusion generate "a lake" --size 16384 --time-limit 8h   # resume: same command
+"""
 
 
-@option_groups.collect_options(option_groups.generate_options, *option_groups.REQUEST_GROUPS)
-def command(
-    given: dict[str, Any],
-    report: options.Report = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    log_file: options.LogFile = None,
-    time_limit: options.TimeLimit = None,
-) -> None:
+@add_settings("generate")
+def command(given: dict[str, Any]) -> None:
     """Generate an image from a prompt and write it to a file."""
     from linfusion_cli.run.pipeline import generate  # numpy and more: slow to import, not needed for --help
 
-    run_request(given, GenerateRequest, generate, RunOptions(report, as_json, quiet, log_file, time_limit))
+    run_request(given, generate)

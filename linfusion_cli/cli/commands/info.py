@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from linfusion_cli.images import FileInfo
 
 
+EXAMPLES = """
+linfusion info lake.tif
+linfusion info lake.tif --verify
+"""
+
+
 def command(
     file: Annotated[Path, typer.Argument(help="A TIFF, PNG or JPEG file.")],
     verify: Annotated[bool, typer.Option("--verify", help="Decode the whole file, and verify its checksum.")] = False,

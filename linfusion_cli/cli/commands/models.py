@@ -12,6 +12,7 @@ import typer
 from linfusion_cli.cli.output.streams import echo, emit_result
 from linfusion_cli.cli.output.tables import build_table, format_table
 from linfusion_cli.cli.parsing.build_request import configure_hub
+from linfusion_cli.cli.parsing.help import HelpCommand
 from linfusion_cli.core.units import format_bytes
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 
     from linfusion_cli.models.inspect.check import CheckResult
 
-app = typer.Typer(help="List, download and validate models.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="List, download and validate models.", rich_markup_mode=None)
 
 PATH_COLUMNS = 2000  # wide enough not to wrap paths
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command("list")
+@app.command(cls=HelpCommand, name="list")
 def list_models(as_json: Json = False) -> None:
     """List the embedded model and those in the Hugging Face cache."""
     configure_hub(download=False, quiet=True)
@@ -45,7 +46,7 @@ def build_model_table(entries: list[dict[str, Any]]) -> Table:
     return table
 
 
-@app.command("pull")
+@app.command(cls=HelpCommand, name="pull")
 def pull_model(
     name: Annotated[
         str,
@@ -65,7 +66,7 @@ def pull_model(
         emit_result(str(path))
 
 
-@app.command("check")
+@app.command(cls=HelpCommand, name="check")
 def check(
     name: Annotated[
         str, typer.Argument(metavar="MODEL", help="A value of --model, --lora, --controlnet or --ip-adapter.")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from linfusion_cli.cli.output.progress import echo_notice
 from linfusion_cli.cli.output.streams import emit_result
 from linfusion_cli.cli.output.tables import build_table, format_table
-from linfusion_cli.cli.parsing import option_groups
-from linfusion_cli.cli.parsing.build_request import configure_hub, read_request
+from linfusion_cli.cli.parsing.build_request import configure_hub, read_command_options, read_request
+from linfusion_cli.cli.parsing.options import add_settings
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.units import format_bytes, format_seconds
-from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.request_json import execution_to_json, request_to_json, to_json_value
+from linfusion_cli.settings.table import flatten_request
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,30 +26,35 @@ if TYPE_CHECKING:
 
 HEADINGS = ("stage", "size", "steps", "attention", "strips", "maps", "guidance", "GPU", "host", "time")
 
-PlanJson = Annotated[bool, typer.Option("--json", help="Print request, origins of its settings, and plan as JSON.")]
+EXAMPLES = """
+linfusion plan --preset sdxl --size 16384
+linfusion plan --preset sdxl --size 16384 --device cuda --vram 24GiB
+linfusion plan --image photo.jpg --size 8192 --json
+"""
 
 
-@option_groups.collect_options(option_groups.plan_options, *option_groups.REQUEST_GROUPS)
-def command(given: dict[str, Any], as_json: PlanJson = False) -> None:
+@add_settings("plan")
+def command(given: dict[str, Any]) -> None:
     """Show how generate or upscale would run, its memory and time. Loads no weights."""
+    command_options = read_command_options(given)
     configure_hub(bool(given["download"]), quiet=False)
-    kind = GenerateRequest if given["image"] is None else UpscaleRequest
-    origins, request = read_request(given, echo_notice, kind)
+    origins, request = read_request(given, echo_notice)
     from linfusion_cli.planning.machine import build_cpu_notice
     from linfusion_cli.run.inputs.disk import estimate_disk_bytes
     from linfusion_cli.run.inputs.resolve import resolve_request
     from linfusion_cli.run.inputs.source_image import resolve_source_image
     from linfusion_cli.run.stages.plan import plan_run  # torch and diffusers: not needed for --help
 
-    request, image = resolve_source_image(request) if isinstance(request, UpscaleRequest) else (request, None)
+    request, image = resolve_source_image(request)
     resolved = resolve_request(request, image)
     for warning in resolved.facts.warnings:
         echo_notice(Notice(warning))
     plan, disk = plan_run(resolved), estimate_disk_bytes(resolved)
     if notice := build_cpu_notice(plan.machine, plan.estimate.seconds):
         echo_notice(Notice(notice))
-    if as_json:
-        values = {"request": request.to_json(), "settings": origins, "disk_bytes": disk}
+    if command_options.json:
+        described = {"request": request_to_json(request), "execution": execution_to_json(request)}
+        values = described | {"settings": origins, "disk_bytes": disk}
         emit_result(json.dumps(values | {"plan": plan.to_json()}, indent=2))
     else:
         parts = [format_table(build_plan_table(plan)), format_budgets(plan, disk), format_settings(origins, request)]
@@ -107,10 +112,10 @@ def format_budgets(plan: Plan, disk_bytes: int) -> str:
     return f"{memory} Required disk space: up to {format_bytes(disk_bytes)}."
 
 
-def format_settings(origins: Mapping[str, str], request: ImageRequest) -> str:
+def format_settings(origins: Mapping[str, str], request: Request) -> str:
     """Return a table of all settings with their origins."""
     table = build_table("setting", "value", "from")
-    values = request.to_json()
+    values = to_json_value(flatten_request(request))
     for name, origin in origins.items():
         table.add_row(name, json.dumps(values[name], ensure_ascii=False), origin)
     return format_table(table)

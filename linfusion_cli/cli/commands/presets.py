@@ -8,15 +8,14 @@ import typer
 
 from linfusion_cli import settings
 from linfusion_cli.cli.output.streams import echo_line, emit_result
+from linfusion_cli.cli.parsing.help import HelpCommand
 from linfusion_cli.core.errors import ConfigError
 
 SHADOWED = "{} is ignored: {} has the same name."
-app = typer.Typer(
-    help="List and show presets: the built-in ones and your own.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="List and show presets: the built-in ones and your own.", rich_markup_mode=None)
 
 
-@app.command("list")
+@app.command(cls=HelpCommand, name="list")
 def list_presets() -> None:
     """List all presets: name, model, default size and source."""
     presets = settings.find_presets()
@@ -33,7 +32,7 @@ def list_presets() -> None:
         emit_result(f"{preset.name:{width}}  {values.get('model', '-')}  {values.get('size', '-')}  {preset.source}")
 
 
-@app.command("show")
+@app.command(cls=HelpCommand, name="show")
 def show(name: Annotated[str, typer.Argument(help="A name from the list, or the path of a .toml file.")]) -> None:
     """Print the file of a preset, as a start for your own."""
     settings.read_preset_layer(name)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from linfusion_cli.cli.commands.run_command import RunOptions, run_request
-from linfusion_cli.cli.parsing import option_groups, options
-from linfusion_cli.settings.request import UpscaleRequest
+from linfusion_cli.cli.commands.run_command import run_request
+from linfusion_cli.cli.parsing.options import add_settings
+
+EXAMPLES = """
+linfusion upscale photo.jpg
+linfusion upscale photo.jpg --size 16384 --prompt "an alpine valley" -o large.tif
+linfusion upscale logo.png --size 4096 --background white
+"""
 
 
-@option_groups.collect_options(option_groups.upscale_options, *option_groups.REQUEST_GROUPS)
-def command(
-    given: dict[str, Any],
-    report: options.Report = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    log_file: options.LogFile = None,
-    time_limit: options.TimeLimit = None,
-) -> None:
+@add_settings("upscale")
+def command(given: dict[str, Any]) -> None:
     """Upscale an existing image and write the larger one to a file."""
-    from linfusion_cli.run.pipeline import upscale  # numpy and more: slow to import, not needed for --help
+    from linfusion_cli.run.pipeline import generate  # numpy and more: slow to import, not needed for --help
 
-    run_request(given, UpscaleRequest, upscale, RunOptions(report, as_json, quiet, log_file, time_limit))
+    run_request(given, generate)

@@ -4,78 +4,41 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from linfusion_cli import settings
 from linfusion_cli.cli.output.streams import is_terminal
 from linfusion_cli.core import signals
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.events import Notice, Observer
-from linfusion_cli.core.units import parse_seconds, parse_size
+from linfusion_cli.core.units import parse_seconds
 from linfusion_cli.models.locate.model import is_local
-from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest, flag
-
-R = TypeVar("R", bound=ImageRequest)
+from linfusion_cli.settings.command_options import CommandOptions
+from linfusion_cli.settings.request import Request
 
 MAX_TIME_LIMIT_SEC = 1000 * 3600
-SIZES = ("size", "base_size", "original_size", "target_size")
-PER_PHASE = ("steps", "guidance_scale", "strength", "attention")
-TEXT_OPTIONS = (  # Typer passes their text, which is parsed here
-    *SIZES,
-    *PER_PHASE,
-    "guidance_interval",
-    "cosine",
-    "crop_top_left",
-    "vram",
-    "ram",
-    "control_phases",
-)
-
-LIST_OPTIONS = (  # Typer passes lists
-    "lora",
-    "textual_inversion",
-    "ip_adapter",
-    "ip_image",
-    "ip_scale",
-    "controlnet",
-    "control_image",
-    "control_scale",
-    "control_type",
-)
+PRESET_VARIABLE = "LINFUSION_PRESET"
+SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
 
 
-def read_request(
-    given: dict[str, Any], observer: Observer, kind: type[R] = GenerateRequest
-) -> tuple[dict[str, str], R]:
-    """Build the request of this kind from the `given` options, environment, config file and preset.
+def read_request(given: Mapping[str, Any], observer: Observer) -> tuple[dict[str, str], Request]:
+    """Build the request from the `given` options, environment, config file and preset.
 
     Returns the origin of each setting, and the request.
     """
-    given = parse_options(given)
-    preset = given.pop("preset")
-    given["prompt"] = read_prompt(given["prompt"])
-    merged = Sources.read(given, preset, os.environ, observer).merge(kind)
-    return merged.origins(kind), settings.build_request(merged, kind)
+    given = {**given, "prompt": read_prompt(given.get("prompt"))}
+    merged = Sources.read(given, os.environ, observer).merge()
+    return merged.origins(), settings.build_request(merged)
 
 
-def parse_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Convert the options that Typer passes as text or lists to the types of a request; raises UsageError."""
-    given = given | {name: parse_option(name, given[name]) for name in TEXT_OPTIONS if given.get(name) is not None}
-    return given | {name: tuple(given[name]) if given[name] else None for name in LIST_OPTIONS}
-
-
-def parse_option(setting: str, text: str) -> Any:
-    """Parse the text of an option; raises UsageError."""
-    if setting in SIZES:
-        return parse_size(text, setting)
-    try:
-        return settings.PARSERS[setting](text)
-    except ValueError as error:
-        raise UsageError(f"{flag(setting)} {text!r} {error}.", "", setting) from error
+def read_command_options(given: Mapping[str, Any]) -> CommandOptions:
+    """Return the options of a command that are not part of a request; raises UsageError."""
+    own = {name: value for name, value in given.items() if name in CommandOptions.__dataclass_fields__}
+    return CommandOptions(**settings.raise_errors(settings.read_flag_layer(own)).values)
 
 
 def start_time_limit(time_limit: str | None) -> None:
@@ -128,31 +91,34 @@ class Sources:
     installed, else demo.
     """
 
-    layers: list[settings.Layer]
+    layers: Sequence[settings.Layer]
     preset: str | None
     observer: Observer
     preset_layers: dict[str, settings.Layer] = field(default_factory=dict)  # cache of presets by name
 
     @staticmethod
-    def read(given: Mapping[str, Any], preset: str | None, environ: Mapping[str, str], observer: Observer) -> Sources:
-        """Read all sources; raises UsageError, InputNotFound or ConfigError."""
+    def read(given: Mapping[str, Any], environ: Mapping[str, str], observer: Observer) -> Sources:
+        """Read all sources; raises UsageError, InputNotFound or ConfigError for files that cannot be read."""
         config, config_preset = settings.read_config_layer(environ)
-        layers = [settings.build_flag_layer(given), settings.read_environment_layer(environ), config]
-        named = (preset, environ.get("LINFUSION_PRESET"), config_preset)
+        layers = [settings.read_flag_layer(given), settings.read_environment_layer(environ), config]
+        for layer in layers:
+            for notice in layer.notices:
+                observer(Notice(notice))
+        named = (given.get("preset"), environ.get(PRESET_VARIABLE), config_preset)
         name = next((name for name in named if name is not None), None)
         return Sources(layers, name, observer, {} if name is None else {name: settings.read_preset_layer(name)})
 
-    def merge(
-        self, kind: type[ImageRequest], job: settings.Layer | None = None, preset: str | None = None
-    ) -> settings.Settings:
+    def merge(self, job: settings.Layer | None = None) -> settings.Settings:
         """Merge all settings. Those of a `job` have the highest precedence; its `preset` replaces the common one."""
         layers = [job, *self.layers] if job else list(self.layers)
-        name = self.preset if preset is None else preset
+        name = (job.values.get("preset") if job else None) or self.preset
         if name is None and not any("model" in layer.values for layer in layers):
             name = self._default_preset
+        is_upscale = any(layer.values.get("image") is not None for layer in layers)
         if name is not None:
-            layer = self._preset_layer(name)
-            layers.append(drop_inapplicable_settings(layer, is_upscale=kind is UpscaleRequest, is_job=job is not None))
+            preset = self._preset_layer(name)
+            layers.append(drop_inapplicable_settings(preset, is_upscale, is_job=job is not None))
+        layers.append(build_size_layer(layers))
         return settings.merge([*layers, build_output_layer(layers)])
 
     @cached_property
@@ -184,12 +150,31 @@ def drop_inapplicable_settings(preset: settings.Layer, is_upscale: bool, is_job:
     return replace(preset, values={name: value for name, value in preset.values.items() if name not in dropped})
 
 
-def build_output_layer(layers: list[settings.Layer]) -> settings.Layer:
+def build_size_layer(layers: Sequence[settings.Layer]) -> settings.Layer:
+    """Return the default size of an upscale: twice that of the image; raises the errors of reading it."""
+    values = settings.merge(layers).values
+    has_problem = any(getattr(error, "setting", None) == "size" for layer in layers for error in layer.errors)
+    if values.get("image") is None or "size" in values or has_problem:
+        return settings.Layer("default", {})
+    from linfusion_cli.run.inputs.source_image import double_image_size  # numpy and more: not needed for --help
+
+    return settings.Layer("default", {"size": double_image_size(values["image"])})
+
+
+def build_output_layer(layers: Sequence[settings.Layer]) -> settings.Layer:
     """Return the default output: in the current folder, named after size and seed, or after the upscaled image."""
     values = settings.merge(layers).values
-    suffix = {"png": ".png", "jpeg": ".jpg"}.get(values.get("format") or "", ".tif")
+    suffix = SUFFIXES.get(values.get("format") or "", ".tif")
     size, image = values.get("size"), values.get("image")
     name = f"linfusion-{size}-seed{values.get('seed', 0)}"
     if image is not None and size is not None:
         name = f"{image.stem}-{max(size.pair)}"
     return settings.Layer("default", {"output": Path(name + suffix)})
+
+
+def build_job_request(sources: Sources, values: Mapping[str, Any]) -> tuple[dict[str, str], Request]:
+    """Build the request of a job from its own values and `sources` -> origins of its settings, request."""
+    merged = sources.merge(settings.Layer(settings.JOB, values))
+    if "image" not in merged.values and "prompt" not in merged.values:
+        raise UsageError("Empty job: a prompt is required.", "Add a prompt, or an image to upscale.")
+    return merged.origins(), settings.build_request(merged)

@@ -1,333 +1,108 @@
-"""The options of the commands: types and help texts.
-
-An option that is not given is None: presets and requests define the default values.
-"""
+"""Generate the options of the commands from the table of settings."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
 
-from typer import Argument, Option
+import typer
 
-from linfusion_cli.settings.request import SCHEDULERS
+from linfusion_cli.cli.parsing import completion
+from linfusion_cli.settings.setting import Command, Setting
+from linfusion_cli.settings.table import select_options
 
-Prompt = Annotated[
-    str | None,
-    Argument(help="The prompt; - reads it from standard input. [default: the sample prompt of the preset]"),
-]
-Image = Annotated[Path, Argument(help="The image to upscale: PNG, JPEG, WebP or TIFF.", show_default=False)]
-ImageOption = Annotated[Path | None, Option("--image", help="Plan `upscale` of this image instead of `generate`.")]
-Jobs = Annotated[
-    str | None,
-    Argument(
-        help="The list of jobs: a .jsonl, .ndjson or .csv file, a .toml file with [[job]] tables, or a .txt file with "
-        "one prompt per line. The format of standard input (-), pipes and files without a suffix is detected from "
-        "their first lines."
-    ),
-]
-PromptOption = Annotated[
-    str | None,
-    Option("--prompt", help="A prompt that describes the image; - reads it from standard input. [default: empty]"),
-]
-Background = Annotated[
-    str | None,
-    Option(help="Colour for transparent parts of the input image, e.g. white or #204060. Required for such images."),
-]
-Size = Annotated[
-    str | None,
-    Option(
-        help="Size of the output in pixels: 16384x8192 (width x height), or 16384 for a square (upscale: for the "
-        "longer side). At least 64. [default: the size of the preset; required for upscale]"
-    ),
-]
-Output = Annotated[
-    Path | None,
-    Option(
-        "-o",
-        "--output",
-        help="Output file: .tif, .png or .jpg. [default: in the current folder, named after size and seed, or after "
-        "the input image]",
-    ),
-]
-Preset = Annotated[
-    str | None,
-    Option(help="A name from `linfusion presets list`, or a .toml file. [default: sdxl if installed, else demo]"),
-]
-Model = Annotated[
-    str | None,
-    Option(
-        help="A folder in the diffusers layout, a .safetensors file, a Hugging Face model OWNER/REPO[@REVISION] in the "
-        "local cache, or demo (the embedded model)."
-    ),
-]
-DecodeModel = Annotated[
-    str | None,
-    Option("--model", help="The model, if it is not where the run found it. [default: the model of the run]"),
-]
-Latents = Annotated[
-    Path,
-    Argument(
-        help="A file written by --keep-latents, or the .linfusion folder of an unfinished run.", show_default=False
-    ),
-]
-Linfusion = Annotated[
-    str | None,
-    Option(
-        help="LinFusion weights: a folder, a hub id, none, or auto (the model's own, else its family's). "
-        "[default: auto]"
-    ),
-]
-LinfusionMerge = Annotated[
-    str | None,
-    Option(
-        help="How the self-attention of a fine-tuned model is combined with the LinFusion weights: delta (add its "
-        "difference from the base model), published (ignore it), keep (use its own projections), or auto (delta if the "
-        "base model is installed). [default: auto]"
-    ),
-]
-LinfusionBase = Annotated[
-    str | None,
-    Option(
-        help="The base model for --linfusion-merge delta, for which the LinFusion weights were trained: a folder, a "
-        "hub id, or auto (the family's). [default: auto]"
-    ),
-]
-Vae = Annotated[
-    str | None,
-    Option(
-        help="Another VAE: a folder, a file, a hub id, or auto (the model's own). A TAESD is fast, but less accurate. "
-        "[default: auto]"
-    ),
-]
-NegativePrompt = Annotated[str | None, Option(help="What the image should not show.")]
-StrictPrompt = Annotated[
-    bool | None,
-    Option(
-        "--strict-prompt/--no-strict-prompt",
-        help="Reject prompts with syntax of other tools, e.g. weights such as (word:1.3), instead of warning.",
-    ),
-]
-Lora = Annotated[
-    list[str] | None,
-    Option(
-        metavar="LORA",
-        help="A LoRA: FILE[:WEIGHT], a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). Can be repeated.",
-    ),
-]
-TextualInversion = Annotated[
-    list[str] | None,
-    Option(
-        metavar="FILE",
-        help="A textual inversion: FILE[:TOKEN], a folder, or a hub id. The prompt refers to it by TOKEN. "
-        "Can be repeated.",
-    ),
-]
-ClipSkip = Annotated[
-    int | None,
-    Option(help="The hidden layer of the text encoders, counted from the end: 1 is the last. [default: 1; SDXL: 2]"),
-]
-IpAdapter = Annotated[
-    list[str] | None,
-    Option(
-        metavar="ADAPTER",
-        help="An IP-Adapter: a file, a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). Can be repeated.",
-    ),
-]
-IpImage = Annotated[
-    list[str] | None,
-    Option(metavar="FILE", help="The image prompt of an --ip-adapter: one for each, in the same order."),
-]
-IpScale = Annotated[
-    list[float] | None,
-    Option(
-        metavar="SCALE",
-        help="Weight of an --ip-adapter: one for each; the last one holds for the rest. [default: 1]",
-        show_default=False,
-    ),
-]
-IpImageEncoder = Annotated[
-    str | None,
-    Option(help="The folder of the image encoder, or auto: the matching one near the --ip-adapter. [default: auto]"),
-]
-Controlnet = Annotated[
-    list[str] | None,
-    Option(
-        metavar="CONTROLNET",
-        help="A ControlNet or union ControlNet: a folder in the diffusers layout, or a hub id. Can be repeated.",
-    ),
-]
-ControlImage = Annotated[
-    list[str] | None,
-    Option(metavar="FILE", help="The control image (edges, depth, pose …) of a --controlnet: one for each."),
-]
-ControlScale = Annotated[
-    list[float] | None,
-    Option(
-        metavar="SCALE",
-        help="Weight of a --controlnet, from 0: one for each; the last one holds for the rest. [default: 1]",
-        show_default=False,
-    ),
-]
-ControlType = Annotated[
-    list[str] | None,
-    Option(
-        metavar="TYPE",
-        help="The type of the control image of a union ControlNet: canny, depth, openpose, tile …, or its index.",
-    ),
-]
-ControlPhases = Annotated[
-    str | None,
-    Option(help="The phases in which ControlNets are active: base, all, or indices such as 0,1. [default: base]"),
-]
-Seed = Annotated[int | None, Option(help="The same request with the same seed gives the same image. [default: 0]")]
-PredictionType = Annotated[
-    str | None,
-    Option(
-        help="The prediction type of the model: epsilon, v_prediction, or auto (from its config, else measured). "
-        "[default: auto]"
-    ),
-]
-Scheduler = Annotated[str | None, Option(help=f"One of {', '.join(SCHEDULERS)}. [default: euler]")]
-TimestepSpacing = Annotated[
-    str | None,
-    Option(help="leading, trailing (for few-step models), linspace, or auto (the model's own). [default: auto]"),
-]
-Steps = Annotated[
-    str | None,
-    Option(
-        help="Number of steps of the schedule, of which phases above the base run only the last ones; or one number "
-        "per phase: 50,30. [default: 30]"
-    ),
-]
-GuidanceScale = Annotated[
-    str | None,
-    Option(
-        help="Classifier-free guidance scale; 1 or less disables guidance. Or one number per phase: 7.5,5. [default: 5]"
-    ),
-]
-GuidanceRescale = Annotated[
-    float | None, Option(help="0 to 1; about 0.7 reduces oversaturation at high guidance scales. [default: 0]")
-]
-GuidanceInterval = Annotated[
-    str | None,
-    Option(
-        metavar="LO,HI",
-        help="Apply guidance only at noise levels (sigma) above LO and up to HI (can be inf); 0.28,5.42 for SDXL.",
-    ),
-]
-Upscaler = Annotated[
-    str | None,
-    Option(
-        help="How phases are upscaled: demofusion, sdedit, or none (a single phase at the full size). [default: sdedit]"
-    ),
-]
-UpscaleSpace = Annotated[
-    str | None,
-    Option(help="Resize between phases in pixel space, or in latent space (faster, but softer). [default: pixel]"),
-]
-BaseSize = Annotated[
-    str | None,
-    Option(
-        help="Size of the first phase. [default: the aspect ratio of --size with the model's native number of pixels]"
-    ),
-]
-Strength = Annotated[
-    str | None,
-    Option(
-        help="0 to 1: the fraction of the steps that the first phase above the base runs; it decreases linearly for "
-        "later phases. Or one number per phase: 0.4,0.3. [default: 0.32]"
-    ),
-]
-Cosine = Annotated[
-    str | None,
-    Option(
-        metavar="A1,A2,A3",
-        help="DemoFusion's exponents for skip residual, dilated pass and blur. [default: 3,1,1]",
-    ),
-]
-BlurSigma = Annotated[
-    float | None, Option(help="DemoFusion's blur before the dilated pass, in latent pixels. [default: 0.8]")
-]
-DilatedMin = Annotated[
-    float | None,
-    Option(help="Skip the dilated pass in steps where its weight is smaller; 0 never skips it. [default: 0.01]"),
-]
-OriginalSize = Annotated[
-    str | None, Option(help="SDXL's original-size conditioning. [default: the size of the output]")
-]
-TargetSize = Annotated[str | None, Option(help="SDXL's target-size conditioning. [default: the size of the output]")]
-CropTopLeft = Annotated[str | None, Option(metavar="TOP,LEFT", help="SDXL's crop conditioning. [default: 0,0]")]
-Attention = Annotated[
-    str | None,
-    Option(
-        help="linear, original, or auto (original in the base phase, linear above); or one per phase: original,linear. "
-        "[default: auto]"
-    ),
-]
-VaeStatistics = Annotated[
-    str | None,
-    Option(
-        help="GroupNorm statistics of the VAE: exact (of the whole image), sampled (of patches), or auto (exact as far "
-        "as the memory budget allows). [default: auto]"
-    ),
-]
-VaeLatents = Annotated[
-    str | None,
-    Option(
-        help="The encoded latents of a phase: the mean of the VAE's distribution, or a seeded sample. [default: mean]"
-    ),
-]
-Vram = Annotated[str | None, Option(help="Budget of GPU memory, e.g. 12GiB. [default: 90 % of the free memory]")]
-Ram = Annotated[str | None, Option(help="Budget of host memory, e.g. 32GiB. [default: 90 % of the free memory]")]
-Dtype = Annotated[str | None, Option(help="auto, float16, bfloat16 or float32. [default: auto]")]
-Device = Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N. [default: auto]")]
-Format = Annotated[str | None, Option(help="tiff, png or jpeg. [default: from the suffix of the output]")]
-Compression = Annotated[
-    str | None, Option(help="Compression of a TIFF: deflate, zstd, lzw, jpeg or none. [default: deflate]")
-]
-Bits = Annotated[int | None, Option(help="Bits per channel: 8, or 16 for TIFF and PNG. [default: 8]")]
-Dither = Annotated[
-    bool | None, Option("--dither/--no-dither", help="Dither when rounding to 8 bits: prevents bands in smooth areas.")
-]
-Dpi = Annotated[float | None, Option(help="Dots per inch in the metadata, for printing. [default: 300]")]
-Preview = Annotated[Path | None, Option(help="Also write a copy of at most 2048 px to this file.")]
-Overwrite = Annotated[bool | None, Option("--overwrite", help="Replace existing files.")]
-Download = Annotated[
-    bool | None, Option("--download", help="Download missing models. Without this option, nothing is downloaded.")
-]
-PromptMetadata = Annotated[
-    bool | None,
-    Option(
-        "--prompt-metadata/--no-prompt-metadata", help="Store the prompts in the metadata of the file. [default: yes]"
-    ),
-]
-KeepLatents = Annotated[
-    Path | None, Option(help="Write the final latents to this .safetensors file, for `linfusion decode`.")
-]
-CheckpointEvery = Annotated[
-    float | None,
-    Option(metavar="SECONDS", help="Interval of checkpoints; 0 saves one after each step. [default: 60]"),
-]
-Fresh = Annotated[bool | None, Option("--fresh", help="Start from the beginning, even if there is a checkpoint.")]
-TimeLimit = Annotated[
-    str | None,
-    Option(
-        metavar="TIME",
-        help="Stop after 50m, 1h30m or 90s, save a checkpoint, and exit with 75. The same command resumes the run.",
-    ),
-]
-SavePhases = Annotated[
-    bool | None,
-    Option("--save-phases/--no-save-phases", help="Also write the image of every phase, next to the output."),
-]
-Report = Annotated[Path | None, Option(help="Write the report to this file, as JSON.")]
-LogFile = Annotated[
-    Path | None,
-    Option(help="Append all messages to this file, with timestamps. Several runs can share it, and it can be rotated."),
-]
-Json = Annotated[
-    bool,
-    Option("--json", help="Print the report as JSON to stdout instead of the path of the output."),
-]
-Quiet = Annotated[bool, Option("-q", "--quiet", help="Show no progress and no table, only warnings and errors.")]
+MAX_CHOICES_CHARS = 32  # of the choices as a placeholder; more are listed in the help text
+GIVEN = "given"  # the parameter of a command that receives its settings
+
+
+def add_settings(command: Command) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that adds the settings of `command` to a function, which gets them as the dict `given`.
+
+    Values are the text of the options, or lists of it; None for those that are not given.
+    """
+    settings = select_options(command)
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        own = [parameter for name, parameter in inspect.signature(function).parameters.items() if name != GIVEN]
+        own = [parameter.replace(annotation=hints[parameter.name]) for parameter in own]
+        parameters = [build_parameter(setting, command) for setting in settings]
+
+        def with_settings(**arguments: Any) -> None:
+            given = {setting.name: arguments.pop(setting.name) for setting in settings}
+            function(given, **arguments)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY  # allows parameters without a default after those with one
+        signature = inspect.Signature([parameter.replace(kind=keyword) for parameter in [*own, *parameters]])
+        with_settings.__doc__ = function.__doc__
+        with_settings.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]  # Typer reads it
+        with_settings.__annotations__ = {name: one.annotation for name, one in signature.parameters.items()}
+        return with_settings
+
+    return decorate
+
+
+def build_parameter(setting: Setting, command: Command) -> inspect.Parameter:
+    """Return the option or argument of a setting, which is text until the settings are parsed."""
+    text = bool if setting.is_switch else list[str] if setting.repeated else str
+    facts: dict[str, Any] = {
+        "help": build_help(setting),
+        "metavar": build_metavar(setting),
+        "show_default": False,
+        "autocompletion": completion.find_completer(setting),
+    }
+    if command in setting.argument_of:
+        facts["metavar"] = setting.name.upper()
+        is_optional = setting.default_text is not None
+        annotation = Annotated[(text | None) if is_optional else text, typer.Argument(**facts)]
+        default = None if is_optional else inspect.Parameter.empty
+    else:
+        if setting.is_switch:
+            facts.pop("metavar")
+        annotation = Annotated[text | None, typer.Option(*list_flags(setting), rich_help_panel=setting.panel, **facts)]
+        default = None
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def list_flags(setting: Setting) -> list[str]:
+    """Return the spellings of an option; a switch that files can set has a negative form."""
+    flags = [setting.flag]
+    if setting.is_switch and len(setting.sources) > 1:
+        flags = [f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"]
+    return [*([setting.short] if setting.short else []), *flags]
+
+
+def build_metavar(setting: Setting) -> str:
+    """Return the placeholder of the value: the choices if they are short, else the name of what is expected."""
+    choices = "|".join(map(str, setting.choices))
+    if choices and len(choices) <= MAX_CHOICES_CHARS and not setting.per_phase:
+        return choices
+    name = setting.name.rpartition("_")[2].upper()
+    return setting.metavar or (name if setting.choices or setting.names_file else setting.kind.metavar)
+
+
+def build_help(setting: Setting) -> str:
+    """Return the help text with the choices that are not in the placeholder, and the default value."""
+    text = setting.help
+    if setting.choices and build_metavar(setting).count("|") == 0 and not setting.per_phase:
+        text = f"{text.removesuffix('.')}: {', '.join(map(str, setting.choices))}."
+    default = describe_default(setting)
+    return f"{text} [default: {default}]" if default else text
+
+
+def describe_default(setting: Setting) -> str:
+    """Return the default value in words; nothing if it is none, or off."""
+    if setting.default_text is not None:
+        return setting.default_text
+    if setting.is_required or setting.default is None or setting.default in ((), False):
+        return ""
+    if setting.default is True:
+        return "yes"
+    if isinstance(setting.default, tuple):
+        return ",".join(map(_format_number, setting.default))
+    return _format_number(setting.default)
+
+
+def _format_number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

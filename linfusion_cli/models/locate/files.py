@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from linfusion_cli.core.errors import DataError, Unavailable, UsageError
+from linfusion_cli.core.errors import DataError, Unavailable
 from linfusion_cli.core.fs import expand_home, is_file, is_folder
 from linfusion_cli.models.files.header import Header
 from linfusion_cli.models.files.hub import find_snapshot, split_revision, translate_hub_errors
 from linfusion_cli.models.files.layout import CONVERT_HINT, PICKLE_SUFFIXES, build_pickle_error
 
-MAX_LORA_WEIGHT = 10.0
 SAFETENSORS_SUFFIX = ".safetensors"
 
 
@@ -57,39 +55,6 @@ INVERSION_KIND = FileKind(
 def is_lora(header: Header) -> bool:
     """Return whether a file is a LoRA of any kind."""
     return any("lora" in name for name in header.shapes)
-
-
-def split_weight(text: str) -> tuple[str, float]:
-    """Split "FILE:0.8" into the LoRA and its weight, by default 1; raise UsageError if one is invalid."""
-    name, colon, number = text.rpartition(":")
-    try:
-        weight = float(number) if colon else 1.0
-    except ValueError:  # the colon belongs to the path
-        colon, weight = "", 1.0
-    name = name if colon else text
-    if not name.strip():
-        raise UsageError(f"--lora {text!r} has no file name.", "Use FILE or FILE:WEIGHT, e.g. FILE:0.8.", "lora")
-    if not math.isfinite(weight) or abs(weight) > MAX_LORA_WEIGHT:
-        reason = f"--lora {text!r} has the weight {weight:g} (limits: {-MAX_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g})."
-        raise UsageError(reason, "Use FILE:WEIGHT, e.g. FILE:0.8.", "lora")
-    return name, weight
-
-
-def split_token(text: str) -> tuple[str, str | None]:
-    """Split "FILE:TOKEN" into the textual inversion and its token, None if none is given; raise UsageError if empty.
-
-    The colon belongs to the path if `text` is an existing file, or if the text after the colon looks like a path.
-    """
-    name, colon, token = text.rpartition(":")
-    if not colon or is_file(expand_home(text)) or token.endswith(SAFETENSORS_SUFFIX) or set(token) & {"/", "\\"}:
-        name, token = text, None
-    if not name.strip() or (token is not None and not token.strip()):
-        raise UsageError(
-            f"--textual-inversion {text!r} has no file name or an empty token.",
-            "Use FILE or FILE:TOKEN.",
-            "textual_inversion",
-        )
-    return name, token and token.strip()
 
 
 def is_hub_file(name: str) -> bool:

@@ -16,7 +16,10 @@ from linfusion_cli.models.files.digest import WeightsFile, hash_files
 from linfusion_cli.models.files.layout import PARTS
 from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE_KEY
 from linfusion_cli.run.inputs.provenance import DTYPES_KEY, weights_to_metadata
-from linfusion_cli.settings.request import ImageRequest, flag
+from linfusion_cli.settings.checks import flag
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.request_json import request_to_json, values_from_json
+from linfusion_cli.settings.table import SETTINGS
 
 if TYPE_CHECKING:
     from linfusion_cli.planning.plan import Plan
@@ -25,29 +28,6 @@ if TYPE_CHECKING:
 MAX_VALUE_CHARS = 60
 PARTS_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2")
 CONFIG_SUFFIXES = (".json", ".txt", ".model")
-# Settings that change neither the image nor the content of its file.
-NON_IDENTITY_FIELDS = {
-    "output",
-    "image",  # identified by its content, not by its path
-    "overwrite",
-    "preview",
-    "download",
-    "vram",
-    "ram",
-    "keep_latents",
-    "checkpoint_every",
-    "fresh",
-}
-# Settings that can change when a run is resumed: those, and settings that change the file but not the latents.
-RESUME_COMPATIBLE_FIELDS = NON_IDENTITY_FIELDS | {
-    "format",
-    "compression",
-    "bits",
-    "dither",
-    "dpi",
-    "prompt_metadata",
-    "strict_prompt",
-}
 
 
 def build_metadata(resolved: ResolvedRequest, weights: Sequence[WeightsFile], plan: Plan) -> dict[str, Any]:
@@ -60,7 +40,7 @@ def build_metadata(resolved: ResolvedRequest, weights: Sequence[WeightsFile], pl
             "versions": collect_versions(),
             "device": str(plan.machine.device),
             "dtype": dtype_name(plan.machine.dtype),
-            "request": resolved.request.to_json(),
+            "request": request_to_json(resolved.request),
             "weights": weights_to_metadata(weights),
             "configs": hash_configs(resolved),
             "last_phase": {"phase": last.phase, "size": str(last.size)},
@@ -92,24 +72,26 @@ def to_json_values(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def find_request_changes(checkpoint: Checkpoint, request: ImageRequest) -> list[str]:
+def find_request_changes(checkpoint: Checkpoint, request: Request) -> list[str]:
     """Describe the settings of `request` that differ from those of `checkpoint` and prevent resuming.
 
     The dtype can differ if NaN or Inf ended the earlier run.
     """
-    allowed = RESUME_COMPATIBLE_FIELDS | ({"dtype"} if NON_FINITE_KEY in checkpoint.metadata else set())
-    return find_changes(checkpoint.metadata["request"], to_json_values(request.to_json()), allowed)
+    allowed = {"dtype"} if NON_FINITE_KEY in checkpoint.metadata else set()
+    now = values_from_json(to_json_values(request_to_json(request)))
+    return find_changes(values_from_json(checkpoint.metadata["request"]), now, allowed)
 
 
-def find_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
-    """Describe the settings that differ, except for those in `allowed`."""
-    names = [name for name in {**now, **before} if name not in allowed and before.get(name) != now.get(name)]
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:
+    """Describe the settings that differ and decide the latents, except for those in `allowed`."""
+    deciding = [name for name, setting in SETTINGS.items() if setting.decides == "latents" and name not in allowed]
+    names = [name for name in deciding if before.get(name) != now.get(name)]
     return [f"{flag(name)} {format_value(now.get(name))} instead of {format_value(before.get(name))}" for name in names]
 
 
 def format_value(value: Any) -> str:
     """Return the value of a setting in at most MAX_VALUE_CHARS characters."""
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     if isinstance(value, str):
         return repr(textwrap.shorten(text, MAX_VALUE_CHARS, placeholder=" …"))
     return text[:MAX_VALUE_CHARS]

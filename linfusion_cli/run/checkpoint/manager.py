@@ -26,7 +26,7 @@ from linfusion_cli.run.checkpoint.compatibility import (
 )
 from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE_KEY, add_dtype, find_used_dtypes
 from linfusion_cli.run.inputs.provenance import DTYPES_KEY
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
 
 if TYPE_CHECKING:
     from linfusion_cli.planning.estimate import DenoiseStrategy
@@ -63,16 +63,16 @@ class CheckpointManager:
         self,
         store: CheckpointStore,
         previous: Checkpoint | None,
-        request: ImageRequest,
+        request: Request,
         notify: Callable[[str], None] = lambda _: None,
     ):
         self.statistics, self.previous = SaveStatistics(), previous
         self.metadata: dict[str, Any] = {}
         self.last_state: RunState | None = None
         self.describe_state: Callable[[RunState], str] = str
-        self._store, self._interval_sec, self._notify = store, request.checkpoint_every, notify
+        self._store, self._interval_sec, self._notify = store, request.execution.checkpoint_every, notify
         self._requested_dtype = request.dtype
-        self._resume_hint = "the same command without --fresh" if request.fresh else "the same command"
+        self._resume_hint = "the same command without --fresh" if request.execution.fresh else "the same command"
         self._saved_state: RunState | None = None
         self._saved_metadata: Mapping[str, Any] = {}
         self._save_started, self._save_sec = time.monotonic(), 0.0  # of the last save
@@ -283,25 +283,25 @@ class CheckpointManager:
         return "No progress was saved."
 
 
-def find_store(request: ImageRequest) -> CheckpointStore:
+def find_store(request: Request) -> CheckpointStore:
     """Return the checkpoint next to the output; if the output is a link, next to its target."""
-    return CheckpointStore(resolve_target(request.output))
+    return CheckpointStore(resolve_target(request.execution.output))
 
 
 @contextmanager
-def open_manager(request: ImageRequest, notify: Callable[[str], None]) -> Iterator[CheckpointManager]:
+def open_manager(request: Request, notify: Callable[[str], None]) -> Iterator[CheckpointManager]:
     """Lock the checkpoint and return its manager, with the checkpoint of an earlier run if it can be resumed.
 
     With --fresh, delete that checkpoint. Raises UsageError if it belongs to another request or is incompatible,
     TemporaryFailure if another run holds the lock.
     """
     with find_store(request).lock() as store:
-        if request.fresh:
+        if request.execution.fresh:
             store.remove()
         yield CheckpointManager(store, load_checkpoint(store, request, notify), request, notify)
 
 
-def load_checkpoint(store: CheckpointStore, request: ImageRequest, notify: Callable[[str], None]) -> Checkpoint | None:
+def load_checkpoint(store: CheckpointStore, request: Request, notify: Callable[[str], None]) -> Checkpoint | None:
     """Return the checkpoint to resume; None without one. A damaged one is quarantined with a notice.
 
     Raises UsageError if it belongs to another request, or has another schema or version.

@@ -11,8 +11,7 @@ from linfusion_cli.core.geometry import MAX_ASPECT_ERROR, Size, aspect_error
 from linfusion_cli.images.read.source import SourceImage, inspect_source
 from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.locate.controlnet import check_fits, find_controlnet, is_union, parse_control_type
-from linfusion_cli.sampling.phases import broadcast_values
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class ControlNetSpecs:
         return max((control.image.held_bytes for control in self.specs), default=0)
 
 
-def find_controlnets(request: ImageRequest, model: Model, phases: int) -> ControlNetSpecs:
+def find_controlnets(request: Request, model: Model, phases: int) -> ControlNetSpecs:
     """Return the ControlNets of `request` for `model` and a number of phases.
 
     Raises UsageError, Unavailable, InputNotFound or DataError if one of them or an image is missing or unsuitable.
@@ -55,12 +54,12 @@ def find_controlnets(request: ImageRequest, model: Model, phases: int) -> Contro
     if not request.controlnet:
         return ControlNetSpecs()
     used_phases = parse_phases(request.control_phases, phases)
-    folders = [find_controlnet(name, request.download) for name in request.controlnet]
+    folders = [find_controlnet(control.model, request.execution.download) for control in request.controlnet]
     for folder in folders:
         check_fits(folder, model)
     kinds = match_control_types(request, folders)
-    scales = broadcast_values(request.control_scale, len(folders), "control_scale", "ControlNet")
-    images = [inspect_control_image(name, request.size) for name in request.control_image]
+    scales = [control.scale for control in request.controlnet]
+    images = [inspect_control_image(control.image, request.size) for control in request.controlnet]
     return ControlNetSpecs(tuple(map(ControlNetSpec, folders, images, scales, kinds)), used_phases)
 
 
@@ -76,18 +75,19 @@ def parse_phases(names: tuple[str, ...], phases: int) -> frozenset[int]:
     return frozenset(indices)
 
 
-def match_control_types(request: ImageRequest, folders: list[Path]) -> list[int | None]:
+def match_control_types(request: Request, folders: list[Path]) -> list[int | None]:
     """Return the number of each image's control type, None for models with a single type.
 
     Raises UsageError if the number of control types differs from the number of union models.
     """
     union = [is_union(folder) for folder in folders]
-    if sum(union) != len(request.control_type):
-        given = ",".join(request.control_type) or "(not given)"
+    given_types = [control.type for control in request.controlnet if control.type is not None]
+    if sum(union) != len(given_types):
+        given = ",".join(given_types) or "(not given)"
         reason = f"--control-type {given}: {sum(union)} of {len(folders)} ControlNets are union models."
         hint = "Give one type, such as canny, for each union model, in their order; other models take none."
         raise UsageError(reason, hint, "control_type")
-    types = iter(request.control_type)
+    types = iter(given_types)
     return [
         parse_control_type(folder, next(types)) if one else None for folder, one in zip(folders, union, strict=True)
     ]

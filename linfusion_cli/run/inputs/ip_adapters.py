@@ -10,8 +10,7 @@ from linfusion_cli.core.errors import DataError
 from linfusion_cli.core.fs import expand_home
 from linfusion_cli.images.read.source import SourceImage, apply_orientation, inspect_source, read_source_rows
 from linfusion_cli.models.locate.ip_adapter import Adapter, find_adapter, find_encoder, read_adapter
-from linfusion_cli.sampling.phases import broadcast_values
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,16 +21,15 @@ MAX_IMAGE_PX = 1 << 26  # of an image prompt: it is read as a whole, and the enc
 WHITE = (255, 255, 255)  # the background of transparent images
 
 
-def find_ip_adapters(request: ImageRequest, family: str) -> list[Adapter]:
+def find_ip_adapters(request: Request, family: str) -> list[Adapter]:
     """Return the adapters of `request` for a model of `family`; raise Unavailable, DataError or InputNotFound."""
-    images = [inspect_image(name) for name in request.ip_image]
-    scales = broadcast_values(request.ip_scale, len(images), "ip_scale", "IP-Adapter")
+    images = [inspect_image(adapter.image) for adapter in request.ip_adapter]  # before models are downloaded
     adapters = []
-    for name, image, scale in zip(request.ip_adapter, images, scales, strict=True):
-        location = find_adapter(name, family, request.download)
+    for requested, image in zip(request.ip_adapter, images, strict=True):
+        location = find_adapter(requested.model, family, request.execution.download)
         weights = read_adapter(location.path)
-        encoder = find_encoder(request.ip_image_encoder, weights, location, request.download)
-        adapters.append(Adapter(weights, encoder, image, scale))
+        encoder = find_encoder(request.ip_image_encoder, weights, location, request.execution.download)
+        adapters.append(Adapter(weights, encoder, image, requested.scale))
     return adapters
 
 

@@ -12,7 +12,8 @@ from linfusion_cli.models.files.layout import PARTS, find_weights_files
 from linfusion_cli.models.locate.model import LINFUSION_WEIGHTS
 from linfusion_cli.run.inputs.resolve import ResolvedRequest
 from linfusion_cli.run.progress.recorder import RunRecorder
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.request_json import request_to_json
 
 DTYPES_KEY = "dtypes"  # in metadata and checkpoints: the dtypes in which steps were computed
 MODEL_USE = "model"  # the use of a file that holds a whole model
@@ -69,10 +70,10 @@ def weights_to_metadata(weights: Sequence[WeightsFile]) -> list[dict[str, str]]:
 
 
 def build_image_metadata(
-    request: ImageRequest, weights: Sequence[WeightsFile], dtypes: Sequence[Mapping[str, Any]]
+    request: Request, weights: Sequence[WeightsFile], dtypes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return what reproduces the image: the request, its weights, and the dtypes of its steps."""
-    return request.to_json() | {"weights": weights_to_metadata(weights), DTYPES_KEY: list(dtypes)}
+    return request_to_json(request) | {"weights": weights_to_metadata(weights), DTYPES_KEY: list(dtypes)}
 
 
 def weights_to_report(weights: Sequence[WeightsFile]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from linfusion_cli.images.read.source import SourceImage
 from linfusion_cli.models.families.facts import ModelFacts, read_facts
 from linfusion_cli.models.files.layout import Model, Part
 from linfusion_cli.models.locate.base import find_base, find_local_base
-from linfusion_cli.models.locate.files import find_inversion, find_lora, split_token, split_weight
+from linfusion_cli.models.locate.files import find_inversion, find_lora
 from linfusion_cli.models.locate.ip_adapter import Adapter
 from linfusion_cli.models.locate.model import find_linfusion, find_model, find_vae
 from linfusion_cli.run.inputs.controlnets import ControlNetSpecs, find_controlnets
@@ -29,7 +29,7 @@ from linfusion_cli.run.inputs.ip_adapters import find_ip_adapters
 from linfusion_cli.run.inputs.phase_files import build_phase_path
 from linfusion_cli.run.inputs.prompt_checks import check_prompts
 from linfusion_cli.sampling.phases import Phase, PhaseSizes, build_phases
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ResolvedRequest:
     textual_inversions: files with their tokens; None for the token in the file.
     """
 
-    request: ImageRequest
+    request: Request
     format: str
     source_image: SourceImage | None
     model: Model
@@ -80,7 +80,7 @@ class ResolvedRequest:
     @property
     def output_folder(self) -> Path:
         """The folder of the output and of temporary images; if the output is a link, the folder of its target."""
-        return self.request.output.resolve().parent
+        return self.request.execution.output.resolve().parent
 
     @property
     def saved_phase_sizes(self) -> list[Size]:
@@ -92,17 +92,18 @@ class ResolvedRequest:
         return sizes if self.is_downscaled else sizes[:-1]
 
 
-def resolve_request(request: ImageRequest, image: SourceImage | None = None) -> ResolvedRequest:
+def resolve_request(request: Request, image: SourceImage | None = None) -> ResolvedRequest:
     """Return `request` resolved on this machine; raise UsageError, Unavailable, InputNotFound or DataError."""
     check_prompts(request)
-    file_format = images.resolve_format(request.output, request.format)
-    if request.download:
-        pick_dtype(request.dtype, pick_device(request.device))  # fails before gigabytes are downloaded
-    model = find_model(request.model, request.download)
-    vae = find_vae(request.vae, model, request.download)
-    loras = [(find_lora(name, request.download), weight) for name, weight in map(split_weight, request.lora)]
+    file_format = images.resolve_format(request.execution.output, request.format)
+    if request.execution.download:
+        pick_dtype(request.dtype, pick_device(request.execution.device))  # fails before gigabytes are downloaded
+    model = find_model(request.model, request.execution.download)
+    vae = find_vae(request.vae, model, request.execution.download)
+    loras = [(find_lora(lora.model, request.execution.download), lora.weight) for lora in request.lora]
     inversions = [
-        (find_inversion(name, request.download), token) for name, token in map(split_token, request.textual_inversion)
+        (find_inversion(inversion.model, request.execution.download), inversion.token)
+        for inversion in request.textual_inversion
     ]
     facts = read_facts(model, vae)
     facts = facts if request.prediction_type == "auto" else facts.with_prediction_type(request.prediction_type)
@@ -112,7 +113,7 @@ def resolve_request(request: ImageRequest, image: SourceImage | None = None) -> 
     linfusion_folder = linfusion_base = None
     is_used = any(phase.attention == "linear" for phase in phases)
     if is_used or request.linfusion not in ("auto", "none"):  # a model given by name must exist
-        linfusion_folder = find_linfusion(request.linfusion, model, facts.family, request.download)
+        linfusion_folder = find_linfusion(request.linfusion, model, facts.family, request.execution.download)
     if is_used and linfusion_folder is not None:
         linfusion_base = find_merge_base(request, model, linfusion_folder, facts.family)
     resolved = ResolvedRequest(
@@ -137,13 +138,13 @@ def resolve_request(request: ImageRequest, image: SourceImage | None = None) -> 
 def check_output_paths(resolved: ResolvedRequest) -> None:
     """Raise UsageError if two of the files that the run writes have the same path."""
     request = resolved.request
-    files = {"--output": request.output, "--preview": request.preview, "--keep-latents": request.keep_latents}
+    files = request.execution.files
     sizes = resolved.saved_phase_sizes if request.save_phases else []
-    phases = {f"the {size} phase of --save-phases": build_phase_path(request.output, size) for size in sizes}
+    phases = {f"the {size} phase of --save-phases": build_phase_path(request.execution.output, size) for size in sizes}
     check_distinct(files | phases)
 
 
-def find_merge_base(request: ImageRequest, model: Model, linfusion: Path, family: str) -> Path | None:
+def find_merge_base(request: Request, model: Model, linfusion: Path, family: str) -> Path | None:
     """Return the folder of the UNet that `model` was fine-tuned from; None if the LinFusion weights stay unchanged.
 
     `auto` merges published weights if the base is available locally, because other weights can be trained for `model`
@@ -151,13 +152,13 @@ def find_merge_base(request: ImageRequest, model: Model, linfusion: Path, family
     """
     is_base_named = request.linfusion_merge == "auto" and request.linfusion_base != "auto"
     if request.linfusion_merge == "delta" or is_base_named:
-        return find_base(request.linfusion_base, model, linfusion, family, request.download)
+        return find_base(request.linfusion_base, model, linfusion, family, request.execution.download)
     if request.linfusion_merge != "auto" or request.linfusion != "auto":
         return None
     return find_local_base(model, linfusion, family)
 
 
-def choose_phase_sizes(request: ImageRequest, facts: ModelFacts, image: SourceImage | None) -> PhaseSizes:
+def choose_phase_sizes(request: Request, facts: ModelFacts, image: SourceImage | None) -> PhaseSizes:
     """Return the sizes of the phases, from the base size or from the source image up to the output."""
     target, multiple = request.size, facts.multiple_px
     native = compute_base_size(target, facts.native_px, multiple)
@@ -171,7 +172,7 @@ def choose_phase_sizes(request: ImageRequest, facts: ModelFacts, image: SourceIm
     return PhaseSizes(compute_phase_sizes(target, base, multiple), base, base, native, from_noise=True)
 
 
-def validate_base_size(request: ImageRequest, multiple: int) -> Size | None:
+def validate_base_size(request: Request, multiple: int) -> Size | None:
     """Return --base-size, None if it is not given; raise UsageError if the model or the output does not allow it."""
     base, target = request.base_size, request.size
     if base is None:

@@ -15,7 +15,7 @@ from linfusion_cli.run.inputs.phase_files import build_phase_path
 from linfusion_cli.run.inputs.provenance import find_model_hash
 from linfusion_cli.run.inputs.resolve import ResolvedRequest
 from linfusion_cli.run.outputs.existing import Provenance
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
 
 A1111_HASH_DIGITS = 10
 # The names of the schedulers in A1111 metadata.
@@ -78,17 +78,17 @@ class ImageAndPreview:
 
 
 @contextmanager
-def reserve_output(request: ImageRequest, existing: Collection[Path]) -> Iterator[images.AtomicFile]:
+def reserve_output(request: Request, existing: Collection[Path]) -> Iterator[images.AtomicFile]:
     """Reserve the output before any work, and remove it on exit unless it is complete.
 
     existing: files of an earlier run of the same request, which can be replaced.
     """
-    format = images.resolve_format(request.output, request.format)
-    if request.preview is not None:
-        images.resolve_format(request.preview)
-    overwrite = request.overwrite or request.output in existing
+    format = images.resolve_format(request.execution.output, request.format)
+    if request.execution.preview is not None:
+        images.resolve_format(request.execution.preview)
+    overwrite = request.execution.overwrite or request.execution.output in existing
     with images.create_output_file(
-        request.output, format, request.size.pair, request.bits, request.compression, overwrite
+        request.execution.output, format, request.size.pair, request.bits, request.compression, overwrite
     ) as file:
         yield file
 
@@ -101,9 +101,11 @@ def open_outputs(file: images.AtomicFile, provenance: Provenance) -> Iterator[im
     with ExitStack() as on_exit:
         image, preview = _open_image(request, file, request.size, info), None
         on_exit.callback(image.abort)
-        if request.preview:
+        if request.execution.preview:
             size = Size(*images.compute_preview_size(request.size.pair))
-            preview_file = images.AtomicFile(request.preview, provenance.may_replace(request.preview, size))
+            preview_file = images.AtomicFile(
+                request.execution.preview, provenance.may_replace(request.execution.preview, size)
+            )
             preview = images.PreviewSink(preview_file, request.size.pair, request.bits, info)
             on_exit.callback(preview.abort)
         yield ImageAndPreview(image, preview)
@@ -121,7 +123,7 @@ def open_phase_files(
     try:
         if request.save_phases:
             for phase, size in list(zip(resolved.phases, resolved.saved_phase_sizes, strict=False))[first:]:
-                path, info = build_phase_path(request.output, size), build_info(provenance, size)
+                path, info = build_phase_path(request.execution.output, size), build_info(provenance, size)
                 sinks[phase.index] = _open_image(request, path, size, info, provenance.may_replace(path, size))
         yield sinks
     finally:
@@ -140,12 +142,12 @@ def update_metadata(
 
 def reserve_latents(provenance: Provenance) -> AbstractContextManager[images.AtomicFile | None]:
     """Reserve the file of --keep-latents; return a context of None without that option."""
-    path, size = provenance.request.keep_latents, provenance.request.size
+    path, size = provenance.request.execution.keep_latents, provenance.request.size
     return nullcontext() if path is None else images.AtomicFile(path, provenance.may_replace(path, size))
 
 
 def _open_image(
-    request: ImageRequest,
+    request: Request,
     target: Path | images.AtomicFile,
     size: Size,
     info: images.ImageInfo,
@@ -153,7 +155,7 @@ def _open_image(
 ) -> images.RowSink:
     return images.open_sink(
         target,
-        images.resolve_format(request.output, request.format),
+        images.resolve_format(request.execution.output, request.format),
         size.pair,
         request.bits,
         info,

@@ -16,7 +16,8 @@ from linfusion_cli.run.checkpoint.manager import CheckpointManager
 from linfusion_cli.run.inputs.provenance import weights_to_report
 from linfusion_cli.run.inputs.resolve import ResolvedRequest
 from linfusion_cli.run.progress.recorder import RunRecorder, StageTimer
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.request_json import execution_to_json, request_to_json
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +56,11 @@ class RunContext:
         resolved = replace(self.resolved, facts=self.resolved.facts.with_prediction_type(prediction_type))
         return replace(self, resolved=resolved)
 
-    def build_report(
-        self, request: ImageRequest, origins: Mapping[str, str], weights: Sequence[WeightsFile]
-    ) -> RunReport:
+    def build_report(self, request: Request, origins: Mapping[str, str], weights: Sequence[WeightsFile]) -> RunReport:
         """Return a report of `request` with the machine and the plan; the recorder adds the stages."""
         return RunReport(
-            request=request.to_json(),
+            request=request_to_json(request),
+            execution=execution_to_json(request),
             settings=dict(origins),
             machine=describe_machine(self.device),
             versions=collect_versions(),

@@ -19,7 +19,7 @@ from linfusion_cli.models.load.networks import Vae
 from linfusion_cli.run.stages.context import RunContext
 from linfusion_cli.sampling.noise import draw_latent_noise
 from linfusion_cli.sampling.phases import Phase
-from linfusion_cli.settings.request import ImageRequest, UpscaleRequest
+from linfusion_cli.settings.request import Request
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import DrawNoise, encode_rows
 from linfusion_cli.vae.statistics import VaeStrategy
@@ -45,13 +45,13 @@ def interpolate_latents(latents: Tensor, size_lat: Size) -> Tensor:
 
 def encode_source(run: RunContext, vae: Vae, image: SourceImage) -> Tensor:
     """Return the source image, encoded as latents of the first phase."""
-    first, request = run.resolved.phases[0], run.resolved.request
-    assert isinstance(request, UpscaleRequest)  # the only requests with a source image
+    first, source = run.resolved.phases[0], run.resolved.request.source
+    assert source is not None  # the request that `image` is from
     stored_size, size = image.stored_size, image.size
     with open_scratch(run, stored_size, first) as scratch:
         with run.recorder.stage("read", "read", size, stored_size.height, "rows") as stage:
             done = 0
-            for rows in read_source_rows(image, request.background_rgb(), run.recorder.notify):
+            for rows in read_source_rows(image, source.background_rgb(), run.recorder.notify):
                 scratch.append(rows)
                 done += len(rows)
                 stage.advance(done)
@@ -84,7 +84,7 @@ def decode_phase(run: RunContext, vae: Vae, latents: Tensor, phase: Phase) -> It
             sink.close()
 
 
-def quantise_rows(request: ImageRequest, rows: np.ndarray, top: int) -> np.ndarray:
+def quantise_rows(request: Request, rows: np.ndarray, top: int) -> np.ndarray:
     """Return float rows as integers for the output file. `top` is the position of the first row in the image."""
     return quantise(rows, top, request.bits, request.seed if request.dither else None)
 

@@ -73,7 +73,7 @@ def start_run(
     model_cache.evict_stale(NETWORKS, partial(build_networks_key, run))
     model_cache.evict_stale(VAE, partial(build_vae_key, run))
     recorder.device = run.device
-    limit_device_memory(run.device, resolved.request.vram)
+    limit_device_memory(run.device, resolved.request.execution.vram)
     forbid_tf32()
     recorder.report_plan(run.plan.estimate, run.plan.estimate.device_bytes if run.device.type == "cuda" else None)
     if notice := build_cpu_notice(plan.machine, plan.estimate.seconds):

@@ -19,7 +19,7 @@ from linfusion_cli.run.stages.load import Models
 from linfusion_cli.sampling.guidance import Predict, build_guidance_filter, guide, guide_batched
 from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.sampling.schedulers.schedule import Schedule
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
 from linfusion_cli.strips.communicator import SingleDevice
 from linfusion_cli.strips.ops import StripContext
 from linfusion_cli.strips.pinned import PinnedMemory
@@ -114,7 +114,7 @@ def guide_prediction(
     return guide(conditional, build_predictor(negative), **guidance)
 
 
-def build_time_ids(request: ImageRequest) -> TimeIds:
+def build_time_ids(request: Request) -> TimeIds:
     """Return SDXL's size conditioning: the size of the final image in every phase, unless the request sets another."""
     top, left = request.crop_top_left
     return TimeIds(request.original_size or request.size, (top, left), request.target_size or request.size)

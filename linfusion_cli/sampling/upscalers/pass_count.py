@@ -10,7 +10,7 @@ from linfusion_cli.sampling.guidance import build_guidance_filter
 from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.sampling.schedulers.schedule import DrawStepNoise, Schedule, build_schedule, draw_zero_noise
 from linfusion_cli.sampling.upscalers.demofusion import DemoFusion
-from linfusion_cli.settings.request import ImageRequest
+from linfusion_cli.settings.request import Request
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PassCount:
 
 
 def build_phase_schedule(
-    request: ImageRequest, config: Mapping[str, Any], phase: Phase, draw: DrawStepNoise = draw_zero_noise
+    request: Request, config: Mapping[str, Any], phase: Phase, draw: DrawStepNoise = draw_zero_noise
 ) -> Schedule | None:
     """Return the steps that `phase` runs, using the model's scheduler `config`; None if it runs no steps."""
     if phase.active_steps == 0:
@@ -37,13 +37,13 @@ def build_phase_schedule(
     return build_schedule(request.scheduler, config, phase.steps, draw, count, request.timestep_spacing)
 
 
-def build_demofusion(request: ImageRequest, phase: Phase) -> DemoFusion:
+def build_demofusion(request: Request, phase: Phase) -> DemoFusion:
     """Return the DemoFusion parameters of `phase`."""
     skip, dilated, blur = request.cosine
     return DemoFusion(phase.dilation, (skip, dilated, blur), request.blur_sigma, request.dilated_min)
 
 
-def count_passes(request: ImageRequest, config: Mapping[str, Any], phase: Phase) -> PassCount:
+def count_passes(request: Request, config: Mapping[str, Any], phase: Phase) -> PassCount:
     """Count the UNet predictions of `phase`. Raise the errors of `build_schedule`."""
     schedule = build_phase_schedule(request, config, phase)
     if schedule is None:

@@ -1,0 +1,116 @@
+"""The table of all settings, and the conversion of a request to flat values and back.
+
+Flat values have one entry per setting: the i-th value of `control_image` belongs to the i-th ControlNet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from linfusion_cli.core.errors import UsageError
+from linfusion_cli.settings.checks import flag
+from linfusion_cli.settings.command_options import CommandOptions
+from linfusion_cli.settings.execution import ExecutionOptions
+from linfusion_cli.settings.groups import ControlNet, ImageSource, IpAdapter, match_by_position
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.setting import ITEM, KEY, NESTED, Command, Setting, Source, list_settings
+
+GROUPS: dict[str, type] = {"ip_adapter": IpAdapter, "controlnet": ControlNet}
+GROUP_NAMES = {"ip_adapter": "IP-Adapter", "controlnet": "ControlNet"}
+
+
+def build_table(*tables: type) -> dict[str, Setting]:
+    """Return the settings by name; raise ValueError if two settings have a name or alias in common."""
+    settings = [setting for table in tables for setting in list_settings(table)]
+    names = [name for setting in settings for name in (setting.name, *setting.aliases)]
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"names of more than one setting: {', '.join(duplicates)}")
+    return {setting.name: setting for setting in settings}
+
+
+SETTINGS = build_table(Request)  # of a request
+ALL_SETTINGS = build_table(Request, CommandOptions)
+EXECUTION_SETTINGS = {setting.name for setting in list_settings(ExecutionOptions)}
+# Members of groups, by the setting of the group's model: {"controlnet": {"image": "control_image", …}}
+MEMBERS = {
+    group: {field.name: field.metadata[KEY]["name"] for field in dataclasses.fields(item)}
+    for group, item in GROUPS.items()
+}
+
+
+def select_settings(source: Source) -> dict[str, Setting]:
+    """Return the settings that this source can have, by name."""
+    return {name: setting for name, setting in ALL_SETTINGS.items() if source in setting.sources}
+
+
+def select_options(command: Command) -> list[Setting]:
+    """Return the settings that are options or arguments of a command."""
+    return [setting for setting in ALL_SETTINGS.values() if command in setting.commands]
+
+
+def list_reloading_settings() -> list[str]:
+    """Return the settings that decide which networks a run loads, and how."""
+    return [name for name, setting in SETTINGS.items() if setting.reloads]
+
+
+def list_required_settings(names: Iterable[str]) -> list[str]:
+    """Return those of the settings `names` that need a value: the image only if the request upscales one."""
+    required = [name for name in ("prompt", "size", "output", "model") if SETTINGS[name].is_required]
+    return [name for name in required if name not in names]
+
+
+def assemble_request(values: Mapping[str, Any]) -> Request:
+    """Return the request with these flat values; raise UsageError if they are invalid."""
+    values = {"prompt": ""} | dict(values) if values.get("image") is not None else values
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(Request):
+        if ITEM in field.metadata:
+            given[field.name] = match_group(field.name, values)
+        elif NESTED in field.metadata:
+            given[field.name] = _assemble_nested(field.metadata[NESTED], values)
+        elif field.name in values:
+            given[field.name] = values[field.name]
+    return Request(**given)
+
+
+def _assemble_nested(item: type, values: Mapping[str, Any]) -> Any:
+    """Return the dataclass `item`; None for the source image if there is none."""
+    if item is ImageSource and values.get("image") is None:
+        return None
+    return item(**{setting.name: values[setting.name] for setting in list_settings(item) if setting.name in values})
+
+
+def match_group(group: str, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the groups of flat lists; raise UsageError unless each has an image, and there are no more scales."""
+    names = MEMBERS[group]
+    models, images, scales = (tuple(values.get(names[part]) or ()) for part in ("model", "image", "scale"))
+    if len(images) != len(models):
+        reason = f"{flag(names['image'])} is given {len(images)} times, and {flag(group)} {len(models)} times."
+        raise UsageError(reason, "Give one image for each, in the same order.", names["image"])
+    if models and not 1 <= len(scales or (1,)) <= len(models):
+        reason = f"{flag(names['scale'])} {','.join(map(str, scales))} is not possible."
+        hint = f"Give one number for each {flag(group)}, or fewer: the last holds for the rest."
+        raise UsageError(reason, hint, names["scale"])
+    if len(values.get(names.get("type", "")) or ()) > len(models):
+        raise UsageError(f"{flag(names['type'])} is given more often than {flag(group)}.", "", names["type"])
+    return match_by_position(GROUPS[group], names, values)
+
+
+def flatten_request(request: Request) -> dict[str, Any]:
+    """Return the flat values of a request, including its execution options."""
+    return dict(_flatten(request))
+
+
+def _flatten(table: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(table):
+        value = getattr(table, field.name)
+        if ITEM in field.metadata:
+            for part, name in MEMBERS[field.name].items():
+                values = (getattr(one, part) for one in value)
+                yield name, tuple(one for one in values if one is not None)
+        elif NESTED in field.metadata and value is not None:
+            yield from _flatten(value)
+        elif NESTED not in field.metadata:
+            yield field.metadata[KEY].get("name", field.name), value
