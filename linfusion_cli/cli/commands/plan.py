@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +14,10 @@ from linfusion_cli.cli.output.streams import emit_result
 from linfusion_cli.cli.output.tables import build_table, format_table
 from linfusion_cli.cli.parsing import option_groups
 from linfusion_cli.cli.parsing.build_request import configure_hub, read_request
+from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.units import format_bytes, format_seconds
+from linfusion_cli.planning.gpus import UNKNOWN_GPU, Gpu, find_gpu
 from linfusion_cli.settings.request import GenerateRequest, ImageRequest, UpscaleRequest
 
 if TYPE_CHECKING:
@@ -26,34 +29,66 @@ if TYPE_CHECKING:
 
 HEADINGS = ("stage", "size", "steps", "attention", "strips", "maps", "guidance", "GPU", "host", "time")
 
+GpuName = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        help="Plan for this GPU, by its data sheet, instead of a GPU of this machine: rtx4090, rtx3060, a100, h100, … "
+        "[default budget: 90 % of its memory]",
+    ),
+]
 PlanJson = Annotated[bool, typer.Option("--json", help="Print request, origins of its settings, and plan as JSON.")]
 
 
 @option_groups.collect_options(option_groups.plan_options, *option_groups.REQUEST_GROUPS)
-def command(given: dict[str, Any], as_json: PlanJson = False) -> None:
-    """Show how generate or upscale would run, its memory and time. Loads no weights."""
+def command(given: dict[str, Any], gpu: GpuName = None, as_json: PlanJson = False) -> None:
+    """Show how generate or upscale would run, its memory and time. Needs no weights, and with --gpu no GPU."""
     configure_hub(bool(given["download"]), quiet=False)
     kind = GenerateRequest if given["image"] is None else UpscaleRequest
-    origins, request = read_request(given, echo_notice, kind)
+    named = None if gpu is None else find_gpu(gpu)
+    implied = {} if named is None else imply_settings(named, given)
+    origins, request = read_request(given | implied, echo_notice, kind)
+    origins |= dict.fromkeys(implied, "--gpu")
+    from linfusion_cli.planning.assumed_gpu import choose_machine
     from linfusion_cli.planning.machine import build_cpu_notice
     from linfusion_cli.run.inputs.disk import estimate_disk_bytes
-    from linfusion_cli.run.inputs.resolve import resolve_request
+    from linfusion_cli.run.inputs.resolve_plan import resolve_plan
     from linfusion_cli.run.inputs.source_image import resolve_source_image
-    from linfusion_cli.run.stages.plan import plan_run  # torch and diffusers: not needed for --help
+    from linfusion_cli.run.stages.plan import plan_on_machine  # torch and diffusers: not needed for --help
 
     request, image = resolve_source_image(request) if isinstance(request, UpscaleRequest) else (request, None)
-    resolved = resolve_request(request, image)
+    machine = choose_machine(request, named)
+    resolved = resolve_plan(request, image, lambda text: echo_notice(Notice(text)))
     for warning in resolved.facts.warnings:
         echo_notice(Notice(warning))
-    plan, disk = plan_run(resolved), estimate_disk_bytes(resolved)
+    plan, disk = plan_on_machine(resolved, machine), estimate_disk_bytes(resolved)
     if notice := build_cpu_notice(plan.machine, plan.estimate.seconds):
         echo_notice(Notice(notice))
     if as_json:
-        values = {"request": request.to_json(), "settings": origins, "disk_bytes": disk}
+        values = {"request": request.to_json(), "settings": origins, "disk_bytes": disk} | describe_gpu(plan)
         emit_result(json.dumps(values | {"plan": plan.to_json()}, indent=2))
     else:
-        parts = [format_table(build_plan_table(plan)), format_budgets(plan, disk), format_settings(origins, request)]
+        budgets = format_budgets(plan, disk, is_host_default=request.ram is None)
+        parts = [format_table(build_plan_table(plan)), budgets, format_settings(origins, request)]
         emit_result("\n\n".join(parts))
+
+
+def imply_settings(gpu: Gpu, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that --gpu implies, as text: the device, and a budget unless --vram is `given`.
+
+    They precede other sources, whose values are for the GPU of this machine. Raise UsageError for --device cpu.
+    """
+    device = given["device"]
+    if device == "cpu":
+        raise UsageError("--gpu cannot be combined with --device cpu.", "Omit one of them.", "device")
+    implied = {"device": "cuda"} if device in (None, "auto") else {}
+    return implied if given["vram"] is not None else implied | {"vram": str(gpu.default_budget_bytes)}
+
+
+def describe_gpu(plan: Plan) -> dict[str, Any]:
+    """Return the JSON values that say whether the plan is for a GPU that was not measured, and for which."""
+    gpu = plan.machine.assumed_gpu
+    return {"estimated": gpu is not None, "gpu": None if gpu is None else gpu.to_json()}
 
 
 def build_plan_table(plan: Plan) -> Table:
@@ -96,15 +131,28 @@ def _format_estimate(estimate: ResourceEstimate | None, plan: Plan) -> list[str]
     if estimate is None:
         return ["unknown"] * 3
     device = "" if plan.machine.device_bytes is None else format_bytes(estimate.device_bytes)
-    return [device, format_bytes(estimate.host_bytes), format_seconds(estimate.seconds)]
+    seconds = "" if math.isnan(estimate.seconds) else format_seconds(estimate.seconds)
+    return [device, format_bytes(estimate.host_bytes), seconds]
 
 
-def format_budgets(plan: Plan, disk_bytes: int) -> str:
-    """Return the memory budgets and the required disk space as one line."""
-    machine = plan.machine
+def format_budgets(plan: Plan, disk_bytes: int, is_host_default: bool) -> str:
+    """Return the memory budgets and the required disk space as one line, after a line about an assumed GPU."""
+    machine, disk = plan.machine, f"Required disk space: up to {format_bytes(disk_bytes)}."
+    if machine.assumed_gpu is not None:
+        free = ", 90 % of what is free on this machine (--ram sets another)" if is_host_default else ""
+        memory = f"{format_bytes(machine.device_bytes or 0)} of GPU memory, {format_bytes(machine.host_bytes)}"
+        return f"{describe_assumed_gpu(machine.assumed_gpu)}\nBudget: {memory} of host memory{free}. {disk}"
     device = "" if machine.device_bytes is None else f", {format_bytes(machine.device_bytes)} of GPU memory"
     memory = f"Budget on {machine.device}: {format_bytes(machine.host_bytes)} of host memory{device}."
-    return f"{memory} Required disk space: up to {format_bytes(disk_bytes)}."
+    return f"{memory} {disk}"
+
+
+def describe_assumed_gpu(gpu: Gpu) -> str:
+    """Return a sentence that says which GPU the plan is an estimate for."""
+    if gpu is UNKNOWN_GPU:
+        return "Estimate for a GPU that this machine does not have. The time is unknown: name the GPU with --gpu."
+    memory = format_bytes(gpu.memory_bytes)
+    return f"Estimate for one {gpu.name} ({memory}) from its data sheet. Nothing was measured: runs can take longer."
 
 
 def format_settings(origins: Mapping[str, str], request: ImageRequest) -> str:
