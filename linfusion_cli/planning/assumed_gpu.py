@@ -6,7 +6,13 @@ import torch
 
 from linfusion_cli.core.errors import Unavailable, UsageError
 from linfusion_cli.core.units import format_bytes_rounded_up
-from linfusion_cli.hardware.device import build_unavailable_error, is_missing_gpu, pick_dtype, pick_vae_dtype
+from linfusion_cli.hardware.device import (
+    build_unavailable_error,
+    check_device_name,
+    is_missing_gpu,
+    pick_dtype,
+    pick_vae_dtype,
+)
 from linfusion_cli.hardware.host_memory import resident_bytes
 from linfusion_cli.planning.gpus import UNKNOWN_GPU, Gpu
 from linfusion_cli.planning.machine import Machine, compute_host_budget, inspect_machine
@@ -21,6 +27,7 @@ def choose_machine(request: ImageRequest, gpu: Gpu | None) -> Machine:
 
     Raise the errors of `inspect_machine`, and UsageError for a budget or dtype that `gpu` does not allow.
     """
+    check_device_name(request.device)
     if gpu is not None:
         return assume_gpu(request, gpu)
     if not is_missing_gpu(request.device):
