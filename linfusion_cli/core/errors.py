@@ -7,6 +7,7 @@
     │       └── WiderDtypeDoesNotFit 71   …and a wider dtype needs more memory than the budget
     ├── InputNotFound                66   an input file does not exist
     ├── Unavailable                  69   the model or the device is not available on this machine
+    │   ├── NotInstalled             69   a model or file of the hub is not on this machine
     │   └── DeviceFailed             69   the device is unusable or was lost
     ├── OutOfMemoryBudget            71   not enough memory, even with the smallest strips
     │   └── OutOfMemory              71   an allocation failed during the run
@@ -83,6 +84,10 @@ class Unavailable(LinfusionError):
     """The model or the device is not available on this machine."""
 
     exit_code = 69
+
+
+class NotInstalled(Unavailable):
+    """A model or file of the hub is not on this machine, and was not to be downloaded."""
 
 
 class DeviceFailed(Unavailable):

@@ -26,6 +26,7 @@ from linfusion_cli.hardware.torch_errors import HINT_CHECK_DRIVER, HINT_GPU_BUSY
 if TYPE_CHECKING:
     import torch
 
+DEVICE_NAME = re.compile(r"auto|cpu|cuda(?::(0|[1-9][0-9]{0,8}))?")
 HINT_USE_CPU = "Use --device cpu to run without a GPU."
 
 
@@ -40,18 +41,35 @@ def pick_device(name: str) -> torch.device:
     """
     import torch
 
-    match = re.fullmatch(r"auto|cpu|cuda(?::(0|[1-9][0-9]{0,8}))?", name)
-    if match is None:
-        raise UsageError(f"--device {name!r} is unknown.", "Use auto, cpu, cuda or cuda:N.", "device")
+    check_device_name(name)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    index = int(match[1] or 0)
-    # Check the number itself: torch.device wraps large ones around.
-    if index >= torch.cuda.device_count():
+    if is_missing_gpu(name):
         raise build_unavailable_error(name)
-    device = torch.device("cuda", index)
+    device = torch.device("cuda", parse_index(name))
     start_device(device)
     return device
+
+
+def check_device_name(name: str) -> None:
+    """Raise UsageError unless `name` is `auto`, `cpu`, `cuda` or `cuda:N`."""
+    if DEVICE_NAME.fullmatch(name) is None:
+        raise UsageError(f"--device {name!r} is unknown.", "Use auto, cpu, cuda or cuda:N.", "device")
+
+
+def parse_index(name: str) -> int:
+    """Return the number of the GPU in a valid device name, by default 0."""
+    match = DEVICE_NAME.fullmatch(name)
+    return int(match[1] or 0) if match else 0
+
+
+def is_missing_gpu(name: str) -> bool:
+    """Return whether `name` is `cuda` or `cuda:N`, and torch does not find that GPU. Raise UsageError for bad names."""
+    import torch
+
+    check_device_name(name)
+    # Compare the number itself: torch.device wraps large ones around.
+    return name.startswith("cuda") and parse_index(name) >= torch.cuda.device_count()
 
 
 def build_unavailable_error(name: str) -> Unavailable:
@@ -97,10 +115,11 @@ def build_start_error(device: torch.device, error: Exception) -> LinfusionError:
     return DeviceFailed(f"{device} cannot be used: {reason}.", f"{hint} {HINT_USE_CPU}")
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, bfloat16: bool | None = None) -> torch.dtype:
     """Return the UNet's dtype for --dtype. `auto` is float16 on a GPU.
 
-    A CPU supports float32 only: half precision is 100 times slower there. Raises UsageError.
+    A CPU supports float32 only: half precision is 100 times slower there. `bfloat16` says whether the GPU supports that
+    dtype; None asks the GPU. Raises UsageError.
     """
     import torch
 
@@ -108,7 +127,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         if name not in ("auto", "float32"):
             raise UsageError(f"--dtype {name} requires a GPU: the CPU runs in float32.", "Omit --dtype.")
         return torch.float32
-    if name == "bfloat16" and is_cuda(device) and not has_bfloat16(device):
+    if name == "bfloat16" and is_cuda(device) and not (has_bfloat16(device) if bfloat16 is None else bfloat16):
         reason = f"--dtype bfloat16 is not supported by {device}."
         raise UsageError(reason, "Use --dtype float16 or float32.", "dtype")
     return torch.float16 if name == "auto" else getattr(torch, name)
@@ -124,13 +143,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def pick_vae_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_vae_dtype(name: str, device: torch.device, bfloat16: bool | None = None) -> torch.dtype:
     """Return the VAE's dtype: bfloat16 on GPUs that support it, else float32, also if --dtype is float32.
 
-    Never float16, in which the SDXL VAE overflows and returns black images.
+    Never float16, in which the SDXL VAE overflows and returns black images. `bfloat16` is as in `pick_dtype`.
     """
     import torch
 
     if device.type != "cuda" or name == "float32":
         return torch.bfloat16 if device.type == "cpu" and _half_on_cpu(name) else torch.float32
-    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    supported = has_bfloat16(device) if bfloat16 is None else bfloat16
+    return torch.bfloat16 if supported else torch.float32

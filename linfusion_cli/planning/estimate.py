@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families.facts import ModelFacts
@@ -21,7 +23,6 @@ from linfusion_cli.vae.statistics import VaeStrategy
 UNSPLIT = StripSize(1 << 20, 1 << 40)  # for forwards without strips: one strip per map
 LATENT_COPIES = 10  # fp32 copies: latents, noise, predictions and temporary data of a scheduler step
 DEMOFUSION_COPIES = 15  # in addition: the encoded image, its noise, their sum, the blurred latents and two predictions
-COPY_BYTES_PER_SEC = 20e9  # between pinned host memory and a GPU: PCIe 4
 # Overhead of torch's allocator, as a factor and a constant for partly used segments and cuBLAS's workspace. Native
 # segments of different sizes leave gaps. Measured on the fake card of the tests, from 1024 to 16384 px.
 EXPANDABLE, NATIVE = (1.02, 80 << 20), (1.15, 512 << 20)
@@ -47,7 +48,7 @@ class ResourceEstimate:
     """Peak memory of the process and of the GPU, and the time.
 
     `pinned_bytes` is the pinned part of the host memory. `copied_bytes` are transferred between host and device.
-    `flops` counts matrix products and convolutions.
+    `flops` counts matrix products and convolutions. `seconds` is nan if the speed of the device is unknown.
     """
 
     host_bytes: int
@@ -56,6 +57,10 @@ class ResourceEstimate:
     pinned_bytes: int = 0
     copied_bytes: int = 0
     flops: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON values, null for an unknown time: JSON has no nan."""
+        return asdict(self) | {"seconds": None if math.isnan(self.seconds) else self.seconds}
 
     def scale_work(self, factor: float) -> ResourceEstimate:
         """Multiply the work and the time by `factor`; peaks do not change."""
@@ -163,7 +168,7 @@ class CostEstimator:
         unused = model.total_unet_parameters - model.count_unet_parameters("linear") + model.controlnet_parameters
         pinned, copied = ledger.peak["host"], ledger.copied_bytes
         host += unused * machine.dtype.itemsize + pinned
-        seconds = max(compute_sec, copied / COPY_BYTES_PER_SEC)
+        seconds = max(compute_sec, copied / machine.copy_bytes_per_sec)  # both are nan on an unknown GPU
         return ResourceEstimate(
             host, weights + self._estimate_reserved_bytes(device), seconds, pinned, copied, ledger.flops
         )

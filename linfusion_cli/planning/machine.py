@@ -14,6 +14,7 @@ from linfusion_cli.hardware.device import pick_device, pick_dtype, pick_vae_dtyp
 from linfusion_cli.hardware.host_memory import free_host_bytes, resident_bytes
 from linfusion_cli.hardware.no_gpu import explain_no_gpu, has_nvidia_gpu
 from linfusion_cli.hardware.torch_errors import is_out_of_memory
+from linfusion_cli.planning.gpus import PCIE_4, Gpu
 from linfusion_cli.planning.speed import Speed, measure_speed
 from linfusion_cli.settings.request import Request
 
@@ -36,6 +37,8 @@ class Machine:
     vae_speed: Speed
     segments: Segments = "expandable"  # of torch's allocator on the card
     no_gpu: tuple[str, str] | None = None  # reason (clause) and hint (sentence) if `auto` selected the CPU
+    copy_bytes_per_sec: float = PCIE_4  # between pinned host memory and the GPU
+    assumed_gpu: Gpu | None = None  # of a plan for a GPU that this machine does not have
 
 
 def inspect_machine(request: Request, cached_model_bytes: int = 0) -> Machine:
@@ -52,7 +55,7 @@ def inspect_machine(request: Request, cached_model_bytes: int = 0) -> Machine:
         )
     speed, vae_speed = measure_speeds(device, dtype, vae_dtype)
     resident = max(0, resident_bytes() - cached_model_bytes)  # includes the GPU driver's memory
-    host = request.execution.ram or resident + int(FREE_MEMORY_SHARE * (free_host_bytes() + cached_model_bytes))
+    host = compute_host_budget(request, resident, cached_model_bytes)
     budget = compute_device_budget(request, device)
     no_gpu = explain_no_gpu() if request.execution.device == "auto" and not is_cuda(device) else None
     return Machine(device, dtype, vae_dtype, host, budget, resident, speed, vae_speed, detect_segments(), no_gpu)
@@ -82,6 +85,11 @@ def build_cpu_notice(machine: Machine, seconds: float) -> str | None:
     if seconds < MIN_NOTICE_SEC and not hint and not has_nvidia_gpu():
         return None
     return f"{CPU_NOTICE.format(format_seconds(seconds), reason)} {hint}".strip()
+
+
+def compute_host_budget(request: Request, resident: int, cached_model_bytes: int = 0) -> int:
+    """Return the budget in bytes of host memory for a process with `resident` bytes before models are loaded."""
+    return request.execution.ram or resident + int(FREE_MEMORY_SHARE * (free_host_bytes() + cached_model_bytes))
 
 
 def compute_device_budget(request: Request, device: torch.device) -> int | None:

@@ -58,7 +58,8 @@ class PlannedStage:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values for reports."""
-        return asdict(self) | {"size": str(self.size)}
+        estimate = None if self.estimate is None else self.estimate.to_json()
+        return asdict(self) | {"size": str(self.size), "estimate": estimate}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Plan:
         """Return the JSON values for reports and `linfusion plan --json`."""
         machine, estimate = self.machine, self.estimate
         budget = {"host_budget_bytes": machine.host_bytes, "device_budget_bytes": machine.device_bytes}
-        return asdict(estimate) | budget | {"stages": [stage.to_json() for stage in self.stages]}
+        return estimate.to_json() | budget | {"stages": [stage.to_json() for stage in self.stages]}
 
 
 @dataclass(frozen=True)

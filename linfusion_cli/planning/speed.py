@@ -16,6 +16,9 @@ PROBE_SEC = 0.15
 # The share of the probe's rates that a forward reaches: its matrix products are smaller and of many shapes, and its
 # other operations have fewer cache hits. Measured with tools/bench/unet.py and complete runs of the demo model.
 EFFICIENCY = {"cpu": 0.8, "cuda": 0.5}
+# The share of a data sheet's rates that a plan for another GPU assumes. No GPU was measured yet, so times are lower
+# bounds. On an H200, cuBLAS reaches 0.8 of the rate of matrix products.
+DATA_SHEET_EFFICIENCY = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Speed:
     def estimate_seconds(self, flops: float, passes: float) -> float:
         """Return the time of `flops` floating-point operations and `passes` memory accesses."""
         return flops / self.flops_per_sec + passes / self.passes_per_sec
+
+
+def compute_speed(flops_per_sec: float, bytes_per_sec: float, itemsize: int) -> Speed:
+    """Return the speed of a GPU with these rates in its data sheet, for values of `itemsize` bytes."""
+    return Speed(DATA_SHEET_EFFICIENCY * flops_per_sec, DATA_SHEET_EFFICIENCY * bytes_per_sec / itemsize)
 
 
 @cache

@@ -30,6 +30,15 @@ class CommandOptions:
         commands=("generate", "upscale", "batch", "decode"),
         sources=("flag",),
     )
+    gpu: str | None = setting(
+        None,
+        help="Plan for this GPU, by its data sheet, instead of a GPU of this machine: rtx4090, rtx3060, a100, h100, …",
+        panel="Memory and device",
+        metavar="GPU",
+        default_text="the GPU of this machine",
+        commands=("plan",),
+        sources=("flag",),
+    )
     report: Path | None = setting(
         None,
         help="Write the report to this file, as JSON.",

@@ -85,6 +85,7 @@ def slow(arguments: tuple[str, ...], code: int):
         slow(("generate", "a sea", "--preset", "sdxl", *SMALL), 69),
         slow(("upscale", "photo.png", "--preset", "demo", "--size", "96", "--steps", "1", "-q", "-o", "large.png"), 0),
         slow(("plan", "a sea", "--model", "someone/sd", "--linfusion", "none", "--size", "128"), 0),
+        slow(("plan", "a sea", "--preset", "sdxl", "--size", "16384", "--gpu", "rtx4090", "--ram", "64GiB"), 0),
         (("models", "list"), 0),
         slow(("models", "check", "someone/sd"), 0),
         slow(("models", "check", "someone/else"), 69),

@@ -14,23 +14,15 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from linfusion_cli.mixers.linear.weights import build_spec
+from linfusion_cli.models.families.facts import read_config
+from linfusion_cli.models.locate.published import get_configs
 from tests.support.small_models import build_scheduler_config, write_small_tokenizer
 from tools.bench.shapes import build_linear_attentions, build_sdxl_unet, build_sdxl_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA_RANK, LORA_LAYERS = 4, 24
 TOKENS = {"vocab_size": 49408, "bos_token_id": 512, "eos_token_id": 513}  # of the small tokenizer
-TEXT = {
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "text_encoder_2": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
-}
+TEXT = ("text_encoder", "text_encoder_2")
 VISION = {  # OpenCLIP ViT-bigG/14, the image encoder of SDXL's plain IP-Adapter
     "hidden_size": 1664,
     "intermediate_size": 8192,
@@ -50,8 +42,9 @@ def write_sdxl(folder: Path) -> Path:
         net = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
     for part, network in (("unet", unet), ("vae", vae), ("controlnet", net)):
         write_part(folder / part, dict(network.config) | {"_class_name": type(network).__name__})
-    for part, config in TEXT.items():
-        write_part(folder / part, CLIPTextConfig(**config, **TOKENS).to_dict(), "model.safetensors")
+    for part in TEXT:
+        config = read_config(get_configs("sdxl") / part / "config.json")
+        write_part(folder / part, CLIPTextConfig(**config | TOKENS).to_dict(), "model.safetensors")
         write_small_tokenizer(folder / part.replace("text_encoder", "tokenizer"))
     write_json(folder / "scheduler" / "scheduler_config.json", build_scheduler_config())
     names = {part: ["diffusers", ""] for part in ("unet", "vae", *TEXT, "tokenizer", "tokenizer_2", "scheduler")}

@@ -17,25 +17,13 @@ from linfusion_cli.mixers.linear.weights import (
     save_weights,
 )
 from tests.support.small_models import build_small_xl_unet, write_linfusion
+from tools.bench.shapes import build_sdxl_unet
 
 
 def build_meta_sdxl_unet() -> UNet2DConditionModel:
     """Build the UNet of stabilityai/stable-diffusion-xl-base-1.0 on the meta device."""
     with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=2,
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+        return build_sdxl_unet()
 
 
 def write_published_layout(folder, unet):

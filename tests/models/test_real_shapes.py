@@ -1,33 +1,35 @@
 """The three families with real shapes on the meta device: keys of single files, and the layout of LinFusion weights."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from linfusion_cli.core.errors import DataError
-from linfusion_cli.mixers.linear import weights
-from linfusion_cli.mixers.linear.weights import CONFIG_NAME, ModuleSpec, build_meta_module, build_spec, check_specs
-from linfusion_cli.models.families.facts import detect_family, detect_file_family
+from linfusion_cli.mixers.linear.weights import (
+    CONFIG_NAME,
+    ModuleSpec,
+    build_meta_module,
+    build_spec,
+    check_specs,
+    read_specs,
+)
+from linfusion_cli.models.families.facts import detect_family, detect_file_family, read_facts
 from linfusion_cli.models.files.header import Header
-from linfusion_cli.models.load.networks import read_matching_state
+from linfusion_cli.models.files.layout import Model
+from linfusion_cli.models.load.networks import load_meta, read_matching_state
 from linfusion_cli.models.load.single_file import read_transformer_depths
+from linfusion_cli.models.locate.published import get_configs, get_linfusion_config
 from linfusion_cli.planning.meta_model import MetaModel, count_parameters
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet.estimate import ForwardSettings, estimate_unet
-from tests.mixers.test_weights import build_meta_sdxl_unet
 from tests.support.small_single_files import to_original_clip, to_original_open_clip, to_original_unet, to_original_vae
 from tools.bench.shapes import build_linear_attentions
 
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
-OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
-OPEN_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+FAMILIES = ("sdxl", "sd21", "sd15")
 # Keys by which diffusers detects a family (loaders/single_file_utils.py), and other keys of the published files.
 KNOWN_KEYS = {
     "sdxl": {
@@ -57,46 +59,25 @@ KNOWN_KEYS = {
 }
 
 
-def build_sd_unet(**fields):
-    """Build the UNet of SD 1.5, or with `fields` that of SD 2.1."""
-    with init_empty_weights():
-        return UNet2DConditionModel(sample_size=64, **{"cross_attention_dim": 768} | fields)
+def build_unet(family):
+    return load_meta(UNet2DConditionModel, Model(get_configs(family)).get_part("unet"))
 
 
-UNETS = {
-    "sdxl": build_meta_sdxl_unet,
-    "sd21": lambda: build_sd_unet(
-        cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
-    ),
-    "sd15": build_sd_unet,
-}
-
-
-def build_encoder(kind, **fields):
-    with init_empty_weights():
-        return kind(CLIPTextConfig(vocab_size=49408, **fields))
-
-
-def build_vae():
-    with init_empty_weights():
-        return AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        )
+def build_vae(family):
+    return load_meta(AutoencoderKL, Model(get_configs(family)).get_part("vae"))
 
 
 def build_encoders(family):
     """Return the text encoders with the functions and prefixes that give the original tensor names."""
-    clip, open_clip = "cond_stage_model.transformer.", "cond_stage_model.model."
+    model, clip = Model(get_configs(family)), "cond_stage_model.transformer."
+    first = load_meta(CLIPTextModel, model.get_part("text_encoder"))
     if family == "sd15":
-        return [(build_encoder(CLIPTextModel, **CLIP_L), to_original_clip, clip)]
+        return [(first, to_original_clip, clip)]
     if family == "sd21":
-        return [(build_encoder(CLIPTextModel, **OPEN_CLIP_H), to_original_open_clip, open_clip)]
-    second = build_encoder(CLIPTextModelWithProjection, projection_dim=1280, **OPEN_CLIP_G)
+        return [(first, to_original_open_clip, "cond_stage_model.model.")]
+    second = load_meta(CLIPTextModelWithProjection, model.get_part("text_encoder_2"))
     return [
-        (build_encoder(CLIPTextModel, **CLIP_L), to_original_clip, "conditioner.embedders.0.transformer."),
+        (first, to_original_clip, "conditioner.embedders.0.transformer."),
         (second, to_original_open_clip, "conditioner.embedders.1.model."),
     ]
 
@@ -105,10 +86,10 @@ def get_meta_parameters(module):
     return {name: parameter.to("meta") for name, parameter in module.named_parameters()}
 
 
-@pytest.fixture(scope="module", params=UNETS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def real(request):
     """Family, networks, and the header of the single file."""
-    unet, vae, encoders = UNETS[request.param](), build_vae(), build_encoders(request.param)
+    unet, vae, encoders = build_unet(request.param), build_vae(request.param), build_encoders(request.param)
     tensors = to_original_unet(unet, get_meta_parameters(unet)) | to_original_vae(vae, get_meta_parameters(vae))
     for encoder, rename, prefix in encoders:
         tensors |= rename(get_meta_parameters(encoder), prefix)
@@ -186,18 +167,31 @@ def test_linear_attention_fits_key_by_key(real):
     assert shapes == expected
 
 
-def build_published_config(family):
-    """Return the text of the published `config.json`."""
-    entries = [asdict(spec) for spec in list_published_specs(family)]
-    return json.dumps({"_class_name": "LinFusion", "_diffusers_version": "0.27.0", "modules_list": entries})
+PARAMETERS = {"sdxl": 2567.46, "sd21": 865.91, "sd15": 859.52}  # of the UNets, in millions
+TEXT_PARAMETERS = {"sdxl": [123.06, 694.66], "sd21": [340.39], "sd15": [123.06]}
+
+
+def test_the_networks_have_the_published_sizes(real):
+    family, (unet, vae, *encoders), _ = real
+    counts = [count_parameters(network) / 1e6 for network in (unet, vae, *encoders)]
+    assert counts == pytest.approx([PARAMETERS[family], 83.65, *TEXT_PARAMETERS[family]], abs=0.006)
+
+
+def test_the_configs_that_come_with_the_program_are_consistent(real):
+    family, (unet, *_), _ = real
+    assert read_specs(get_linfusion_config(family) / CONFIG_NAME) == list_published_specs(family)
+    facts = read_facts(Model(get_configs(family)))
+    native_px, prediction = {"sdxl": (1024, "epsilon"), "sd21": (768, "v_prediction"), "sd15": (512, None)}[family]
+    assert (facts.family, facts.native_px, facts.vae_native_px) == (family, native_px, native_px)
+    assert (facts.prediction_type, facts.warnings) == (prediction, ())
+    for file in get_configs(family).rglob("*"):
+        assert file.is_dir() or (file.suffix == ".json" and file.stat().st_size < 12_000)
 
 
 @pytest.fixture
-def sdxl(tmp_path):
+def sdxl():
     """SDXL on the meta device, with linear attention from the published config."""
-    (tmp_path / CONFIG_NAME).write_text(build_published_config("sdxl"))
-    unet = build_meta_sdxl_unet()
-    return MetaModel(unet, weights.build_meta_modules(tmp_path, unet), build_vae())
+    return MetaModel.read(Model(get_configs("sdxl")), get_linfusion_config("sdxl"))
 
 
 def test_sdxl_s_unet_with_linear_attention_takes_4_83_gib_in_fp16(sdxl):
@@ -213,13 +207,13 @@ def test_a_forward_of_sdxl_at_16k_is_1547_tflop(sdxl):
 
 
 def test_benchmarks_run_linear_attention_as_published():
-    unet = build_meta_sdxl_unet()
+    unet = build_unet("sdxl")
     with torch.device("meta"):
         modules = build_linear_attentions(unet)
     assert [build_spec(path, module) for path, module in modules.items()] == list_published_specs("sdxl")
 
 
-@pytest.mark.parametrize("other", UNETS)
+@pytest.mark.parametrize("other", FAMILIES)
 def test_another_familys_linear_attention_is_refused_by_its_first_layer(real, other):
     family, (unet, *_), _ = real
     if other == family:

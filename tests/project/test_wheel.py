@@ -5,6 +5,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from linfusion_cli.models.locate.model import FAMILY_BASES
+
 ROOT = Path(__file__).parents[2]
 MODEL_BYTES = 16 * 1000 * 1000
 
@@ -21,6 +23,8 @@ def test_the_wheel_contains_presets_and_model(tmp_path):
     assert sorted(expected) == sorted(name for name in names if ".dist-info/" not in name)
     for part in ("unet", "vae", "linfusion"):
         assert f"linfusion_cli/models/demo/{part}/diffusion_pytorch_model.safetensors" in names
+    for family in FAMILY_BASES:
+        assert f"linfusion_cli/models/configs/{family}/linfusion/config.json" in names
     assert {"linfusion_cli/_presets/demo.toml", "linfusion_cli/py.typed"} <= set(names)
     for name in ("LICENSE", "NOTICE"):
         assert any(path.endswith(f".dist-info/licenses/{name}") for path in names)

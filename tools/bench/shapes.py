@@ -7,6 +7,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from linfusion_cli.mixers.linear.linear import LinearAttention
 from linfusion_cli.mixers.linear.mount import find_self_attentions
+from linfusion_cli.models.families.facts import read_config
+from linfusion_cli.models.locate.published import get_configs
 from linfusion_cli.unet.forward import UNetInputs
 
 TEXT_TOKENS, POOLED = 77, 1280
@@ -16,21 +18,11 @@ MID_DIVISOR = 16  # channels / `projection_mid_dim` in f_q and f_k of the publis
 
 def build_sdxl_unet(divisor: int = 1) -> UNet2DConditionModel:
     """Build SDXL's UNet with its channels divided by `divisor`; heads keep 64 channels."""
-    widths = tuple(width // divisor for width in (320, 640, 1280))
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=widths,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=tuple(max(1, width // 64) for width in widths),
-        cross_attention_dim=2048 // divisor,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=POOLED + 6 * 256,
-    )
+    config = read_config(get_configs("sdxl") / "unet" / "config.json")
+    widths = [width // divisor for width in config["block_out_channels"]]
+    narrow = {"block_out_channels": widths, "attention_head_dim": [max(1, width // 64) for width in widths]}
+    narrow |= {"cross_attention_dim": config["cross_attention_dim"] // divisor}
+    return UNet2DConditionModel.from_config(config | narrow)
 
 
 def build_linear_attentions(unet: UNet2DConditionModel) -> dict[str, LinearAttention]:
@@ -53,14 +45,7 @@ def build_random_inputs(unet: UNet2DConditionModel) -> UNetInputs:
 
 def build_sdxl_vae(divisor: int = 1) -> AutoencoderKL:
     """Build SDXL's VAE with its channels divided by `divisor`; norms have 32 groups if the channels allow it."""
-    widths = tuple(width // divisor for width in (128, 256, 512, 512))
-    return AutoencoderKL(
-        block_out_channels=widths,
-        norm_num_groups=32 if divisor == 1 else math.gcd(*widths),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=1024,
-        scaling_factor=0.13025,
-    )
+    config = read_config(get_configs("sdxl") / "vae" / "config.json")
+    widths = [width // divisor for width in config["block_out_channels"]]
+    groups = config["norm_num_groups"] if divisor == 1 else math.gcd(*widths)
+    return AutoencoderKL.from_config(config | {"block_out_channels": widths, "norm_num_groups": groups})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ from linfusion_cli.cli.output.streams import emit_result
 from linfusion_cli.cli.output.tables import build_table, format_table
 from linfusion_cli.cli.parsing.build_request import configure_hub, read_command_options, read_request
 from linfusion_cli.cli.parsing.options import add_settings
+from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.units import format_bytes, format_seconds
+from linfusion_cli.planning.gpus import UNKNOWN_GPU, Gpu, find_gpu
 from linfusion_cli.settings.request import Request
 from linfusion_cli.settings.request_json import execution_to_json, request_to_json, to_json_value
 from linfusion_cli.settings.table import flatten_request
@@ -29,36 +32,61 @@ HEADINGS = ("stage", "size", "steps", "attention", "strips", "maps", "guidance",
 EXAMPLES = """
 linfusion plan --preset sdxl --size 16384
 linfusion plan --preset sdxl --size 16384 --device cuda --vram 24GiB
+linfusion plan --preset sdxl --size 16384 --gpu rtx4090
 linfusion plan --image photo.jpg --size 8192 --json
 """
 
 
 @add_settings("plan")
 def command(given: dict[str, Any]) -> None:
-    """Show how generate or upscale would run, its memory and time. Loads no weights."""
-    command_options = read_command_options(given)
+    """Show how generate or upscale would run, its memory and time. Needs no weights, and with --gpu no GPU."""
+    options = read_command_options(given)
     configure_hub(bool(given["download"]), quiet=False)
-    origins, request = read_request(given, echo_notice)
+    gpu = None if options.gpu is None else find_gpu(options.gpu)
+    implied = {} if gpu is None else imply_settings(gpu, given)
+    origins, request = read_request(given | implied, echo_notice)
+    origins |= dict.fromkeys(implied, "--gpu")
+    from linfusion_cli.planning.assumed_gpu import choose_machine
     from linfusion_cli.planning.machine import build_cpu_notice
     from linfusion_cli.run.inputs.disk import estimate_disk_bytes
-    from linfusion_cli.run.inputs.resolve import resolve_request
+    from linfusion_cli.run.inputs.resolve_plan import resolve_plan
     from linfusion_cli.run.inputs.source_image import resolve_source_image
-    from linfusion_cli.run.stages.plan import plan_run  # torch and diffusers: not needed for --help
+    from linfusion_cli.run.stages.plan import plan_on_machine  # torch and diffusers: not needed for --help
 
     request, image = resolve_source_image(request)
-    resolved = resolve_request(request, image)
+    machine = choose_machine(request, gpu)
+    resolved = resolve_plan(request, image, lambda text: echo_notice(Notice(text)))
     for warning in resolved.facts.warnings:
         echo_notice(Notice(warning))
-    plan, disk = plan_run(resolved), estimate_disk_bytes(resolved)
+    plan, disk = plan_on_machine(resolved, machine), estimate_disk_bytes(resolved)
     if notice := build_cpu_notice(plan.machine, plan.estimate.seconds):
         echo_notice(Notice(notice))
-    if command_options.json:
+    if options.json:
         described = {"request": request_to_json(request), "execution": execution_to_json(request)}
-        values = described | {"settings": origins, "disk_bytes": disk}
+        values = described | {"settings": origins, "disk_bytes": disk} | describe_gpu(plan)
         emit_result(json.dumps(values | {"plan": plan.to_json()}, indent=2))
     else:
-        parts = [format_table(build_plan_table(plan)), format_budgets(plan, disk), format_settings(origins, request)]
+        budgets = format_budgets(plan, disk, is_host_default=request.execution.ram is None)
+        parts = [format_table(build_plan_table(plan)), budgets, format_settings(origins, request)]
         emit_result("\n\n".join(parts))
+
+
+def imply_settings(gpu: Gpu, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that --gpu implies, as text: the device, and a budget unless --vram is `given`.
+
+    They precede other sources, whose values are for the GPU of this machine. Raise UsageError for --device cpu.
+    """
+    device = given["device"]
+    if device == "cpu":
+        raise UsageError("--gpu cannot be combined with --device cpu.", "Omit one of them.", "device")
+    implied = {"device": "cuda"} if device in (None, "auto") else {}
+    return implied if given["vram"] is not None else implied | {"vram": str(gpu.default_budget_bytes)}
+
+
+def describe_gpu(plan: Plan) -> dict[str, Any]:
+    """Return the JSON values that say whether the plan is for a GPU that was not measured, and for which."""
+    gpu = plan.machine.assumed_gpu
+    return {"estimated": gpu is not None, "gpu": None if gpu is None else gpu.to_json()}
 
 
 def build_plan_table(plan: Plan) -> Table:
@@ -101,15 +129,28 @@ def _format_estimate(estimate: ResourceEstimate | None, plan: Plan) -> list[str]
     if estimate is None:
         return ["unknown"] * 3
     device = "" if plan.machine.device_bytes is None else format_bytes(estimate.device_bytes)
-    return [device, format_bytes(estimate.host_bytes), format_seconds(estimate.seconds)]
+    seconds = "" if math.isnan(estimate.seconds) else format_seconds(estimate.seconds)
+    return [device, format_bytes(estimate.host_bytes), seconds]
 
 
-def format_budgets(plan: Plan, disk_bytes: int) -> str:
-    """Return the memory budgets and the required disk space as one line."""
-    machine = plan.machine
+def format_budgets(plan: Plan, disk_bytes: int, is_host_default: bool) -> str:
+    """Return the memory budgets and the required disk space as one line, after a line about an assumed GPU."""
+    machine, disk = plan.machine, f"Required disk space: up to {format_bytes(disk_bytes)}."
+    if machine.assumed_gpu is not None:
+        free = ", 90 % of what is free on this machine (--ram sets another)" if is_host_default else ""
+        memory = f"{format_bytes(machine.device_bytes or 0)} of GPU memory, {format_bytes(machine.host_bytes)}"
+        return f"{describe_assumed_gpu(machine.assumed_gpu)}\nBudget: {memory} of host memory{free}. {disk}"
     device = "" if machine.device_bytes is None else f", {format_bytes(machine.device_bytes)} of GPU memory"
     memory = f"Budget on {machine.device}: {format_bytes(machine.host_bytes)} of host memory{device}."
-    return f"{memory} Required disk space: up to {format_bytes(disk_bytes)}."
+    return f"{memory} {disk}"
+
+
+def describe_assumed_gpu(gpu: Gpu) -> str:
+    """Return a sentence that says which GPU the plan is an estimate for."""
+    if gpu is UNKNOWN_GPU:
+        return "Estimate for a GPU that this machine does not have. The time is unknown: name the GPU with --gpu."
+    memory = format_bytes(gpu.memory_bytes)
+    return f"Estimate for one {gpu.name} ({memory}) from its data sheet. Nothing was measured: runs can take longer."
 
 
 def format_settings(origins: Mapping[str, str], request: Request) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from linfusion_cli.core.errors import Unavailable, first_line
+from linfusion_cli.core.errors import NotInstalled, Unavailable, first_line
 from linfusion_cli.models.files.layout import LINFUSION_FOLDER, PARTS
 
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
@@ -27,7 +27,7 @@ def find_in_hub(name: str, download: bool, flag: str, is_complete: Callable[[Pat
     if download:
         return download_repository(name, flag)
     hint = f"Add --download or run `linfusion models pull {name}`, use a local folder, or use --preset demo."
-    raise Unavailable(f"{flag} {name} is not on this machine.", hint)
+    raise NotInstalled(f"{flag} {name} is not on this machine.", hint)
 
 
 def find_snapshot(name: str, flag: str) -> Path | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from linfusion_cli.core.errors import DataError, Unavailable
+from linfusion_cli.core.errors import DataError, NotInstalled, Unavailable
 from linfusion_cli.core.fs import expand_home, is_file, is_folder
 from linfusion_cli.models.files.header import Header
 from linfusion_cli.models.files.hub import find_snapshot, split_revision, translate_hub_errors
@@ -107,7 +107,7 @@ def find_in_repository(kind: FileKind, name: str, download: bool) -> FileLocatio
         selected = pick_file(kind, name, files)
     if snapshot is None or selected is None:
         hint = "Add --download, or use a local safetensors file."
-        raise Unavailable(f"{kind.flag} {name} is not on this machine.", hint)
+        raise NotInstalled(f"{kind.flag} {name} is not on this machine.", hint)
     return FileLocation(snapshot / selected, repository, selected)
 
 

@@ -39,11 +39,21 @@ def plan_run(
     Raise OutOfMemoryBudget if no plan fits, UsageError for steps that the scheduler does not support, DataError for
     invalid files and for a UNet or ControlNet that cannot run in strips but has to.
     """
+    machine = widen_dtype(inspect_machine(resolved.request, kept_bytes), least_dtype)
+    return plan_on_machine(resolved, machine, executed, model_cache)
+
+
+def plan_on_machine(
+    resolved: ResolvedRequest,
+    machine: Machine,
+    executed: Sequence[Mapping[str, Any]] = (),
+    model_cache: ModelCache | None = None,
+) -> Plan:
+    """Return the plan for a request on `machine`, like `plan_run`."""
     request, facts, phases = resolved.request, resolved.facts, resolved.phases
     passes = [count_passes(request, facts.scheduler_config, phase) for phase in phases]
     held_bytes = resolved.source_image.held_bytes if resolved.source_image else 0
     control = resolved.controlnets.phases, resolved.controlnets.held_bytes
-    machine = widen_dtype(inspect_machine(request, kept_bytes), least_dtype)
     recorded = parse_recorded_strategies(executed, machine)
     inputs = PlanInputs(request, facts, phases, passes, resolved.source_size, held_bytes, *control, recorded)
     meta_model = read_meta_model(resolved, model_cache or ModelCache(enabled=False))
