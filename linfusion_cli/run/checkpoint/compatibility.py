@@ -117,15 +117,14 @@ def format_value(value: Any) -> str:
 
 def find_changed_files(before: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
     """Return the names of the files that were added, removed, or have another SHA-256."""
-    return sorted(
-        {file["file"] for files, others in ((before, now), (now, before)) for file in files if file not in others}
-    )
+    pairs_before, pairs_now = ({(file["file"], file["sha256"]) for file in files} for files in (before, now))
+    return sorted({name for name, _ in pairs_before ^ pairs_now})
 
 
 def find_environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Describe changes of versions, device, dtype and plan, which can change the image by rounding."""
+    """Describe changes of libraries, device, dtype and plan, which can change the image by rounding."""
     for name, version in now["versions"].items():
-        if before["versions"].get(name) != version:
+        if name != "linfusion" and before["versions"].get(name) != version:
             yield f"{name} {version} instead of {before['versions'].get(name)}"
     if before["device"] != now["device"]:
         yield f"{now['device']} instead of {before['device']}"
