@@ -20,8 +20,9 @@ from linfusion_cli.settings.request import GenerateRequest, ImageRequest, Upscal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from linfusion_cli.planning.estimate import DenoiseStrategy, ResourceEstimate
+    from linfusion_cli.planning.estimate import ResourceEstimate
     from linfusion_cli.planning.plan import Plan, PlannedStage
+    from linfusion_cli.planning.strategies import DenoiseStrategy
     from linfusion_cli.vae.statistics import VaeStrategy
 
 HEADINGS = ("stage", "size", "steps", "attention", "strips", "maps", "guidance", "GPU", "host", "time")
@@ -66,7 +67,7 @@ def build_plan_table(plan: Plan) -> Table:
 
 
 def _format_stage(stage: PlannedStage, plan: Plan) -> list[str]:
-    from linfusion_cli.planning.estimate import DenoiseStrategy
+    from linfusion_cli.planning.strategies import DenoiseStrategy
 
     strategy = stage.strategy
     columns = format_denoise(strategy) if isinstance(strategy, DenoiseStrategy) else format_vae(strategy)
@@ -82,7 +83,7 @@ def format_denoise(strategy: DenoiseStrategy) -> list[str]:
     """Return attention, strips, place of the feature maps, and guidance of a phase's UNet."""
     strips = f"{strategy.strips.rows} rows, {strategy.strips.tokens} tokens" if strategy.strips else "whole"
     maps = {"device": "device", "skips": "device, skips on host", "host": "host"}[strategy.place]
-    return [strategy.attention, strips, maps, "batched" if strategy.together else "sequential"]
+    return [strategy.attention, strips, maps, "batched" if strategy.batched else "sequential"]
 
 
 def format_vae(strategy: VaeStrategy) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli.checkpoint.store import Checkpoint, CheckpointStore
@@ -80,11 +79,9 @@ def hash_configs(resolved: ResolvedRequest) -> list[dict[str, str]]:
 
 def stages_to_json(plan: Plan) -> list[dict[str, Any]]:
     """Return the strategy of each stage and the type of device that it was chosen for."""
-    device = plan.machine.device.type
-    return [
-        {"kind": stage.kind, "phase": stage.phase, "device": device, "strategy": asdict(stage.strategy)}
-        for stage in plan.stages
-    ]
+    from linfusion_cli.planning.strategies import recorded_to_json
+
+    return recorded_to_json(plan.strategies, plan.machine.device.type)
 
 
 def to_json_values(value: Any) -> Any:
@@ -130,8 +127,16 @@ def find_environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) 
         yield f"{now['device']} instead of {before['device']}"
     if before[DTYPES_KEY] and before[DTYPES_KEY][-1]["dtype"] != now["dtype"]:
         yield f"{now['dtype']} instead of {before[DTYPES_KEY][-1]['dtype']}"
-    if before["stages"] != now["stages"]:
+    if have_strategies_changed(before["stages"], now["stages"]):
         yield "another plan, because the earlier one does not fit this machine"
+
+
+def have_strategies_changed(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if a stage has another strategy or device than before. Unknown keys and stages do not matter."""
+    from linfusion_cli.planning.strategies import recorded_from_json
+
+    recorded = recorded_from_json(before)
+    return any(recorded.get(key) != strategy for key, strategy in recorded_from_json(now).items())
 
 
 def build_mismatch_error(store: CheckpointStore, changes: Sequence[str]) -> UsageError:

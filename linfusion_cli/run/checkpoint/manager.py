@@ -6,13 +6,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
 from linfusion_cli.checkpoint.store import Checkpoint, CheckpointStore, DamagedCheckpoint
 from linfusion_cli.core.atomic_file import resolve_target
 from linfusion_cli.core.errors import LinfusionError, NonFinite, OutOfMemory, Stopped, WriteFailed, first_line
+from linfusion_cli.core.events import StageKey
 from linfusion_cli.core.signals import critical_section, reraise_stop
 from linfusion_cli.hardware.device import dtype_name
 from linfusion_cli.hardware.peak import release_memory
@@ -31,8 +32,8 @@ from linfusion_cli.run.inputs.provenance import DTYPES_KEY
 from linfusion_cli.settings.request import ImageRequest
 
 if TYPE_CHECKING:
-    from linfusion_cli.planning.estimate import DenoiseStrategy
     from linfusion_cli.planning.plan import Plan
+    from linfusion_cli.planning.strategies import Strategy
     from linfusion_cli.run.checkpoint.state import RunState
 
 MAX_SAVE_SHARE = 0.02  # of the run time that saving can take: on a slow disk, saves become less frequent
@@ -167,11 +168,13 @@ class CheckpointManager:
         if self.last_state is not None or self.previous is not None:
             self.save(state)
 
-    def record_strategy(self, kind: str, phase: int, strategy: DenoiseStrategy) -> None:
+    def record_strategy(self, key: StageKey, strategy: Strategy) -> None:
         """Record that a stage uses `strategy` from now on instead of the planned one; the next save stores it."""
+        from linfusion_cli.planning.strategies import strategy_to_json
+
         for stage in self.metadata["stages"]:
-            if (stage["kind"], stage["phase"]) == (kind, phase):
-                stage["strategy"] = to_json_values(asdict(strategy))
+            if (stage["kind"], stage["phase"]) == key:
+                stage["strategy"] = to_json_values(strategy_to_json(strategy))
 
     def save(self, state: RunState) -> None:
         """Save `state` immediately, delaying signals until it is written.

@@ -18,6 +18,8 @@ from tests.checkpoint.test_store import equal
 from tests.run.checkpoint.test_resume import files, in_second_phase, stopping_at
 from tests.support.fakes import Listener
 
+LONG = {"steps": (4,), "strength": (0.7,)}  # three steps in phase 2x
+
 
 @pytest.fixture
 def make(xl_model, tmp_path, monkeypatch):
@@ -87,15 +89,15 @@ def test_a_complete_file_with_a_checkpoint_of_another_format_or_numerics_stays(m
 
 
 def test_a_checkpoint_of_another_version_with_equal_numbers_is_resumed(make, tmp_path):
-    make()
+    make(**LONG)
     expected = files(tmp_path)
     (tmp_path / "a.png").unlink()
     with pytest.raises(Stopped):
-        make(in_second_phase)
+        make(in_second_phase, **LONG)
     versions = CheckpointStore(tmp_path / "a.png").read().metadata["versions"]
     save_again(tmp_path / "a.png", "__version__", "9.0.0", versions=versions | {"linfusion": "9.0.0"})
     listener = Listener()
-    assert "in phase 2x" in make(listener).resumed_from and files(tmp_path) == expected
+    assert "in phase 2x" in make(listener, **LONG).resumed_from and files(tmp_path) == expected
     (notice,) = [event.text for event in listener.of(Notice) if "Resuming" in event.text]
     assert notice == (
         f"Resuming the checkpoint of linfusion 9.0.0 with linfusion {__version__}: both compute the same latents."
@@ -103,11 +105,11 @@ def test_a_checkpoint_of_another_version_with_equal_numbers_is_resumed(make, tmp
 
 
 def test_keys_of_a_later_version_are_preserved_and_have_no_effect(make, tmp_path):
-    make()
+    make(**LONG)
     expected = files(tmp_path)
     (tmp_path / "a.png").unlink()
     with pytest.raises(Stopped):
-        make(in_second_phase)
+        make(in_second_phase, **LONG)
     checkpoint = CheckpointStore(tmp_path / "a.png").read()
     metadata, state = checkpoint.metadata, {name: dict(section) for name, section in checkpoint.state.items()}
     state["run_state"] |= {"clock": {"now": torch.ones(1)}}
@@ -117,20 +119,20 @@ def test_keys_of_a_later_version_are_preserved_and_have_no_effect(make, tmp_path
     later = metadata | {"host": "a", "stages": stages, "weights": weights}
     CheckpointStore(tmp_path / "a.png").save(later, state | {"history": {"x": torch.ones(3)}})
     with pytest.raises(Stopped):
-        make(stopping_at("write"))  # saves several times
+        make(stopping_at("write"), **LONG)  # saves several times
     saved = CheckpointStore(tmp_path / "a.png").read()
     assert saved.metadata["host"] == "a" and saved.state["run_state"]["is_done"]
     assert torch.equal(saved.state["run_state"]["clock"]["now"], torch.ones(1))
     assert torch.equal(saved.state["phase_state"]["mask"], torch.ones(2))
     assert torch.equal(saved.state["history"]["x"], torch.ones(3))
     listener = Listener()
-    make(listener)
+    make(listener, **LONG)
     assert files(tmp_path) == expected and not any("Resuming" in event.text for event in listener.of(Notice))
 
 
 def test_this_version_knows_all_keys_that_it_saves(make, tmp_path):
     with pytest.raises(Stopped):
-        make(in_second_phase, upscaler="demofusion")
+        make(in_second_phase, upscaler="demofusion", **LONG)
     store = CheckpointStore(tmp_path / "a.png", known=KNOWN_KEYS)
     known, everything = store.read(), CheckpointStore(tmp_path / "a.png").read()
     assert known.metadata == everything.metadata and equal(known.state, everything.state)
