@@ -3,8 +3,11 @@
 The folder `NAME.linfusion` holds `checkpoint.json` and the safetensors files that it names, with their SHA-256. Saving
 writes and syncs new tensor files, writes a new manifest, and renames it over the old one: the rename commits the state.
 
-The manifest is `{"sha256": S, "entry": {"schema", "linfusion", "metadata", "state"}}`, with S the digest of `entry`.
-Every schema keeps this envelope: each version has to recognise the checkpoints of the others.
+The manifest is `{"sha256": S, "entry": {"schema", "numerics", "linfusion", "metadata", "state"}}`, with S the digest of
+`entry`. Every schema keeps this envelope: each version has to recognise the checkpoints of the others.
+
+A checkpoint can be read if its schema and numerics are those of this program. The version `linfusion` is information.
+Keys that only a later version knows are preserved: `save` writes what `read` has put aside.
 """
 
 from __future__ import annotations
@@ -21,18 +24,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
+from linfusion_cli.checkpoint.extra_keys import KnownKeys, add_keys, split_keys
+from linfusion_cli.checkpoint.versions import NUMERICS, SCHEMA
 from linfusion_cli.core.errors import CannotCreateOutput, UsageError, WriteFailed
 from linfusion_cli.core.fs import build_sibling_path, create_error, is_file, is_folder, open_locked, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA = 2
 MANIFEST, LOCK_FILE, TENSOR_SUFFIX, TEMP_SUFFIX = "checkpoint.json", "lock", ".safetensors", ".part"
 OLD_MANIFEST = "journal.json"  # of schema 1
 OWN_FILES = re.compile(
     rf"\d+{re.escape(TENSOR_SUFFIX)}|(?:{re.escape(MANIFEST)}|{re.escape(OLD_MANIFEST)}){re.escape(TEMP_SUFFIX)}"
 )
+ENTRY_KEYS = dict.fromkeys(("schema", "numerics", "linfusion", "metadata", "state"))
 TENSOR_KEY = "tensor"  # {"tensor": NAME} in the manifest refers to a tensor in the section's file
 
 
@@ -41,7 +46,7 @@ class DamagedCheckpoint(Exception):
 
 
 class IncompatibleCheckpoint(UsageError):
-    """The checkpoint has another schema, or another version of linfusion wrote it."""
+    """The checkpoint has another schema, or its values were computed with other numerics."""
 
     def __init__(self, folder: Path, details: str):
         hint = "Finish it with the version that wrote it, or add --fresh to start over."
@@ -52,22 +57,26 @@ class IncompatibleCheckpoint(UsageError):
 class Checkpoint:
     """The content of a checkpoint: JSON values that describe the run, and its state by section.
 
-    A section is a dict of JSON values, tensors, and lists and dicts of these.
+    A section is a dict of JSON values, tensors, and lists and dicts of these. `linfusion` is the version that wrote it.
     """
 
     metadata: Mapping[str, Any]
     state: Mapping[str, Mapping[str, Any]]
+    linfusion: str = __version__
 
 
 class CheckpointStore:
     """The checkpoint of the run that writes `target`, in `folder` or by default next to `target`.
 
-    Hold `lock()` while changing it.
+    Hold `lock()` while changing it. `known` has the keys of "metadata" and "state" that the caller knows; default: all.
     """
 
-    def __init__(self, target: Path, folder: Path | None = None):
+    def __init__(self, target: Path, folder: Path | None = None, known: KnownKeys | None = None):
         self.target, self.folder = target, folder or build_sibling_path(target, "{}.linfusion")
         self.saved_bytes = 0
+        known = known or {}
+        self._known_metadata, self._known_sections = known.get("metadata"), known.get("state")
+        self._forget_extra()
         # The sections as saved last: name -> the section and its record in the manifest.
         self._saved: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}
 
@@ -97,9 +106,9 @@ class CheckpointStore:
             os.close(fd)
 
     def read(self) -> Checkpoint | None:
-        """Return the last saved checkpoint; None if the folder is empty or missing.
+        """Return the last saved checkpoint with its known keys; None if the folder is empty or missing.
 
-        Raises DamagedCheckpoint, or IncompatibleCheckpoint for one of another schema or version of linfusion.
+        Raises DamagedCheckpoint, or IncompatibleCheckpoint for one of another schema or other numerics.
         """
         with _catch_read_errors():
             if is_file(self.folder / OLD_MANIFEST):
@@ -107,13 +116,8 @@ class CheckpointStore:
             if not self.exists():
                 return None
             entry = self._read_entry()
-            if entry["schema"] != SCHEMA:
-                raise self._build_schema_error(entry["schema"])
-            if entry["linfusion"] != __version__:
-                details = f"written by linfusion {entry['linfusion']} (this is {__version__})"
-                raise IncompatibleCheckpoint(self.folder, details)
-            state = {name: self._load_section(record) for name, record in entry["state"].items()}
-            return Checkpoint(entry["metadata"], state)
+            self._check_numbers(entry)
+            return self._load(entry)
 
     def save(self, metadata: Mapping[str, Any], state: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace the checkpoint.
@@ -125,7 +129,9 @@ class CheckpointStore:
             try:
                 sections = {name: self._save_section(name, section) for name, section in state.items()}
                 records = {name: record for name, (_, record) in sections.items()}
-                entry = {"schema": SCHEMA, "linfusion": __version__, "metadata": metadata, "state": records}
+                numbers = {"schema": SCHEMA, "numerics": NUMERICS, "linfusion": __version__}
+                entry = numbers | {"metadata": metadata, "state": records}
+                entry = add_keys(entry, self._extra, self._entry_keys)
                 self._write_manifest(json.dumps({"sha256": _compute_digest(entry), "entry": entry}))
                 self._saved = sections
             finally:
@@ -133,6 +139,7 @@ class CheckpointStore:
 
     def remove(self) -> None:
         """Delete the checkpoint, in any format; raises WriteFailed."""
+        self._forget_extra()
         with self._catch_write_errors():
             for name in (MANIFEST, OLD_MANIFEST):  # first: without a manifest the other files have no meaning
                 (self.folder / name).unlink(missing_ok=True)
@@ -146,6 +153,7 @@ class CheckpointStore:
             folder.mkdir()
             for path in [path for path in self.folder.iterdir() if path.name != LOCK_FILE]:
                 path.rename(folder / path.name)
+            self._forget_extra()
             return folder
 
     def prune(self) -> None:
@@ -158,6 +166,38 @@ class CheckpointStore:
             for path in list(self.folder.iterdir()):
                 if path.name not in named and OWN_FILES.fullmatch(path.name):
                     path.unlink(missing_ok=True)
+
+    def _forget_extra(self) -> None:
+        # The keys that `read` has put aside: those of the manifest, with unknown sections as records, and by section.
+        self._extra: Mapping[str, Any] = {}
+        self._extra_in_sections: dict[str, Mapping[str, Any]] = {}
+
+    def _check_numbers(self, entry: Mapping[str, Any]) -> None:
+        """Raise IncompatibleCheckpoint if the schema or the numerics are not those of this program."""
+        if entry["schema"] != SCHEMA:
+            raise self._build_schema_error(entry["schema"])
+        if entry["numerics"] != NUMERICS:
+            numbers = f"(numerics {entry['numerics']}; this version has numerics {NUMERICS})"
+            details = f"of linfusion {entry['linfusion']}, which computes other values {numbers}"
+            raise IncompatibleCheckpoint(self.folder, details)
+
+    def _load(self, entry: Mapping[str, Any]) -> Checkpoint:
+        """Return the checkpoint with its known keys. Put the others aside; unknown sections are not loaded."""
+        entry, self._extra = split_keys(entry, self._entry_keys)
+        loaded = {name: self._load_section(record) for name, record in entry["state"].items()}
+        parts = {name: split_keys(section, self._find_section_keys(name)) for name, section in loaded.items()}
+        self._extra_in_sections = {name: extra for name, (_, extra) in parts.items()}
+        sections = {name: section for name, (section, _) in parts.items()}
+        return Checkpoint(entry["metadata"], sections, entry["linfusion"])
+
+    @property
+    def _entry_keys(self) -> KnownKeys:
+        """The known keys of the entry in the manifest, where sections are records."""
+        sections = None if self._known_sections is None else dict.fromkeys(self._known_sections)
+        return ENTRY_KEYS | {"metadata": self._known_metadata, "state": sections}
+
+    def _find_section_keys(self, name: str) -> KnownKeys | None:
+        return None if self._known_sections is None else self._known_sections.get(name)
 
     def _list_tensor_files(self) -> set[str]:
         """Return the names of the tensor files in the manifest; raise an error if it cannot be read."""
@@ -173,7 +213,8 @@ class CheckpointStore:
         if name in self._saved and self._saved[name][0] is section:
             return self._saved[name]
         tensors: dict[str, Tensor] = {}
-        values = _pack(section, "", tensors)
+        complete = add_keys(section, self._extra_in_sections.get(name, {}), self._find_section_keys(name))
+        values = _pack(complete, "", tensors)
         return section, {"values": values} | self._write_tensors(tensors)
 
     def _write_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from linfusion_cli.core.geometry import Size
+
+# The kinds of stages, in the order of a run. Events, plans, reports and checkpoints use no other names.
+# resolve: find and hash the files. plan: choose strategies. load: read weights. start: encode the image that a phase
+# starts from. write: complete the file.
+StageKind = Literal["resolve", "plan", "load", "encode_prompts", "start", "denoise", "decode", "write"]
+
+
+class StageKey(NamedTuple):
+    """Identifies a planned stage; `phase` is the index of its phase."""
+
+    kind: StageKind
+    phase: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class StageStarted:
     """A stage of `total` units starts; `name` is e.g. "base", "2x" or "decode", `unit` is "steps" or "rows"."""
 
     name: str
+    kind: StageKind
     size: Size | None
     total: int
     unit: str

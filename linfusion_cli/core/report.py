@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from linfusion_cli.core.events import StageKind
 from linfusion_cli.core.geometry import Size
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class StageReport:
     """Duration and peak memory of one stage, measured and planned.
 
-    None stands for `peak_device_bytes` without a GPU, `peak_host_bytes` if the system does not report it, and planned
-    values of stages without an estimate.
+    None stands for `peak_device_bytes` without a GPU, `peak_host_bytes` if the system does not report it, planned
+    values of stages without an estimate, and `phase` (an index) of stages that belong to the whole run.
     """
 
     name: str
-    kind: str  # hash, text, load, denoise, decode, encode, write
+    kind: StageKind
     size: Size | None
     seconds: float
     steps: int | None = None
@@ -28,6 +29,7 @@ class StageReport:
     planned_seconds: float | None = None
     planned_host_bytes: int | None = None
     planned_device_bytes: int | None = None
+    phase: int | None = None
 
     @property
     def steps_per_second(self) -> float | None:

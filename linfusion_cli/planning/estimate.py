@@ -10,9 +10,9 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.families.facts import ModelFacts
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.meta_model import MetaModel
+from linfusion_cli.planning.strategies import DenoiseStrategy
 from linfusion_cli.strips.cost import MemoryLedger
 from linfusion_cli.strips.ops import StripSize
-from linfusion_cli.strips.storage import Place
 from linfusion_cli.strips.stream import StreamStage
 from linfusion_cli.unet.check import find_unsupported_parts
 from linfusion_cli.unet.estimate import ForwardSettings, embedding_cost, estimate_unet, whole_controlnet_bytes
@@ -31,16 +31,6 @@ LIBRARY_HEAP_BYTES = 24 << 20  # heap memory of libraries that the estimate does
 PIXEL_CHANNELS = 3
 READ_ROWS, WRITE_ROWS = 512, 256  # fp32 rows of the image in memory, while they are resized or written
 UNSPLIT_FRAGMENTATION_BYTES = 128 << 20  # limit of the gaps that the maps of a forward without strips leave
-
-
-@dataclass(frozen=True)
-class DenoiseStrategy:
-    """How the UNet of a phase runs: unsplit without `strips`. `together` runs both halves of guidance in one batch."""
-
-    attention: str
-    strips: StripSize | None = None
-    place: Place = "device"
-    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,7 @@ class CostEstimator:
         if strategy.attention == "original" and any(any(find_unsupported_parts(network)) for network in networks):
             return None
         size_lat = size.divide(self.facts.vae_factor)
-        shape = (2 if strategy.together else 1, size_lat.height, size_lat.width)
+        shape = (2 if strategy.batched else 1, size_lat.height, size_lat.width)
         itemsize = self.machine.dtype.itemsize
         settings = ForwardSettings(strategy.strips or UNSPLIT, strategy.place, *shape, itemsize, dilation=dilation)
         with self.meta_model.with_attention(strategy.attention):

@@ -8,14 +8,16 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from linfusion_cli.core.errors import OutOfMemoryBudget
+from linfusion_cli.core.events import StageKey, StageKind
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import format_bytes, format_bytes_rounded_up
 from linfusion_cli.images.process.scratch import BYTES_PER_PX
 from linfusion_cli.models.families.facts import ModelFacts
-from linfusion_cli.planning.estimate import CostEstimator, DenoiseStrategy, ResourceEstimate
+from linfusion_cli.planning.estimate import CostEstimator, ResourceEstimate
 from linfusion_cli.planning.machine import Machine
 from linfusion_cli.planning.meta_model import MetaModel
-from linfusion_cli.planning.vae_strategies import Kind, list_vae_strategies
+from linfusion_cli.planning.strategies import DenoiseStrategy, Strategy, strategy_to_json
+from linfusion_cli.planning.vae_strategies import VaeStageKind, list_vae_strategies
 from linfusion_cli.sampling.phases import Phase
 from linfusion_cli.sampling.upscalers.pass_count import PassCount
 from linfusion_cli.settings.request import Request
@@ -36,18 +38,18 @@ STRIP_SIZES = {
     ),
 }
 BATCHED_BELOW_PX = 4096 * 4096  # from this size on, batched guidance takes 5 % more time and twice the memory
+VAE_STAGE_NAMES: dict[VaeStageKind, str] = {"start": "encode", "decode": "decode"}  # display names of the VAE's stages
 MARGIN_BYTES = 64 << 20  # the size of a process without models varies
 
-Strategy = DenoiseStrategy | VaeStrategy
 S = TypeVar("S", DenoiseStrategy, VaeStrategy)
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage of a run: its strategy and its estimate. `kind` is denoise, decode or encode, as in a StageReport."""
+    """A stage of a run: its strategy and its estimate. `kind` is start, denoise or decode."""
 
     phase: int
-    kind: str
+    kind: StageKind
     name: str
     size: Size
     steps: int
@@ -59,7 +61,13 @@ class PlannedStage:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values for reports."""
         estimate = None if self.estimate is None else self.estimate.to_json()
-        return asdict(self) | {"size": str(self.size), "estimate": estimate}
+        values = {"size": str(self.size), "strategy": strategy_to_json(self.strategy), "estimate": estimate}
+        return asdict(self) | values
+
+    @property
+    def key(self) -> StageKey:
+        """The key of the stage in the plan."""
+        return StageKey(self.kind, self.phase)
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,18 @@ class Plan:
     machine: Machine
     stages: list[PlannedStage]
 
-    def find_stage(self, kind: str, phase: int) -> PlannedStage:
+    def find_stage(self, kind: StageKind, phase: int) -> PlannedStage:
         """Return the stage of this kind in `phase`. It must exist."""
-        return next(stage for stage in self.stages if (stage.kind, stage.phase) == (kind, phase))
+        return next(stage for stage in self.stages if stage.key == (kind, phase))
 
-    def has_stage(self, kind: str, phase: int) -> bool:
+    def has_stage(self, kind: StageKind, phase: int) -> bool:
         """Return whether `phase` has a stage of this kind."""
-        return any((stage.kind, stage.phase) == (kind, phase) for stage in self.stages)
+        return any(stage.key == (kind, phase) for stage in self.stages)
+
+    @property
+    def strategies(self) -> dict[StageKey, Strategy]:
+        """The strategy of each stage."""
+        return {stage.key: stage.strategy for stage in self.stages}
 
     @property
     def estimate(self) -> ResourceEstimate:
@@ -100,7 +113,7 @@ class PlanInputs:
 
     Reading the source image needs `image_read_bytes` of memory. ControlNets are active in the phases
     `controlnet_phases` (indices), and reading their images needs `control_read_bytes`. `recorded` has the strategies
-    of an earlier run by kind and phase. They are preferred, because the result is then identical bit for bit.
+    of an earlier run. They are preferred, because the result is then identical bit for bit.
     """
 
     request: Request
@@ -111,11 +124,11 @@ class PlanInputs:
     image_read_bytes: int = 0
     controlnet_phases: frozenset[int] = frozenset()
     control_read_bytes: int = 0
-    recorded: Mapping[tuple[str, int], Strategy] = field(default_factory=dict)
+    recorded: Mapping[StageKey, Strategy] = field(default_factory=dict)
 
-    def list_recorded(self, kind: str, phase: Phase, strategy_type: type[S]) -> list[S]:
+    def list_recorded(self, kind: StageKind, phase: Phase, strategy_type: type[S]) -> list[S]:
         """Return the recorded strategy of a stage as a list, or an empty list."""
-        strategy = self.recorded.get((kind, phase.index))
+        strategy = self.recorded.get(StageKey(kind, phase.index))
         return [strategy] if isinstance(strategy, strategy_type) else []
 
     @property
@@ -131,23 +144,6 @@ class PlanInputs:
         """Return whether the result of the phase is decoded."""
         is_needed = self.request.upscale_space == "pixel" or self.request.save_phases
         return is_needed or phase is self.phases[-1]
-
-
-def parse_recorded_strategies(stages: Sequence[Mapping[str, Any]], machine: Machine) -> dict[tuple[str, int], Strategy]:
-    """Return strategies by kind and phase from the stages of a checkpoint, if they ran on the same type of device."""
-    return {
-        (stage["kind"], stage["phase"]): strategy_from_json(stage["kind"], stage["strategy"])
-        for stage in stages
-        if stage["device"] == machine.device.type
-    }
-
-
-def strategy_from_json(kind: str, values: Mapping[str, Any]) -> Strategy:
-    """Return the strategy with these JSON values: a DenoiseStrategy if `kind` is denoise, else a VaeStrategy."""
-    if kind != "denoise":
-        return VaeStrategy(**values)
-    strips = values["strips"]
-    return DenoiseStrategy(**{**values, "strips": None if strips is None else StripSize(**strips)})
 
 
 def make_plan(inputs: PlanInputs, meta_model: MetaModel, machine: Machine) -> Plan:
@@ -176,7 +172,7 @@ def keep_images_in_memory(stages: list[PlannedStage], image: Size | None, machin
         if all_fit_host(buffered, machine):
             result[:1] = buffered
     for i, (previous, stage) in enumerate(pairwise(stages)):
-        if stage.kind == "encode":
+        if stage.kind == "start":
             buffered = [add_image_buffer(one, previous.size.area * BYTES_PER_PX) for one in (previous, stage)]
             if all_fit_host(buffered, machine):
                 result[i : i + 2] = buffered
@@ -205,7 +201,7 @@ def list_candidates(inputs: PlanInputs, estimator: CostEstimator) -> Iterator[li
     for phase, passes in zip(inputs.phases, inputs.passes, strict=True):
         if inputs.is_encoded(phase):
             previous = inputs.phases[max(0, phase.index - 1)]
-            yield build_conversion_candidates(inputs, estimator, phase, "encode", previous.attention)
+            yield build_conversion_candidates(inputs, estimator, phase, "start", previous.attention)
         if passes.steps:
             strategies = inputs.list_recorded("denoise", phase, DenoiseStrategy)
             strategies += list_denoise_strategies(
@@ -218,7 +214,7 @@ def list_candidates(inputs: PlanInputs, estimator: CostEstimator) -> Iterator[li
 
 
 def build_conversion_candidates(
-    inputs: PlanInputs, estimator: CostEstimator, phase: Phase, kind: Kind, attention: str | None
+    inputs: PlanInputs, estimator: CostEstimator, phase: Phase, kind: VaeStageKind, attention: str | None
 ) -> list[PlannedStage]:
     """Return the candidates for decoding or encoding the image of a phase.
 
@@ -228,9 +224,9 @@ def build_conversion_candidates(
     strategies += list_vae_strategies(kind, inputs.request.vae_statistics, estimator, phase.size)
     stages = []
     for strategy in strategies:
-        estimate = estimator.estimate_conversion(phase.size, kind == "encode", attention, strategy)
-        stages.append(PlannedStage(phase.index, kind, kind, phase.size, 0, strategy, estimate))
-    is_source_read = kind == "encode" and phase.index == 0
+        estimate = estimator.estimate_conversion(phase.size, kind == "start", attention, strategy)
+        stages.append(PlannedStage(phase.index, kind, VAE_STAGE_NAMES[kind], phase.size, 0, strategy, estimate))
+    is_source_read = kind == "start" and phase.index == 0
     return [add_host_bytes(stage, inputs.image_read_bytes) for stage in stages] if is_source_read else stages
 
 
@@ -242,7 +238,7 @@ def build_denoise_candidate(
     dilation = phase.dilation if passes.dilated else 1
     estimate = estimator.estimate_forward(strategy, phase.size, dilation, controlled)
     if estimate is not None:
-        estimate = estimate.scale_work(passes.count_forwards() / (2 if strategy.together else 1))
+        estimate = estimate.scale_work(passes.count_forwards() / (2 if strategy.batched else 1))
     if estimate is not None and controlled:
         embeddings = 1 if strategy.strips else passes.count_forwards()
         embedding_sec = estimator.estimate_embedding_seconds(phase.size) * embeddings
@@ -261,14 +257,14 @@ def list_denoise_strategies(attention: str, machine: Machine, is_guided: bool, a
     kind = machine.device.type
     batches = (True, False) if kind == "cuda" and is_guided and area_px < BATCHED_BELOW_PX else (False,)
     if attention == "original":
-        return [DenoiseStrategy(attention, together=together) for together in batches]
+        return [DenoiseStrategy(attention, batched=batched) for batched in batches]
     places: tuple[Place, ...] = PLACES if kind == "cuda" else ("device",)
     tall = [size for size in STRIP_SIZES[kind] if size.rows >= MIN_EFFICIENT_ROWS]
     low = [size for size in STRIP_SIZES[kind] if size.rows < MIN_EFFICIENT_ROWS]
     sequential = [
         DenoiseStrategy(attention, size, place) for sizes in (tall, low) for place in places for size in sizes
     ]
-    batched = [DenoiseStrategy(attention, size, together=True) for size in tall]
+    batched = [DenoiseStrategy(attention, size, batched=True) for size in tall]
     return batched + sequential if True in batches else sequential
 
 

@@ -66,7 +66,7 @@ class StripUNet:
             check_controlnet(control.net)
         self._unet, self._context, self._controls = unet, context, controlnets
         self._on_memory_fallback = on_memory_fallback
-        self._together = True
+        self._batched = True
 
     def build_predictor(self, text: Tensor, added: AddedCondKwargs | None) -> Predict:
         """Return the UNet as a function, as WholeUNet.build_predictor does."""
@@ -74,7 +74,7 @@ class StripUNet:
 
     def _forward(self, latents: Tensor, timestep: Tensor, condition: UNetInputs) -> Tensor:
         """Run a forward, and repeat it with less memory if memory runs out; a failed forward has no side effects."""
-        while self._together or len(latents) == 1:
+        while self._batched or len(latents) == 1:
             try:
                 return strip_forward(self._unet, self._context, latents, timestep, condition)
             except (RuntimeError, MemoryError) as error:
@@ -82,15 +82,15 @@ class StripUNet:
                 if not is_out_of_memory(error) or smaller is None:
                     raise
             # Outside the except clause: the error's traceback references the memory of the failed forward.
-            self._switch_to(smaller, together=self._together and len(latents) == 1)
+            self._switch_to(smaller, batched=self._batched and len(latents) == 1)
         halves = zip(latents.split(1), condition.split(len(latents)), strict=True)
         return torch.cat([self._forward(half, timestep, inputs) for half, inputs in halves])
 
-    def _switch_to(self, context: StripContext, together: bool) -> None:
+    def _switch_to(self, context: StripContext, batched: bool) -> None:
         self._context.storage.wait_downloads()
-        self._context, self._together = context, together
+        self._context, self._batched = context, batched
         release_memory(context.storage.device)
-        self._on_memory_fallback(context, together)
+        self._on_memory_fallback(context, batched)
 
 
 def _bind(

@@ -14,6 +14,7 @@ import torch
 
 from linfusion_cli.checkpoint import store as store_module
 from linfusion_cli.checkpoint.store import CheckpointStore, DamagedCheckpoint, IncompatibleCheckpoint
+from linfusion_cli.checkpoint.versions import NUMERICS, SCHEMA
 from linfusion_cli.core.errors import CannotCreateOutput, TemporaryFailure, WriteFailed
 
 STATE = {"latents": torch.arange(12.0).reshape(1, 3, 2, 2), "steps": 3, "more": {"outputs": [None, torch.ones(2)]}}
@@ -174,7 +175,7 @@ def test_a_checkpoint_of_schema_1_is_rejected_and_kept_until_it_is_removed(tmp_p
     write_schema_1(store.folder)
     before = list_contents(store.folder)
     with (
-        pytest.raises(IncompatibleCheckpoint, match=r"a\.png\.linfusion .*schema 1;.*schema 2.*--fresh") as caught,
+        pytest.raises(IncompatibleCheckpoint, match=r"a\.png\.linfusion .*schema 1;.*schema 3.*--fresh") as caught,
         store.lock(),
     ):
         assert store.exists()
@@ -198,29 +199,47 @@ def test_a_checkpoint_of_schema_1_is_rejected_next_to_a_newer_manifest(store):
     assert list_contents(store.folder) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "details"),
-    [("SCHEMA", 3, "newer format .schema 3; this version reads schema 2"), ("__version__", "0.0.9", "linfusion 0.0.9")],
-)
-def test_a_checkpoint_of_another_schema_or_version_is_rejected_and_kept(store, monkeypatch, name, value, details):
+def test_a_checkpoint_of_another_version_with_equal_numbers_is_read(store, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, name, value)
+        patch.setattr(store_module, "__version__", "0.0.9")
+        store.save({"seed": 7}, {"run_state": STATE})
+    checkpoint = CheckpointStore(store.target).read()
+    assert checkpoint.linfusion == "0.0.9" and checkpoint.metadata == {"seed": 7}
+    assert equal(checkpoint.state["run_state"], STATE)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "details"),
+    [
+        ({"SCHEMA": SCHEMA + 1}, f"newer format .schema {SCHEMA + 1}; this version reads schema {SCHEMA}"),
+        ({"NUMERICS": NUMERICS + 1}, f"linfusion 0.*other values .numerics {NUMERICS + 1}; .* numerics {NUMERICS}"),
+        ({"SCHEMA": SCHEMA + 1, "NUMERICS": NUMERICS + 1}, "newer format"),
+    ],
+)
+def test_a_checkpoint_of_another_schema_or_other_numerics_is_rejected_and_kept(store, monkeypatch, numbers, details):
+    with monkeypatch.context() as patch:
+        for name, value in numbers.items():
+            patch.setattr(store_module, name, value)
         store.save({}, {"run_state": STATE})
     before = list_contents(store.folder)
-    with pytest.raises(IncompatibleCheckpoint, match=details):
+    with pytest.raises(IncompatibleCheckpoint, match=f"{details}.*--fresh") as caught:
         store.read()
-    if name == "SCHEMA":
+    assert caught.value.exit_code == 2
+    if "SCHEMA" in numbers:
         (store.folder / "9.safetensors").write_bytes(b"named elsewhere by another schema")
         before = list_contents(store.folder)
         store.prune()
     assert list_contents(store.folder) == before
 
 
-def test_damage_of_a_checkpoint_of_another_version_is_damage(store, monkeypatch):
-    """The checksum is checked first: a flipped bit in the schema does not make it another schema."""
+@pytest.mark.parametrize(("name", "value"), [("schema", SCHEMA), ("numerics", NUMERICS)])
+def test_damage_is_not_taken_for_another_version(store, name, value):
+    """The checksum is checked first: a flipped bit in a number does not make it another schema."""
     store.save({}, {"run_state": STATE})
     manifest = store.folder / "checkpoint.json"
-    manifest.write_text(manifest.read_text().replace('"schema": 2', '"schema": 3'))
+    text = manifest.read_text()
+    manifest.write_text(text.replace(f'"{name}": {value}', f'"{name}": {value + 1}'))
+    assert manifest.read_text() != text
     with pytest.raises(DamagedCheckpoint):
         store.read()
 

@@ -36,7 +36,8 @@ def test_json_on_stdout_is_the_report_and_the_report_file_the_same(cli, quick, t
     assert report == json.loads((tmp_path / "r.json").read_text())
     assert report["settings"]["steps"] == "flag" and report["settings"]["seed"] == "default"
     assert report["request"]["prompt"] == "a hill" and report["file_bytes"] > 0
-    assert {stage["kind"] for stage in report["stages"]} == {"load", "hash", "text", "denoise", "decode", "write"}
+    kinds = {"resolve", "plan", "load", "encode_prompts", "denoise", "decode", "write"}
+    assert {stage["kind"] for stage in report["stages"]} == kinds
 
 
 def parse_strict_json(text: str) -> dict:

@@ -43,7 +43,7 @@ def test_the_sample_prompt_of_a_preset_is_not_used(cli, photo, tmp_path):
 def test_the_plan_of_an_upscale_is_the_plan_of_the_run(cli, quick):
     planned = json.loads(cli("plan", "--image", *quick[1:], "--json")[1])
     report = json.loads(cli(*quick, "-o", "a.png", "--json")[1])
-    assert [stage["kind"] for stage in planned["plan"]["stages"]] == ["encode", "denoise", "decode"]
+    assert [stage["kind"] for stage in planned["plan"]["stages"]] == ["start", "denoise", "decode"]
     for one, other in zip(planned["plan"]["stages"], report["plan"]["stages"], strict=True):
         assert (one["name"], one["strategy"], one["steps"]) == (other["name"], other["strategy"], other["steps"])
 

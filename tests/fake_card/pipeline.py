@@ -72,7 +72,7 @@ class CountRecorder:
         match event:
             case Notice(text):
                 self.notices.append(text)
-            case StageStarted(name, size):
+            case StageStarted(name=name, size=size):
                 self._stage = {"name": name, "size": str(size), "steps": [self._count_step()]}
             case StageAdvanced():
                 self._stage["steps"].append(self._count_step())
@@ -165,7 +165,7 @@ def restrict_plans(case: Case) -> Iterator[None]:
 
     def list_matching(*args: Any, **kwargs: Any) -> list[Any]:
         strategies = [each for each in list_strategies(*args, **kwargs) if case.place in (None, each.place)]
-        return [each for each in strategies if case.batched in (None, each.together)] or strategies
+        return [each for each in strategies if case.batched in (None, each.batched)] or strategies
 
     list_strategies = plan.list_denoise_strategies
     with ExitStack() as stack:
@@ -185,7 +185,7 @@ def run_vae(case: VaeCase) -> dict[str, Any]:
     encode = case.kind == "encode"
     stages = build_encoder_stages(vae) if encode else build_decoder_stages(vae)
     start = find_stream_starts(stages)[case.start] if case.start >= 0 else 0
-    count = 0 if case.start == 0 else list_patch_counts(case.kind, (case.size // 8) ** 2)[0]
+    count = 0 if case.start == 0 else list_patch_counts("start" if encode else "decode", (case.size // 8) ** 2)[0]
     method = VaeStrategy(start, count, SDXL_KEYS, case.height, case.place)
     with (
         FakeCard(SCALARS) as card,

@@ -39,7 +39,7 @@ def format_row(card: int, size: int, folder: Path, runs: bool) -> str:
         return f"| {card} GB | {size} | {error} |\n"
     unet, vae = (next(stage for stage in stages if stage["name"] == name) for name in ("base", "decode"))
     denoise, conversion = unet["plan"]["strategy"], vae["plan"]["strategy"]
-    strips = f"{denoise['strips']['rows']} rows, {denoise['place']}{', batched' if denoise['together'] else ''}"
+    strips = f"{denoise['strips']['rows']} rows, {denoise['place']}{', batched' if denoise['batched'] else ''}"
     statistics = "sampled" if not conversion["start"] else "partly exact" if conversion["patches"] else "exact"
     cells = [
         strips,

@@ -61,7 +61,7 @@ def test_a_cpu_with_enough_memory_uses_the_best_strips_for_linear_attention_only
     assert [(stage.kind, stage.phase) for stage in found.stages] == [
         ("denoise", 0),
         ("decode", 0),
-        ("encode", 1),
+        ("start", 1),
         ("denoise", 1),
         ("decode", 1),
     ]
@@ -140,7 +140,7 @@ def test_with_less_gpu_memory_maps_move_to_the_host():
 def test_halves_of_guidance_share_a_batch_below_4096_px_only():
     def are_batched(size, **request):
         found = plan(machine("cuda", 64 * GIB, 16 * GIB), size=size, **request)
-        return [stage.strategy.together for stage in found.stages if stage.kind == "denoise"]
+        return [stage.strategy.batched for stage in found.stages if stage.kind == "denoise"]
 
     assert are_batched(Size(2048, 2048)) == [True, True]
     assert are_batched(Size(4096, 4096)) == [True, False]
@@ -183,7 +183,7 @@ def choose_vae_strategy(budget_gib: float, kind: str = "decode", on: str = "cpu"
 
 def test_statistics_are_exact_if_complete_maps_need_a_small_share_of_the_memory():
     assert choose_vae_strategy(128).statistics == "exact" and choose_vae_strategy(24).statistics == "partly exact"
-    strategies = [choose_vae_strategy(2, kind) for kind in ("decode", "encode")]
+    strategies = [choose_vae_strategy(2, kind) for kind in ("decode", "start")]
     assert [(strategy.statistics, strategy.patches) for strategy in strategies] == [("sampled", 128), ("sampled", 64)]
     assert [choose_vae_strategy(2, on=on).height for on in ("cpu", "cuda")] == [8, 16]
 
@@ -192,7 +192,7 @@ def test_less_memory_means_fewer_patches_and_lower_strips():
     with pytest.raises(OutOfMemoryBudget) as refused:
         choose_vae_strategy(0.01, on="cuda")
     named = parse_bytes(refused.value.hint.split()[2]) / GIB
-    strategy = choose_vae_strategy(named, "encode", on="cuda")
+    strategy = choose_vae_strategy(named, "start", on="cuda")
     assert strategy.statistics == "sampled" and strategy.patches < 64
 
 
@@ -206,5 +206,5 @@ def test_requested_statistics_are_used_or_refused():
 
 def test_an_image_is_buffered_in_memory_between_decoding_and_encoding_if_it_fits():
     found = plan(machine("cpu", 64 * GIB))
-    both = (found.find_stage("decode", 0), found.find_stage("encode", 1))
+    both = (found.find_stage("decode", 0), found.find_stage("start", 1))
     assert {stage.image_buffer_bytes for stage in both} == {SIZES[0].area * 6}

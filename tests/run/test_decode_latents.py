@@ -45,7 +45,7 @@ def test_the_image_is_that_of_the_run(request_of_run, tmp_path):
     assert np.array_equal(read_pixels("b.png"), read_pixels("a.png"))
     one, other = read_info("a.png").request, read_info("b.png").request
     assert {name for name in one if one[name] != other[name]} == {"output", "keep_latents"}
-    assert [stage.kind for stage in report.stages] == ["load", "hash", "load", "decode", "write"]
+    assert [stage.kind for stage in report.stages] == ["resolve", "plan", "resolve", "load", "decode", "write"]
     assert report.settings["bits"].startswith("latents") and report.settings["output"] == "flag"
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"a.png", "a.safetensors", "b.png"}
 

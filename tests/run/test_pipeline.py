@@ -157,7 +157,8 @@ def test_each_phase_has_the_attention_asked_for(make, attention, linfusion, expe
     report = make(attention=tuple(attention.split(",")), linfusion=linfusion)
     stages = [stage for stage in report.plan["stages"] if stage["kind"] == "denoise"]
     assert [stage["strategy"]["attention"] for stage in stages] == expected
-    assert [stage["strategy"]["strips"] is not None for stage in stages] == [kind == "linear" for kind in expected]
+    are_strips = [stage["strategy"]["kind"] == "denoise_strips" for stage in stages]
+    assert are_strips == [kind == "linear" for kind in expected]
 
 
 def test_invalid_attention_is_a_usage_error(make):
@@ -172,7 +173,7 @@ def test_invalid_attention_is_a_usage_error(make):
 def test_the_report_has_planned_and_measured_figures(make):
     report = make()
     planned = [stage for stage in report.stages if stage.planned_seconds is not None]
-    assert [stage.kind for stage in planned] == ["denoise", "decode", "encode", "denoise", "decode"]
+    assert [stage.kind for stage in planned] == ["denoise", "decode", "start", "denoise", "decode"]
     assert all(stage.planned_host_bytes > 0 and stage.planned_device_bytes is None for stage in planned)
 
 
@@ -180,7 +181,7 @@ def test_a_memory_budget_that_is_too_small_is_refused_before_any_work(make, tmp_
     listener = Listener()
     with pytest.raises(OutOfMemoryBudget, match=r"memory.*1\.0 MiB"):
         make(listener, ram=1 << 20)
-    assert [event.name for event in listener.of(StageStarted)] == ["start"] and not files(tmp_path)
+    assert [event.kind for event in listener.of(StageStarted)] == ["resolve", "plan"] and not files(tmp_path)
 
 
 def test_running_out_of_memory_in_a_step_is_reported_and_repeated(make, tmp_path, monkeypatch):
@@ -226,7 +227,8 @@ def test_events_and_report_have_the_same_stages(make):
     listener = Listener()
     report = make(listener)
     started, finished = listener.of(StageStarted), listener.of(StageFinished)
-    names = ["start", "weights", "vae", "prompt", "models", "base", "decode", "encode", "2x", "decode", "write"]
+    names = ["resolve", "plan", "weights", "vae", "prompt", "models"]
+    names += ["base", "decode", "encode", "2x", "decode", "write"]
     assert [event.name for event in started] == [stage.name for stage in report.stages] == names
     assert len(started) == len(finished)
     steps = {stage.name: stage.steps for stage in report.stages if stage.kind == "denoise"}

@@ -80,7 +80,7 @@ def decode_with_diffusers(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
 def make_latents(vae: AutoencoderKL, path: Path, size: int) -> dict[str, Any]:
     """Encode a drawn scene and save its latents to `path`."""
     image = torch.from_numpy(draw_scene(1, (size, size))[0]).float() / 255
-    strategy = VaeStrategy(0, list_patch_counts("encode", (size // FACTOR) ** 2)[0], DEMO_KEYS, HEIGHT)
+    strategy = VaeStrategy(0, list_patch_counts("start", (size // FACTOR) ** 2)[0], DEMO_KEYS, HEIGHT)
     read = lambda top, bottom, left, right: image[top:bottom, left:right]  # noqa: E731
     torch.save(torch.cat(list(encode_rows(vae, read, Size(size, size), strategy)), dim=2), path)
     return {}

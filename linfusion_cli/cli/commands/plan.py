@@ -23,8 +23,9 @@ from linfusion_cli.settings.table import flatten_request
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from linfusion_cli.planning.estimate import DenoiseStrategy, ResourceEstimate
+    from linfusion_cli.planning.estimate import ResourceEstimate
     from linfusion_cli.planning.plan import Plan, PlannedStage
+    from linfusion_cli.planning.strategies import DenoiseStrategy
     from linfusion_cli.vae.statistics import VaeStrategy
 
 HEADINGS = ("stage", "size", "steps", "attention", "strips", "maps", "guidance", "GPU", "host", "time")
@@ -80,7 +81,7 @@ def imply_settings(gpu: Gpu, given: Mapping[str, Any]) -> dict[str, Any]:
     if device == "cpu":
         raise UsageError("--gpu cannot be combined with --device cpu.", "Omit one of them.", "device")
     implied = {"device": "cuda"} if device in (None, "auto") else {}
-    return implied if given["vram"] is not None else implied | {"vram": str(gpu.default_budget_bytes)}
+    return implied if given["vram"] is not None else implied | {"vram": f"{gpu.default_budget_bytes}B"}
 
 
 def describe_gpu(plan: Plan) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def build_plan_table(plan: Plan) -> Table:
 
 
 def _format_stage(stage: PlannedStage, plan: Plan) -> list[str]:
-    from linfusion_cli.planning.estimate import DenoiseStrategy
+    from linfusion_cli.planning.strategies import DenoiseStrategy
 
     strategy = stage.strategy
     columns = format_denoise(strategy) if isinstance(strategy, DenoiseStrategy) else format_vae(strategy)
@@ -115,7 +116,7 @@ def format_denoise(strategy: DenoiseStrategy) -> list[str]:
     """Return attention, strips, place of the feature maps, and guidance of a phase's UNet."""
     strips = f"{strategy.strips.rows} rows, {strategy.strips.tokens} tokens" if strategy.strips else "whole"
     maps = {"device": "device", "skips": "device, skips on host", "host": "host"}[strategy.place]
-    return [strategy.attention, strips, maps, "batched" if strategy.together else "sequential"]
+    return [strategy.attention, strips, maps, "batched" if strategy.batched else "sequential"]
 
 
 def format_vae(strategy: VaeStrategy) -> list[str]:

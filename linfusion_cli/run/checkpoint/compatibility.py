@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli.checkpoint.store import Checkpoint, CheckpointStore
@@ -60,11 +59,9 @@ def hash_configs(resolved: ResolvedRequest) -> list[dict[str, str]]:
 
 def stages_to_json(plan: Plan) -> list[dict[str, Any]]:
     """Return the strategy of each stage and the type of device that it was chosen for."""
-    device = plan.machine.device.type
-    return [
-        {"kind": stage.kind, "phase": stage.phase, "device": device, "strategy": asdict(stage.strategy)}
-        for stage in plan.stages
-    ]
+    from linfusion_cli.planning.strategies import recorded_to_json
+
+    return recorded_to_json(plan.strategies, plan.machine.device.type)
 
 
 def to_json_values(value: Any) -> Any:
@@ -99,22 +96,29 @@ def format_value(value: Any) -> str:
 
 def find_changed_files(before: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
     """Return the names of the files that were added, removed, or have another SHA-256."""
-    return sorted(
-        {file["file"] for files, others in ((before, now), (now, before)) for file in files if file not in others}
-    )
+    pairs_before, pairs_now = ({(file["file"], file["sha256"]) for file in files} for files in (before, now))
+    return sorted({name for name, _ in pairs_before ^ pairs_now})
 
 
 def find_environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Describe changes of versions, device, dtype and plan, which can change the image by rounding."""
+    """Describe changes of libraries, device, dtype and plan, which can change the image by rounding."""
     for name, version in now["versions"].items():
-        if before["versions"].get(name) != version:
+        if name != "linfusion" and before["versions"].get(name) != version:
             yield f"{name} {version} instead of {before['versions'].get(name)}"
     if before["device"] != now["device"]:
         yield f"{now['device']} instead of {before['device']}"
     if before[DTYPES_KEY] and before[DTYPES_KEY][-1]["dtype"] != now["dtype"]:
         yield f"{now['dtype']} instead of {before[DTYPES_KEY][-1]['dtype']}"
-    if before["stages"] != now["stages"]:
+    if have_strategies_changed(before["stages"], now["stages"]):
         yield "another plan, because the earlier one does not fit this machine"
+
+
+def have_strategies_changed(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if a stage has another strategy or device than before. Unknown keys and stages do not matter."""
+    from linfusion_cli.planning.strategies import recorded_from_json
+
+    recorded = recorded_from_json(before)
+    return any(recorded.get(key) != strategy for key, strategy in recorded_from_json(now).items())
 
 
 def build_mismatch_error(store: CheckpointStore, changes: Sequence[str]) -> UsageError:

@@ -16,6 +16,7 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.units import parse_size
 from linfusion_cli.images import AtomicFile
 from linfusion_cli.models.files.header import Header, read_header
+from linfusion_cli.run.checkpoint.known_keys import KNOWN_KEYS
 from linfusion_cli.run.inputs.provenance import DTYPES_KEY
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def open_checkpoint_latents(folder: Path) -> SavedLatents:
     Raises DataError if the checkpoint is unfinished or damaged, UsageError if it is incompatible.
     """
     try:
-        checkpoint = CheckpointStore(folder, folder).read()
+        checkpoint = CheckpointStore(folder, folder, KNOWN_KEYS).read()
     except DamagedCheckpoint as damage:
         raise DataError(f"The checkpoint {folder} is damaged ({damage}).", "Repeat the run that wrote it.") from damage
     except IncompatibleCheckpoint as error:

@@ -6,12 +6,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from linfusion_cli import __version__
 from linfusion_cli.checkpoint.store import Checkpoint, CheckpointStore, DamagedCheckpoint
 from linfusion_cli.core.atomic_file import resolve_target
 from linfusion_cli.core.errors import LinfusionError, NonFinite, OutOfMemory, Stopped, WriteFailed, first_line
+from linfusion_cli.core.events import StageKey
 from linfusion_cli.core.signals import critical_section, reraise_stop
 from linfusion_cli.hardware.device import dtype_name
 from linfusion_cli.hardware.peak import release_memory
@@ -25,16 +27,18 @@ from linfusion_cli.run.checkpoint.compatibility import (
     to_json_values,
 )
 from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE_KEY, add_dtype, find_used_dtypes
+from linfusion_cli.run.checkpoint.known_keys import KNOWN_KEYS
 from linfusion_cli.run.inputs.provenance import DTYPES_KEY
 from linfusion_cli.settings.request import Request
 
 if TYPE_CHECKING:
-    from linfusion_cli.planning.estimate import DenoiseStrategy
     from linfusion_cli.planning.plan import Plan
+    from linfusion_cli.planning.strategies import Strategy
     from linfusion_cli.run.checkpoint.state import RunState
 
 MAX_SAVE_SHARE = 0.02  # of the run time that saving can take: on a slow disk, saves become less frequent
 QUARANTINED = "The checkpoint {} {}: moved to {}; the run starts over."
+VERSION_CHANGED = "Resuming the checkpoint of linfusion {} with linfusion {}: both compute the same latents."
 ENVIRONMENT_CHANGED = "Resuming with {}: the image equals that of an uninterrupted run except for rounding."
 SAVE_FAILED = "{} The run continues, and saving is tried again later."
 FILES_CHANGED = "{} changed after the model gave NaN or Inf: the run resumes with the new content."
@@ -119,11 +123,13 @@ class CheckpointManager:
     def start(self, metadata: dict[str, Any]) -> None:
         """Set the metadata to save with each state. Call this once, before the first save.
 
-        Notifies about changes that affect the image by rounding only. Raises UsageError if weights or configs differ
-        from those of the earlier run, unless NaN or Inf ended that run.
+        Notifies about another version of linfusion, and about changes that affect the image by rounding only. Raises
+        UsageError if weights or configs differ from those of the earlier run, unless NaN or Inf ended that run.
         """
         if self.previous is not None:
             self._check_files(self.previous, metadata)
+            if self.previous.linfusion != __version__:
+                self._notify(VERSION_CHANGED.format(self.previous.linfusion, __version__))
             before = {**self.previous.metadata, DTYPES_KEY: find_used_dtypes(self.previous)}
             for change in find_environment_changes(before, metadata):
                 self._notify(ENVIRONMENT_CHANGED.format(change))
@@ -162,11 +168,13 @@ class CheckpointManager:
         if self.last_state is not None or self.previous is not None:
             self.save(state)
 
-    def record_strategy(self, kind: str, phase: int, strategy: DenoiseStrategy) -> None:
+    def record_strategy(self, key: StageKey, strategy: Strategy) -> None:
         """Record that a stage uses `strategy` from now on instead of the planned one; the next save stores it."""
+        from linfusion_cli.planning.strategies import strategy_to_json
+
         for stage in self.metadata["stages"]:
-            if (stage["kind"], stage["phase"]) == (kind, phase):
-                stage["strategy"] = to_json_values(asdict(strategy))
+            if (stage["kind"], stage["phase"]) == key:
+                stage["strategy"] = to_json_values(strategy_to_json(strategy))
 
     def save(self, state: RunState) -> None:
         """Save `state` immediately, delaying signals until it is written.
@@ -285,7 +293,7 @@ class CheckpointManager:
 
 def find_store(request: Request) -> CheckpointStore:
     """Return the checkpoint next to the output; if the output is a link, next to its target."""
-    return CheckpointStore(resolve_target(request.execution.output))
+    return CheckpointStore(resolve_target(request.execution.output), known=KNOWN_KEYS)
 
 
 @contextmanager
@@ -304,7 +312,7 @@ def open_manager(request: Request, notify: Callable[[str], None]) -> Iterator[Ch
 def load_checkpoint(store: CheckpointStore, request: Request, notify: Callable[[str], None]) -> Checkpoint | None:
     """Return the checkpoint to resume; None without one. A damaged one is quarantined with a notice.
 
-    Raises UsageError if it belongs to another request, or has another schema or version.
+    Raises UsageError if it belongs to another request, or has another schema or numerics.
     """
     try:
         checkpoint = store.read()

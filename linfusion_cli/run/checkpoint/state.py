@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from linfusion_cli.run.checkpoint.known_keys import RUN_STATE_FIELDS
 from linfusion_cli.sampling.upscalers.demofusion import ChannelStatistics
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-RUN_STATE_FIELDS = ("steps", "latents", "is_done", "scheduler_state", "noise_state")
 
 
 @dataclass(frozen=True)

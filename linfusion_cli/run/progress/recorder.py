@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from linfusion_cli.core.events import Notice, Observer, Planned, StageAdvanced, StageFinished, StageStarted
+from linfusion_cli.core.events import Notice, Observer, Planned, StageAdvanced, StageFinished, StageKind, StageStarted
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import StageReport
 from linfusion_cli.hardware.peak import PeakMemory, release_memory
@@ -82,13 +82,14 @@ class RunRecorder:
     def stage(
         self,
         name: str,
-        kind: str,
+        kind: StageKind,
         size: Size | None,
         total: int,
         unit: str,
         spent_sec: float = 0.0,
         planned: ResourceEstimate | None = None,
         done: int = 0,
+        phase: int | None = None,
     ) -> Iterator[StageTimer]:
         """Measure the time and peak memory of this block as a stage of `total` units, and add its StageReport.
 
@@ -97,7 +98,7 @@ class RunRecorder:
         """
         release_memory(self.device)
         peak = PeakMemory(self.device)
-        self._observer(StageStarted(name, size, total, unit))
+        self._observer(StageStarted(name, kind, size, total, unit))
         stage = StageTimer(self._observer)
         if done:
             stage.advance(done)
@@ -105,7 +106,7 @@ class RunRecorder:
         end = stage.done if stage.is_cut_short else total
         steps = end - done if unit == "steps" else None
         seconds = stage.seconds + spent_sec
-        measured = StageReport(name, kind, size, seconds, steps, peak.host_bytes(), peak.device_bytes())
+        measured = StageReport(name, kind, size, seconds, steps, peak.host_bytes(), peak.device_bytes(), phase=phase)
         self.stages.append(measured if planned is None else add_estimate(measured, planned, (end - done) / total))
         self._observer(StageFinished(seconds, stage.is_cut_short))
 

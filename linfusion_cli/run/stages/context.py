@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from linfusion_cli.core.events import StageKind
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.hardware.versions import collect_versions, describe_machine
 from linfusion_cli.images import RowSink
@@ -69,8 +70,10 @@ class RunContext:
             stages=self.recorder.stages,
         )
 
-    def stage(self, kind: str, phase: int, done: int = 0) -> AbstractContextManager[StageTimer]:
+    def stage(self, kind: StageKind, phase: int, done: int = 0) -> AbstractContextManager[StageTimer]:
         """Record a planned stage, of which an earlier run has done `done` units: steps of denoising, rows otherwise."""
         planned = self.plan.find_stage(kind, phase)
         total, unit = (planned.steps, "steps") if planned.steps else (planned.size.height, "rows")
-        return self.recorder.stage(planned.name, kind, planned.size, total, unit, planned=planned.estimate, done=done)
+        return self.recorder.stage(
+            planned.name, kind, planned.size, total, unit, planned=planned.estimate, done=done, phase=phase
+        )

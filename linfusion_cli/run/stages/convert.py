@@ -16,6 +16,7 @@ from linfusion_cli.images.process.resize import ReadRegion, resize_region
 from linfusion_cli.images.process.scratch import ScratchImage
 from linfusion_cli.images.read.source import SourceImage, apply_orientation, read_source_rows
 from linfusion_cli.models.load.networks import Vae
+from linfusion_cli.planning.vae_strategies import VaeStageKind
 from linfusion_cli.run.stages.context import RunContext
 from linfusion_cli.sampling.noise import draw_latent_noise
 from linfusion_cli.sampling.phases import Phase
@@ -49,7 +50,7 @@ def encode_source(run: RunContext, vae: Vae, image: SourceImage) -> Tensor:
     assert source is not None  # the request that `image` is from
     stored_size, size = image.stored_size, image.size
     with open_scratch(run, stored_size, first) as scratch:
-        with run.recorder.stage("read", "read", size, stored_size.height, "rows") as stage:
+        with run.recorder.stage("read", "start", size, stored_size.height, "rows", phase=first.index) as stage:
             done = 0
             for rows in read_source_rows(image, source.background_rgb(), run.recorder.notify):
                 scratch.append(rows)
@@ -60,7 +61,7 @@ def encode_source(run: RunContext, vae: Vae, image: SourceImage) -> Tensor:
 
 def open_scratch(run: RunContext, size: Size, phase: Phase) -> ScratchImage:
     """Open the buffer of an image that `phase` will encode: in memory if the plan has room for it, else on disk."""
-    in_memory = run.plan.find_stage("encode", phase.index).image_buffer_bytes > 0
+    in_memory = run.plan.find_stage("start", phase.index).image_buffer_bytes > 0
     return ScratchImage(None if in_memory else run.resolved.output_folder, size.width, size.height)
 
 
@@ -93,14 +94,14 @@ def encode_image(run: RunContext, vae: Vae, read: ReadRegion, size: Size, phase:
     """Resize an image of `size` px to the size of `phase` and return it as latents [1, C, h, w]."""
     facts, done = run.resolved.facts, 0
     size_lat = phase.size.divide(facts.vae_factor)
-    strategy, pinned = find_vae_strategy(run, "encode", phase)
+    strategy, pinned = find_vae_strategy(run, "start", phase)
     latents = torch.empty(1, facts.latent_channels, size_lat.height, size_lat.width)
     read_resized = build_resized_reader(read, size, run.resolved.visible_size(phase))
 
     def read_tensor(*region: int) -> Tensor:
         return torch.from_numpy(read_resized(*region))
 
-    with run.stage("encode", phase.index) as stage:
+    with run.stage("start", phase.index) as stage:
         noise_rows = build_posterior_noise(run, phase.index, size_lat)
         for rows in encode_rows(vae, read_tensor, phase.size, strategy, noise_rows, run.recorder.notify, pinned):
             latents[:, :, done : done + rows.shape[2]] = rows
@@ -109,8 +110,8 @@ def encode_image(run: RunContext, vae: Vae, read: ReadRegion, size: Size, phase:
     return latents
 
 
-def find_vae_strategy(run: RunContext, kind: str, phase: Phase) -> tuple[VaeStrategy, int]:
-    """Return the planned strategy of an encode or decode stage, and its pinned memory in bytes."""
+def find_vae_strategy(run: RunContext, kind: VaeStageKind, phase: Phase) -> tuple[VaeStrategy, int]:
+    """Return the planned strategy of a start or decode stage, and its pinned memory in bytes."""
     planned = run.plan.find_stage(kind, phase.index)
     assert isinstance(planned.strategy, VaeStrategy) and planned.estimate is not None
     return planned.strategy, planned.estimate.pinned_bytes

@@ -107,7 +107,7 @@ def encode_conditioning(run: RunContext) -> Conditioning:
     """
     request, resolved = run.resolved.request, run.resolved
     prompts = request.prompt, request.negative_prompt
-    with run.recorder.stage("prompt", "text", None, 1, "prompts"):
+    with run.recorder.stage("prompt", "encode_prompts", None, 1, "prompts"):
         changes = TextEncoderChanges(resolved.loras, read_inversions(resolved.textual_inversions), request.clip_skip)
         conditioning = encode_prompts(
             resolved.model, resolved.facts, *prompts, run.dtype, run.device, changes, partial(get_text_encoder, run)

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from linfusion_cli.core.events import StageKey
 from linfusion_cli.hardware.cuda import has_bfloat16, is_cuda
 from linfusion_cli.hardware.device import dtype_name
 from linfusion_cli.models.cache import ModelCache
 from linfusion_cli.planning.machine import Machine, inspect_machine
 from linfusion_cli.planning.meta_model import MetaModel
-from linfusion_cli.planning.plan import Plan, PlanInputs, make_plan, parse_recorded_strategies
+from linfusion_cli.planning.plan import Plan, PlanInputs, make_plan
 from linfusion_cli.planning.speed import measure_speed
+from linfusion_cli.planning.strategies import Strategy, recorded_from_json
 from linfusion_cli.run.checkpoint.dtype_history import DTYPES_BY_WIDTH
 from linfusion_cli.run.inputs.resolve import ResolvedRequest
 from linfusion_cli.run.stages.cache_keys import META_MODEL, build_meta_model_key
@@ -54,7 +56,7 @@ def plan_on_machine(
     passes = [count_passes(request, facts.scheduler_config, phase) for phase in phases]
     held_bytes = resolved.source_image.held_bytes if resolved.source_image else 0
     control = resolved.controlnets.phases, resolved.controlnets.held_bytes
-    recorded = parse_recorded_strategies(executed, machine)
+    recorded = find_recorded(executed, machine)
     inputs = PlanInputs(request, facts, phases, passes, resolved.source_size, held_bytes, *control, recorded)
     meta_model = read_meta_model(resolved, model_cache or ModelCache(enabled=False))
     if resolved.linfusion_base is not None:
@@ -62,6 +64,12 @@ def plan_on_machine(
     if "linear" in inputs.attentions:
         check_strip_support(resolved, meta_model)
     return make_plan(inputs, meta_model, machine)
+
+
+def find_recorded(stages: Sequence[Mapping[str, Any]], machine: Machine) -> dict[StageKey, Strategy]:
+    """Return the known strategies of an earlier run, of stages that ran on the same type of device."""
+    recorded = recorded_from_json(stages).items()
+    return {key: strategy for key, (device, strategy) in recorded if strategy and device == machine.device.type}
 
 
 def read_meta_model(resolved: ResolvedRequest, model_cache: ModelCache) -> MetaModel:

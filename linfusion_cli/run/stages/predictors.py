@@ -9,9 +9,10 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
+from linfusion_cli.core.events import StageKey
 from linfusion_cli.mixers.linear.mount import find_self_attentions, mount_modules
 from linfusion_cli.models.text.encode import Conditioning, PromptEmbedding, TimeIds
-from linfusion_cli.planning.estimate import DenoiseStrategy
+from linfusion_cli.planning.strategies import DenoiseStrategy
 from linfusion_cli.run.stages.cache_keys import move_network
 from linfusion_cli.run.stages.context import RunContext
 from linfusion_cli.run.stages.controlnet import ControlNetRunner, activate_controlnets
@@ -59,7 +60,7 @@ def build_predictions(
         applies = build_guidance_filter(schedule, phase.guidance_scale, run.resolved.request.guidance_interval)
         guidance = {"scale": phase.guidance_scale, "rescale": run.resolved.request.guidance_rescale, "applies": applies}
         plain, dilated = (
-            guide_prediction(run, models.conditioning, runner, strategy.together, guidance)
+            guide_prediction(run, models.conditioning, runner, strategy.batched, guidance)
             for runner in build_runners(run, unet, strategy, phase, controlnets)
         )
         yield plain, dilated
@@ -85,11 +86,11 @@ def build_runners(
     pinned = PinnedMemory(run.device, estimate.pinned_bytes)
     strips = StripContext(strategy.strips, Storage(strategy.place, run.device, run.dtype, pinned), SingleDevice())
 
-    def on_memory_fallback(strips: StripContext, together: bool) -> None:
+    def on_memory_fallback(strips: StripContext, batched: bool) -> None:
         size, place = strips.size, strips.storage.place
-        changed = replace(strategy, strips=size, place=place, together=strategy.together and together)
-        run.checkpoints.record_strategy("denoise", phase.index, changed)
-        halves = SEQUENTIAL_GUIDANCE if strategy.together and not together else ""
+        changed = replace(strategy, strips=size, place=place, batched=strategy.batched and batched)
+        run.checkpoints.record_strategy(StageKey("denoise", phase.index), changed)
+        halves = SEQUENTIAL_GUIDANCE if strategy.batched and not batched else ""
         run.recorder.notify(REDUCED_STRIPS.format(size.rows, size.tokens, PLACEMENTS[place], halves))
 
     in_strips = [control.build_strips(strips.storage) for control in controlnets]
@@ -99,9 +100,9 @@ def build_runners(
 
 
 def guide_prediction(
-    run: RunContext, conditioning: Conditioning, unet: WholeUNet | StripUNet, together: bool, guidance: dict[str, Any]
+    run: RunContext, conditioning: Conditioning, unet: WholeUNet | StripUNet, batched: bool, guidance: dict[str, Any]
 ) -> Predict:
-    """Return the guided prediction of `unet`. Its two halves run in one batch if `together`, else in sequence."""
+    """Return the guided prediction of `unet`. Its two halves run in one batch if `batched`, else in sequence."""
     time_ids = build_time_ids(run.resolved.request)
 
     def build_predictor(embedding: PromptEmbedding) -> Predict:
@@ -109,7 +110,7 @@ def guide_prediction(
 
     positive, negative = conditioning.positive, conditioning.negative
     conditional = build_predictor(positive)
-    if together:
+    if batched:
         return guide_batched(conditional, build_predictor(negative.concat(positive)), **guidance)
     return guide(conditional, build_predictor(negative), **guidance)
 

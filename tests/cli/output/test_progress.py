@@ -11,7 +11,7 @@ from linfusion_cli.core.geometry import Size
 def send_stage(observer, pause_sec: float = 0.0) -> None:
     """Send a notice and the events of one phase."""
     observer(Notice("mind the [gap] 😀"))
-    observer(StageStarted("4x", Size(1024, 512), 8, "steps"))
+    observer(StageStarted("4x", "denoise", Size(1024, 512), 8, "steps"))
     observer(StageAdvanced(2))
     time.sleep(pause_sec)
     observer(StageFinished(65.0))
@@ -42,7 +42,7 @@ def test_preparation_is_one_line_and_very_short_stages_have_none(capsys):
             ("prompt", None, 0.02, "prompts"),
             ("encode", Size(128, 64), 6.0, "rows"),
         ):
-            observer(StageStarted(name, size, 1, unit))
+            observer(StageStarted(name, "start", size, 1, unit))
             observer(StageFinished(seconds))
     lines = strip_timestamps(capsys.readouterr().err)
     assert lines == ["ready: 5.5 s", "base 64x64: 0.0 s", "encode 128x64: 6.0 s"]

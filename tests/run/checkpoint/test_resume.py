@@ -146,7 +146,7 @@ def test_finished_latents_are_not_computed_again(make, tmp_path, phases):
     report = make()
     assert report.resumed_from == "the finished latents" and len(phases) == done
     kinds = [stage.kind for stage in report.stages]
-    assert kinds == ["load", "hash", "load", "decode", "write"]  # no text encoder, no UNet
+    assert kinds == ["resolve", "plan", "resolve", "load", "decode", "write"]  # no text encoder, no UNet
 
 
 def stopping_at(stage: str):

@@ -131,7 +131,7 @@ def test_an_image_between_phases_is_buffered_in_memory_if_there_is_room(make, tm
     report = make("a.png")
     assert folders == [None]
     stages = {(stage["kind"], stage["phase"]): stage["image_buffer_bytes"] for stage in report.plan["stages"]}
-    assert stages["decode", 0] == stages["encode", 1] == 64 * 64 * 6 and stages["decode", 1] == 0
+    assert stages["decode", 0] == stages["start", 1] == 64 * 64 * 6 and stages["decode", 1] == 0
 
     monkeypatch.setattr("linfusion_cli.planning.plan.keep_images_in_memory", lambda stages, image, machine: stages)
     make("b.png")

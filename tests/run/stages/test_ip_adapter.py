@@ -195,7 +195,7 @@ def test_an_adapter_of_another_family_is_refused_before_anything_loads(make, ada
     listener = Listener()
     with pytest.raises(DataError, match=r"ip_adapter\.1\.to_k_ip\.weight.*\(8, 16\).*\(16, 32\)"):
         make("plain", ip_adapter=(str(adapters / "sd-plain.safetensors"),), observer=listener)
-    assert [event.name for event in listener.of(StageStarted)] == ["start"]
+    assert [event.kind for event in listener.of(StageStarted)] == ["resolve", "plan"]
 
 
 def test_a_huge_image_is_refused(make, adapters, monkeypatch):
