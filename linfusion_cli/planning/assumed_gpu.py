@@ -39,7 +39,7 @@ def choose_machine(request: Request, gpu: Gpu | None) -> Machine:
 
 
 def assume_gpu(request: Request, gpu: Gpu) -> Machine:
-    """Return this machine with `gpu` and the budget `request.execution.vram`; raise UsageError if the GPU does not allow it.
+    """Return this machine with `gpu` and the budget of --vram; raise UsageError if the GPU does not allow it.
 
     The host budget is that of this machine. No GPU is used.
     """

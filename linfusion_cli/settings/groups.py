@@ -1,7 +1,7 @@
 """Settings with several parts: LoRAs, textual inversions, ControlNets, IP-Adapters, and the image to upscale.
 
-Files write ControlNets and IP-Adapters as tables, `[[controlnet]] model= image= scale= type=`, or as flat lists like the
-flags, which are matched by position.
+Files write ControlNets and IP-Adapters as tables, `[[controlnet]] model= image= scale= type=`, or as flat lists like
+the flags, which are matched by position.
 """
 
 from __future__ import annotations

@@ -174,8 +174,8 @@ def merge(layers: Sequence[Layer]) -> Settings:
 def build_request(settings: Settings) -> Request:
     """Build the request: an upscale if there is an image. Settings of commands are left out.
 
-    Raises UsageError, or ConfigError if the wrong value is in a file. All wrong values are reported together, and before
-    a missing one.
+    Raises UsageError, or ConfigError if the wrong value is in a file. All wrong values are reported together, before a
+    missing one.
     """
     values = {name: value for name, value in settings.values.items() if name in SETTINGS}
     optional = ("prompt",) if values.get("image") is not None else ()

@@ -54,8 +54,8 @@ class Request:
         aliases=("text", "positive_prompt", "caption"),
     )
     size: Size = setting(
-        help="Size of the output in pixels: 16384x8192 (width x height), or 16384 for a square (upscale: for the longer "
-        "side). At least 64.",
+        help="Size of the output in pixels, at least 64: 16384x8192 (width x height), or 16384 for a square (upscale: "
+        "for the longer side).",
         panel="Most used",
         default_text="the size of the preset; upscale: twice the input image",
         aliases=("resolution", "image_size"),
@@ -83,8 +83,8 @@ class Request:
     )
     steps: tuple[int, ...] = setting(
         (30,),
-        help="Number of steps of the schedule, of which phases above the base run only the last ones; or one number per "
-        "phase: 50,30.",
+        help="Number of steps of the schedule, of which phases above the base run only the last ones. Or one number "
+        "per phase: 50,30.",
         panel="Most used",
         metavar="N[,N…]",
         limits=(1, 1000),
@@ -164,8 +164,8 @@ class Request:
     )
     linfusion_base: str = setting(
         "auto",
-        help="The base model for --linfusion-merge delta, for which the LinFusion weights were trained: a folder, a hub "
-        "id, or auto (the family's).",
+        help="The base model for --linfusion-merge delta, for which the LinFusion weights were trained: a folder, a "
+        "hub id, or auto (the family's).",
         panel="Model",
         metavar="MODEL",
         names_file=True,

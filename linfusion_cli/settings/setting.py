@@ -148,7 +148,7 @@ def list_settings(table: type) -> Iterator[Setting]:
 
 
 def _build_setting(field: dataclasses.Field, hint: Any) -> Setting:
-    facts = {"name": field.name} | dict(field.metadata[KEY])
+    facts: dict[str, Any] = {"name": field.name} | dict(field.metadata[KEY])
     kind = facts.get("kind") or derive_kind(hint, facts.get("repeated", False))
     facts["kind"] = kind
     if facts.get("choices") and kind in (kinds.TEXT, kinds.INTEGER):

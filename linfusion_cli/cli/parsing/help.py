@@ -56,7 +56,7 @@ def format_command_help(command: Any, ctx: Any) -> str:
     """Return the help of a command or a group: usage, description, arguments, options by panel, and examples."""
     columns = choose_columns()
     sections = [
-        wrap_hanging(f"Usage: {ctx.command_path} ", " ".join(command.collect_usage_pieces(ctx)), columns),
+        wrap_hanging(f"Usage: {ctx.command_path} ", format_usage(command, ctx), columns),
         *[textwrap.fill(paragraph, columns) for paragraph in list_paragraphs(command.help or "")],
     ]
     if isinstance(command, typer.core.TyperGroup):
@@ -66,6 +66,16 @@ def format_command_help(command: Any, ctx: Any) -> str:
     if command.epilog:
         sections.append(f"{style_heading('Examples')}\n{textwrap.indent(command.epilog.strip(), '  ')}")
     return "\n\n".join(sections) + "\n"
+
+
+def format_usage(command: Any, ctx: Any) -> str:
+    """Return what follows the name of the command: "[OPTIONS] [PROMPT]"."""
+    if isinstance(command, typer.core.TyperGroup):
+        return "[OPTIONS] COMMAND ..."
+    arguments = [parameter for parameter in command.get_params(ctx) if parameter.param_type_name == "argument"]
+    names = [name_value(one) + (" ..." if one.nargs == -1 else "") for one in arguments]
+    pairs = zip(names, arguments, strict=True)
+    return " ".join(["[OPTIONS]", *(name if one.required else f"[{name}]" for name, one in pairs)])
 
 
 def choose_columns() -> int:
@@ -85,21 +95,26 @@ def list_panels(command: Any, ctx: Any) -> Iterator[tuple[str, list[tuple[str, s
     records: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(ctx):
         if parameter.param_type_name == "argument":
-            records.setdefault("Arguments", []).append((parameter.make_metavar(ctx), parameter.help or ""))
+            records.setdefault("Arguments", []).append((name_value(parameter), parameter.help or ""))
         elif not parameter.hidden:
             panel = getattr(parameter, "rich_help_panel", None) or OTHER_PANEL
-            records.setdefault(panel, []).append((format_names(parameter, ctx), parameter.help or ""))
+            records.setdefault(panel, []).append((format_names(parameter), parameter.help or ""))
     order = ["Arguments", *PANELS]
     for title in sorted(records, key=lambda title: order.index(title) if title in order else len(order)):
         yield title, records[title]
 
 
-def format_names(parameter: Any, ctx: Any) -> str:
+def name_value(parameter: Any) -> str:
+    """Return the placeholder of an argument or of an option's value."""
+    return parameter.metavar or parameter.name.upper()
+
+
+def format_names(parameter: Any) -> str:
     """Return the spellings of an option and its placeholder: "-o, --output FILE"."""
     names = ", ".join(sorted(parameter.opts, key=len))
     if parameter.secondary_opts:
         names += f" / {', '.join(parameter.secondary_opts)}"
-    return names if parameter.is_flag else f"{names} {parameter.make_metavar(ctx)}"
+    return names if parameter.is_flag else f"{names} {name_value(parameter)}"
 
 
 def format_section(title: str, rows: Iterable[tuple[str, str]], columns: int) -> str:

@@ -95,7 +95,7 @@ def describe_default(setting: Setting) -> str:
     """Return the default value in words; nothing if it is none, or off."""
     if setting.default_text is not None:
         return setting.default_text
-    if setting.is_required or setting.default is None or setting.default in ((), False):
+    if setting.is_required or setting.default in (None, ()) or setting.default is False:
         return ""
     if setting.default is True:
         return "yes"
