@@ -162,6 +162,7 @@ class ControlNet:
         name="controlnet",
         help="A ControlNet or union ControlNet: a folder in the diffusers layout, or a hub id. Can be repeated.",
         panel="Input images",
+        metavar="MODEL",
         names_file=True,
         reloads=("unet",),
         used_by_decode=False,

@@ -94,7 +94,8 @@ def repeat(kind: Kind) -> Kind:
     """Return the kind of one value or a list of values. A comma in text is part of the value, as in a file's name."""
 
     def parse(value: Any) -> tuple:
-        return tuple(kind.parse(part) for part in (value if isinstance(value, list | tuple) else [value]))
+        parts = value if isinstance(value, list | tuple) else [value]
+        return tuple(kind.parse(part.strip() if isinstance(part, str) else part) for part in parts)
 
     return Kind(parse, _one_or_many(kind), kind.metavar)
 

@@ -177,6 +177,7 @@ class Request:
         "auto",
         help="Another VAE: a folder, a file, a hub id, or auto (the model's own). A TAESD is fast, but less accurate.",
         panel="Model",
+        metavar="MODEL",
         names_file=True,
         reloads=("vae",),
         commands=ALL_COMMANDS,

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli.core.geometry import Size
+from linfusion_cli.settings.checks import raise_all
+from linfusion_cli.settings.groups import match_by_position
 from linfusion_cli.settings.request import Request
-from linfusion_cli.settings.table import MEMBERS, SETTINGS, match_group
+from linfusion_cli.settings.table import EXECUTION_SETTINGS, GROUPS, MEMBERS, SETTINGS, find_group_errors
 
 SCHEMA = 2
 SCHEMA_KEY = "schema"
@@ -43,17 +45,19 @@ def to_json_value(value: Any) -> Any:
 def values_from_json(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flat values of a request in JSON, of any schema up to this one, with defaults for missing settings.
 
-    Keys that are not settings are left out. Raises ValueError or UsageError for invalid values or a later schema.
+    Execution options, which the first schema contains, and keys that are not settings are left out. Raises ValueError or UsageError for invalid values or a later schema.
     """
     schema = request.get(SCHEMA_KEY, FIRST_SCHEMA)
     if schema not in (FIRST_SCHEMA, SCHEMA):
         raise ValueError(f"schema {schema} is not known to this version")
     flat = flatten_groups(request) if schema == SCHEMA else request
-    parsed = {name: setting.kind.parse(flat[name]) for name, setting in SETTINGS.items() if flat.get(name) is not None}
-    defaults = {name: setting.default for name, setting in SETTINGS.items() if not setting.is_required}
+    known = {name: setting for name, setting in SETTINGS.items() if name not in EXECUTION_SETTINGS}
+    parsed = {name: setting.kind.parse(flat[name]) for name, setting in known.items() if flat.get(name) is not None}
+    defaults = {name: setting.default for name, setting in known.items() if not setting.is_required}
     values = defaults | parsed
-    for group in MEMBERS:
-        values |= flatten_group(group, match_group(group, values))
+    for group, item in GROUPS.items():
+        raise_all(find_group_errors(group, values))
+        values |= flatten_group(group, match_by_position(item, MEMBERS[group], values))
     return values
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.settings.checks import flag
+from linfusion_cli.settings.checks import build_error, find_invalid_value, flag, list_errors, raise_all
 from linfusion_cli.settings.command_options import CommandOptions
 from linfusion_cli.settings.execution import ExecutionOptions
 from linfusion_cli.settings.groups import ControlNet, ImageSource, IpAdapter, match_by_position
@@ -62,17 +62,24 @@ def list_required_settings(names: Iterable[str]) -> list[str]:
 
 
 def assemble_request(values: Mapping[str, Any]) -> Request:
-    """Return the request with these flat values; raise UsageError if they are invalid."""
+    """Return the request with these flat values; raise UsageError with all that are invalid."""
     values = {"prompt": ""} | dict(values) if values.get("image") is not None else values
+    errors = [error for group in GROUPS for error in find_group_errors(group, values)]
     given: dict[str, Any] = {}
     for field in dataclasses.fields(Request):
         if ITEM in field.metadata:
-            given[field.name] = match_group(field.name, values)
+            given[field.name] = () if errors else match_by_position(GROUPS[field.name], MEMBERS[field.name], values)
         elif NESTED in field.metadata:
             given[field.name] = _assemble_nested(field.metadata[NESTED], values)
         elif field.name in values:
             given[field.name] = values[field.name]
-    return Request(**given)
+    try:
+        request = Request(**given)
+    except UsageError as error:
+        raise_all([*errors, *list_errors(error)])
+        raise
+    raise_all(errors)
+    return request
 
 
 def _assemble_nested(item: type, values: Mapping[str, Any]) -> Any:
@@ -82,20 +89,21 @@ def _assemble_nested(item: type, values: Mapping[str, Any]) -> Any:
     return item(**{setting.name: values[setting.name] for setting in list_settings(item) if setting.name in values})
 
 
-def match_group(group: str, values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the groups of flat lists; raise UsageError unless each has an image, and there are no more scales."""
+def find_group_errors(group: str, values: Mapping[str, Any]) -> Iterator[UsageError]:
+    """Yield an error for each flat list of a group with an invalid value, or that does not match the other lists."""
     names = MEMBERS[group]
+    for name in names.values():
+        yield from find_invalid_value(SETTINGS[name], tuple(values.get(name) or ()))
     models, images, scales = (tuple(values.get(names[part]) or ()) for part in ("model", "image", "scale"))
     if len(images) != len(models):
         reason = f"{flag(names['image'])} is given {len(images)} times, and {flag(group)} {len(models)} times."
-        raise UsageError(reason, "Give one image for each, in the same order.", names["image"])
-    if models and not 1 <= len(scales or (1,)) <= len(models):
-        reason = f"{flag(names['scale'])} {','.join(map(str, scales))} is not possible."
+        yield UsageError(reason, "Give one image for each, in the same order.", names["image"])
+    if len(scales) > max(1, len(models)):  # one scale, as in a config file, is possible without a model
         hint = f"Give one number for each {flag(group)}, or fewer: the last holds for the rest."
-        raise UsageError(reason, hint, names["scale"])
+        yield build_error(names["scale"], scales, hint)
     if len(values.get(names.get("type", "")) or ()) > len(models):
-        raise UsageError(f"{flag(names['type'])} is given more often than {flag(group)}.", "", names["type"])
-    return match_by_position(GROUPS[group], names, values)
+        reason = f"{flag(names['type'])} is given more often than {flag(group)}."
+        yield UsageError(reason, "Give one for each union model.", names["type"])
 
 
 def flatten_request(request: Request) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from linfusion_cli.batch.runner import BatchRunner, JobFunction
 from linfusion_cli.core.events import Observer, ignore_event
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
-from linfusion_cli.settings.request import GenerateRequest
+from tests.support.requests import make_request
 
 
 class ResultCollector:
@@ -34,7 +34,7 @@ def builder(**defaults: object) -> BuildRequest:
 
     def build(values):
         small = {"prompt": "a hill", "size": Size(64, 64), "output": Path("x.png"), "model": "demo", "steps": (1,)}
-        return {}, GenerateRequest(**small | {"format": "png"} | defaults | values)
+        return {}, make_request(**small | {"format": "png"} | defaults | values)
 
     return build
 

@@ -10,7 +10,8 @@ from linfusion_cli.batch.seeds import parse_seeds
 from linfusion_cli.batch.shard import Shard
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.settings.request import GenerateRequest
+from linfusion_cli.settings.request import Request
+from tests.support.requests import make_request
 
 ODD = [
     "../",
@@ -35,8 +36,8 @@ ODD = [
 ]
 
 
-def request(prompt: str = "a hill", **more) -> GenerateRequest:
-    return GenerateRequest(prompt=prompt, size=Size(128, 64), output="x.tif", model="demo", **more)
+def request(prompt: str = "a hill", **more) -> Request:
+    return make_request(prompt=prompt, size=Size(128, 64), output="x.tif", model="demo", **more)
 
 
 @pytest.mark.parametrize(

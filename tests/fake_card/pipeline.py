@@ -40,7 +40,7 @@ from linfusion_cli.planning.speed import Speed
 from linfusion_cli.planning.vae_strategies import list_patch_counts
 from linfusion_cli.run import pipeline
 from linfusion_cli.run.stages import write
-from linfusion_cli.settings.request import GenerateRequest
+from linfusion_cli.settings.request import Request
 from linfusion_cli.strips import storage
 from linfusion_cli.vae.decode import decode_rows
 from linfusion_cli.vae.encode import encode_rows
@@ -50,6 +50,7 @@ from tests.fake_card.device.card import FakeCard
 from tests.fake_card.device.stubs import Checkpoints, CountingSink, make_fake, stub_files
 from tests.fake_card.device.tensor import CUDA
 from tests.fake_card.model import write_sdxl
+from tests.support.requests import make_request
 from tools.bench.shapes import SDXL_KEYS, build_sdxl_vae
 
 # Sites at which single values can be read from the card, and the values that are returned.
@@ -123,7 +124,7 @@ def find_plan(stage: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str,
     return {"plan": found[0]["estimate"] | {"strategy": found[0]["strategy"], "steps": found[0]["steps"]}}
 
 
-def build_request(case: Case, folder: Path) -> GenerateRequest:
+def build_request(case: Case, folder: Path) -> Request:
     """Build the request of a case."""
     model = folder / "sdxl"
     extras: dict[str, Any] = {}
@@ -134,7 +135,7 @@ def build_request(case: Case, folder: Path) -> GenerateRequest:
         extras["control_phases"] = ("all",)
     if "ip_adapter" in case.extras:
         extras |= {"ip_adapter": (str(model / "adapter" / "ip.safetensors"),), "ip_image": (str(model / "image.png"),)}
-    return GenerateRequest(
+    return make_request(
         prompt="a hill",
         negative_prompt="fog",
         size=Size(case.size, case.size),

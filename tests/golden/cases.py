@@ -16,7 +16,8 @@ from torch import Tensor
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.sampling.noise import SequentialNoise, draw_latent_noise, draw_phase_noise, draw_step_noise
-from linfusion_cli.settings.request import MAX_SEED, GenerateRequest
+from linfusion_cli.settings.request import MAX_SEED
+from tests.support.requests import make_request
 
 NOISE_FILE, LATENTS_FILE = (Path(__file__).parent / f"{name}.safetensors" for name in ("noise", "latents"))
 STRIDE = 3  # of the recorded rows and columns: complete noise needs ten times the space and shows no more
@@ -68,7 +69,7 @@ def compute_final_latents(name: str) -> Tensor:
     """Execute the run `name` and return its final latents [1, 4, 24, 32]."""
     with tempfile.TemporaryDirectory() as folder:
         output, latents_file = Path(folder, "a.png"), Path(folder, "a.safetensors")
-        generate(GenerateRequest(**RUN | RUNS[name], output=output, keep_latents=latents_file), {})
+        generate(make_request(**RUN | RUNS[name], output=output, keep_latents=latents_file), {})
         return load_file(latents_file)["latents"].clone()
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.settings.request import GenerateRequest
+from tests.support.requests import make_request
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -17,7 +17,7 @@ def test_the_gpu_generates_the_image_of_the_cpu(xl_model, tmp_path, dtype):
     images = {}
     for device, number_format in (("cpu", "auto"), ("cuda", dtype)):
         output = tmp_path / f"{device}.png"
-        request = GenerateRequest(
+        request = make_request(
             prompt="a hill",
             size=Size(128, 96),
             output=output,

@@ -15,9 +15,9 @@ from linfusion_cli.core.report import RunReport
 from linfusion_cli.hardware.device import dtype_name
 from linfusion_cli.run.checkpoint.latents_file import open_latents
 from linfusion_cli.run.pipeline import run_pipeline
-from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet import predict
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def make(xl_model, tmp_path, monkeypatch):
         values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": (4,)}
         values |= {"strength": (0.7,), "upscaler": "sdedit", "guidance_scale": (1.0,), "device": "cpu"}
         values |= {"output": Path("a.png"), "keep_latents": Path("a.safetensors"), "checkpoint_every": 3600.0}
-        request, listener = GenerateRequest(**values | {"dtype": "float16"} | changes), Listener()
+        request, listener = make_request(**values | {"dtype": "float16"} | changes), Listener()
         report = run_pipeline(request, None, {}, observer or listener, model_cache)
         return RunResult(report, listener, open_latents(request.keep_latents).read())
 

@@ -22,6 +22,7 @@ from linfusion_cli.run.stages import load as stages_load
 from linfusion_cli.run.stages import plan, precision
 from tests.half.runs import BASE, DOUBLE, HALF, build_history, list_notices, read_files
 from tests.support.marks import mostly_slow
+from tests.support.requests import make_request
 from tests.support.small_models import build_small_vae
 
 FAILS = {"dpmpp-2m": (BASE, 2), "euler-a": (BASE, 1), "unipc": (DOUBLE, 1), "euler": (DOUBLE, 0)}
@@ -275,8 +276,7 @@ def test_upscaling_falls_back_too(xl_model, tmp_path, monkeypatch, forwards):
     from PIL import Image
 
     from linfusion_cli.core.geometry import Size
-    from linfusion_cli.run.pipeline import upscale
-    from linfusion_cli.settings.request import UpscaleRequest
+    from linfusion_cli.run.pipeline import generate
 
     monkeypatch.chdir(tmp_path)
     Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 90).convert("RGB").save("in.png")
@@ -287,9 +287,9 @@ def test_upscaling_falls_back_too(xl_model, tmp_path, monkeypatch, forwards):
         "steps": (4,),
         "dtype": "float16",
     }
-    request = UpscaleRequest(**values, strength=(0.9,), output=Path("a.png"), upscaler="demofusion", device="cpu")
+    request = make_request(**values, strength=(0.9,), output=Path("a.png"), upscaler="demofusion", device="cpu")
     forwards.bad = {(DOUBLE, 2): {"float16"}}
-    report = upscale(request, {})
+    report = generate(request, {})
     assert report.dtypes == build_history((0, 0, "float16"), (0, 2, "bfloat16"))
     assert read_info(Path("a.png")).request["dtypes"] == report.dtypes
 

@@ -12,8 +12,9 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.hardware import allocator, cuda, device, no_gpu, peak, torch_errors, versions
 from linfusion_cli.planning import machine
 from linfusion_cli.planning.speed import Speed
-from linfusion_cli.settings.request import GenerateRequest
+from linfusion_cli.settings.request import Request
 from tests.hardware.stub_driver import FREE_BYTES, GIB, TOTAL_BYTES, StubDriver
+from tests.support.requests import make_request
 
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
@@ -42,8 +43,8 @@ def no_nvidia(monkeypatch, tmp_path):
     return tmp_path
 
 
-def request(**values: object) -> GenerateRequest:
-    return GenerateRequest(**{"prompt": "a hill", "size": Size(64, 64), "output": "a.png", "model": "demo"} | values)
+def request(**values: object) -> Request:
+    return make_request(**{"prompt": "a hill", "size": Size(64, 64), "output": "a.png", "model": "demo"} | values)
 
 
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])

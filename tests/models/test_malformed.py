@@ -16,6 +16,7 @@ from linfusion_cli.models.files.layout import Model, Part
 from linfusion_cli.models.load.networks import load_unet, load_vae
 from linfusion_cli.models.locate.model import FAMILY_BASES, find_model
 from tests.models.locate.test_model import add_to_hub_cache
+from tests.support.requests import make_request
 from tests.support.small_single_files import copy_without_weights, write_original
 
 CPU = torch.device("cpu")
@@ -187,10 +188,9 @@ def test_a_broken_index_of_shards_is_refused(copy, index, named):
 def test_a_run_with_a_damaged_file_ends_with_65_and_no_image(copy, tmp_path):
     from linfusion_cli.core.geometry import Size
     from linfusion_cli.run.pipeline import generate
-    from linfusion_cli.settings.request import GenerateRequest
 
     (copy / UNET).write_bytes((copy / UNET).read_bytes()[:-1])
     values = {"prompt": "a", "size": Size(64, 64), "model": str(copy), "linfusion": "none", "steps": (1,)}
     with pytest.raises(LinfusionError) as caught:
-        generate(GenerateRequest(**values, output=tmp_path / "out.png"), {})
+        generate(make_request(**values, output=tmp_path / "out.png"), {})
     assert caught.value.exit_code == 65 and not (tmp_path / "out.png").exists()

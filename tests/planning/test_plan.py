@@ -21,7 +21,8 @@ from linfusion_cli.run.inputs.resolve import resolve_request
 from linfusion_cli.run.stages.plan import plan_run
 from linfusion_cli.sampling.phases import PhaseSizes, build_phases
 from linfusion_cli.sampling.upscalers.pass_count import count_passes
-from linfusion_cli.settings.request import GenerateRequest
+from linfusion_cli.settings.request import Request
+from tests.support.requests import make_request
 
 GIB = 1 << 30
 SIZES = [Size(256, 256), Size(8192, 8192)]
@@ -34,10 +35,10 @@ def machine(kind: str, host_bytes: int, device_bytes: int | None = None) -> Mach
     return Machine(torch.device(kind), dtype, torch.float32, host_bytes, device_bytes, GIB // 2, speed, speed)
 
 
-def build_request(size: Size, **changed) -> GenerateRequest:
+def build_request(size: Size, **changed) -> Request:
     """Return a request for the demo model, with the settings `changed`."""
     values = {"prompt": "a hill", "size": size, "output": Path("a.tif"), "model": "demo"}
-    return GenerateRequest(**values | changed)
+    return make_request(**values | changed)
 
 
 @cache

@@ -16,8 +16,8 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.run.checkpoint.latents_file import open_latents
 from linfusion_cli.run.decode_latents import build_decode_request, decode
-from linfusion_cli.run.pipeline import generate, upscale
-from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
+from linfusion_cli.run.pipeline import generate
+from tests.support.requests import make_request
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def request_of_run(xl_model, tmp_path, monkeypatch):
     """Generate a.png of 96 x 112 px and its latents a.safetensors. Return the request."""
     monkeypatch.chdir(tmp_path)
     values = {"prompt": "a hill", "size": Size(96, 112), "model": str(xl_model), "steps": (3,), "strength": (0.5,)}
-    request = GenerateRequest(**values, output=Path("a.png"), keep_latents=Path("a.safetensors"), dither=True, seed=4)
+    request = make_request(**values, output=Path("a.png"), keep_latents=Path("a.safetensors"), dither=True, seed=4)
     generate(request, {})
     return request
 
@@ -64,7 +64,7 @@ def test_the_source_image_is_not_needed(xl_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.effect_mandelbrot((96, 64), (-2, -1, 1, 1), 90).convert("RGB").save("in.png")
     values = {"image": Path("in.png"), "size": Size(96, 64), "model": str(xl_model), "steps": (2,)}
-    upscale(UpscaleRequest(**values, output=Path("a.png"), keep_latents=Path("a.safetensors")), {})
+    generate(make_request(**values, output=Path("a.png"), keep_latents=Path("a.safetensors")), {})
     Path("in.png").unlink()
     decode_file(output=Path("b.png"))
     assert np.array_equal(read_pixels("b.png"), read_pixels("a.png"))
@@ -73,7 +73,7 @@ def test_the_source_image_is_not_needed(xl_model, tmp_path, monkeypatch):
 def test_an_image_below_the_base_is_downscaled_again(xl_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {"prompt": "x", "size": Size(72, 64), "model": str(xl_model), "steps": (2,)}
-    generate(GenerateRequest(**values, output=Path("a.png"), keep_latents=Path("a.safetensors")), {})
+    generate(make_request(**values, output=Path("a.png"), keep_latents=Path("a.safetensors")), {})
     decode_file(output=Path("b.png"))
     assert np.array_equal(read_pixels("b.png"), read_pixels("a.png"))
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.settings.request import GenerateRequest
+from tests.support.requests import make_request
 
 PROMPTS = {
     "night": "a starry night over the sea",
@@ -22,7 +22,7 @@ def colours(tmp_path_factory):
 
     def measure_colour(name: str, seed: int) -> np.ndarray:
         output = folder / f"{name}-{seed}.png"
-        request = GenerateRequest(
+        request = make_request(
             prompt=PROMPTS[name],
             size=Size(256, 256),
             output=output,

@@ -13,8 +13,8 @@ from linfusion_cli.mixers.linear.weights import load_weights
 from linfusion_cli.models.files.layout import Model
 from linfusion_cli.models.load.networks import load_unet
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.settings.request import GenerateRequest
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 
 # From the model cards: the scheduler class and the options that override the model's scheduler config.
 PUBLISHED = {
@@ -43,7 +43,7 @@ def make(xl_model, tmp_path, lora):
     def run(preset, output="out.png", **changed):
         values = dict(settings.read_preset_layer(preset).values) | {"prompt": "a hill", "model": str(xl_model)}
         values |= {"lora": (f"{lora}:0.8",), "size": Size(64, 64), "output": tmp_path / output}
-        return generate(GenerateRequest(**values | changed), {}, Listener())
+        return generate(make_request(**values | changed), {}, Listener())
 
     return run
 

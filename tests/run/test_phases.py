@@ -19,11 +19,11 @@ from linfusion_cli.planning.speed import Speed
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import predictors
 from linfusion_cli.sampling.noise import draw_phase_noise
-from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.dilation import dilate
 from linfusion_cli.strips.ops import StripSize
 from tests.sampling.test_demofusion import naive_blur
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 from tests.support.small_models import write_small_sd
 
 
@@ -34,7 +34,7 @@ def make(xl_model, tmp_path):
     def run(output="out.png", observer=None, **changed):
         values = {"prompt": "a hill", "size": Size(256, 256), "model": str(xl_model), "steps": (8,), "strength": (0.5,)}
         values |= {"output": tmp_path / output, "upscaler": "demofusion", "vae_statistics": "exact"}
-        return generate(GenerateRequest(**values | changed), {}, observer or Listener())
+        return generate(make_request(**values | changed), {}, observer or Listener())
 
     return run
 
@@ -231,7 +231,7 @@ def test_phases_start_at_the_given_base_size(make):
 def test_v_prediction_works_in_every_phase(tmp_path, phases):
     """A whole run with v_prediction, as in SD 2.1. The scheduler tests check the steps themselves."""
     folder = write_small_sd(tmp_path / "model", prediction_type="v_prediction")
-    request = GenerateRequest(
+    request = make_request(
         prompt="a hill", size=Size(256, 256), output=tmp_path / "a.png", model=str(folder), linfusion="none",
         steps=(8,), strength=(0.5,), upscaler="demofusion", dilated_min=0.0, vae_statistics="exact",
     )  # fmt: skip

@@ -17,11 +17,11 @@ from linfusion_cli.images import read_info
 from linfusion_cli.planning import plan
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import predictors
-from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.unet import predict
 from linfusion_cli.unet.predict import WholeUNet
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def make(xl_model, tmp_path):
 
     def run(observer=None, output="out.png", **changed):
         values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": (4,), "strength": (0.5,)}
-        request = GenerateRequest(**values | {"output": tmp_path / output} | changed)
+        request = make_request(**values | {"output": tmp_path / output} | changed)
         return generate(request, {}, observer or Listener())
 
     return run

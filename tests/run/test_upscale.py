@@ -11,10 +11,10 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.images.process.scratch import ScratchImage
 from linfusion_cli.planning import plan
-from linfusion_cli.run.pipeline import upscale
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import convert
-from linfusion_cli.settings.request import UpscaleRequest
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 
 
 @pytest.fixture
@@ -29,12 +29,12 @@ def photo(tmp_path):
 
 @pytest.fixture
 def make(xl_model, tmp_path, photo):
-    """Return a function that calls upscale() on the photo with small settings and writes to tmp_path."""
+    """Return a function that calls generate() on the photo with small settings and writes to tmp_path."""
 
     def run(output="out.png", observer=None, **changed):
         values = {"image": photo, "size": Size(192, 192), "model": str(xl_model), "steps": (4,), "strength": (0.5,)}
         values |= {"output": tmp_path / output}
-        return upscale(UpscaleRequest(**values | changed), {}, observer or Listener())
+        return generate(make_request(**values | changed), {}, observer or Listener())
 
     return run
 

@@ -7,7 +7,7 @@ import pytest
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.sampling.phases import PhaseSizes, build_phases, compute_dilation, compute_strengths, count_steps
-from linfusion_cli.settings.request import GenerateRequest
+from tests.support.requests import make_request
 
 BASE = Size(1024, 1024)
 SIZES = [BASE.times(factor) for factor in (1, 2, 4, 8, 16)]
@@ -15,7 +15,7 @@ SIZES = [BASE.times(factor) for factor in (1, 2, 4, 8, 16)]
 
 def phases(sizes=SIZES, from_noise=True, start=BASE, **changed):
     """Build phases of these sizes for a request with the settings `changed`."""
-    request = GenerateRequest(prompt="a", size=sizes[-1], output=Path("a.tif"), model="demo", **changed)
+    request = make_request(prompt="a", size=sizes[-1], output=Path("a.tif"), model="demo", **changed)
     return build_phases(request, PhaseSizes(sizes, start, BASE, BASE, from_noise))
 
 

@@ -5,12 +5,17 @@ import pytest
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.settings import PARSERS
-from linfusion_cli.settings.request import GenerateRequest, UpscaleRequest
+from linfusion_cli.settings.checks import list_errors
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.request_json import SCHEMA, execution_to_json, request_to_json, values_from_json
+from linfusion_cli.settings.table import flatten_request
+from tests.support.requests import make_request
+
+CONTROL = {"controlnet": ("canny",), "control_image": (Path("edges.png"),), "control_scale": (0.5,)}
 
 
-def request(**changed) -> GenerateRequest:
-    return GenerateRequest(**{"prompt": "a", "size": Size(64, 65), "output": Path("a.png"), "model": "demo"} | changed)
+def request(**changed) -> Request:
+    return make_request(**{"prompt": "a", "size": Size(64, 65), "output": Path("a.png"), "model": "demo"} | changed)
 
 
 @pytest.mark.parametrize(
@@ -30,18 +35,14 @@ def request(**changed) -> GenerateRequest:
         ("compression", "rar"),
         ("model", " "),
         ("negative_prompt", "\udcff"),
-        ("lora", (" ",)),
-        ("textual_inversion", ("a", "")),
         ("clip_skip", 0),
         ("ip_adapter", (" ",)),
         ("ip_image", ("a.png",)),
-        ("ip_scale", ()),
         ("ip_scale", (1.0, 0.5)),
         ("ip_scale", (float("nan"),)),
         ("ip_image_encoder", ""),
         ("controlnet", (" ",)),
         ("control_image", ("a.png",)),
-        ("control_scale", ()),
         ("control_scale", (float("nan"),)),
         ("control_scale", (1.0, 1.0)),
         ("control_phases", ()),
@@ -78,7 +79,8 @@ def request(**changed) -> GenerateRequest:
 def test_a_value_out_of_range_names_its_flag_and_a_way_out(field, value):
     with pytest.raises(UsageError, match="--" + field.replace("_", "-")) as caught:
         request(**{field: value})
-    assert caught.value.hint and caught.value.setting == field
+    error = next(error for error in list_errors(caught.value) if getattr(error, "setting", None) == field)
+    assert error.hint
 
 
 def test_a_prompt_that_is_no_text_is_named():
@@ -86,23 +88,28 @@ def test_a_prompt_that_is_no_text_is_named():
         request(prompt="caf\udce9")
 
 
-def test_json_holds_every_field():
-    values = json.loads(json.dumps(request(preview=Path("p.jpg")).to_json()))
-    assert set(values) == set(GenerateRequest.__dataclass_fields__)
-    assert (values["size"], values["output"], values["preview"]) == ("64x65", "a.png", "p.jpg")
+def test_json_has_every_setting_either_as_identity_or_as_execution():
+    given = request(preview=Path("p.jpg"), lora=("a, b.safetensors:0.5",), seed=7, **CONTROL)
+    identity, execution = (json.loads(json.dumps(to_json(given))) for to_json in (request_to_json, execution_to_json))
+    assert identity["schema"] == SCHEMA and "output" not in identity and "seed" not in execution
+    assert (identity["size"], execution["output"], execution["preview"]) == ("64x65", "a.png", "p.jpg")
+    assert identity["lora"] == [{"model": "a, b.safetensors", "weight": 0.5}]
+    assert identity["controlnet"] == [{"model": "canny", "image": "edges.png", "scale": 0.5, "type": None}]
+    assert {**flatten_request(given), **values_from_json(identity)} == flatten_request(given)
+    assert identity.keys() | execution.keys() >= {"prompt", "device"}
 
 
 def test_an_interval_without_an_upper_end_is_valid_json_and_read_back():
-    written = request(guidance_interval=(0.28, float("inf"))).to_json()
+    written = request_to_json(request(guidance_interval=(0.28, float("inf"))))
     values = json.loads(json.dumps(written, allow_nan=False))
     assert values["guidance_interval"] == [0.28, "inf"]
-    assert PARSERS["guidance_interval"](values["guidance_interval"]) == (0.28, float("inf"))
-    assert request().to_json()["guidance_interval"] == ()
+    assert values_from_json(values)["guidance_interval"] == (0.28, float("inf"))
+    assert request_to_json(request())["guidance_interval"] == []
 
 
 def test_a_background_that_is_no_colour_is_refused_at_once():
     ask = {"image": Path("a.png"), "size": Size(128, 128), "output": Path("b.png"), "model": "demo"}
-    assert UpscaleRequest(**ask).background_rgb() is None
-    assert UpscaleRequest(**ask, background="#102030").background_rgb() == (16, 32, 48)
+    assert make_request(**ask).source.background_rgb() is None
+    assert make_request(**ask, background="#102030").source.background_rgb() == (16, 32, 48)
     with pytest.raises(UsageError, match="--background 'beige-ish'"):
-        UpscaleRequest(**ask, background="beige-ish")
+        make_request(**ask, background="beige-ish")

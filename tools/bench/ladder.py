@@ -22,7 +22,8 @@ from scipy.ndimage import gaussian_filter, label, laplace
 
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.settings.request import GenerateRequest
+from linfusion_cli.settings.execution import ExecutionOptions
+from linfusion_cli.settings.request import Request
 
 WORK = Path(".work/ladder")
 PROMPTS = {"sun": "a red sunset over mountains with the sun", "moon": "a starry night over mountains with a full moon"}
@@ -55,19 +56,18 @@ def generate_images(seeds: int) -> None:
                     print_line(output)
 
 
-def build_request(prompt: str, upscaler: str, seed: int, output: Path) -> GenerateRequest:
+def build_request(prompt: str, upscaler: str, seed: int, output: Path) -> Request:
     """Build the request for one image."""
-    return GenerateRequest(
+    return Request(
         prompt=prompt,
         size=Size(SIDE_PX, SIDE_PX),
-        output=output,
         model="demo",
         steps=(24,),
         guidance_scale=(4.0,),
         upscaler=upscaler,
         seed=seed,
         save_phases=True,
-        overwrite=True,
+        execution=ExecutionOptions(output=output, overwrite=True),
     )
 
 

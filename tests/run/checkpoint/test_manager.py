@@ -13,9 +13,9 @@ from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.models.locate.model import DEMO_FOLDER, FAMILY_BASES
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.settings.request import GenerateRequest
 from tests.models.locate.test_model import add_to_hub_cache
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 from tests.support.small_models import write_small_sd, write_small_xl
 from tests.support.small_single_files import copy_without_weights, write_original, write_small_sd21
 
@@ -37,7 +37,7 @@ def run_base(tmp_path, phases):
             "model": str(model),
             "overwrite": True,
         }
-        generate(GenerateRequest(**values | {"output": tmp_path / "out.png"} | changed), {}, listener)
+        generate(make_request(**values | {"output": tmp_path / "out.png"} | changed), {}, listener)
         return phases[-1][1].latents, [event.text for event in listener.of(Notice)]
 
     return run

@@ -13,10 +13,10 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.checkpoint.known_keys import KNOWN_KEYS
 from linfusion_cli.run.checkpoint.latents_file import open_latents
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.settings.request import GenerateRequest
 from tests.checkpoint.test_store import equal
 from tests.run.checkpoint.test_resume import files, in_second_phase, stopping_at
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 
 LONG = {"steps": (4,), "strength": (0.7,)}  # three steps in phase 2x
 
@@ -29,7 +29,7 @@ def make(xl_model, tmp_path, monkeypatch):
     def run(observer=None, **changed):
         values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": (2,)}
         values |= {"output": Path("a.png"), "checkpoint_every": 0.0, "upscaler": "sdedit"} | changed
-        return generate(GenerateRequest(**values), {}, observer or Listener())
+        return generate(make_request(**values), {}, observer or Listener())
 
     return run
 

@@ -14,13 +14,14 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.planning import plan
 from linfusion_cli.run.checkpoint import manager
-from linfusion_cli.run.pipeline import generate, upscale
+from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import load
-from linfusion_cli.settings.request import SCHEDULERS, GenerateRequest, UpscaleRequest
+from linfusion_cli.settings.request import SCHEDULERS
 from linfusion_cli.strips.ops import StripSize
 from tests.support.fakes import Listener
 from tests.support.marks import mostly_slow
 from tests.support.other_process import lock_in_other_process
+from tests.support.requests import make_request
 
 VARIANTS = {
     "demofusion": {"upscaler": "demofusion", "guidance_scale": (2.0,)},
@@ -41,7 +42,7 @@ def make(xl_model, tmp_path, monkeypatch):
     def run(observer=None, **changed):
         values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": (4,), "strength": (0.7,)}
         values |= {"output": Path("a.png"), "checkpoint_every": 0.0, "upscaler": "sdedit"} | changed
-        return generate(GenerateRequest(**values), {}, observer or Listener())
+        return generate(make_request(**values), {}, observer or Listener())
 
     return run
 
@@ -124,19 +125,19 @@ def test_upscale_goes_on(xl_model, tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     Image.effect_mandelbrot((96, 64), (-2, -1, 1, 1), 90).convert("RGB").save("in.png")
     values = {"image": Path("in.png"), "size": Size(192, 128), "model": str(xl_model), "steps": (6,)}
-    request = UpscaleRequest(**values, strength=(0.9,), output=Path("a.png"), upscaler="demofusion", checkpoint_every=0)
-    upscale(request, {})
+    request = make_request(**values, strength=(0.9,), output=Path("a.png"), upscaler="demofusion", checkpoint_every=0)
+    generate(request, {})
     expected = files(tmp_path)
     (tmp_path / "a.png").unlink()
     with pytest.raises(Stopped):
-        upscale(request, {}, in_second_phase)
-    assert "in phase 2x" in upscale(request, {}).resumed_from and files(tmp_path) == expected
+        generate(request, {}, in_second_phase)
+    assert "in phase 2x" in generate(request, {}).resumed_from and files(tmp_path) == expected
     (tmp_path / "a.png").unlink()
     with pytest.raises(Stopped):
-        upscale(request, {}, in_second_phase)
+        generate(request, {}, in_second_phase)
     Image.new("RGB", (96, 64)).save("in.png")  # another image under the same name
     with pytest.raises(UsageError, match=r"image/in\.png with other content"):
-        upscale(request, {})
+        generate(request, {})
 
 
 def test_finished_latents_are_not_computed_again(make, tmp_path, phases):
@@ -364,8 +365,8 @@ def test_the_same_image_by_another_path_is_the_same(xl_model, tmp_path, monkeypa
     Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 90).convert("RGB").save("in.png")
     values = {"size": Size(128, 128), "model": str(xl_model), "steps": (4,), "output": tmp_path / "a.png"}
     with pytest.raises(Stopped):
-        upscale(UpscaleRequest(image=Path("in.png"), checkpoint_every=0, **values), {}, stopping_at("write"))
-    report = upscale(UpscaleRequest(image=tmp_path / "in.png", checkpoint_every=0, **values), {})
+        generate(make_request(image=Path("in.png"), checkpoint_every=0, **values), {}, stopping_at("write"))
+    report = generate(make_request(image=tmp_path / "in.png", checkpoint_every=0, **values), {})
     assert report.resumed_from == "the finished latents"
 
 

@@ -8,7 +8,7 @@ from linfusion_cli.checkpoint.store import CheckpointStore
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.checkpoint.manager import CheckpointManager
 from linfusion_cli.run.checkpoint.state import RunState
-from linfusion_cli.settings.request import GenerateRequest
+from tests.support.requests import make_request
 
 STEP_SEC, STEPS = 1.0, 10_000
 
@@ -33,7 +33,7 @@ def saved(tmp_path, monkeypatch):
         output = tmp_path / "a.png"
         store = SlowStore(output, save_sec)
         monkeypatch.setattr(time, "monotonic", lambda: store.now)
-        request = GenerateRequest(
+        request = make_request(
             prompt="a hill", size=Size(64, 64), output=output, model="demo", checkpoint_every=every_sec
         )
         checkpoints = CheckpointManager(store, None, request)

@@ -13,8 +13,8 @@ from linfusion_cli.core.events import Notice, StageFinished
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.settings.request import GenerateRequest
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 from tests.support.small_models import TEXT_WIDTH
 
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
@@ -28,7 +28,7 @@ def make(tmp_path):
     def run(model, prompt="a hill", **changed):
         listener = Listener()
         values = {"size": Size(64, 64), "linfusion": "none", "steps": (3,), "seed": 5, "guidance_scale": (3.0,)}
-        request = GenerateRequest(
+        request = make_request(
             prompt=prompt, model=str(model), output=tmp_path / "out.png", overwrite=True, **values | changed
         )
         generate(request, {}, listener)

@@ -13,8 +13,8 @@ from linfusion_cli.images import read_info
 from linfusion_cli.models.files.digest import hash_files
 from linfusion_cli.models.locate.model import FAMILY_BASES
 from linfusion_cli.run.pipeline import generate
-from linfusion_cli.settings.request import GenerateRequest
 from tests.models.locate.test_model import add_to_hub_cache
+from tests.support.requests import make_request
 from tests.support.small_single_files import copy_without_weights, write_original
 
 
@@ -26,7 +26,7 @@ def sha256(path):
 def make(tmp_path):
     def run(model, **changed):
         values = {"prompt": "a", "size": Size(64, 64), "model": str(model), "steps": (1,), "output": tmp_path / "a.png"}
-        return generate(GenerateRequest(**values | changed), {})
+        return generate(make_request(**values | changed), {})
 
     return run
 

@@ -19,9 +19,9 @@ from linfusion_cli.core.errors import DataError, InputNotFound, Unavailable, Usa
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import predictors
-from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import WholeUNet
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 from tests.support.small_controlnets import build_small_controlnet, build_small_union_controlnet, write_controlnet
 from tests.support.small_models import build_small_sd_unet, build_small_xl_unet
 
@@ -60,7 +60,7 @@ def make(xl_model, tmp_path, phases):
         values = {"prompt": "a hill", "size": Size(64, 64), "model": str(xl_model), "steps": (STEPS,)}
         values |= {"guidance_scale": (3.0,), "output": tmp_path / "out.png", "overwrite": True, "strength": (0.7,)}
         phases.clear()
-        generate(GenerateRequest(**values | changed), {}, Listener())
+        generate(make_request(**values | changed), {}, Listener())
         return phases[0][1].latents if wants_latents else np.asarray(Image.open(tmp_path / "out.png")) / 255
 
     return run

@@ -17,8 +17,8 @@ from linfusion_cli.images.process.scratch import ScratchImage
 from linfusion_cli.run.outputs.async_writer import AsyncWriter
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.convert import build_resized_reader
-from linfusion_cli.settings.request import GenerateRequest
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 from tests.support.small_models import build_small_vae
 
 
@@ -28,7 +28,7 @@ def make(xl_model, tmp_path):
 
     def run(output="out.png", observer=None, **changed):
         values = {"prompt": "a hill", "size": Size(128, 128), "model": str(xl_model), "steps": (4,), "strength": (0.5,)}
-        request = GenerateRequest(**values | {"output": tmp_path / output} | changed)
+        request = make_request(**values | {"output": tmp_path / output} | changed)
         return generate(request, {}, observer or Listener())
 
     return run

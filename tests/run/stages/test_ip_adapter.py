@@ -16,10 +16,10 @@ from linfusion_cli.images.read.source import inspect_source
 from linfusion_cli.run.inputs import ip_adapters
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages import predictors
-from linfusion_cli.settings.request import GenerateRequest
 from linfusion_cli.unet.predict import WholeUNet
 from tests.models.adapters.test_lora import build_factors, find_layers, to_peft_layout, write_lora
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 from tests.support.small_ip_adapters import write_adapter, write_encoder, write_image
 from tests.support.small_models import build_small_sd_unet, build_small_xl_unet
 
@@ -55,7 +55,7 @@ def make(models, adapters, tmp_path):
         named |= {"ip_image": tuple(str(adapters / image) for image in images[: len(kinds)])}
         values = {"prompt": "a hill", "size": Size(64, 64), "model": str(models[family]), "steps": (3,), **named}
         values |= {"output": tmp_path / "out.png", "overwrite": True} | changed
-        generate(GenerateRequest(**values), {}, observer or Listener())
+        generate(make_request(**values), {}, observer or Listener())
         return np.asarray(Image.open(tmp_path / "out.png")).astype(int)
 
     return run

@@ -17,9 +17,9 @@ from linfusion_cli.models.locate.model import FAMILY_BASES, PUBLISHED_LINFUSION
 from linfusion_cli.run.inputs.resolve import resolve_request
 from linfusion_cli.run.pipeline import generate
 from linfusion_cli.run.stages.plan import plan_run
-from linfusion_cli.settings.request import GenerateRequest
 from tests.models.locate.test_model import add_to_hub_cache
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 from tests.support.small_models import build_small_xl_unet, write_linfusion
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -45,7 +45,7 @@ def request_for(xl_model, tmp_path):
     def request(**changed):
         values = {"prompt": "a hill", "size": Size(64, 64), "model": str(xl_model), "steps": (2,)}
         values |= {"attention": ("linear",), "output": tmp_path / "out.png", "overwrite": True}
-        return GenerateRequest(**values | changed)
+        return make_request(**values | changed)
 
     return request
 

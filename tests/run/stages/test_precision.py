@@ -16,9 +16,10 @@ from linfusion_cli.core.geometry import Size
 from linfusion_cli.images import read_info
 from linfusion_cli.planning import machine
 from linfusion_cli.run.pipeline import generate, run_pipeline
-from linfusion_cli.settings.request import GenerateRequest
+from linfusion_cli.settings.request import Request
 from linfusion_cli.unet import predict
 from tests.support.fakes import Listener
+from tests.support.requests import make_request
 
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 
@@ -29,10 +30,10 @@ def request_of(xl_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = shutil.copytree(xl_model, tmp_path / "model")
 
-    def build(**changed) -> GenerateRequest:
+    def build(**changed) -> Request:
         values = {"prompt": "a hill", "size": Size(128, 128), "model": str(model), "steps": (4,), "strength": (1.0,)}
         values |= {"output": Path("a.png"), "checkpoint_every": 3600.0, "guidance_scale": (1.0,)}
-        return GenerateRequest(**values | changed)
+        return make_request(**values | changed)
 
     return build
 
