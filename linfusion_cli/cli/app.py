@@ -121,7 +121,7 @@ def run_app_without_log() -> int:
     """Run the app and return the exit code; each error is reported as one line on stderr and in the log."""
     try:
         with signals.reraise_stop(), suppress_start_warnings():
-            exit_code = app(standalone_mode=False)
+            exit_code = app(prog_name="linfusion", standalone_mode=False)
             return exit_code if isinstance(exit_code, int) else 0
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0

@@ -155,8 +155,23 @@ class Stopped(BaseException):
 
 
 class TimeLimitReached(Stopped):
-    """The time limit of the run is reached."""
+    """The time limit of the run, `limit_sec`, is reached.
 
-    def __init__(self):
+    has_progress: True if the same command continues from a later state than this run did. Otherwise repeating it is
+    useless: `shortfall` says what the run needs, and the exit code is that of a usage error.
+    """
+
+    has_progress = False
+    shortfall = ""
+
+    def __init__(self, limit_sec: float):
         self.reason = "Stopped by --time-limit"
-        self.exit_code = TemporaryFailure.exit_code
+        self.limit_sec = limit_sec
+
+    @property
+    def exit_code(self) -> int:
+        """75, or 2 if the time limit is too short for any progress."""
+        return UsageError.exit_code if self.shortfall else TemporaryFailure.exit_code
+
+    def __str__(self) -> str:
+        return self.shortfall or super().__str__()

@@ -25,6 +25,7 @@ class _StopRequest:
     pending: Stopped | None = None
     requested_at = 0.0
     critical_depth = 0
+    limit_sec = 0.0
 
 
 def install_handlers() -> None:
@@ -47,6 +48,7 @@ def ignore_further_signals() -> None:
 
 def start_time_limit(seconds: float) -> None:
     """Stop the run after this time, as a signal would."""
+    _StopRequest.limit_sec = seconds
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
@@ -97,6 +99,6 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 def _on_alarm(number: int, frame: FrameType | None) -> None:
     """Handle the timer, which is the time limit or the end of the grace period."""
     if _StopRequest.pending is None:
-        request_stop(TimeLimitReached())
+        request_stop(TimeLimitReached(_StopRequest.limit_sec))
     elif _StopRequest.critical_depth:
         raise _StopRequest.pending

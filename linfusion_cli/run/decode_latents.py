@@ -23,6 +23,7 @@ from linfusion_cli.run.outputs.existing import Provenance
 from linfusion_cli.run.outputs.open import open_outputs, reserve_output
 from linfusion_cli.run.outputs.report import complete_report
 from linfusion_cli.run.progress.recorder import RunRecorder
+from linfusion_cli.run.progress.time_limit import explain_time_limit
 from linfusion_cli.settings.checks import list_errors
 from linfusion_cli.settings.request import Request
 from linfusion_cli.settings.request_json import values_from_json
@@ -37,7 +38,7 @@ def decode(
     """Decode the latents into the output of `request`. Raise a LinfusionError on failure; no partial file remains."""
     started = time.perf_counter()
     recorder = RunRecorder(observer)
-    with reserve_output(request, ()) as file:
+    with explain_time_limit(recorder), reserve_output(request, ()) as file:
         with recorder.stage("resolve", "resolve", None, 1, "request"):
             resolved = keep_last_phase(resolve_request(reset_unused_settings(request)), saved_latents)
             check_disk_space(resolved)

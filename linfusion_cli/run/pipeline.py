@@ -30,6 +30,7 @@ from linfusion_cli.run.outputs.open import (
 )
 from linfusion_cli.run.outputs.report import complete_report
 from linfusion_cli.run.progress.recorder import RunRecorder
+from linfusion_cli.run.progress.time_limit import explain_time_limit
 from linfusion_cli.settings.request import Request
 
 if TYPE_CHECKING:
@@ -63,8 +64,21 @@ def run_pipeline(
     On return the file is complete and has its final name. Raise a LinfusionError or Stopped otherwise; the state of the
     run is then saved in a checkpoint next to the output.
     """
-    started = time.perf_counter()
     recorder, model_cache = RunRecorder(observer), model_cache or ModelCache(enabled=False)
+    with explain_time_limit(recorder):
+        return complete_image(request, image, origins, recorder, model_cache, keep_complete)
+
+
+def complete_image(
+    request: Request,
+    image: SourceImage | None,
+    origins: Mapping[str, str],
+    recorder: RunRecorder,
+    model_cache: ModelCache,
+    keep_complete: bool,
+) -> RunReport:
+    """Do the work of `run_pipeline`: the stages of a run in their order."""
+    started = time.perf_counter()
     existing = find_existing(request, image, recorder, model_cache, keep_complete)
     if existing.report is not None:
         remove_checkpoint(request, recorder.notify)

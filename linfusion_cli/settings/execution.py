@@ -22,6 +22,7 @@ class ExecutionOptions:
     output: Path = setting(
         help="Output file: .tif, .png or .jpg.",
         panel="Most used",
+        rank=2,
         default_text="in the current folder, named after size and seed, or after the input image",
         metavar="FILE",
         short="-o",
@@ -35,6 +36,7 @@ class ExecutionOptions:
         False,
         help="Download missing models. Without this option, nothing is downloaded.",
         panel="Most used",
+        rank=5,
         decides="nothing",
         commands=ALL_COMMANDS,
         sources=("flag",),
@@ -43,6 +45,7 @@ class ExecutionOptions:
         False,
         help="Replace existing files.",
         panel="Most used",
+        rank=11,
         decides="nothing",
         commands=ALL_COMMANDS,
         sources=("flag",),

@@ -11,7 +11,7 @@ from linfusion_cli.core.report import SCHEMA as REPORT_SCHEMA
 from linfusion_cli.core.report import RunReport
 from linfusion_cli.settings.checks import describe_choices
 from linfusion_cli.settings.setting import Setting, Source, list_own_settings
-from linfusion_cli.settings.table import GROUPS, select_settings
+from linfusion_cli.settings.table import ALL_SETTINGS, GROUPS, select_settings
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", Size: "string"}
@@ -19,8 +19,10 @@ JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", S
 
 def build_job_schema() -> dict[str, Any]:
     """Return the schema of a line of a job list."""
-    anything = {"anyOf": [{"required": ["prompt"]}, {"required": ["image"]}, {"required": ["preset"]}, {}]}
-    return _build_settings_schema("A job of `linfusion batch`: one line of a .jsonl file.", "job") | anything
+    schema = _build_settings_schema("A job of `linfusion batch`: one line of a .jsonl file.", "job")
+    prompts = [name for name, setting in select_settings("job").items() if setting.name in ("prompt", "image")]
+    keys = [key for name in prompts for key in (name, *ALL_SETTINGS[name].aliases)]
+    return schema | {"anyOf": [{"required": [key]} for key in keys]}
 
 
 def build_preset_schema() -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Request:
         help="Size of the output in pixels, at least 64: 16384x8192 (width x height), or 16384 for a square (upscale: "
         "for the longer side).",
         panel="Most used",
+        rank=1,
         default_text="the size of the preset; upscale: twice the input image",
         aliases=("resolution", "image_size"),
     )
@@ -64,7 +65,8 @@ class Request:
         help="A folder in the diffusers layout, a .safetensors file, a Hugging Face model OWNER/REPO[@REVISION] in the "
         "cache, or demo.",
         panel="Most used",
-        default_text="the model of the preset; decode: the model of the run",
+        rank=4,
+        default_text="the model of the preset",
         names_file=True,
         reloads=NETWORKS,
         commands=ALL_COMMANDS,
@@ -75,17 +77,23 @@ class Request:
         "",
         help="What the image should not show.",
         panel="Most used",
+        rank=6,
         default_text="",
         aliases=("negative", "uc", "neg_prompt"),
     )
     seed: int = setting(
-        0, help="The same request with the same seed gives the same image.", panel="Most used", limits=(0, MAX_SEED)
+        0,
+        help="The same request with the same seed gives the same image.",
+        panel="Most used",
+        rank=7,
+        limits=(0, MAX_SEED),
     )
     steps: tuple[int, ...] = setting(
         (30,),
         help="Number of steps of the schedule, of which phases above the base run only the last ones. Or one number "
         "per phase: 50,30.",
         panel="Most used",
+        rank=8,
         metavar="N[,N…]",
         limits=(1, 1000),
         per_phase=True,
@@ -95,6 +103,7 @@ class Request:
         (5.0,),
         help="Classifier-free guidance scale; 1 or less disables guidance. Or one number per phase: 7.5,5.",
         panel="Most used",
+        rank=9,
         metavar="SCALE[,SCALE…]",
         limits=(0, 100),
         per_phase=True,
@@ -105,6 +114,7 @@ class Request:
         kind=repeat(LORA),
         help="A LoRA: FILE[:WEIGHT], a folder, or a hub id (OWNER/REPO or OWNER/REPO/FILE). Can be repeated.",
         panel="Most used",
+        rank=10,
         repeated=True,
         reloads=("unet", "text_encoders"),
         used_by_decode=False,

@@ -45,7 +45,8 @@ def to_json_value(value: Any) -> Any:
 def values_from_json(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flat values of a request in JSON, of any schema up to this one, with defaults for missing settings.
 
-    Execution options, which the first schema contains, and keys that are not settings are left out. Raises ValueError or UsageError for invalid values or a later schema.
+    Execution options, which the first schema contains, and keys that are not settings are left out. Raises
+    ValueError or UsageError for invalid values or a later schema.
     """
     schema = request.get(SCHEMA_KEY, FIRST_SCHEMA)
     if schema not in (FIRST_SCHEMA, SCHEMA):

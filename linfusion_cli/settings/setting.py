@@ -50,6 +50,7 @@ class Setting:
     """All facts about a setting; `name` is its key in files, from which its flag and variable are derived.
 
     help: one or two sentences, without the default, which `default_text` describes if it is no constant.
+    rank: the position in its panel; settings of the same rank are in the order of the table.
     choices, limits: the valid values, or the range of a number; for a list, of each element.
     names_file: the value must not be blank: it names a file, a model, or a word such as auto.
     repeated: each occurrence of the flag adds a value. per_phase: the last value holds for all later phases.
@@ -68,6 +69,7 @@ class Setting:
     kind: Kind
     help: str
     panel: Panel
+    rank: int = 0
     default_text: str | None = None
     metavar: str = ""
     short: str = ""

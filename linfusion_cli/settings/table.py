@@ -15,7 +15,7 @@ from linfusion_cli.settings.command_options import CommandOptions
 from linfusion_cli.settings.execution import ExecutionOptions
 from linfusion_cli.settings.groups import ControlNet, ImageSource, IpAdapter, match_by_position
 from linfusion_cli.settings.request import Request
-from linfusion_cli.settings.setting import ITEM, KEY, NESTED, Command, Setting, Source, list_settings
+from linfusion_cli.settings.setting import ITEM, KEY, NESTED, Command, Network, Setting, Source, list_settings
 
 GROUPS: dict[str, type] = {"ip_adapter": IpAdapter, "controlnet": ControlNet}
 GROUP_NAMES = {"ip_adapter": "IP-Adapter", "controlnet": "ControlNet"}
@@ -47,12 +47,15 @@ def select_settings(source: Source) -> dict[str, Setting]:
 
 def select_options(command: Command) -> list[Setting]:
     """Return the settings that are options or arguments of a command."""
-    return [setting for setting in ALL_SETTINGS.values() if command in setting.commands]
+    options = [setting for setting in ALL_SETTINGS.values() if command in setting.commands]
+    return sorted(options, key=lambda setting: setting.rank)
 
 
-def list_reloading_settings() -> list[str]:
-    """Return the settings that decide which networks a run loads, and how."""
-    return [name for name, setting in SETTINGS.items() if setting.reloads]
+def list_reloading_settings(network: Network | None = None) -> list[str]:
+    """Return the settings that decide how a network, or any of them, is loaded."""
+    return [
+        name for name, setting in SETTINGS.items() if network in setting.reloads or (setting.reloads and not network)
+    ]
 
 
 def list_required_settings(names: Iterable[str]) -> list[str]:
@@ -118,7 +121,8 @@ def _flatten(table: Any) -> Iterator[tuple[str, Any]]:
             for part, name in MEMBERS[field.name].items():
                 values = (getattr(one, part) for one in value)
                 yield name, tuple(one for one in values if one is not None)
-        elif NESTED in field.metadata and value is not None:
-            yield from _flatten(value)
-        elif NESTED not in field.metadata:
+        elif NESTED in field.metadata:
+            none = ((setting.name, None) for setting in list_settings(field.metadata[NESTED]))
+            yield from none if value is None else _flatten(value)
+        else:
             yield field.metadata[KEY].get("name", field.name), value

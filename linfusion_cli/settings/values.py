@@ -20,6 +20,8 @@ OTHER_NAMES = {
     "h": 'Use size, such as "1024x768" (width x height).',
     "batch_size": "Use --seeds 1-4 of `linfusion batch` for several images.",
     "batch_count": "Use --seeds 1-4 of `linfusion batch` for several images.",
+    "n_iter": "Use --seeds 1-4 of `linfusion batch` for several images.",
+    "num_images": "Use --seeds 1-4 of `linfusion batch` for several images.",
     "num_images_per_prompt": "Use --seeds 1-4 of `linfusion batch` for several images.",
 }
 

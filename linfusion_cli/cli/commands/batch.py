@@ -27,7 +27,7 @@ from linfusion_cli.cli.parsing.build_request import (
     start_time_limit,
 )
 from linfusion_cli.cli.parsing.options import add_settings
-from linfusion_cli.core.errors import LinfusionError, UsageError, WriteFailed
+from linfusion_cli.core.errors import LinfusionError, TimeLimitReached, UsageError, WriteFailed
 from linfusion_cli.core.events import Notice, Observer
 
 if TYPE_CHECKING:
@@ -124,10 +124,11 @@ def command(
         reporter = BatchReporter(observer, command_options.json, reports, source, dry_run, quiet)
         batch = build_runner(queue, observer, reporter, stop_on_error, dry_run)
         at_exit.callback(reporter.show_summary, batch)  # after the progress bars are closed, also after a signal
-        if watch is None:
-            run_list(batch, queue, source)
-        else:
-            watch_folder(batch, queue, watch)
+        try:
+            run_list(batch, queue, source) if watch is None else watch_folder(batch, queue, watch)
+        except TimeLimitReached as stop:
+            stop.shortfall = "" if batch.summary.done else stop.shortfall  # complete images are progress
+            raise
     raise typer.Exit(batch.summary.exit_code)
 
 

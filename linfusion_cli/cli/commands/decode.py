@@ -27,7 +27,10 @@ Latents = Annotated[
 
 @add_settings("decode")
 def command(given: dict[str, Any], latents: Latents) -> None:
-    """Decode saved latents to an image. Options that are not given keep the values of the run."""
+    """Decode saved latents to an image.
+
+    Options that are not given keep the values of the run. The output is named after the latents.
+    """
     run_command(partial(prepare_decode, latents, given), given)
 
 

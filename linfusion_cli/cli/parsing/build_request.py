@@ -31,8 +31,12 @@ def read_request(given: Mapping[str, Any], observer: Observer) -> tuple[dict[str
     Returns the origin of each setting, and the request.
     """
     given = {**given, "prompt": read_prompt(given.get("prompt"))}
-    merged = Sources.read(given, os.environ, observer).merge()
-    return merged.origins(), settings.build_request(merged)
+    notices: list[Any] = []  # about the model: not before an error
+    merged = replace(Sources.read(given, os.environ, observer), observer=notices.append).merge()
+    request = settings.build_request(merged)
+    for notice in notices:
+        observer(notice)
+    return merged.origins(), request
 
 
 def read_command_options(given: Mapping[str, Any]) -> CommandOptions:

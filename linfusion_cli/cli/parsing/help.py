@@ -98,10 +98,12 @@ def list_panels(command: Any, ctx: Any) -> Iterator[tuple[str, list[tuple[str, s
             records.setdefault("Arguments", []).append((name_value(parameter), parameter.help or ""))
         elif not parameter.hidden:
             panel = getattr(parameter, "rich_help_panel", None) or OTHER_PANEL
-            records.setdefault(panel, []).append((format_names(parameter), parameter.help or ""))
-    order = ["Arguments", *PANELS]
-    for title in sorted(records, key=lambda title: order.index(title) if title in order else len(order)):
-        yield title, records[title]
+            text = f"{parameter.help or ''}{' [required]' if parameter.required else ''}"
+            records.setdefault(panel, []).append((format_names(parameter), text))
+    own = [title for title in records if title not in (OTHER_PANEL, *PANELS)]  # of this command
+    for title in (*own, *PANELS, OTHER_PANEL):
+        if title in records:
+            yield title, records[title]
 
 
 def name_value(parameter: Any) -> str:

@@ -47,7 +47,7 @@ def build_parameter(setting: Setting, command: Command) -> inspect.Parameter:
     """Return the option or argument of a setting, which is text until the settings are parsed."""
     text = bool if setting.is_switch else list[str] if setting.repeated else str
     facts: dict[str, Any] = {
-        "help": build_help(setting),
+        "help": build_help(setting, command),
         "metavar": build_metavar(setting),
         "show_default": False,
         "autocompletion": completion.find_completer(setting),
@@ -82,12 +82,15 @@ def build_metavar(setting: Setting) -> str:
     return setting.metavar or (name if setting.choices or setting.names_file else setting.kind.metavar)
 
 
-def build_help(setting: Setting) -> str:
-    """Return the help text with the choices that are not in the placeholder, and the default value."""
+def build_help(setting: Setting, command: Command) -> str:
+    """Return the help text with the choices that are not in the placeholder, and the default value.
+
+    The defaults of `decode` are the values of the run that made the latents.
+    """
     text = setting.help
     if setting.choices and build_metavar(setting).count("|") == 0 and not setting.per_phase:
         text = f"{text.removesuffix('.')}: {', '.join(map(str, setting.choices))}."
-    default = describe_default(setting)
+    default = "" if command == "decode" else describe_default(setting)
     return f"{text} [default: {default}]" if default else text
 
 

@@ -18,7 +18,8 @@ def translate_parser_error(error: Any) -> UsageError:
     option = getattr(error, "option_name", None)
     context = getattr(error, "ctx", None)
     if option is None or getattr(error, "possibilities", None) is None and "such option" not in str(error):
-        return UsageError(error.format_message().rstrip(".") + ".", build_help_hint(context))
+        message = error.format_message().rstrip(".")
+        return UsageError(message if message.endswith("?") else f"{message}.", build_help_hint(context))
     return UsageError(f"There is no option {option}.", suggest_option(option, context) or build_help_hint(context))
 
 
@@ -38,14 +39,16 @@ def suggest_option(option: str, context: Any) -> str:
     setting = find_setting(name, ALL_SETTINGS)
     if setting is not None:
         return f"Use {setting.flag}." if setting.flag in options else explain_missing(setting)
-    nearest = difflib.get_close_matches(f"--{name.replace('_', '-')}", options, 1)
+    nearest = difflib.get_close_matches(f"--{name.replace('_', '-')}", options, 1, cutoff=0.7) if len(name) > 1 else ()
     return f"Did you mean {nearest[0]}?" if nearest else ""
 
 
 def explain_missing(setting: Setting) -> str:
     """Return the hint about a setting that the command does not have as an option."""
-    commands = ", ".join(command for command in setting.commands if command not in setting.argument_of)
-    return f"{setting.flag} is an option of {commands}." if commands else ""
+    commands = [command for command in setting.commands if command not in setting.argument_of]
+    options = f"an option of {', '.join(commands)}" if commands else ""
+    arguments = f"the argument of {', '.join(setting.argument_of)}" if setting.argument_of else ""
+    return f"It is {' and '.join(filter(None, (options, arguments)))}."
 
 
 def build_extra_argument_error(command: Any, given: dict[str, Any], extra: list[str]) -> UsageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from linfusion_cli.models.files.hub import download_repository, is_network_repos
 from linfusion_cli.models.files.layout import CONVERT_HINT, LINFUSION_FOLDER, Model
 from linfusion_cli.models.locate.files import LORA_KIND, FileKind, download_file, is_lora, split_hub_path
 from linfusion_cli.models.locate.model import DEMO, DEMO_FOLDER, PUBLISHED_LINFUSION
+from linfusion_cli.settings.presets import is_preset_file
 
 PULL_KIND = FileKind("models pull", "a model", LORA_KIND.standard_names, CONVERT_HINT)
 
@@ -67,15 +69,29 @@ def pull_model(name: str, configs: bool, notify: Notify) -> Iterator[Path]:
 
 
 def resolve_pull_names(name: str) -> list[str]:
-    """Return the hub names in the preset `name`, or `name` itself; raise UsageError if it is a local path."""
+    """Return the hub names in the preset `name`, or `name` itself.
+
+    Raise UsageError if it is neither a preset nor a hub id, or a model that is already on this machine.
+    """
     if is_folder(expand_home(name)) or is_file(expand_home(name)) or name == DEMO:
         raise UsageError(f"{name} is already on this machine.", "Use a hub id or a preset.")
-    if name not in settings.list_preset_names():
+    if not is_preset_file(name) and name not in settings.list_preset_names():
+        if "/" not in name:
+            raise build_unknown_name_error(name)
         return [name]
-    values = settings.read_preset_layer(name).values
+    values = settings.raise_errors(settings.read_preset_layer(name)).values
     if "model" not in values:
         raise UsageError(f"The preset {name} sets no model.", "Use a hub id, or a preset with a model.")
-    return [values["model"], *values.get("lora", ())]
+    return [values["model"], *(lora.model for lora in values.get("lora", ()))]
+
+
+def build_unknown_name_error(name: str) -> UsageError:
+    """Return the error for a name that is neither a preset nor OWNER/REPO, with the nearest preset."""
+    names = settings.list_preset_names()
+    nearest = difflib.get_close_matches(name.lower(), names, 1)
+    suggestion = f"Did you mean {nearest[0]}? " if nearest else ""
+    hint = f"{suggestion}Use a preset ({', '.join(names)}) or a hub id, OWNER/REPO."
+    return UsageError(f"There is no preset {name!r}.", hint)
 
 
 def pull_one(name: str, configs: bool) -> Path:

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from linfusion_cli import __version__
 from linfusion_cli.checkpoint.store import Checkpoint, CheckpointStore, DamagedCheckpoint
 from linfusion_cli.core.atomic_file import resolve_target
-from linfusion_cli.core.errors import LinfusionError, NonFinite, OutOfMemory, Stopped, WriteFailed, first_line
+from linfusion_cli.core.errors import (
+    LinfusionError,
+    NonFinite,
+    OutOfMemory,
+    Stopped,
+    TimeLimitReached,
+    WriteFailed,
+    first_line,
+)
 from linfusion_cli.core.events import StageKey
 from linfusion_cli.core.signals import critical_section, reraise_stop
 from linfusion_cli.hardware.device import dtype_name
@@ -208,6 +216,8 @@ class CheckpointManager:
                 yield
         except Stopped as stop:
             stop.saved_state = self._save_and_describe()
+            if isinstance(stop, TimeLimitReached):
+                stop.has_progress = self.last_state is not None
             raise
         except NonFinite as error:
             self.metadata = self.metadata | {NON_FINITE_KEY: str(error)}

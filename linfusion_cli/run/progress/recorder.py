@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from linfusion_cli.core.events import Notice, Observer, Planned, StageAdvanced, StageFinished, StageKind, StageStarted
 from linfusion_cli.core.geometry import Size
@@ -49,12 +49,22 @@ class StageTimer:
         return time.perf_counter() - self._started - self._paused_sec
 
 
+class RunningStage(NamedTuple):
+    """A stage that has started: its kind, its number of units, its clock, and the estimate of the plan."""
+
+    kind: StageKind
+    total: int
+    timer: StageTimer
+    planned: ResourceEstimate | None
+
+
 class RunRecorder:
     """Collects the StageReports of one run and sends its events to an observer. Set `device` once it is known."""
 
     def __init__(self, observer: Observer):
         self.stages: list[StageReport] = []
         self.device: torch.device | None = None
+        self.running: RunningStage | None = None
         self._observer = observer
         self._sent_notices: set[str] = set()
         self._suppresses_repeats = False
@@ -100,6 +110,7 @@ class RunRecorder:
         peak = PeakMemory(self.device)
         self._observer(StageStarted(name, kind, size, total, unit))
         stage = StageTimer(self._observer)
+        self.running = RunningStage(kind, total, stage, planned)
         if done:
             stage.advance(done)
         yield stage
@@ -107,6 +118,7 @@ class RunRecorder:
         steps = end - done if unit == "steps" else None
         seconds = stage.seconds + spent_sec
         measured = StageReport(name, kind, size, seconds, steps, peak.host_bytes(), peak.device_bytes(), phase=phase)
+        self.running = None
         self.stages.append(measured if planned is None else add_estimate(measured, planned, (end - done) / total))
         self._observer(StageFinished(seconds, stage.is_cut_short))
 

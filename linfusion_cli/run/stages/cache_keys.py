@@ -20,6 +20,9 @@ from linfusion_cli.planning.meta_model import MetaModel
 from linfusion_cli.run.inputs.provenance import MODEL_USE, list_weights
 from linfusion_cli.run.inputs.resolve import ResolvedRequest
 from linfusion_cli.run.stages.context import RunContext
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.setting import Network
+from linfusion_cli.settings.table import flatten_request, list_reloading_settings
 
 # Names of cache entries. Text encoders use the names of their parts.
 VAE, NETWORKS, META_MODEL = "vae", "networks", "meta_model"
@@ -38,18 +41,13 @@ class Networks:
 
 def build_networks_key(run: RunContext) -> Hashable:
     """Return the key of the UNet with its linear attention, LoRAs, IP-Adapters and ControlNets."""
-    resolved, request = run.resolved, run.resolved.request
+    resolved = run.resolved
     return (
         build_files_key(resolved, NETWORK_USES),
-        (
-            resolved.linfusion_folder,
-            resolved.linfusion_base,
-            resolved.is_base_model,
-            request.linfusion,
-            request.linfusion_merge,
-        ),
+        build_settings_key(resolved.request, "unet"),
+        (resolved.linfusion_folder, resolved.linfusion_base, resolved.is_base_model),
         tuple(resolved.loras),
-        tuple((adapter.weights.file, adapter.scale) for adapter in resolved.ip_adapters),
+        tuple(adapter.weights.file for adapter in resolved.ip_adapters),
         tuple(control.folder for control in resolved.controlnets.specs),
         (run.dtype, run.device),
     )
@@ -68,13 +66,22 @@ def build_meta_model_key(resolved: ResolvedRequest) -> Hashable:
 
 def build_vae_key(run: RunContext) -> Hashable:
     """Return the key of the VAE."""
-    return build_files_key(run.resolved, ("vae",)), run.plan.machine.vae_dtype, run.device
+    settings = build_settings_key(run.resolved.request, "vae")
+    return build_files_key(run.resolved, ("vae",)), settings, run.plan.machine.vae_dtype, run.device
 
 
 def build_text_key(run: RunContext) -> Hashable:
     """Return the key of the text encoders."""
     resolved = run.resolved
-    return build_files_key(resolved, TEXT_USES), tuple(resolved.loras), tuple(resolved.textual_inversions), run.dtype
+    settings = build_settings_key(resolved.request, "text_encoders")
+    adapters = tuple(resolved.loras), tuple(resolved.textual_inversions)
+    return build_files_key(resolved, TEXT_USES), settings, adapters, run.dtype
+
+
+def build_settings_key(request: Request, network: Network) -> Hashable:
+    """Return the values of the settings that reload this network."""
+    flat = flatten_request(request)
+    return tuple(flat[name] for name in list_reloading_settings(network))
 
 
 def build_files_key(resolved: ResolvedRequest, uses: tuple[str, ...]) -> Hashable:
