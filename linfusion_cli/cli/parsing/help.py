@@ -56,7 +56,7 @@ def format_command_help(command: Any, ctx: Any) -> str:
     """Return the help of a command or a group: usage, description, arguments, options by panel, and examples."""
     columns = choose_columns()
     sections = [
-        wrap_hanging(f"Usage: {ctx.command_path} ", format_usage(command, ctx), columns),
+        wrap_usage(f"Usage: {ctx.command_path} {format_usage(command, ctx)}", columns),
         *[textwrap.fill(paragraph, columns) for paragraph in list_paragraphs(command.help or "")],
     ]
     if isinstance(command, typer.core.TyperGroup):
@@ -141,10 +141,9 @@ def wrap_name(name: str, columns: int) -> str:
     return textwrap.fill(name, columns, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
-def wrap_hanging(start: str, text: str, columns: int) -> str:
-    """Return `start` and the wrapped text, indented below it."""
-    indent = " " * min(len(start), columns // 2)
-    return textwrap.fill(text, columns, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
+def wrap_usage(text: str, columns: int) -> str:
+    """Return the usage, wrapped."""
+    return textwrap.fill(text, columns, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def style_heading(title: str) -> str:
