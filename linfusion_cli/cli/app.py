@@ -15,6 +15,7 @@ from linfusion_cli.cli.commands import batch, decode, doctor, generate, info, mo
 from linfusion_cli.cli.output.crash_report import report_crash
 from linfusion_cli.cli.output.log_file import close_log
 from linfusion_cli.cli.output.streams import emit_result, log
+from linfusion_cli.cli.parsing.completion import select_matches
 from linfusion_cli.cli.parsing.help import HelpCommand, HelpGroup
 from linfusion_cli.cli.parsing.usage_errors import translate_parser_error
 from linfusion_cli.core import signals
@@ -51,10 +52,22 @@ app.command("doctor", cls=HelpCommand)(doctor.command)
 @app.command("help", cls=HelpCommand)
 def show_help(
     context: typer.Context,
-    command: Annotated[list[str] | None, typer.Argument(help="A command, e.g. generate or models pull.")] = None,
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A command, e.g. generate or models pull.",
+            autocompletion=lambda incomplete: complete_command(incomplete),
+        ),
+    ] = None,
 ) -> None:
     """Show the help of a command."""
     emit_result(find_help(context, command or []))
+
+
+def complete_command(incomplete: str) -> list[str]:
+    """Return the commands that start with the text."""
+    names = [command.name or "" for command in app.registered_commands]
+    return select_matches([*names, *(group.name or "" for group in app.registered_groups)], incomplete)
 
 
 def find_help(context: typer.Context, names: list[str]) -> str:

@@ -30,7 +30,7 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError("is not an amount of memory: use e.g. 12GiB")
     number, letter, ending = match.groups()
-    if not letter and not ending:
+    if not letter and not ending and float(number):
         raise ValueError(f"has no unit: {_suggest_bytes(number)}")
     base = 1000 if letter and (ending or "").lower() == "b" else 1024
     return round(float(number) * base ** ("bkmgt".index(letter.lower()) if letter else 0))

@@ -38,6 +38,7 @@ class CommandOptions:
         panel="Memory and device",
         metavar="GPU",
         default_text="the GPU of this machine",
+        completion="gpus",
         commands=("plan",),
         sources=("flag",),
     )

@@ -65,6 +65,7 @@ class ExecutionOptions:
         decides="nothing",
         reloads=("unet", "text_encoders", "vae"),
         commands=ALL_COMMANDS,
+        completion=("auto", "cpu", "cuda"),
     )
     vram: int | None = setting(
         None,

@@ -159,16 +159,22 @@ def raise_errors(layer: Layer) -> Layer:
 def merge(layers: Sequence[Layer]) -> Settings:
     """Merge `layers`; of several values for one setting, the first layer's counts.
 
-    A layer with the models of a group (ControlNets, IP-Adapters) replaces all settings of this group in later layers.
+    If several layers have models of a group (ControlNets, IP-Adapters), only the first one's settings of this group
+    count: the images and scales of the others belong to their own models.
     """
     values: dict[str, Any] = {}
     origins: dict[str, Layer] = {}
     for layer in layers:
-        replaced = {name for group, members in MEMBERS.items() if group in values for name in members.values()}
+        replaced = list_group_settings(values.keys() & layer.values.keys())
         new = {name: value for name, value in layer.values.items() if name not in values and name not in replaced}
         values |= new
         origins |= dict.fromkeys(new, layer)
     return Settings(values, origins, [error for layer in layers for error in layer.errors])
+
+
+def list_group_settings(names: Iterable[str]) -> set[str]:
+    """Return all settings of the groups whose models are among `names`."""
+    return {name for group in names if group in MEMBERS for name in MEMBERS[group].values()}
 
 
 def build_request(settings: Settings) -> Request:

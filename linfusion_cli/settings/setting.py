@@ -61,7 +61,7 @@ class Setting:
     commands: the commands with this option; `argument_of` are those that take it as an argument.
     sources: where it can be set.
     aliases: the names in other tools. Files can use them; for a flag they give a hint.
-    completion: what TAB completes: files, models, presets, or the choices.
+    completion: what TAB completes: files, models, presets, gpus, these words, or the choices.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Setting:
     argument_of: tuple[Command, ...] = ()
     sources: tuple[Source, ...] = ALL_SOURCES
     aliases: tuple[str, ...] = ()
-    completion: Literal["", "files", "models", "presets"] = ""
+    completion: Literal["", "files", "models", "presets", "gpus"] | tuple[str, ...] = ""
 
     @property
     def is_switch(self) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.settings.setting import Setting, Source
-from linfusion_cli.settings.table import MEMBERS, select_settings
+from linfusion_cli.settings.table import MEMBERS, SETTINGS, select_settings
 
 # Names in other tools that no single setting corresponds to.
 OTHER_NAMES = {
@@ -108,13 +108,21 @@ def expand_groups(raw: Mapping[str, Any], problems: list[Problem]) -> Iterator[t
             problems.append(problem)
         else:
             for part, name in members.items():
-                parts = [table[part] for table in tables if table.get(part) is not None]
-                if parts:
+                if parts := list_parts(tables, part, SETTINGS[name]):
                     yield f"{key}.{part}", name, parts
 
 
+def list_parts(tables: Sequence[Mapping[str, Any]], part: str, setting: Setting) -> list[Any]:
+    """Return this part of each table, with the default for tables without it; nothing if no table has it."""
+    if all(table.get(part) is None for table in tables):
+        return []
+    default = setting.default[0] if setting.default else None
+    parts = (default if table.get(part) is None else table[part] for table in tables)
+    return [one for one in parts if one is not None]
+
+
 def find_table_problem(key: str, tables: Any, members: Mapping[str, str]) -> Problem | None:
-    """Return the problem of a list of tables: other values, unknown keys, or parts that only some of them have."""
+    """Return the problem of a list of tables: other values, unknown keys, or images that only some of them have."""
     allowed = f"Use {', '.join(members)}."
     for number, table in enumerate(tables, 1):
         label = f"{key} {number}"
@@ -124,8 +132,7 @@ def find_table_problem(key: str, tables: Any, members: Mapping[str, str]) -> Pro
             return Problem(label, key, None, f"has the unknown key {unknown!r}", allowed)
         if "model" not in table:
             return Problem(label, key, None, "has no model", allowed)
-    for part in ("image", "scale"):
-        given = [table.get(part) is not None for table in tables]
-        if any(given) and not all(given) and not (part == "scale" and given == sorted(given, reverse=True)):
-            return Problem(f"{key} {given.index(False) + 1}", key, None, f"has no {part}", f"Give a {part} to each.")
+    given = [table.get("image") is not None for table in tables]
+    if any(given) and not all(given):
+        return Problem(f"{key} {given.index(False) + 1}", key, None, "has no image", "Give an image to each.")
     return None

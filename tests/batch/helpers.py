@@ -12,6 +12,7 @@ from linfusion_cli.batch.runner import BatchRunner, JobFunction
 from linfusion_cli.core.events import Observer, ignore_event
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.report import RunReport
+from linfusion_cli.settings.request_json import request_to_json
 from tests.support.requests import make_request
 
 
@@ -70,6 +71,6 @@ def failing(errors: dict[str, BaseException], ran: list | None = None) -> JobFun
             ran.append(request)
         if request.prompt in errors:
             raise errors[request.prompt]
-        return RunReport(request.to_json(), {}, {}, {}, output=str(request.output))
+        return RunReport(request_to_json(request), {}, {}, {}, {}, output=str(request.execution.output))
 
     return execute

@@ -178,7 +178,6 @@ def test_files_that_are_not_utf8_text_are_rejected_by_name(tmp_path, monkeypatch
         ("jobs", b'# mine\n{"prompt": "a"}', "looks like JSONL .*Remove the comments"),
         ("jobs", b"prompt\tseed\na\t3", r"'prompt\\tseed'. Separate the columns by commas"),
         ("jobs", b"prompt;seed\na;3", "'prompt;seed'. Separate the columns by commas"),
-        ("jobs", b"Prompt,Seed\na,3", "'Prompt'"),
         ("jobs", b"promt,prompt\na,3", "'promt'"),
         ("jobs", b"prompt,prompt\na,3", "field is named twice"),
         ("jobs", b"- prompt: a\n  seed: 3", "looks like YAML"),

@@ -18,6 +18,7 @@ from linfusion_cli.batch.parsers.toml import OUTSIDE_TABLE
 from linfusion_cli.core.errors import DataError, InputNotFound
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.core.text import shorten
+from linfusion_cli.settings.groups import Lora
 
 GOOD = b'{"prompt": "a hill", "seed": 3}'
 DEEP = 15_000
@@ -30,7 +31,7 @@ def hostile_json() -> list[tuple[bytes, str]]:
     broken += [b'{"prompt": "\\x41"}', b'{"seed": NaN}', b'{"seed": Infinity}', b'{"seed": ' + b"9" * 5000 + b"}"]
     broken += [GOOD[:cut] for cut in range(1, len(GOOD))]
     others = [b"[]", b"1", b'"a hill"', b"null", b"true", b"[[]]", b'["prompt", "a"]', b"-0.5"]
-    unknown = [b"promt", b"Prompt", b"", b"__class__", b"prompt ", b"overwrite", b"download", b"x" * 5000, b"..", b"0"]
+    unknown = [b"promt", b"", b"__class__", b"overwrite", b"download", b"x" * 5000, b"..", b"0"]
     wrong = [b"null", b"true", b"[]", b"{}", b'"x"', b"[1, [2]]", b'{"a": 1}', b"1.5", b'""', b'"1e5"', b"1e400"]
     sizes = ["0", "-1", "63", "99999999", "1e9", "64x", "x64", "64x64x64", "64×0", "½", "inf", "١٢٨", "0x80", " "]
     truths = [b"2", b'"maybe"', b"null", b"[]", b"{}", b"1.0"]
@@ -139,7 +140,7 @@ def test_csv_with_multiline_records_empty_cells_and_unclosed_quotes(read):
     jobs = summarise(read(data, "jobs.csv"))
     assert jobs[:2] == [
         (2, {"prompt": "a hill,\nat dawn", "seed": 3}),
-        (4, {"prompt": "a sea", "size": Size(128, 64), "lora": ("a,b:0.5",)}),
+        (4, {"prompt": "a sea", "size": Size(128, 64), "lora": (Lora("a,b", 0.5),)}),
     ]
     assert [line for line, _ in jobs[2:]] == [7, 8, 9, 10, 11, 12]
     assert "5 cells" in jobs[2][1] and "CSV" in jobs[3][1] and "seed 'x'" in jobs[4][1] and "CSV" in jobs[6][1]

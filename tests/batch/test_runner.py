@@ -86,7 +86,7 @@ def test_jobs_that_share_a_model_run_together_in_the_order_of_the_list(batch):
     ran = []
     models = ["a", "b", "a", "c", "b", "a"]
     batch([JobSpec(line, {"model": model}) for line, model in enumerate(models, 1)], failing({}, ran))
-    assert [(request.model, int(request.output.name[:4])) for request in ran] == [
+    assert [(request.model, int(request.execution.output.name[:4])) for request in ran] == [
         ("a", 1), ("a", 3), ("a", 6), ("b", 2), ("b", 5), ("c", 4),
     ]  # fmt: skip
 
@@ -96,7 +96,7 @@ def test_seeds_multiply_jobs_that_have_none_and_shards_divide_them(batch, tmp_pa
     seen = []
     for number in (1, 2, 3):
         batch(jobs, failing({}, seen), seeds=(1, 2, 3, 4), shard=Shard(number, 3))
-    names = sorted(request.output.name for request in seen)
+    names = sorted(request.execution.output.name for request in seen)
     hills = [f"000{i}-hill-{i}-{seed}.png" for i in (1, 2, 3) for seed in (1, 2, 3, 4)]
     assert names == [*hills, "0004-own-99.png"]
     results = [read_results(tmp_path, f"results-{number}-of-3.jsonl") for number in (1, 2, 3)]
@@ -109,7 +109,7 @@ def test_two_jobs_never_have_one_file(batch, tmp_path):
     names = ["a.png", "sub/a.png", "a.png", "../a.png", "a.gif"]
     jobs = [JobSpec(line, {"output": name}) for line, name in enumerate(names, 1)]
     collector, _ = batch(jobs, failing({}, ran), build=builder(format=None))
-    assert [request.output for request in ran] == [tmp_path / "out/a.png", tmp_path / "out/sub/a.png"]
+    assert [request.execution.output for request in ran] == [tmp_path / "out/a.png", tmp_path / "out/sub/a.png"]
     errors = {result.line: result.error for result in collector.results if result.error}
     assert "line 1" in errors[3] and "'../a.png'" in errors[4] and "a.gif" in errors[5]
 
@@ -118,7 +118,7 @@ def test_a_preview_is_inside_the_folder_and_reserved(batch, tmp_path):
     ran = []
     jobs = [JobSpec(1, {"preview": "p.jpg"}), JobSpec(2, {"preview": "p.jpg"}), JobSpec(3, {"output": "p.jpg"})]
     collector, _ = batch(jobs, failing({}, ran))
-    assert [request.preview for request in ran] == [tmp_path / "out/p.jpg"]
+    assert [request.execution.preview for request in ran] == [tmp_path / "out/p.jpg"]
     assert collector.status() == {1: "done", 2: "failed", 3: "failed"}
 
 

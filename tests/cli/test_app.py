@@ -198,7 +198,7 @@ def test_errors_of_torch_outside_a_run_have_their_exit_code(cli, quick, monkeypa
     def fail(*arguments):
         raise RuntimeError(f"{text}\nCUDA kernel errors might be reported elsewhere.")
 
-    monkeypatch.setattr("linfusion_cli.run.stages.plan.plan_run", fail)
+    monkeypatch.setattr("linfusion_cli.run.stages.plan.plan_on_machine", fail)
     exit_code, out, err = cli("plan", *quick[1:])
     assert (exit_code, out) == (code, "") and len(err.splitlines()) == 1
     assert code == 70 or text in err

@@ -26,8 +26,8 @@ def test_options_are_repeated_for_each_controlnet(cli, here):
     code, out, err = cli("generate", *here, *first, *second, "--control-phases", "base,0", "--json")
     assert code == 0, err
     report = json.loads(out)
-    assert report["request"]["controlnet"] == ["net", "union"]
-    assert report["request"]["control_scale"] == [0.5, 0.0] and report["request"]["control_type"] == ["depth"]
+    nets = [(net["model"], net["image"], net["scale"]) for net in report["request"]["controlnet"]]
+    assert nets == [("net", "edges.png", 0.5), ("union", "edges.png", 0.0)]
     assert report["request"]["control_phases"] == ["base", "0"] and report["settings"]["controlnet"] == "flag"
     assert [stage["name"] for stage in report["stages"]].count("control") == 2
     read = [file["path"] for file in report["weights"] if file["use"] == "controlnet"]
@@ -40,7 +40,20 @@ def test_from_the_environment_and_a_preset(cli, here, tmp_path, monkeypatch):
     code, out, err = cli("plan", *here, "--preset", "mine.toml", "--json")
     assert code == 0, err
     request = json.loads(out)["request"]
-    assert (request["controlnet"], request["control_phases"], request["control_scale"]) == (["net"], ["0"], [0.8])
+    expected = [{"model": "net", "image": "edges.png", "scale": 0.8, "type": None}]
+    assert (request["controlnet"], request["control_phases"]) == (expected, ["0"])
+
+
+def test_tables_in_a_preset_equal_flags_and_flags_replace_all_of_them(cli, here, tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        '[[controlnet]]\nmodel = "net"\nimage = "edges.png"\nscale = 0.3\n'
+        '[[controlnet]]\nmodel = "union"\nimage = "edges.png"\ntype = "depth"\n'
+    )
+    planned = json.loads(cli("plan", *here, "--preset", "mine.toml", "--json")[1])["request"]["controlnet"]
+    assert [(net["model"], net["scale"]) for net in planned] == [("net", 0.3), ("union", 1.0)]
+    flags = ("--controlnet", "net", "--control-image", "edges.png")
+    planned = json.loads(cli("plan", *here, "--preset", "mine.toml", *flags, "--json")[1])["request"]["controlnet"]
+    assert planned == [{"model": "net", "image": "edges.png", "scale": 1.0, "type": None}]
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,9 @@ def test_options_are_repeated_and_the_last_scale_holds(cli, arguments):
     code, out, err = cli(*arguments, "--ip-scale", 0.5, "--json", "--quiet")
     assert (code, err) == (0, "")
     report = json.loads(out)
-    assert report["request"]["ip_scale"] == [0.5] and report["settings"]["ip_scale"] == "flag"
-    assert len(report["request"]["ip_adapter"]) == len(report["request"]["ip_image"]) == 2
+    adapters = report["request"]["ip_adapter"]
+    assert [adapter["scale"] for adapter in adapters] == [0.5, 0.5] and report["settings"]["ip_scale"] == "flag"
+    assert all(adapter["model"] and adapter["image"] for adapter in adapters)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 DRY = ("--dry-run", "--json")
 
@@ -44,14 +45,15 @@ def test_a_size_that_is_given_wins(cli, presets):
     assert json.loads(cli("plan", "a", "--json", "--preset", "mine", "--size", 128)[1])["request"]["size"] == "128x128"
 
 
-def test_jobs_have_the_presets_size_and_upscaling_needs_its_own(cli, presets, tmp_path):
+def test_jobs_have_the_presets_size_and_upscaling_doubles_the_image(cli, presets, tmp_path):
     (tmp_path / "jobs.jsonl").write_text('{"prompt": "a hill"}\n')
     code, out, _ = cli(
         "batch", "jobs.jsonl", "--preset", "mine", "--name", "{index}-{size}", "--output-dir", "out", *DRY
     )
     assert code == 0 and "1-640x512" in out
-    code, out, err = cli("upscale", "image.png", "--preset", "mine")
-    assert (code, out) == (2, "") and "--size" in err
+    Image.new("RGB", (64, 80)).save(tmp_path / "image.png")
+    planned = json.loads(cli("plan", "--image", "image.png", "--preset", "mine", "--json")[1])
+    assert (planned["request"]["size"], planned["settings"]["size"]) == ("128x160", "default")
 
 
 def test_a_preset_without_a_model_needs_one(cli, presets):

@@ -27,7 +27,7 @@ def test_upscale_names_the_file_after_the_image_and_prints_its_path_alone(cli, q
     code, out, err = cli(*quick)
     assert (code, out) == (0, "photo-192.tif\n") and "2x 192x128" in err
     info = read_info(tmp_path / "photo-192.tif")
-    assert (info.width_px, info.height_px) == (192, 128) and info.request["image"] == "photo.jpg"
+    assert (info.width_px, info.height_px) == (192, 128) and info.request["source"]["image"] == "photo.jpg"
 
 
 def test_the_sample_prompt_of_a_preset_is_not_used(cli, photo, tmp_path):
@@ -154,11 +154,15 @@ def test_options_about_prompts_reach_the_request(cli, xl_model, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"")
     twice = ("--textual-inversion", "a.safetensors", "--textual-inversion", "a.safetensors:<b>")
     planned = cli("plan", "a", "--model", xl_model, "--size", 64, *twice, "--clip-skip", 2, "--strict-prompt", "--json")
-    request = json.loads(planned[1])["request"]
-    assert request["textual_inversion"] == ["a.safetensors", "a.safetensors:<b>"]
-    assert (request["clip_skip"], request["strict_prompt"]) == (2, True)
+    values = json.loads(planned[1])
+    request = values["request"]
+    assert [tuple(one.values()) for one in request["textual_inversion"]] == [
+        ("a.safetensors", None),
+        ("a.safetensors", "<b>"),
+    ]
+    assert (request["clip_skip"], values["execution"]["strict_prompt"]) == (2, True)
 
 
 def test_a_missing_lora_is_not_downloaded_without_the_option(cli, xl_model):
-    code, out, err = cli("plan", "a", "--model", xl_model, "--size", 64, "--lora", "nobody/nothing:0.5")
+    code, out, err = cli("generate", "a", "--model", xl_model, "--size", 64, "--lora", "nobody/nothing:0.5")
     assert (code, out) == (69, "") and "--lora nobody/nothing" in err and "--download" in err

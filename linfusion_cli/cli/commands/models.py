@@ -12,6 +12,7 @@ import typer
 from linfusion_cli.cli.output.streams import echo, emit_result
 from linfusion_cli.cli.output.tables import build_table, format_table
 from linfusion_cli.cli.parsing.build_request import configure_hub
+from linfusion_cli.cli.parsing.completion import complete_model, complete_preset
 from linfusion_cli.cli.parsing.help import HelpCommand
 from linfusion_cli.core.units import format_bytes
 
@@ -50,7 +51,9 @@ def build_model_table(entries: list[dict[str, Any]]) -> Table:
 def pull_model(
     name: Annotated[
         str,
-        typer.Argument(help="A preset, OWNER/REPO[@REVISION], or OWNER/REPO/FILE.safetensors."),
+        typer.Argument(
+            help="A preset, OWNER/REPO[@REVISION], or OWNER/REPO/FILE.safetensors.", autocompletion=complete_preset
+        ),
     ],
     configs: Annotated[
         bool, typer.Option("--configs", help="Only configs and tokenizers, which single-file models need.")
@@ -69,7 +72,12 @@ def pull_model(
 @app.command(cls=HelpCommand, name="check")
 def check(
     name: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A value of --model, --lora, --controlnet or --ip-adapter.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A value of --model, --lora, --controlnet or --ip-adapter.",
+            autocompletion=complete_model,
+        ),
     ],
     as_json: Json = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from linfusion_cli.cli.output.streams import emit_result
+from linfusion_cli.cli.parsing.completion import select_matches
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.settings.json_schema import SCHEMAS
 
@@ -22,7 +23,7 @@ def command(
         typer.Argument(
             metavar="|".join(SCHEMAS),
             help="job (a line of a job list), preset (a preset file), or report (the report of a run).",
-            autocompletion=lambda incomplete: [name for name in SCHEMAS if name.startswith(incomplete)],
+            autocompletion=lambda incomplete: select_matches(SCHEMAS, incomplete),
         ),
     ],
 ) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from linfusion_cli import settings
 from linfusion_cli.core.errors import LinfusionError
+from linfusion_cli.planning.gpus import GPUS
 from linfusion_cli.settings.setting import Setting
 
 Completer = Callable[[str], list[str]]
@@ -17,7 +18,15 @@ def find_completer(setting: Setting) -> Completer | None:
     """Return the function that completes the value of an option; None to let the shell complete file names."""
     if setting.choices:
         return lambda incomplete: complete_choice(setting, incomplete)
-    return {"presets": complete_preset, "models": complete_model}.get(setting.completion)
+    words = setting.completion
+    if isinstance(words, tuple):
+        return lambda incomplete: select_matches(words, incomplete)  # not a partial: Typer reads the parameters
+    return {"presets": complete_preset, "models": complete_model, "gpus": complete_gpu}.get(words)
+
+
+def select_matches(words: Iterable[str], incomplete: str) -> list[str]:
+    """Return the words that start with the text."""
+    return [word for word in words if word.startswith(incomplete)]
 
 
 def complete_choice(setting: Setting, incomplete: str) -> list[str]:
@@ -29,14 +38,19 @@ def complete_choice(setting: Setting, incomplete: str) -> list[str]:
 def complete_preset(incomplete: str) -> list[str]:
     """Return the presets that start with the text."""
     try:
-        return [name for name in settings.list_preset_names() if name.startswith(incomplete)]
+        return select_matches(settings.list_preset_names(), incomplete)
     except LinfusionError:
         return []
 
 
 def complete_model(incomplete: str) -> list[str]:
     """Return the embedded model and the cached ones that start with the text."""
-    return [name for name in (settings.DEMO, *list_cached_models()) if name.startswith(incomplete)]
+    return select_matches((settings.DEMO, *list_cached_models()), incomplete)
+
+
+def complete_gpu(incomplete: str) -> list[str]:
+    """Return the GPUs of --gpu that start with the text."""
+    return select_matches(GPUS, incomplete)
 
 
 def list_cached_models() -> Iterator[str]:

@@ -120,7 +120,8 @@ def run_in_terminal(command: list[str], environment: dict[str, str]) -> str:
 def test_help_imports_neither_torch_nor_numpy():
     code = (
         "import sys\nfrom linfusion_cli.cli import app\nsys.argv = ['linfusion', 'generate', '--help']\n"
-        "assert app.run_app() == 0\nprint(sorted({'torch', 'numpy', 'diffusers', 'transformers', 'PIL'} & sys.modules.keys()))"
+        "assert app.run_app() == 0\n"
+        "print(sorted({'torch', 'numpy', 'diffusers', 'transformers', 'PIL'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
