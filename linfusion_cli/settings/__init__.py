@@ -1,6 +1,7 @@
 """Settings: the table of all settings, requests, presets, and the order flag > environment > config file > preset."""
 
-from linfusion_cli.settings.layers import (
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.sources.layers import (
     JOB,
     Layer,
     Settings,
@@ -12,8 +13,7 @@ from linfusion_cli.settings.layers import (
     read_flag_layer,
     read_preset_layer,
 )
-from linfusion_cli.settings.presets import Preset, find_preset_file, find_presets, list_preset_names
-from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.sources.presets import Preset, find_preset_file, find_presets, list_preset_names
 from linfusion_cli.settings.table import ALL_SETTINGS, SETTINGS, assemble_request
 
 SDXL, DEMO = "sdxl", "demo"  # the default presets: SDXL if it is installed, else the embedded demo model

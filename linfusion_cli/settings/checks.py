@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from linfusion_cli.core.errors import ConfigError, LinfusionError, UsageError
 from linfusion_cli.settings.setting import ITEM, KEY, NESTED, Setting, list_own_settings
-
-if TYPE_CHECKING:
-    from linfusion_cli.settings.request import Request
 
 MAX_PX = 1_000_000
 CONTROL_PHASES = ("base", "all")
@@ -42,8 +39,8 @@ def list_errors(error: LinfusionError) -> list[LinfusionError]:
     return list(error.errors) if isinstance(error, InvalidSettings) else [error]
 
 
-def check_request(request: Request) -> None:
-    """Raise UsageError for invalid values: one error that lists all of them."""
+def check_request(request: Any) -> None:
+    """Raise UsageError for a Request with invalid values: one error that lists all of them."""
     raise_all([*find_invalid_values(request), *find_invalid_request(request)])
 
 
@@ -87,7 +84,7 @@ def describe_choices(setting: Setting) -> str:
     return f"one of {', '.join(map(str, setting.choices))}{', or one per phase' if setting.per_phase else ''}"
 
 
-def find_invalid_request(request: Request) -> Iterator[UsageError]:
+def find_invalid_request(request: Any) -> Iterator[UsageError]:
     """Yield an error for each value with conditions of its own."""
     for name in ("prompt", "negative_prompt"):
         if not is_text(getattr(request, name)):
@@ -110,7 +107,7 @@ def find_invalid_request(request: Request) -> Iterator[UsageError]:
     yield from find_invalid_source(request)
 
 
-def find_invalid_source(request: Request) -> Iterator[UsageError]:
+def find_invalid_source(request: Any) -> Iterator[UsageError]:
     """Yield an error for each setting that does not allow upscaling an image."""
     if request.source is None:
         return

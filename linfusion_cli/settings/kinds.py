@@ -36,6 +36,8 @@ def _parse_text(value: Any) -> str:
 
 
 def _parse_path(value: Any) -> Path:
+    if isinstance(value, Path):
+        return value
     if not _parse_text(value).strip():
         raise ValueError("must be the name of a file")
     return expand_home(value)

@@ -45,7 +45,7 @@ def make(xl_model, tmp_path, monkeypatch):
         values |= {"output": Path("a.png"), "keep_latents": Path("a.safetensors"), "checkpoint_every": 3600.0}
         request, listener = make_request(**values | {"dtype": "float16"} | changes), Listener()
         report = run_pipeline(request, None, {}, observer or listener, model_cache)
-        return RunResult(report, listener, open_latents(request.keep_latents).read())
+        return RunResult(report, listener, open_latents(request.execution.keep_latents).read())
 
     return run
 

@@ -43,7 +43,7 @@ def test_a_named_gpu_gives_memory_and_time(cli):
     assert len(notices) == 1 and values["estimated"] is True
     assert values["gpu"] == {"name": "NVIDIA GeForce RTX 4090", "memory_bytes": 24 * GIB}
     assert values["plan"]["device_budget_bytes"] == int(0.9 * 24 * GIB)
-    assert (values["request"]["device"], values["settings"]["device"]) == ("cuda", "--gpu")
+    assert (values["execution"]["device"], values["settings"]["device"]) == ("cuda", "--gpu")
     assert all(seconds > 0 for seconds in find_seconds(values))
     code, out, _ = cli("plan", "--preset", "sd15", "--gpu", "rtx4090", *RAM)
     assert code == 0 and "Estimate for one NVIDIA GeForce RTX 4090 (24.0 GiB)" in out
@@ -63,7 +63,7 @@ def test_every_preset_is_planned_without_its_weights_and_loras(cli, preset):
     assert values["plan"]["stages"] and len(notices) == (2 if preset.startswith("sdxl-") else 1)
     assert any("is not installed: planned from its published configs." in line for line in notices)
     loras = values["request"]["lora"]
-    assert all(any(f"--lora {name} is not installed" in line for line in notices) for name in loras)
+    assert all(any(f"--lora {lora['model']} is not installed" in line for line in notices) for lora in loras)
 
 
 def test_a_lora_does_not_change_the_plan(cli):

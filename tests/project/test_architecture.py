@@ -25,6 +25,14 @@ LAYERS = (
 )
 # The same inside packages, for their sub-packages and modules; a package that is not named has no order inside.
 SUB_LAYERS = {
+    "settings": (
+        ("kinds",),
+        ("setting",),
+        ("checks", "command_options", "execution", "groups"),
+        ("request",),
+        ("table",),
+        ("json_schema", "request_json", "sources"),
+    ),
     "images": (("metadata", "process"), ("write",), ("read",), ("verify",)),
     "sampling": (("noise", "phases", "schedulers"), ("guidance",), ("probe", "upscalers")),
     "models": (("files",), ("cache", "families"), ("locate",), ("load",), ("adapters",), ("text",), ("inspect",)),

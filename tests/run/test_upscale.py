@@ -46,7 +46,7 @@ def read_pixels(path) -> np.ndarray:
 def test_a_single_number_is_the_longer_side(make, tmp_path):
     report = make()
     assert report.size == Size(192, 128) and read_pixels(tmp_path / "out.png").shape == (128, 192, 3)
-    assert report.request["image"].endswith("photo.png") and report.request["size"] == "192x128"
+    assert report.request["source"]["image"].endswith("photo.png") and report.request["size"] == "192x128"
     assert [stage.kind for stage in report.stages][6:] == ["start", "start", "denoise", "decode", "write"]
     assert [stage.name for stage in report.stages if stage.kind == "denoise"] == ["2x"]
 
@@ -110,11 +110,11 @@ def test_a_small_image_is_upscaled_to_the_native_size_first_and_a_large_one_has_
     for name, side in (("small.png", 32), ("large.png", 400)):
         Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(tmp_path / name)
     small = make(output="a.png", image=tmp_path / "small.png", size=Size(192, 192))
-    large = make(output="b.png", image=tmp_path / "large.png", size=Size(192, 192))
+    large = make(output="b.png", image=tmp_path / "large.png", size=Size(448, 448))
     sizes = [
         [stage["size"] for stage in report.plan["stages"] if stage["kind"] == "denoise"] for report in (small, large)
     ]
-    assert sizes == [["64x64", "128x128", "192x192"], ["192x192"]]
+    assert sizes == [["64x64", "128x128", "192x192"], ["448x448"]]
 
 
 def test_the_image_is_buffered_in_memory_if_there_is_room_and_is_the_same_from_disk(make, tmp_path, monkeypatch):
@@ -197,4 +197,4 @@ def test_an_invalid_colour_profile_is_reported(make, tmp_path):
 def test_the_metadata_name_the_source_image(make, tmp_path):
     make("a.tif", upscaler="demofusion", prompt="a hill")
     request = read_info(tmp_path / "a.tif").request
-    assert request["image"] == str(tmp_path / "photo.png") and request["prompt"] == "a hill"
+    assert request["source"]["image"] == str(tmp_path / "photo.png") and request["prompt"] == "a hill"

@@ -3,7 +3,7 @@ import pytest
 from linfusion_cli import settings
 from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
 from linfusion_cli.core.geometry import Size
-from linfusion_cli.settings.presets import find_built_in_folder
+from linfusion_cli.settings.sources.presets import find_built_in_folder
 
 REQUIRED = {"prompt": "a", "size": "64", "output": "a.png", "model": "demo"}
 

@@ -13,7 +13,7 @@ from linfusion_cli.batch.parsers.list_format import SEPARATORS
 from linfusion_cli.batch.parsers.schema import FIELDS, is_field
 from linfusion_cli.core.errors import DataError, UsageError
 from linfusion_cli.core.text import quote, shorten
-from linfusion_cli.settings.values import find_setting
+from linfusion_cli.settings.sources.values import find_setting
 
 
 def read_csv(lines: Iterator[Line]) -> Iterator[JobSpec]:

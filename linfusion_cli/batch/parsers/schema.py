@@ -8,8 +8,8 @@ from typing import Any
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.core.text import quote, shorten
 from linfusion_cli.settings.checks import raise_all
+from linfusion_cli.settings.sources.values import Problem, find_setting, parse_values
 from linfusion_cli.settings.table import select_settings
-from linfusion_cli.settings.values import Problem, find_setting, parse_values
 
 EMPTY = "Empty job: a prompt is required."
 FIELDS = select_settings("job")

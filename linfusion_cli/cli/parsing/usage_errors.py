@@ -7,8 +7,8 @@ from typing import Any
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.settings.setting import Setting
+from linfusion_cli.settings.sources.values import OTHER_NAMES, find_setting, normalize_key
 from linfusion_cli.settings.table import ALL_SETTINGS
-from linfusion_cli.settings.values import OTHER_NAMES, find_setting, normalize_key
 
 SIZE_FLAGS = ("width", "height", "w", "h")
 

@@ -16,7 +16,7 @@ from linfusion_cli.models.files.hub import download_repository, is_network_repos
 from linfusion_cli.models.files.layout import CONVERT_HINT, LINFUSION_FOLDER, Model
 from linfusion_cli.models.locate.files import LORA_KIND, FileKind, download_file, is_lora, split_hub_path
 from linfusion_cli.models.locate.model import DEMO, DEMO_FOLDER, PUBLISHED_LINFUSION
-from linfusion_cli.settings.presets import is_preset_file
+from linfusion_cli.settings.sources.presets import is_preset_file
 
 PULL_KIND = FileKind("models pull", "a model", LORA_KIND.standard_names, CONVERT_HINT)
 

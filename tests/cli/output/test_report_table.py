@@ -10,7 +10,7 @@ from tests.cli.output.test_progress import strip_timestamps
 
 @pytest.fixture
 def report():
-    report = RunReport({}, {}, {}, {}, size=Size(64, 64), format="png", file_bytes=2048, total_seconds=100.0)
+    report = RunReport({}, {}, {}, {}, {}, size=Size(64, 64), format="png", file_bytes=2048, total_seconds=100.0)
     report.output = "a\nb.png"
     report.stages = [StageReport("base", "denoise", Size(64, 64), 10.0, 20, 3 << 30, 1 << 30)]
     return report

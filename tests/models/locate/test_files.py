@@ -4,8 +4,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from linfusion_cli.core.errors import DataError, Unavailable, UsageError
-from linfusion_cli.models.locate.files import find_inversion, find_lora, split_token, split_weight
+from linfusion_cli.core.errors import DataError, Unavailable
+from linfusion_cli.models.locate.files import find_inversion, find_lora
 from tests.models.locate.test_model import add_to_hub_cache
 
 STANDARD = "pytorch_lora_weights.safetensors"
@@ -31,60 +31,6 @@ def downloads(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     return requests
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "weight"),
-    [
-        ("lcm.safetensors", "lcm.safetensors", 1.0),
-        ("lcm.safetensors:0.8", "lcm.safetensors", 0.8),
-        ("owner/repo:-1", "owner/repo", -1.0),
-        ("C:/loras/a:b.safetensors", "C:/loras/a:b.safetensors", 1.0),
-        ("a:0.5:2", "a:0.5", 2.0),
-        ("a:10", "a", 10.0),
-        ("a:", "a:", 1.0),
-        ("0.8", "0.8", 1.0),
-    ],
-)
-def test_a_trailing_number_is_the_weight(text, name, weight):
-    assert split_weight(text) == (name, weight)
-
-
-@pytest.mark.parametrize("text", ["a:nan", "a:inf", "a:-inf", "a:1e999", "a:10.5", "a:-11", ":0.8", "", " "])
-def test_invalid_weights_are_rejected(text):
-    with pytest.raises(UsageError) as caught:
-        split_weight(text)
-    assert caught.value.setting == "lora" and f"--lora {text!r}" in caught.value.message and caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "token"),
-    [
-        ("style.safetensors", "style.safetensors", None),
-        ("style.safetensors:<cat-toy>", "style.safetensors", "<cat-toy>"),
-        ("owner/repo:1.5", "owner/repo", "1.5"),
-        ("owner/repo/a.safetensors: two words ", "owner/repo/a.safetensors", "two words"),
-        ("C:/styles/a.safetensors", "C:/styles/a.safetensors", None),
-        ("C:\\a.safetensors", "C:\\a.safetensors", None),
-        ("C:a.safetensors", "C:a.safetensors", None),
-        ("C:/a.safetensors:x", "C:/a.safetensors", "x"),
-    ],
-)
-def test_the_text_after_the_colon_is_the_token(text, name, token):
-    assert split_token(text) == (name, token)
-
-
-def test_a_colon_can_be_part_of_the_file_name(tmp_path):
-    folder = make_folder(tmp_path / "odd", "a:b")
-    assert split_token(f"{folder}/a:b") == (f"{folder}/a:b", None)
-    assert split_token(f"{folder}/a:c") == (f"{folder}/a", "c")
-
-
-@pytest.mark.parametrize("text", ["", " ", "a:", "a: ", ":token"])
-def test_invalid_tokens_are_rejected(text):
-    with pytest.raises(UsageError, match="--textual-inversion") as caught:
-        split_token(text)
-    assert caught.value.setting == "textual_inversion" and "FILE:TOKEN" in caught.value.hint
 
 
 def test_inversions_are_found_as_loras_are(tmp_path):

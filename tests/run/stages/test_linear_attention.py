@@ -57,7 +57,7 @@ def generate_pixels(request_for):
     def run(observer=None, **changed):
         request = request_for(**changed)
         generate(request, {}, observer or Listener())
-        return np.asarray(Image.open(request.output)).copy()
+        return np.asarray(Image.open(request.execution.output)).copy()
 
     return run
 

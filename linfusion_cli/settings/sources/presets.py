@@ -15,7 +15,7 @@ import platformdirs
 from linfusion_cli.core.errors import ConfigError, InputNotFound, UsageError
 from linfusion_cli.core.fs import expand_home, is_file, is_folder
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 CONFIG_VARIABLE = "LINFUSION_CONFIG"
 PATH_VARIABLE = "LINFUSION_PRESET_PATH"
 CPU_HALF_VARIABLE = "LINFUSION_CPU_HALF"  # of the tests of half precision

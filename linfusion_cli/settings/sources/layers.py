@@ -12,7 +12,9 @@ from linfusion_cli.core.errors import ConfigError, InputNotFound, LinfusionError
 from linfusion_cli.core.fs import is_file
 from linfusion_cli.core.geometry import Size
 from linfusion_cli.settings.checks import flag, list_errors, raise_all
-from linfusion_cli.settings.presets import (
+from linfusion_cli.settings.request import Request
+from linfusion_cli.settings.setting import PREFIX, Source
+from linfusion_cli.settings.sources.presets import (
     CONFIG_VARIABLE,
     OTHER_VARIABLES,
     find_config_file,
@@ -21,10 +23,8 @@ from linfusion_cli.settings.presets import (
     read_config_preset,
     read_toml,
 )
-from linfusion_cli.settings.request import Request
-from linfusion_cli.settings.setting import PREFIX, Source
+from linfusion_cli.settings.sources.values import Problem, parse_values
 from linfusion_cli.settings.table import ALL_SETTINGS, MEMBERS, SETTINGS, assemble_request, select_settings
-from linfusion_cli.settings.values import Problem, parse_values
 
 FLAG, ENVIRONMENT, JOB = "flag", "environment", "job"  # origins
 PRESET = "preset"
