@@ -22,7 +22,7 @@ from linfusion_cli.run.stages import load as stages_load
 from linfusion_cli.run.stages import plan, precision
 from tests.half.runs import BASE, DOUBLE, HALF, build_history, list_notices, read_files
 from tests.support.marks import mostly_slow
-from tests.support.requests import make_request
+from tests.support.requests import change_request, make_request
 from tests.support.small_models import build_small_vae
 
 FAILS = {"dpmpp-2m": (BASE, 2), "euler-a": (BASE, 1), "unipc": (DOUBLE, 1), "euler": (DOUBLE, 0)}
@@ -182,7 +182,7 @@ def test_without_memory_for_the_wider_dtype_the_state_is_saved(make, clear, forw
 
     def plan_with_little_memory(resolved, executed, kept_bytes, model_cache, least):
         if least == "float32":
-            resolved = replace(resolved, request=replace(resolved.request, ram=1))
+            resolved = replace(resolved, request=change_request(resolved.request, ram=1))
         return plan_run(resolved, executed, kept_bytes, model_cache, least)
 
     with monkeypatch.context() as patches, pytest.raises(NonFinite) as end:

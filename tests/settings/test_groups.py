@@ -34,7 +34,7 @@ def test_invalid_weights_are_rejected(text):
         ("style.safetensors", "style.safetensors", None),
         ("style.safetensors:<cat-toy>", "style.safetensors", "<cat-toy>"),
         ("owner/repo:1.5", "owner/repo", "1.5"),
-        ("owner/repo/a.safetensors: two words ", "owner/repo/a.safetensors", "two words"),
+        ("owner/repo/a.safetensors: two words", "owner/repo/a.safetensors", " two words"),
         ("C:/styles/a.safetensors", "C:/styles/a.safetensors", None),
         ("C:\\a.safetensors", "C:\\a.safetensors", None),
         ("C:a.safetensors", "C:a.safetensors", None),

@@ -108,9 +108,9 @@ class RunRecorder:
         """
         release_memory(self.device)
         peak = PeakMemory(self.device)
-        self._observer(StageStarted(name, kind, size, total, unit))
         stage = StageTimer(self._observer)
         self.running = RunningStage(kind, total, stage, planned)
+        self._observer(StageStarted(name, kind, size, total, unit))
         if done:
             stage.advance(done)
         yield stage
