@@ -79,6 +79,7 @@ SIZE = Kind(
     "SIZE",
 )
 BYTES = Kind(lambda value: parse_bytes(str(value)), {"type": "string", "pattern": "[A-Za-z]"}, "BYTES")
+NUMBERS = r"^\s*[-+]?[\d.inf]+(e[-+]?\d+)?\s*(,\s*[-+]?[\d.inf]+(e[-+]?\d+)?\s*)*$"  # separated by commas
 PHASE = Kind(_parse_phase, {"type": ["string", "integer"]}, "PHASE")
 
 
@@ -89,7 +90,8 @@ def list_of(kind: Kind, metavar: str = "") -> Kind:
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         return tuple(kind.parse(part.strip() if isinstance(part, str) else part) for part in parts)
 
-    return Kind(parse, _one_or_many(kind, {"type": "string"}), metavar or kind.metavar)
+    text = {"type": "string"} | ({"pattern": NUMBERS} if kind in (INTEGER, NUMBER) else {})
+    return Kind(parse, _one_or_many(kind, text), metavar or kind.metavar)
 
 
 def repeat(kind: Kind) -> Kind:
