@@ -30,6 +30,24 @@ def test_upscale_names_the_file_after_the_image_and_prints_its_path_alone(cli, q
     assert (info.width_px, info.height_px) == (192, 128) and info.request["source"]["image"] == "photo.jpg"
 
 
+def test_without_a_size_the_image_is_doubled_whatever_the_preset_says(cli, photo, tmp_path):
+    assert cli("upscale", photo, "--preset", "demo", "--steps", 2, "--device", "cpu")[:2] == (0, "photo-192.tif\n")
+    info = read_info(tmp_path / "photo-192.tif")
+    assert (info.width_px, info.height_px) == (192, 128)
+    assert cli("upscale", "missing.png", "--preset", "demo")[0] == 66
+
+
+def test_a_size_smaller_than_the_image_is_rejected(cli, quick, tmp_path):
+    Image.new("RGB", (400, 300)).save(tmp_path / "large.png")
+    code, out, err = cli("upscale", "large.png", *quick[2:4], "--size", 192)
+    assert (code, out) == (2, "") and "--size 192x144 is smaller than large.png, which is 400x300 px." in err
+
+
+def test_the_size_of_the_image_itself_is_possible(cli, photo, quick):
+    planned = json.loads(cli("plan", "--image", photo, *quick[2:4], "--size", 96, "--steps", 4, "--json")[1])
+    assert planned["request"]["size"] == "96x64"
+
+
 def test_the_sample_prompt_of_a_preset_is_not_used(cli, photo, tmp_path):
     assert cli("upscale", photo, "--preset", "demo", "--size", 144, "--steps", 2, "-o", "a.png", "--quiet")[0] == 0
     assert read_info(tmp_path / "a.png").request["prompt"] == ""
@@ -54,6 +72,8 @@ def test_the_plan_of_an_upscale_is_the_plan_of_the_run(cli, quick):
         (["missing.png"], 66, "missing.png"),
         (["photo.jpg", "--size", "144x144x3"], 2, "--size '144x144x3'"),
         (["photo.jpg", "--size", "300x100"], 2, "--size 300x100"),
+        (["photo.jpg", "--size", "80"], 2, "--size 80x53 is too small for photo.jpg"),
+        (["photo.jpg", "--size", "64x64"], 2, "--size"),
         (["photo.jpg", "--size", "144", "--upscaler", "none"], 2, "--upscaler 'none'"),
         (["photo.jpg", "--size", "144", "--strength", "0.3,0.2"], 2, "--strength 0.3,0.2"),
         (["photo.jpg", "--size", "144", "--background", "beige-ish"], 2, "--background 'beige-ish'"),
