@@ -29,7 +29,7 @@ def test_options_are_repeated_for_each_controlnet(cli, here):
     assert report["request"]["controlnet"] == ["net", "union"]
     assert report["request"]["control_scale"] == [0.5, 0.0] and report["request"]["control_type"] == ["depth"]
     assert report["request"]["control_phases"] == ["base", "0"] and report["settings"]["controlnet"] == "flag"
-    assert [stage["name"] for stage in report["stages"]].count("control") == 2
+    assert [stage["kind"] for stage in report["stages"]].count("start") == 2
     read = [file["path"] for file in report["weights"] if file["use"] == "controlnet"]
     assert [path.split("/")[0] for path in read] == ["net", "union"]
 
