@@ -8,12 +8,13 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from linfusion_cli.core.errors import CannotCreateOutput, TemporaryFailure, WriteFailed
 
 EXIT_SOME_FAILED = 3
 BLOCK_BYTES = 4096
+SCHEMA = 1  # of the JSON of a result
 
 Status = Literal["done", "skipped", "failed", "locked", "planned"]
 
@@ -41,6 +42,10 @@ class JobResult:
     seed: int | None
     time: str
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON values, with the schema number first."""
+        return {"schema": SCHEMA} | asdict(self)
+
 
 class ResultsLog:
     """The results file, to which every run appends: one JSON object per line, never a partial line."""
@@ -61,7 +66,7 @@ class ResultsLog:
 
     def append(self, result: JobResult) -> None:
         """Append a line and sync it; raise WriteFailed without leaving a partial line."""
-        line = json.dumps(asdict(result), ensure_ascii=False) + "\n"
+        line = json.dumps(result.to_json(), ensure_ascii=False) + "\n"
         data = line.encode("utf-8", "backslashreplace")  # invalid Unicode in names: JSON has the same escapes
         self._lock()
         try:

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple, Protocol
 
 from linfusion_cli.core.geometry import Size
 
-# The kinds of stages, in the order of a run. Events, plans, reports and checkpoints use no other names.
-# resolve: find and hash the files. plan: choose strategies. load: read weights. start: encode the image that a phase
-# starts from. write: complete the file.
+# The kinds of stages, in the order of a run. Events, plans, reports, checkpoints and logs use no other names.
+# resolve: find and hash the files. plan: choose strategies. load: read weights. start: read and encode the images that
+# a phase starts from. write: complete the file.
 StageKind = Literal["resolve", "plan", "load", "encode_prompts", "start", "denoise", "decode", "write"]
 
 
@@ -18,6 +18,11 @@ class StageKey(NamedTuple):
 
     kind: StageKind
     phase: int
+
+
+def format_stage(kind: StageKind, phase_name: str | None) -> str:
+    """Return the text for a stage in logs and tables: its kind and the name of its phase, such as "denoise 2x"."""
+    return kind if phase_name is None else f"{kind} {phase_name}"
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,13 @@ class Planned:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage of `total` units starts; `name` is e.g. "base", "2x" or "decode", `unit` is "steps" or "rows"."""
+    """A stage of `total` units starts; `unit` is "steps" or "rows", for example.
 
-    name: str
+    `phase_name` is "base" or "2x", for example; None for a stage of the whole run.
+    """
+
     kind: StageKind
+    phase_name: str | None
     size: Size | None
     total: int
     unit: str

@@ -16,11 +16,11 @@ class StageReport:
     """Duration and peak memory of one stage, measured and planned.
 
     None stands for `peak_device_bytes` without a GPU, `peak_host_bytes` if the system does not report it, planned
-    values of stages without an estimate, and `phase` (an index) of stages that belong to the whole run.
+    values of stages without an estimate, and `phase` (an index) and its name of stages that belong to the whole run.
     """
 
-    name: str
     kind: StageKind
+    phase_name: str | None
     size: Size | None
     seconds: float
     steps: int | None = None

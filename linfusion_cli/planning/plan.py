@@ -38,7 +38,6 @@ STRIP_SIZES = {
     ),
 }
 BATCHED_BELOW_PX = 4096 * 4096  # from this size on, batched guidance takes 5 % more time and twice the memory
-VAE_STAGE_NAMES: dict[VaeStageKind, str] = {"start": "encode", "decode": "decode"}  # display names of the VAE's stages
 MARGIN_BYTES = 64 << 20  # the size of a process without models varies
 
 S = TypeVar("S", DenoiseStrategy, VaeStrategy)
@@ -50,7 +49,7 @@ class PlannedStage:
 
     phase: int
     kind: StageKind
-    name: str
+    phase_name: str
     size: Size
     steps: int
     strategy: Strategy
@@ -225,7 +224,7 @@ def build_conversion_candidates(
     stages = []
     for strategy in strategies:
         estimate = estimator.estimate_conversion(phase.size, kind == "start", attention, strategy)
-        stages.append(PlannedStage(phase.index, kind, VAE_STAGE_NAMES[kind], phase.size, 0, strategy, estimate))
+        stages.append(PlannedStage(phase.index, kind, phase.name, phase.size, 0, strategy, estimate))
     is_source_read = kind == "start" and phase.index == 0
     return [add_host_bytes(stage, inputs.image_read_bytes) for stage in stages] if is_source_read else stages
 

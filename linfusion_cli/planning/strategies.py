@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
-from linfusion_cli.core.events import StageKey
+from linfusion_cli.core.events import StageKey, StageKind
 from linfusion_cli.strips.ops import StripSize
 from linfusion_cli.strips.storage import Place
 from linfusion_cli.vae.statistics import VaeStrategy
@@ -73,8 +73,9 @@ def recorded_to_json(strategies: Mapping[StageKey, Strategy], device: str) -> li
 
 
 def recorded_from_json(stages: Sequence[Mapping[str, Any]]) -> dict[StageKey, RecordedStrategy]:
-    """Return what `recorded_to_json` saved, by stage."""
+    """Return what `recorded_to_json` saved, by stage; without stages of a kind that only a later version knows."""
     return {
         StageKey(stage["kind"], stage["phase"]): (stage["device"], strategy_from_json(stage["strategy"]))
         for stage in stages
+        if stage["kind"] in get_args(StageKind)
     }

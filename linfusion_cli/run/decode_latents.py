@@ -39,10 +39,10 @@ def decode(
     started = time.perf_counter()
     recorder = RunRecorder(observer)
     with explain_time_limit(recorder), reserve_output(request, ()) as file:
-        with recorder.stage("resolve", "resolve", None, 1, "request"):
+        with recorder.stage("resolve", None, 1, "request"):
             resolved = keep_last_phase(resolve_request(reset_unused_settings(request)), saved_latents)
             check_disk_space(resolved)
-        with recorder.stage("plan", "plan", None, 1, "plan"):
+        with recorder.stage("plan", None, 1, "plan"):
             from linfusion_cli.run.stages import load, write  # importing torch and diffusers takes seconds
 
             model_cache, checkpoints = ModelCache(enabled=False), CheckpointManager(find_store(request), None, request)

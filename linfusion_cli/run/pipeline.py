@@ -128,12 +128,12 @@ def start_run(
     model_cache: ModelCache,
 ) -> RunContext:
     """Resolve and plan the request, as recorded stages. Raise a LinfusionError if it cannot run."""
-    with recorder.stage("resolve", "resolve", None, 1, "request"):
+    with recorder.stage("resolve", None, 1, "request"):
         resolved = resolve_request(request, image)
         check_disk_space(resolved)
         for warning in resolved.facts.warnings:
             recorder.notify(warning)
-    with recorder.stage("plan", "plan", None, 1, "plan"):
+    with recorder.stage("plan", None, 1, "plan"):
         from linfusion_cli.run.stages import load  # importing torch and diffusers takes seconds
 
         return load.start_run(resolved, recorder, checkpoints, model_cache)

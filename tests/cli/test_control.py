@@ -29,7 +29,7 @@ def test_options_are_repeated_for_each_controlnet(cli, here):
     nets = [(net["model"], net["image"], net["scale"]) for net in report["request"]["controlnet"]]
     assert nets == [("net", "edges.png", 0.5), ("union", "edges.png", 0.0)]
     assert report["request"]["control_phases"] == ["base", "0"] and report["settings"]["controlnet"] == "flag"
-    assert [stage["name"] for stage in report["stages"]].count("control") == 2
+    assert [stage["kind"] for stage in report["stages"]].count("start") == 2
     read = [file["path"] for file in report["weights"] if file["use"] == "controlnet"]
     assert [path.split("/")[0] for path in read] == ["net", "union"]
 

@@ -73,11 +73,11 @@ class CountRecorder:
         match event:
             case Notice(text):
                 self.notices.append(text)
-            case StageStarted(name=name, size=size):
-                self._stage = {"name": name, "size": str(size), "steps": [self._count_step()]}
+            case StageStarted(kind=kind, phase_name=phase_name, size=size):
+                self._stage = {"kind": kind, "phase_name": phase_name, "size": str(size), "steps": [self._count_step()]}
             case StageAdvanced():
                 self._stage["steps"].append(self._count_step())
-                if self._stage["name"] == self._stops_at:
+                if (self._stage["kind"], self._stage["phase_name"]) == ("denoise", self._stops_at):
                     raise Stopped(signal.SIGTERM)
             case StageFinished():
                 self.stages.append(self._stage | self.read_counts())
@@ -118,7 +118,9 @@ def execute_run(case: Case, folder: Path, checkpoints: Checkpoints, stops_at: st
 
 def find_plan(stage: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plan of a stage, empty if it has none."""
-    found = [each for each in planned["stages"] if each["name"] == stage["name"] and each["size"] == stage["size"]]
+    found = [
+        each for each in planned["stages"] if all(each[key] == stage[key] for key in ("kind", "phase_name", "size"))
+    ]
     if not found:
         return {}
     return {"plan": found[0]["estimate"] | {"strategy": found[0]["strategy"], "steps": found[0]["steps"]}}

@@ -37,7 +37,7 @@ def format_row(card: int, size: int, folder: Path, runs: bool) -> str:
         stages = execute_run(case, folder, Checkpoints())["stages"] if runs else plan_stages(case, folder)
     except OutOfMemoryBudget as error:
         return f"| {card} GB | {size} | {error} |\n"
-    unet, vae = (next(stage for stage in stages if stage["name"] == name) for name in ("base", "decode"))
+    unet, vae = (next(stage for stage in stages if stage["kind"] == kind) for kind in ("denoise", "decode"))
     denoise, conversion = unet["plan"]["strategy"], vae["plan"]["strategy"]
     strips = f"{denoise['strips']['rows']} rows, {denoise['place']}{', batched' if denoise['batched'] else ''}"
     statistics = "sampled" if not conversion["start"] else "partly exact" if conversion["patches"] else "exact"
@@ -55,7 +55,7 @@ def plan_stages(case: Case, folder: Path) -> list[dict]:
     """Return the stages of the plan without running them."""
     with FakeCard({}), stub_files(Checkpoints(), CountingSink()), restrict_plans(case):
         stages = plan_run(resolve_request(build_request(case, folder))).to_json()["stages"]
-    return [{"name": stage["name"], "plan": stage["estimate"] | {"strategy": stage["strategy"]}} for stage in stages]
+    return [{"kind": stage["kind"], "plan": stage["estimate"] | {"strategy": stage["strategy"]}} for stage in stages]
 
 
 def format_memory(stage: dict) -> list[str]:

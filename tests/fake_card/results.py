@@ -97,7 +97,7 @@ def describe_memory(stage: dict[str, Any]) -> str:
     counted = ", ".join(f"{name} {stage[name] / MIB:.0f}" for name in names)
     plan = stage["plan"]
     return (
-        f"{stage['name']}: {counted}; planned {plan['device_bytes'] / MIB:.0f} and {plan['pinned_bytes'] / MIB:.0f} MiB"
+        f"{stage['kind']}: {counted}; planned {plan['device_bytes'] / MIB:.0f} and {plan['pinned_bytes'] / MIB:.0f} MiB"
     )
 
 

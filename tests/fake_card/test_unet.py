@@ -58,7 +58,7 @@ def test_a_forward_has_few_kernels(case):
     if not is_plain(case):
         return
     for stage in list_phases(run_in_group(case)):
-        guided = case.guidance_scale[0 if stage["name"] == "base" else -1] > 1
+        guided = case.guidance_scale[0 if stage["phase_name"] == "base" else -1] > 1
         forwards = 2 if guided and not stage["plan"]["strategy"]["batched"] else 1
         kernel_count = max(after["kernels"] - before["kernels"] for before, after in list_steps(stage)) / forwards
         assert kernel_count <= (9000 if stage["size"] == "4096x4096" else 6000)

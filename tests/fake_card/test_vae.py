@@ -28,7 +28,7 @@ def test_an_image_is_as_planned(case):
 def test_phases_in_pixel_space_are_as_planned():
     result = run_case(PIXELS.name, build_group([*QUICK, PIXELS]))
     check_result(PIXELS, result)
-    assert [stage["name"] for stage in result["stages"] if "plan" in stage] == ["base", "decode", "encode", "2x"]
+    assert [stage["kind"] for stage in result["stages"] if "plan" in stage] == ["denoise", "decode", "start", "denoise"]
     for stage in result["stages"]:
         if "plan" in stage:
             check_work(stage)

@@ -79,7 +79,7 @@ def test_files_report_and_notice_have_the_dtypes(make, forwards):
     assert dtypes == [expected] * 3 and open_latents(Path("a.safetensors")).metadata["dtypes"] == expected
     (notice,) = list_notices(result)
     assert re.search(r"NaN or Inf at step 3 of 4 in phase base \(float16\)\. .* in bfloat16", notice)
-    phases = [(stage.name, stage.steps) for stage in result.report.stages if stage.kind == "denoise"]
+    phases = [(stage.phase_name, stage.steps) for stage in result.report.stages if stage.kind == "denoise"]
     assert phases == [("base", 2), ("base", 2), ("2x", 3)]
     assert [event.cut_short for event in result.listener.of(StageFinished)].count(True) == 1
 

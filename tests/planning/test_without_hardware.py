@@ -52,7 +52,10 @@ def test_a_named_gpu_gives_memory_and_time(cli):
 def test_a_faster_gpu_takes_less_time_and_a_larger_one_keeps_maps_on_it(cli):
     small, _ = plan_json(cli, "--preset", "sdxl", "--size", "16384", "--gpu", "rtx3060")
     large, _ = plan_json(cli, "--preset", "sdxl", "--size", "16384", "--gpu", "h200")
-    places = [next(s for s in v["plan"]["stages"] if s["name"] == "16x")["strategy"]["place"] for v in (small, large)]
+    places = [
+        next(s for s in v["plan"]["stages"] if (s["kind"], s["phase_name"]) == ("denoise", "16x"))["strategy"]["place"]
+        for v in (small, large)
+    ]
     assert places[0] != "device" and places[1] == "device"
     assert small["plan"]["seconds"] > 5 * large["plan"]["seconds"]
 
@@ -129,7 +132,7 @@ def test_the_budget_that_is_named_is_sufficient(cli):
 
 def test_a_size_below_the_base_is_planned(cli):
     values, _ = plan_json(cli, "--preset", "sdxl", "--size", "256", "--gpu", "l4")
-    assert [stage["name"] for stage in values["plan"]["stages"]] == ["base", "decode"]
+    assert [stage["kind"] for stage in values["plan"]["stages"]] == ["denoise", "decode"]
 
 
 def test_a_budget_of_the_environment_is_not_for_the_named_gpu(cli, monkeypatch):

@@ -227,11 +227,16 @@ def test_events_and_report_have_the_same_stages(make):
     listener = Listener()
     report = make(listener)
     started, finished = listener.of(StageStarted), listener.of(StageFinished)
-    names = ["resolve", "plan", "weights", "vae", "prompt", "models"]
-    names += ["base", "decode", "encode", "2x", "decode", "write"]
-    assert [event.name for event in started] == [stage.name for stage in report.stages] == names
+    found = [(stage.kind, stage.phase_name) for stage in report.stages]
+    assert found == [(event.kind, event.phase_name) for event in started]
+    assert [kind for kind, phase in found if phase is None] == [
+        *("resolve", "plan", "resolve", "load", "encode_prompts", "load", "write")
+    ]
+    assert [f"{kind} {phase}" for kind, phase in found if phase] == [
+        *("denoise base", "decode base", "start 2x", "denoise 2x", "decode 2x")
+    ]
     assert len(started) == len(finished)
-    steps = {stage.name: stage.steps for stage in report.stages if stage.kind == "denoise"}
+    steps = {stage.phase_name: stage.steps for stage in report.stages if stage.kind == "denoise"}
     assert steps == {"base": 4, "2x": 2}
     assert all(stage.peak_host_bytes > 1 << 20 for stage in report.stages if stage.kind in ("denoise", "decode"))
     assert 0 < sum(stage.seconds for stage in report.stages) <= report.total_seconds

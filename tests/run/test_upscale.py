@@ -48,7 +48,7 @@ def test_a_single_number_is_the_longer_side(make, tmp_path):
     assert report.size == Size(192, 128) and read_pixels(tmp_path / "out.png").shape == (128, 192, 3)
     assert report.request["source"]["image"].endswith("photo.png") and report.request["size"] == "192x128"
     assert [stage.kind for stage in report.stages][6:] == ["start", "start", "denoise", "decode", "write"]
-    assert [stage.name for stage in report.stages if stage.kind == "denoise"] == ["2x"]
+    assert [stage.phase_name for stage in report.stages if stage.kind == "denoise"] == ["2x"]
 
 
 @pytest.mark.parametrize(

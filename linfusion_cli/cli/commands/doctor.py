@@ -23,6 +23,7 @@ from linfusion_cli.models.locate.model import is_local
 if TYPE_CHECKING:
     import torch
 
+SCHEMA = 1  # of the JSON
 CODECS = ("imagecodecs", "isal", "tifffile", "pillow")
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "huggingface-hub")
 
@@ -31,7 +32,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     """Show versions, devices, memory and installed models."""
     values = collect_values()
     lines = "\n".join(f"{name}: {value}" for name, value in values.items())
-    emit_result(json.dumps(values, indent=2) if as_json else lines)
+    emit_result(json.dumps({"schema": SCHEMA} | values, indent=2) if as_json else lines)
 
 
 def collect_values() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from linfusion_cli.core.units import format_bytes
 if TYPE_CHECKING:
     from linfusion_cli.images import FileInfo
 
+SCHEMA = 1  # of the JSON; the request in it has its own number
 
 EXAMPLES = """
 linfusion info lake.tif
@@ -34,7 +35,7 @@ def command(
     info = images.verify_image(file) if verify else images.read_info(file)
     verified = count_units(info) | {"checksum": info.file_sha256} if verify else None
     if as_json:
-        emit_result(json.dumps(asdict(info) | {"path": str(file), "verified": verified}, indent=2))
+        emit_result(json.dumps({"schema": SCHEMA} | asdict(info) | {"path": str(file), "verified": verified}, indent=2))
     else:
         emit_result(format_info(info, verified))
 

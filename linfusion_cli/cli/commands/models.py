@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="List, download and validate models.", rich_markup_mode=None)
 
+LIST_SCHEMA, CHECK_SCHEMA = 1, 1  # of the JSON of `models list` and `models check`
 PATH_COLUMNS = 2000  # wide enough not to wrap paths
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -35,8 +36,10 @@ def list_models(as_json: Json = False) -> None:
     from linfusion_cli.models.inspect.inventory import list_local_models
 
     entries = [asdict(entry) | {"path": str(entry.path)} for entry in list_local_models()]
-    table = build_model_table(entries)
-    emit_result(json.dumps(entries, indent=2) if as_json else format_table(table, PATH_COLUMNS))
+    if as_json:
+        emit_result(json.dumps({"schema": LIST_SCHEMA, "models": entries}, indent=2))
+    else:
+        emit_result(format_table(build_model_table(entries), PATH_COLUMNS))
 
 
 def build_model_table(entries: list[dict[str, Any]]) -> Table:
@@ -86,7 +89,10 @@ def check(
     from linfusion_cli.models.inspect.check import check as check_model
 
     found = check_model(name)
-    emit_result(json.dumps(asdict(found), indent=2, default=str) if as_json else format_check(name, found))
+    if as_json:
+        emit_result(json.dumps({"schema": CHECK_SCHEMA} | asdict(found), indent=2, default=str))
+    else:
+        emit_result(format_check(name, found))
 
 
 def format_check(name: str, found: CheckResult) -> str:

@@ -13,7 +13,7 @@ from linfusion_cli.cli.output.tables import build_table, format_table
 from linfusion_cli.cli.parsing.build_request import configure_hub, read_command_options, read_request
 from linfusion_cli.cli.parsing.options import add_settings
 from linfusion_cli.core.errors import UsageError
-from linfusion_cli.core.events import Notice
+from linfusion_cli.core.events import Notice, format_stage
 from linfusion_cli.core.units import format_bytes, format_seconds
 from linfusion_cli.planning.gpus import UNKNOWN_GPU, Gpu, find_gpu
 from linfusion_cli.settings.request import Request
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from linfusion_cli.planning.strategies import DenoiseStrategy
     from linfusion_cli.vae.statistics import VaeStrategy
 
+SCHEMA = 1  # of the JSON
 HEADINGS = ("stage", "size", "steps", "attention", "strips", "maps", "guidance", "GPU", "host", "time")
 
 EXAMPLES = """
@@ -63,9 +64,7 @@ def command(given: dict[str, Any]) -> None:
     if notice := build_cpu_notice(plan.machine, plan.estimate.seconds):
         echo_notice(Notice(notice))
     if options.json:
-        described = {"request": request_to_json(request), "execution": execution_to_json(request)}
-        values = described | {"settings": origins, "disk_bytes": disk} | describe_gpu(plan)
-        emit_result(json.dumps(values | {"plan": plan.to_json()}, indent=2))
+        emit_result(json.dumps(plan_to_json(plan, request, origins, disk), indent=2))
     else:
         budgets = format_budgets(plan, disk, is_host_default=request.execution.ram is None)
         parts = [format_table(build_plan_table(plan)), budgets, format_settings(origins, request)]
@@ -82,6 +81,13 @@ def imply_settings(gpu: Gpu, given: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError("--gpu cannot be combined with --device cpu.", "Omit one of them.", "device")
     implied = {"device": "cuda"} if device in (None, "auto") else {}
     return implied if given["vram"] is not None else implied | {"vram": f"{gpu.default_budget_bytes}B"}
+
+
+def plan_to_json(plan: Plan, request: Request, origins: Mapping[str, str], disk_bytes: int) -> dict[str, Any]:
+    """Return the JSON values of a plan with its request, the origins of its settings, and the required disk space."""
+    described = {"request": request_to_json(request), "execution": execution_to_json(request), "settings": origins}
+    values = {"schema": SCHEMA} | described | {"disk_bytes": disk_bytes} | describe_gpu(plan)
+    return values | {"plan": plan.to_json()}
 
 
 def describe_gpu(plan: Plan) -> dict[str, Any]:
@@ -104,7 +110,8 @@ def _format_stage(stage: PlannedStage, plan: Plan) -> list[str]:
 
     strategy = stage.strategy
     columns = format_denoise(strategy) if isinstance(strategy, DenoiseStrategy) else format_vae(strategy)
-    return [stage.name, str(stage.size), format_steps(stage), *columns, *_format_estimate(stage.estimate, plan)]
+    name = format_stage(stage.kind, stage.phase_name)
+    return [name, str(stage.size), format_steps(stage), *columns, *_format_estimate(stage.estimate, plan)]
 
 
 def format_steps(stage: PlannedStage) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from linfusion_cli.batch.runner import BatchRunner
     from linfusion_cli.core.report import RunReport
 
+SCHEMA = 1  # of the JSON summary
 MAX_LISTED_FAILURES = 20
 
 
@@ -58,10 +59,12 @@ class BatchReporter:
         for line in (format_counts(batch.summary, results_file), *format_failures(batch.failures)):
             log_or_write(line)
         if self.as_json:
-            failures = [asdict(result) for result in batch.failures]
-            values = {"jobs": self.source, **asdict(batch.summary), "results": results_file, "failures": failures}
-            values |= {"outputs": self.planned_outputs} if self.is_dry_run else {}
-            emit_result(json.dumps(values, indent=2))
+            emit_result(json.dumps(self._summary_to_json(batch, results_file), indent=2))
+
+    def _summary_to_json(self, batch: BatchRunner, results_file: str | None) -> dict[str, Any]:
+        values = {"schema": SCHEMA, "jobs": self.source} | asdict(batch.summary)
+        values |= {"results": results_file, "failures": [result.to_json() for result in batch.failures]}
+        return values | ({"outputs": self.planned_outputs} if self.is_dry_run else {})
 
 
 def format_counts(summary: Summary, results_file: str | None) -> str:

@@ -23,6 +23,7 @@ from linfusion_cli.core.events import (
     StageAdvanced,
     StageFinished,
     StageStarted,
+    format_stage,
 )
 from linfusion_cli.core.units import format_bytes, format_seconds
 
@@ -69,9 +70,10 @@ def format_notice(text: str) -> str:
     return f"linfusion: {text}"
 
 
-def format_stage(stage: StageStarted) -> str:
-    """Return name and size of a stage: "2x 2048x2048"."""
-    return f"{stage.name} {stage.size}" if stage.size else stage.name
+def format_started(stage: StageStarted) -> str:
+    """Return kind, phase and size of a stage: "denoise 2x 2048x2048"."""
+    name = format_stage(stage.kind, stage.phase_name)
+    return f"{name} {stage.size}" if stage.size else name
 
 
 def format_job(job: JobStarted) -> str:
@@ -122,7 +124,7 @@ class ProgressBars:
                 self._print(format_estimate(event))
             case StageStarted(total=total, unit=unit):
                 self._total = total
-                self._task = self._progress.add_task(format_stage(event), total=total, unit=unit)
+                self._task = self._progress.add_task(format_started(event), total=total, unit=unit)
             case StageAdvanced(done):
                 if self._task is not None:
                     self._progress.update(self._task, completed=done)
@@ -194,7 +196,7 @@ class ProgressLines:
         if stage.size is None:
             self._preparation_sec += seconds
         elif stage.unit == "steps" or seconds >= MIN_LISTED_SEC:
-            self._write_line(f"{format_stage(stage)}: {format_seconds(seconds)}")
+            self._write_line(f"{format_started(stage)}: {format_seconds(seconds)}")
 
     def _write_preparation(self) -> None:
         if self._preparation_sec >= MIN_LISTED_SEC:
@@ -211,7 +213,7 @@ class ProgressLines:
 
     def _format_state(self, stage: StageStarted) -> str:
         elapsed_sec = time.monotonic() - self._started_at
-        text = f"{format_stage(stage)}: {self._done}/{stage.total} {stage.unit}, {format_seconds(elapsed_sec)}"
+        text = f"{format_started(stage)}: {self._done}/{stage.total} {stage.unit}, {format_seconds(elapsed_sec)}"
         if not self._done:
             return text
         return f"{text}, about {format_seconds(elapsed_sec / self._done * (stage.total - self._done))} left"

@@ -7,6 +7,7 @@ from rich.table import Table
 from linfusion_cli.cli.output.log_file import write_log
 from linfusion_cli.cli.output.streams import echo, echo_line, is_terminal
 from linfusion_cli.cli.output.tables import build_table, format_table
+from linfusion_cli.core.events import format_stage
 from linfusion_cli.core.report import RunReport, StageReport
 from linfusion_cli.core.units import format_bytes, format_seconds
 
@@ -47,7 +48,7 @@ def _format_stage(stage: StageReport) -> list[str]:
     rate, planned_sec = stage.steps_per_second, stage.planned_seconds
     device, host = _format_peaks(stage)
     return [
-        stage.name,
+        format_stage(stage.kind, stage.phase_name),
         str(stage.size or ""),
         str(stage.steps or ""),
         format_seconds(stage.seconds),

@@ -72,11 +72,15 @@ def to_json_values(value: Any) -> Any:
 def find_request_changes(checkpoint: Checkpoint, request: Request) -> list[str]:
     """Describe the settings of `request` that differ from those of `checkpoint` and prevent resuming.
 
-    The dtype can differ if NaN or Inf ended the earlier run.
+    The dtype can differ if NaN or Inf ended the earlier run. Unknown settings are ignored.
     """
     allowed = {"dtype"} if NON_FINITE_KEY in checkpoint.metadata else set()
     now = values_from_json(to_json_values(request_to_json(request)))
-    return find_changes(values_from_json(checkpoint.metadata["request"]), now, allowed)
+    try:
+        before = values_from_json(checkpoint.metadata["request"])
+    except (ValueError, UsageError) as error:  # a value or schema of a later version
+        return [f"settings of this version instead of unknown ones ({error})"]
+    return find_changes(before, now, allowed)
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:
@@ -110,7 +114,7 @@ def find_environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) 
     if before[DTYPES_KEY] and before[DTYPES_KEY][-1]["dtype"] != now["dtype"]:
         yield f"{now['dtype']} instead of {before[DTYPES_KEY][-1]['dtype']}"
     if have_strategies_changed(before["stages"], now["stages"]):
-        yield "another plan, because the earlier one does not fit this machine"
+        yield "another plan, because the earlier one cannot be executed here"
 
 
 def have_strategies_changed(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> bool:

@@ -24,7 +24,7 @@ def hash_weights(resolved: ResolvedRequest, recorder: RunRecorder, model_cache: 
 
     Hashing reads gigabytes, which the page cache then holds for loading. `model_cache` keeps hashes between jobs.
     """
-    with recorder.stage("weights", "resolve", None, 1, "hashes"):
+    with recorder.stage("resolve", None, 1, "hashes"):
         return hash_files(list_weights(resolved), model_cache.digests)
 
 

@@ -91,7 +91,6 @@ class RunRecorder:
     @contextmanager
     def stage(
         self,
-        name: str,
         kind: StageKind,
         size: Size | None,
         total: int,
@@ -100,6 +99,7 @@ class RunRecorder:
         planned: ResourceEstimate | None = None,
         done: int = 0,
         phase: int | None = None,
+        phase_name: str | None = None,
     ) -> Iterator[StageTimer]:
         """Measure the time and peak memory of this block as a stage of `total` units, and add its StageReport.
 
@@ -110,14 +110,15 @@ class RunRecorder:
         peak = PeakMemory(self.device)
         stage = StageTimer(self._observer)
         self.running = RunningStage(kind, total, stage, planned)
-        self._observer(StageStarted(name, kind, size, total, unit))
+        self._observer(StageStarted(kind, phase_name, size, total, unit))
         if done:
             stage.advance(done)
         yield stage
         end = stage.done if stage.is_cut_short else total
         steps = end - done if unit == "steps" else None
         seconds = stage.seconds + spent_sec
-        measured = StageReport(name, kind, size, seconds, steps, peak.host_bytes(), peak.device_bytes(), phase=phase)
+        peaks = peak.host_bytes(), peak.device_bytes()
+        measured = StageReport(kind, phase_name, size, seconds, steps, *peaks, phase=phase)
         self.running = None
         self.stages.append(measured if planned is None else add_estimate(measured, planned, (end - done) / total))
         self._observer(StageFinished(seconds, stage.is_cut_short))

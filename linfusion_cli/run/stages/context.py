@@ -74,6 +74,5 @@ class RunContext:
         """Record a planned stage, of which an earlier run has done `done` units: steps of denoising, rows otherwise."""
         planned = self.plan.find_stage(kind, phase)
         total, unit = (planned.steps, "steps") if planned.steps else (planned.size.height, "rows")
-        return self.recorder.stage(
-            planned.name, kind, planned.size, total, unit, planned=planned.estimate, done=done, phase=phase
-        )
+        of_phase = {"phase": phase, "phase_name": planned.phase_name}
+        return self.recorder.stage(kind, planned.size, total, unit, planned=planned.estimate, done=done, **of_phase)

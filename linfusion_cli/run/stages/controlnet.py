@@ -58,9 +58,9 @@ class ControlNetRunner:
     @contextmanager
     def _open_image(self) -> Iterator[Callable[[int, int], Tensor]]:
         """Yield a function that reads rows [n, W, 3] of the control image at the size of the phase, on the CPU."""
-        run, image, size = self.run, self.spec.image, self.phase.size
+        run, image, phase, size = self.run, self.spec.image, self.phase, self.phase.size
         with (
-            run.recorder.stage("control", "start", size, size.height, "rows", phase=self.phase.index) as stage,
+            run.recorder.stage("start", size, size.height, "rows", phase=phase.index, phase_name=phase.name) as stage,
             ScratchImage(run.resolved.output_folder, *image.stored_size.pair) as scratch,
         ):
             for rows in read_source_rows(image, TRANSPARENT_RGB, run.recorder.notify):

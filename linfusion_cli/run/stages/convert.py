@@ -50,7 +50,8 @@ def encode_source(run: RunContext, vae: Vae, image: SourceImage) -> Tensor:
     assert source is not None  # the request that `image` is from
     stored_size, size = image.stored_size, image.size
     with open_scratch(run, stored_size, first) as scratch:
-        with run.recorder.stage("read", "start", size, stored_size.height, "rows", phase=first.index) as stage:
+        of_phase = {"phase": first.index, "phase_name": first.name}
+        with run.recorder.stage("start", size, stored_size.height, "rows", **of_phase) as stage:
             done = 0
             for rows in read_source_rows(image, source.background_rgb(), run.recorder.notify):
                 scratch.append(rows)

@@ -107,7 +107,7 @@ def encode_conditioning(run: RunContext) -> Conditioning:
     """
     request, resolved = run.resolved.request, run.resolved
     prompts = request.prompt, request.negative_prompt
-    with run.recorder.stage("prompt", "encode_prompts", None, 1, "prompts"):
+    with run.recorder.stage("encode_prompts", None, 1, "prompts"):
         changes = TextEncoderChanges(resolved.loras, read_inversions(resolved.textual_inversions), request.clip_skip)
         conditioning = encode_prompts(
             resolved.model, resolved.facts, *prompts, run.dtype, run.device, changes, partial(get_text_encoder, run)
@@ -128,7 +128,7 @@ def encode_conditioning(run: RunContext) -> Conditioning:
 
 def load_models(run: RunContext, vae: Vae, conditioning: Conditioning) -> Models:
     """Load the UNet, its linear attention and the ControlNets to the CPU. Each phase moves modules to the device."""
-    with run.recorder.stage("models", "load", None, 1, "models"):
+    with run.recorder.stage("load", None, 1, "models"):
         networks = run.model_cache.get(NETWORKS, partial(build_networks_key, run), partial(load_networks, run))
     return Models(networks.unet, networks.linear, vae, conditioning, networks.controlnets)
 
@@ -140,7 +140,7 @@ def get_text_encoder(run: RunContext, part: str, load: Callable[[], TextEncoder]
 
 def prepare_vae(run: RunContext) -> Vae:
     """Return the VAE on the device, as a recorded stage."""
-    with run.recorder.stage("vae", "load", None, 1, "models"):
+    with run.recorder.stage("load", None, 1, "models"):
         return get_cached_vae(run)
 
 

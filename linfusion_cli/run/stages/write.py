@@ -29,7 +29,7 @@ def write_output(run: RunContext, vae: Vae, latents: Tensor, sink: RowSink) -> N
             writer.write(quantise_rows(request, rows, top))
             top += len(rows)
         writer.finish()
-    with run.recorder.stage("write", "write", request.size, 1, "file", spent_sec=writer.seconds):
+    with run.recorder.stage("write", request.size, 1, "file", spent_sec=writer.seconds):
         sink.close()
 
 

@@ -11,7 +11,7 @@ from linfusion_cli.core.geometry import Size
 def send_stage(observer, pause_sec: float = 0.0) -> None:
     """Send a notice and the events of one phase."""
     observer(Notice("mind the [gap] 😀"))
-    observer(StageStarted("4x", "denoise", Size(1024, 512), 8, "steps"))
+    observer(StageStarted("denoise", "4x", Size(1024, 512), 8, "steps"))
     observer(StageAdvanced(2))
     time.sleep(pause_sec)
     observer(StageFinished(65.0))
@@ -29,23 +29,26 @@ def strip_timestamps(lines: str) -> list[str]:
 def test_a_log_has_a_line_per_phase_each_with_its_time(capsys):
     with progress.observe_run(quiet=False) as observer:
         send_stage(observer)
-    assert strip_timestamps(capsys.readouterr().err) == ["linfusion: mind the [gap] 😀", "4x 1024x512: 1 min 05 s"]
+    assert strip_timestamps(capsys.readouterr().err) == [
+        "linfusion: mind the [gap] 😀",
+        "denoise 4x 1024x512: 1 min 05 s",
+    ]
 
 
 def test_preparation_is_one_line_and_very_short_stages_have_none(capsys):
     with progress.observe_run(quiet=False) as observer:
-        for name, size, seconds, unit in (
-            ("start", None, 3.0, "start"),
-            ("models", None, 2.5, "models"),
-            ("base", Size(64, 64), 0.01, "steps"),
-            ("decode", Size(64, 64), 0.01, "rows"),
-            ("prompt", None, 0.02, "prompts"),
-            ("encode", Size(128, 64), 6.0, "rows"),
+        for kind, phase_name, size, seconds, unit in (
+            ("resolve", None, None, 3.0, "request"),
+            ("load", None, None, 2.5, "models"),
+            ("denoise", "base", Size(64, 64), 0.01, "steps"),
+            ("decode", "base", Size(64, 64), 0.01, "rows"),
+            ("encode_prompts", None, None, 0.02, "prompts"),
+            ("start", "2x", Size(128, 64), 6.0, "rows"),
         ):
-            observer(StageStarted(name, "start", size, 1, unit))
+            observer(StageStarted(kind, phase_name, size, 1, unit))
             observer(StageFinished(seconds))
     lines = strip_timestamps(capsys.readouterr().err)
-    assert lines == ["ready: 5.5 s", "base 64x64: 0.0 s", "encode 128x64: 6.0 s"]
+    assert lines == ["ready: 5.5 s", "denoise base 64x64: 0.0 s", "start 2x 128x64: 6.0 s"]
 
 
 def test_a_log_is_never_silent_for_long(capsys, monkeypatch):
@@ -53,7 +56,7 @@ def test_a_log_is_never_silent_for_long(capsys, monkeypatch):
     with progress.observe_run(quiet=False) as observer:
         send_stage(observer, pause_sec=2.5)
     lines = capsys.readouterr().err.splitlines()
-    assert "4x 1024x512: 2/8 steps" in lines[1] and lines[1].endswith(" left")
+    assert "denoise 4x 1024x512: 2/8 steps" in lines[1] and lines[1].endswith(" left")
 
 
 def test_quiet_keeps_notices(capsys):
@@ -67,7 +70,7 @@ def test_a_terminal_gets_bars(capsys, monkeypatch):
     with progress.observe_run(quiet=False) as observer:
         send_stage(observer)
     err = capsys.readouterr().err
-    assert "mind the [gap] 😀" in err and "4x 1024x512" in err and "8/8 steps" in err
+    assert "mind the [gap] 😀" in err and "denoise 4x 1024x512" in err and "8/8 steps" in err
 
 
 def test_the_estimate_of_a_run_is_one_line(capsys):

@@ -12,7 +12,7 @@ from tests.cli.output.test_progress import strip_timestamps
 def report():
     report = RunReport({}, {}, {}, {}, {}, size=Size(64, 64), format="png", file_bytes=2048, total_seconds=100.0)
     report.output = "a\nb.png"
-    report.stages = [StageReport("base", "denoise", Size(64, 64), 10.0, 20, 3 << 30, 1 << 30)]
+    report.stages = [StageReport("denoise", "base", Size(64, 64), 10.0, 20, 3 << 30, 1 << 30)]
     return report
 
 
@@ -20,7 +20,7 @@ def test_a_terminal_gets_a_table_of_measurements(capsys, monkeypatch, report):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     report_table.show_report(report, quiet=False)
     err = capsys.readouterr().err
-    for text in ("base", "64x64", "2.00", "3.0 GiB", "1.0 GiB", "1 min 40 s", "2.0 KiB"):
+    for text in ("denoise base", "64x64", "2.00", "3.0 GiB", "1.0 GiB", "1 min 40 s", "2.0 KiB"):
         assert text in err
 
 

@@ -83,8 +83,8 @@ def record_events(record: Callable[[str], None]) -> None:
 
         def record_and_observe(event: Event) -> None:
             match event:
-                case StageStarted(name=name, size=size, unit=unit):
-                    record(f"begin {name} {size} {unit}")
+                case StageStarted(kind=kind, phase_name=phase, size=size, unit=unit):
+                    record(f"begin {kind if phase is None else f'{kind}-{phase}'} {size} {unit}")
                 case StageAdvanced(done=done):
                     record(f"done {done}")
                 case StageFinished():

@@ -105,8 +105,8 @@ def test_every_scheduler_goes_on(make, tmp_path, scheduler):
 def in_second_phase(event):
     """Stop the run after the second step of phase 2x."""
     if isinstance(event, StageStarted):
-        in_second_phase.name = event.name
-    elif isinstance(event, StageAdvanced) and in_second_phase.name == "2x" and event.done == 2:
+        in_second_phase.stage = (event.kind, event.phase_name)
+    elif isinstance(event, StageAdvanced) and in_second_phase.stage == ("denoise", "2x") and event.done == 2:
         raise Stopped(15)
 
 
@@ -150,9 +150,9 @@ def test_finished_latents_are_not_computed_again(make, tmp_path, phases):
     assert kinds == ["resolve", "plan", "resolve", "load", "decode", "write"]  # no text encoder, no UNet
 
 
-def stopping_at(stage: str):
+def stopping_at(kind: str):
     def observer(event):
-        if isinstance(event, StageStarted) and event.name == stage:
+        if isinstance(event, StageStarted) and event.kind == kind:
             raise Stopped(15)
 
     return observer
@@ -164,7 +164,7 @@ def test_the_report_has_the_resumed_state_and_counts_own_steps_only(make):
     assert str(stopped.value) == ("Stopped by SIGTERM. Saved: step 2 of 3 in phase 2x; the same command resumes it.")
     report = make()
     (stage,) = [stage for stage in report.stages if stage.kind == "denoise"]
-    assert (stage.name, stage.steps, report.resumed_from) == ("2x", 1, "step 2 of 3 in phase 2x")
+    assert (stage.phase_name, stage.steps, report.resumed_from) == ("2x", 1, "step 2 of 3 in phase 2x")
 
 
 def test_saves_are_counted_and_their_interval_is_configurable(make):
@@ -213,7 +213,11 @@ def test_the_plan_that_was_executed_is_executed_again(make, monkeypatch, tmp_pat
     monkeypatch.setattr(load, "DEFAULT_THREADS", threads + 1)
     listener = Listener()
     report = make(listener)
-    rows = [stage["strategy"]["strips"]["rows"] for stage in report.plan["stages"] if stage["name"] == "2x"]
+    rows = [
+        stage["strategy"]["strips"]["rows"]
+        for stage in report.plan["stages"]
+        if (stage["kind"], stage["phase_name"]) == ("denoise", "2x")
+    ]
     assert rows == [16] and made["threads"] == threads == torch.get_num_threads()
     assert not any("rounding" in notice.text for notice in listener.of(Notice))
 
@@ -338,7 +342,7 @@ def test_a_stop_before_the_first_step_reports_the_earlier_state(make):
     with pytest.raises(Stopped):
         make(in_second_phase)
     with pytest.raises(Stopped, match="state of an earlier run.*; the same command resumes"):
-        make(stopping_at("vae"))
+        make(stopping_at("load"))
     with pytest.raises(Stopped, match="step 2 of 3 in phase 2x; the same command without --fresh resumes"):
         make(in_second_phase, fresh=True)
 
