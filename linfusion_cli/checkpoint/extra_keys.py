@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KnownKeys = Mapping[str, "KnownKeys | Items | None"]
+Known = tuple[KnownKeys, Mapping[str, KnownKeys]]  # of the metadata of a checkpoint, and of the sections of its state
 
 
 @dataclass(frozen=True)

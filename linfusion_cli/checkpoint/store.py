@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
-from linfusion_cli.checkpoint.extra_keys import KnownKeys, add_keys, split_keys
+from linfusion_cli.checkpoint.extra_keys import Known, KnownKeys, add_keys, split_keys
 from linfusion_cli.checkpoint.versions import NUMERICS, SCHEMA
 from linfusion_cli.core.errors import CannotCreateOutput, UsageError, WriteFailed
 from linfusion_cli.core.fs import build_sibling_path, create_error, is_file, is_folder, open_locked, sync_folder
@@ -68,14 +68,14 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoint of the run that writes `target`, in `folder` or by default next to `target`.
 
-    Hold `lock()` while changing it. `known` has the keys of "metadata" and "state" that the caller knows; default: all.
+    Hold `lock()` while changing it. `known` has the keys of the metadata and those of each section of the state, by
+    its name, that the caller knows; default: all.
     """
 
-    def __init__(self, target: Path, folder: Path | None = None, known: KnownKeys | None = None):
+    def __init__(self, target: Path, folder: Path | None = None, known: Known | None = None):
         self.target, self.folder = target, folder or build_sibling_path(target, "{}.linfusion")
         self.saved_bytes = 0
-        known = known or {}
-        self._known_metadata, self._known_sections = known.get("metadata"), known.get("state")
+        self._known_metadata, self._known_sections = known or (None, None)
         self._forget_extra()
         # The sections as saved last: name -> the section and its record in the manifest.
         self._saved: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}

@@ -7,13 +7,10 @@ from linfusion_cli.checkpoint import store as store_module
 from linfusion_cli.checkpoint.store import CheckpointStore
 from tests.checkpoint.test_store import equal
 
-KNOWN = {
-    "metadata": {"request": None, "last": {"phase": None}},
-    "state": {
-        "phase_state": {"phase": None, "base": {"mean": None}},
-        "run_state": {"latents": None, "scheduler": None},
-    },
-}
+KNOWN = (
+    {"request": None, "last": {"phase": None}},
+    {"phase_state": {"phase": None, "base": {"mean": None}}, "run_state": {"latents": None, "scheduler": None}},
+)
 METADATA = {"request": {"seed": 7}, "last": {"phase": 1}}
 STATE = {
     "phase_state": {"phase": 0, "base": {"mean": torch.ones(2)}},

@@ -13,7 +13,7 @@ from linfusion_cli.hardware.device import dtype_name
 from linfusion_cli.hardware.versions import collect_versions
 from linfusion_cli.models.files.digest import WeightsFile, hash_files
 from linfusion_cli.models.files.layout import PARTS
-from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE_KEY
+from linfusion_cli.run.checkpoint.known_keys import NON_FINITE_KEY
 from linfusion_cli.run.inputs.provenance import DTYPES_KEY, weights_to_metadata
 from linfusion_cli.settings.checks import flag
 from linfusion_cli.settings.request import Request

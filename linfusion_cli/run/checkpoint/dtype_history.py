@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli.checkpoint.store import Checkpoint
+from linfusion_cli.run.checkpoint.known_keys import NON_FINITE_KEY
 from linfusion_cli.run.inputs.provenance import DTYPES_KEY
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 # From narrow to wide: each dtype has a larger range or a higher precision than the one before.
 DTYPES_BY_WIDTH = ("float16", "bfloat16", "float32")
-NON_FINITE_KEY = "non_finite"  # in a checkpoint's metadata: the message of the NaN or Inf that ended the run
 
 
 def add_dtype(history: Sequence[Mapping[str, Any]], state: RunState, dtype: str) -> list[dict[str, Any]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 
 from linfusion_cli.checkpoint.extra_keys import Items, KnownKeys
-from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE_KEY
 from linfusion_cli.run.inputs.provenance import DTYPES_KEY
 from linfusion_cli.settings.groups import ImageSource, Lora, TextualInversion
 from linfusion_cli.settings.request import Request
 from linfusion_cli.settings.request_json import SCHEMA_KEY
 from linfusion_cli.settings.table import GROUPS
 
+NON_FINITE_KEY = "non_finite"  # in the metadata: the message of the NaN or Inf that ended the run
 RUN_STATE_FIELDS = ("steps", "latents", "is_done", "scheduler_state", "noise_state")
 LISTS = {"lora": Lora, "textual_inversion": TextualInversion, **GROUPS}  # of dataclasses, in a request
 
@@ -46,8 +46,8 @@ METADATA_KEYS: KnownKeys = {
     "stages": Items({**dict.fromkeys(("kind", "phase", "device")), "strategy": STRATEGY_KEYS}, ("kind", "phase")),
     DTYPES_KEY: Items(dict.fromkeys(("phase", "step", "dtype")), ("phase", "step")),
 }
-STATE_KEYS: KnownKeys = {
+STATE_KEYS: dict[str, KnownKeys] = {
     "phase_state": {"phase": None, "start_latents": None, "base_statistics": dict.fromkeys(("mean", "deviation"))},
     "run_state": dict.fromkeys(RUN_STATE_FIELDS),
 }
-KNOWN_KEYS: KnownKeys = {"metadata": METADATA_KEYS, "state": STATE_KEYS}
+KNOWN_KEYS = METADATA_KEYS, STATE_KEYS

@@ -34,8 +34,8 @@ from linfusion_cli.run.checkpoint.compatibility import (
     stages_to_json,
     to_json_values,
 )
-from linfusion_cli.run.checkpoint.dtype_history import NON_FINITE_KEY, add_dtype, find_used_dtypes
-from linfusion_cli.run.checkpoint.known_keys import KNOWN_KEYS
+from linfusion_cli.run.checkpoint.dtype_history import add_dtype, find_used_dtypes
+from linfusion_cli.run.checkpoint.known_keys import KNOWN_KEYS, NON_FINITE_KEY
 from linfusion_cli.run.inputs.provenance import DTYPES_KEY
 from linfusion_cli.settings.request import Request
 
