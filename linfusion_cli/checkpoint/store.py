@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linfusion_cli import __version__
-from linfusion_cli.checkpoint.extra_keys import KnownKeys, add_keys, split_keys
+from linfusion_cli.checkpoint.extra_keys import Items, KnownKeys, add_keys, split_keys
 from linfusion_cli.checkpoint.versions import NUMERICS, SCHEMA
 from linfusion_cli.core.errors import CannotCreateOutput, UsageError, WriteFailed
 from linfusion_cli.core.fs import build_sibling_path, create_error, is_file, is_folder, open_locked, sync_folder
@@ -75,7 +75,8 @@ class CheckpointStore:
         self.target, self.folder = target, folder or build_sibling_path(target, "{}.linfusion")
         self.saved_bytes = 0
         known = known or {}
-        self._known_metadata, self._known_sections = known.get("metadata"), known.get("state")
+        self._known_metadata, sections = known.get("metadata"), known.get("state")
+        self._known_sections = sections if isinstance(sections, Mapping) else None
         self._forget_extra()
         # The sections as saved last: name -> the section and its record in the manifest.
         self._saved: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}
@@ -196,7 +197,7 @@ class CheckpointStore:
         sections = None if self._known_sections is None else dict.fromkeys(self._known_sections)
         return ENTRY_KEYS | {"metadata": self._known_metadata, "state": sections}
 
-    def _find_section_keys(self, name: str) -> KnownKeys | None:
+    def _find_section_keys(self, name: str) -> KnownKeys | Items | None:
         return None if self._known_sections is None else self._known_sections.get(name)
 
     def _list_tensor_files(self) -> set[str]:
