@@ -16,7 +16,7 @@ MADE_WITH = {"weights": [], "dtypes": []}
 
 def build_metadata(kind: str, **changed):
     """Return the metadata that this version writes for the same request."""
-    values = {"prompt": "", "size": Size(64, 48), "output": "elsewhere.png", "model": "demo"}
+    values = {"prompt": "", "size": Size(80, 64), "output": "elsewhere.png", "model": "demo"}
     if kind == "upscale":
         values |= {"image": "in.png", "background": "white"}
     else:
