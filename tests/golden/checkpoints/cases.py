@@ -46,7 +46,7 @@ CASES = {
         "denoise 2x", 2, "step 2 of 4 in phase 2x", {"upscaler": "demofusion", "scheduler": "dpmpp-2m"}
     ),
     "decode": Case("decode 2x", 1, "the finished latents", {"upscaler": "demofusion"}),
-    "upscale": Case("denoise 2x", 2, "step 2 of 4 in phase 2x", {"upscaler": "demofusion", "image": SOURCE}),
+    "upscale": Case("denoise 2.2x", 2, "step 2 of 4 in phase 2.2x", {"upscaler": "demofusion", "image": SOURCE}),
 }
 
 
@@ -80,6 +80,8 @@ def record(name: str) -> None:
     except Stopped:
         shutil.rmtree(FOLDER / name, ignore_errors=True)
         shutil.copytree("a.png.linfusion", FOLDER / name, ignore=shutil.ignore_patterns("lock"))
+    else:
+        raise AssertionError(f"the run {name} has no stage {CASES[name].stage}")
 
 
 def place(name: str) -> None:
