@@ -32,7 +32,7 @@ def test_list_shows_installed_models(cli, sd_model, tmp_path):
     assert "SDXL, embedded" in rows["demo"] and str(DEMO_FOLDER) in rows["demo"]
     assert " SD 1.5 " in rows["someone/small-sd"] and COMMIT[:12] in rows["someone/small-sd"]
     assert re.search(r"SD 1\.5.*config", rows["someone/configs"]) and "LinFusion" in rows["someone/linfusion"]
-    entries = json.loads(cli("models", "list", "--json")[1])
+    entries = json.loads(cli("models", "list", "--json")[1])["models"]
     assert {entry["name"]: entry["bytes"] > 0 for entry in entries} == dict.fromkeys(rows.keys() - {"model"}, True)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from linfusion_cli import __version__
 from linfusion_cli.checkpoint.store import CheckpointStore
+from linfusion_cli.checkpoint.versions import NUMERICS
 from linfusion_cli.core.errors import Stopped, UsageError
 from linfusion_cli.core.events import Notice
 from linfusion_cli.core.geometry import Size
@@ -116,12 +117,15 @@ def test_keys_of_a_later_version_are_preserved_and_have_no_effect(make, tmp_path
     state["phase_state"] |= {"mask": torch.ones(2)}
     stages = [{**stage, "strategy": stage["strategy"] | {"new": 1}, "since": 0} for stage in metadata["stages"]]
     weights = [file | {"bytes": 1} for file in metadata["weights"]]
-    later = metadata | {"host": "a", "stages": stages, "weights": weights}
+    request = metadata["request"] | {"sharpness": 2}
+    later = metadata | {"host": "a", "stages": stages, "weights": weights, "request": request}
     CheckpointStore(tmp_path / "a.png").save(later, state | {"history": {"x": torch.ones(3)}})
     with pytest.raises(Stopped):
         make(stopping_at("write"), **LONG)  # saves several times
     saved = CheckpointStore(tmp_path / "a.png").read()
     assert saved.metadata["host"] == "a" and saved.state["run_state"]["is_done"]
+    assert saved.metadata["request"] == request and saved.metadata["weights"] == weights
+    assert all(stage["since"] == 0 and stage["strategy"]["new"] == 1 for stage in saved.metadata["stages"])
     assert torch.equal(saved.state["run_state"]["clock"]["now"], torch.ones(1))
     assert torch.equal(saved.state["phase_state"]["mask"], torch.ones(2))
     assert torch.equal(saved.state["history"]["x"], torch.ones(3))
@@ -137,3 +141,38 @@ def test_this_version_knows_all_keys_that_it_saves(make, tmp_path):
     known, everything = store.read(), CheckpointStore(tmp_path / "a.png").read()
     assert known.metadata == everything.metadata and equal(known.state, everything.state)
     assert known.state["phase_state"]["base_statistics"] is not None
+
+
+def test_stages_and_strategies_of_unknown_kinds_are_ignored(make, tmp_path):
+    make(**LONG)
+    expected = files(tmp_path)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(Stopped):
+        make(in_second_phase, **LONG)
+    stages = CheckpointStore(tmp_path / "a.png").read().metadata["stages"]
+    unknown = [stage | {"strategy": {"kind": "denoise_tiles"}} for stage in stages] + [{"kind": "refine", "phase": 1}]
+    save_again(tmp_path / "a.png", "NUMERICS", NUMERICS, stages=unknown)
+    listener = Listener()
+    assert "in phase 2x" in make(listener, **LONG).resumed_from and files(tmp_path) == expected
+    (notice,) = [event.text for event in listener.of(Notice) if "Resuming" in event.text]
+    assert "another plan, because the earlier one cannot be executed here" in notice
+
+
+def test_another_device_gives_notices_only(make, tmp_path):
+    with pytest.raises(Stopped):
+        make(in_second_phase, **LONG)
+    metadata = CheckpointStore(tmp_path / "a.png").read().metadata
+    stages = [stage | {"device": "cuda"} for stage in metadata["stages"]]
+    save_again(tmp_path / "a.png", "NUMERICS", NUMERICS, device="cuda:0", stages=stages)
+    listener = Listener()
+    assert "in phase 2x" in make(listener, device="cpu", **LONG).resumed_from
+    assert any("cpu instead of cuda:0" in event.text for event in listener.of(Notice))
+
+
+def test_a_request_of_an_unknown_schema_is_another_request(make, tmp_path):
+    with pytest.raises(Stopped):
+        make(in_second_phase, **LONG)
+    request = CheckpointStore(tmp_path / "a.png").read().metadata["request"] | {"schema": 99}
+    save_again(tmp_path / "a.png", "NUMERICS", NUMERICS, request=request)
+    with pytest.raises(UsageError, match="schema 99 is not known to this version.*--fresh"):
+        make(**LONG)
