@@ -88,14 +88,9 @@ class ForegroundProgress(Progress):
     """Bars that are only drawn while this process is in the foreground of its terminal."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """Yield the line of each stage."""
-        yield from map(BarLine, self.tasks)
-
-    def refresh(self) -> None:
-        """Draw the bars, unless another program has the terminal."""
+        """Yield the line of each stage. This is called before each drawing, also by the thread that draws regularly."""
         self.check_foreground()
-        if self.console.is_interactive:
-            super().refresh()
+        yield from map(BarLine, self.tasks)
 
     def check_foreground(self) -> None:
         """Let the console draw the bars after what it prints, or not."""
