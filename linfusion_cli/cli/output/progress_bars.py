@@ -87,6 +87,10 @@ def _measure(details: list[str]) -> int:
 class ForegroundProgress(Progress):
     """Bars that are only drawn while this process is in the foreground of its terminal."""
 
+    def __init__(self, console: Console, redirect_stdout: bool):
+        self._console = console  # Progress draws once before it has a console
+        super().__init__(console=console, redirect_stdout=redirect_stdout)
+
     def get_renderables(self) -> Iterator[RenderableType]:
         """Yield the line of each stage. This is called before each drawing, also by the thread that draws regularly."""
         self.check_foreground()
@@ -94,7 +98,7 @@ class ForegroundProgress(Progress):
 
     def check_foreground(self) -> None:
         """Let the console draw the bars after what it prints, or not."""
-        self.console.is_interactive = self.console.is_terminal and not is_in_background()
+        self._console.is_interactive = self._console.is_terminal and not is_in_background()
 
 
 class ProgressBars:

@@ -72,14 +72,13 @@ def test_columns_without_values_are_omitted(report):
 
 def test_short_texts_precede_dropped_columns():
     table = build_wide_table()
-    assert "16, 12 dilated" in format_table(table, 51)
-    short = format_table(table, 50)
+    assert "16, 12 dilated" in format_table(table, 50)
+    short = format_table(table, 49)
     assert "dilated" not in short and "steps" in short and "2048x2048" in short
     narrow = format_table(table, 36)
     assert "size" not in narrow and "steps" in narrow
     cut = format_table(table, 21)
-    assert cut.splitlines()[1] == "denois…   2 h 02 min".replace("denois…", "denoise…")
-    assert cut.splitlines()[0].split() == ["stage", "time"]
+    assert cut.splitlines()[:2] == ["stage            time", "denoise…   2 h 02 min"]
 
 
 def test_a_table_without_a_width_is_complete():
@@ -117,7 +116,7 @@ def test_wrapped_cells_keep_all_text():
 def test_settings_fit(width):
     prompt = '"' + "a long prompt with [brackets] " * 20 + '"'
     rows = [["guidance_interval", prompt, "job file /a/long/folder/name/jobs.jsonl"], ["seed", "0", "default"]]
-    table = build_table("setting", "value", "from"[: 4 if width > 30 else 0])
+    table = build_table("setting", "value", "from")
     for row in wrap_settings(rows, width):
         table.add_row(*row)
     lines = format_table(table, width).splitlines()
