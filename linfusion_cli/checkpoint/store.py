@@ -196,7 +196,7 @@ class CheckpointStore:
         sections = None if self._known_sections is None else dict.fromkeys(self._known_sections)
         return ENTRY_KEYS | {"metadata": self._known_metadata, "state": sections}
 
-    def _find_section_keys(self, name: str) -> KnownKeys | Items | None:
+    def _find_section_keys(self, name: str) -> KnownKeys | None:
         return None if self._known_sections is None else self._known_sections.get(name)
 
     def _list_tensor_files(self) -> set[str]:

@@ -32,8 +32,10 @@ def install_handlers() -> None:
     """Let SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop the run.
 
     Ignored signals stay ignored: SIGHUP under nohup, SIGINT in a background job of a script.
+    SIGTTOU is ignored: a run in the background of a terminal with `stty tostop` writes its lines and continues.
     """
     signal.signal(signal.SIGALRM, _on_alarm)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _on_signal)

@@ -10,22 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linfusion_cli.cli.output.streams import echo, emit_result
-from linfusion_cli.cli.output.tables import build_table, format_table
+from linfusion_cli.cli.output.tables import Table, build_table, format_table
 from linfusion_cli.cli.parsing.build_request import configure_hub
 from linfusion_cli.cli.parsing.completion import complete_model, complete_preset
 from linfusion_cli.cli.parsing.help import HelpCommand
 from linfusion_cli.core.units import format_bytes
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from linfusion_cli.models.inspect.check import CheckResult
 
 app = typer.Typer(help="List, download and validate models.", rich_markup_mode=None)
 
 LIST_SCHEMA, CHECK_SCHEMA = 1, 1  # of the JSON of `models list` and `models check`
-PATH_COLUMNS = 2000  # wide enough not to wrap paths
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -39,7 +35,7 @@ def list_models(as_json: Json = False) -> None:
     if as_json:
         emit_result(json.dumps({"schema": LIST_SCHEMA, "models": entries}, indent=2))
     else:
-        emit_result(format_table(build_model_table(entries), PATH_COLUMNS))
+        emit_result(format_table(build_model_table(entries)))
 
 
 def build_model_table(entries: list[dict[str, Any]]) -> Table:
@@ -101,4 +97,4 @@ def format_check(name: str, found: CheckResult) -> str:
     for part in found.parts:
         files = [str(part.files[0]), *(file.name for file in part.files[1:])]
         table.add_row(part.name, str(part.tensors), part.types, format_bytes(part.bytes), ", ".join(files))
-    return "\n".join([f"{name}: {found.what}", format_table(table, PATH_COLUMNS), *found.remarks])
+    return "\n".join([f"{name}: {found.what}", format_table(table), *found.remarks])

@@ -41,7 +41,12 @@ def format_timestamp() -> str:
 
 def escape_line(text: str) -> str:
     """Return text as one line of limited length; characters that break lines or control terminals are escaped."""
-    return shorten_middle(UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), shorten_middle(text)))
+    return shorten_middle(escape_controls(shorten_middle(text)))
+
+
+def escape_controls(text: str) -> str:
+    """Return text with the characters escaped that break lines or control terminals."""
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def shorten_middle(text: str) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from linfusion_cli.cli.output.log_file import escape_line, open_log, write_log
-from linfusion_cli.cli.output.streams import echo_line, is_terminal, redirect_library_output
+from linfusion_cli.cli.output.event_lines import format_estimate, format_job, format_notice, format_started
+from linfusion_cli.cli.output.log_file import open_log, write_log
+from linfusion_cli.cli.output.progress_bars import ProgressBars
+from linfusion_cli.cli.output.streams import can_move_cursor, echo_line, redirect_library_output
 from linfusion_cli.core.events import (
     Event,
     JobStarted,
@@ -23,9 +21,8 @@ from linfusion_cli.core.events import (
     StageAdvanced,
     StageFinished,
     StageStarted,
-    format_stage,
 )
-from linfusion_cli.core.units import format_bytes, format_seconds
+from linfusion_cli.core.units import format_seconds
 
 MAX_SILENCE_SEC = 600.0  # a log without new lines for longer than this looks like a run that hangs
 MIN_LISTED_SEC = 0.05  # stages that take less time get no line, except phases
@@ -46,7 +43,7 @@ def observe_run(quiet: bool, log_file: Path | None = None) -> Iterator[Observer]
 
 
 def _build_display() -> ProgressBars | ProgressLines:
-    return ProgressBars() if is_terminal() else ProgressLines(echo_line)
+    return ProgressBars() if can_move_cursor() else ProgressLines(echo_line)
 
 
 def combine_observers(observers: Sequence[Observer]) -> Observer:
@@ -63,90 +60,6 @@ def echo_notice(event: Event) -> None:
     """Write a notice to stderr; ignore all other events."""
     if isinstance(event, Notice):
         echo_line(format_notice(event.text))
-
-
-def format_notice(text: str) -> str:
-    """Return a notice with the name of the program."""
-    return f"linfusion: {text}"
-
-
-def format_started(stage: StageStarted) -> str:
-    """Return kind, phase and size of a stage: "denoise 2x 2048x2048"."""
-    name = format_stage(stage.kind, stage.phase_name)
-    return f"{name} {stage.size}" if stage.size else name
-
-
-def format_job(job: JobStarted) -> str:
-    """Return number and file name of a job: "job 2 of 9: b.png"."""
-    return f"job {job.number} of {job.count}: {job.name}"
-
-
-def format_estimate(planned: Planned) -> str:
-    """Return the estimated time and peak memory of a run as one line."""
-    device = "" if planned.device_bytes is None else f", {format_bytes(planned.device_bytes)} of GPU memory"
-    memory = f"{format_bytes(planned.host_bytes)} of host memory{device}"
-    return f"estimate: {format_seconds(planned.seconds)}, {memory}"
-
-
-class ProgressBars:
-    """A progress bar for each stage, with the remaining time."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:24}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]:7}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True, highlight=False),
-            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # a pipe must get the lines themselves
-        )
-        self._task: TaskID | None = None
-        self._total = 0
-
-    def __enter__(self) -> ProgressBars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, event: Event) -> None:
-        """Show an event of the run."""
-        match event:
-            case Notice(text):
-                self._print(format_notice(escape_line(text)))
-            case JobStarted():
-                self._remove_bars()
-                self._print(format_job(event))
-            case Planned():
-                self._print(format_estimate(event))
-            case StageStarted(total=total, unit=unit):
-                self._total = total
-                self._task = self._progress.add_task(format_started(event), total=total, unit=unit)
-            case StageAdvanced(done):
-                if self._task is not None:
-                    self._progress.update(self._task, completed=done)
-            case StageFinished(cut_short=cut_short):
-                self._finish_bar(cut_short)
-
-    def _print(self, line: str) -> None:
-        """Print a line above the bars."""
-        self._progress.console.print(line, markup=False, soft_wrap=True)
-
-    def _remove_bars(self) -> None:
-        """Remove the bars of the previous job, which would be redrawn otherwise."""
-        for task in self._progress.task_ids:
-            self._progress.remove_task(task)
-        self._task = None
-
-    def _finish_bar(self, cut_short: bool) -> None:
-        if self._task is None:
-            return
-        if not cut_short:
-            self._progress.update(self._task, completed=self._total)
-        self._progress.stop_task(self._task)
 
 
 class ProgressLines:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+import sys
 
 from linfusion_cli.cli.output.log_file import write_log
-from linfusion_cli.cli.output.streams import echo, echo_line, is_terminal
-from linfusion_cli.cli.output.tables import build_table, format_table
+from linfusion_cli.cli.output.streams import echo, echo_line, is_terminal, measure_width
+from linfusion_cli.cli.output.tables import Column, Table, format_table
 from linfusion_cli.core.events import format_stage
 from linfusion_cli.core.report import RunReport, StageReport
 from linfusion_cli.core.units import format_bytes, format_seconds
 
-HEADINGS = ("stage", "size", "steps", "time", "planned", "steps/s", "GPU peak", "planned", "host peak", "planned")
+COLUMNS = (
+    Column("stage", min_width=11),
+    Column("size", drop_order=3, is_right_aligned=True),
+    Column("steps", drop_order=4, is_right_aligned=True),
+    Column("time", is_right_aligned=True),
+    Column("planned", drop_order=6, is_right_aligned=True),
+    Column("steps/s", drop_order=5, is_right_aligned=True),
+    Column("GPU peak", drop_order=1, is_right_aligned=True),
+    Column("planned", drop_order=7, is_right_aligned=True),
+    Column("host peak", drop_order=2, is_right_aligned=True),
+    Column("planned", drop_order=8, is_right_aligned=True),
+)
 
 
 def show_report(report: RunReport, quiet: bool) -> None:
     """Write a table to a terminal, or a line to other streams, unless `quiet`; the log file always gets the line."""
     write_log(format_summary(report))
     if not quiet and is_terminal():
-        echo(format_table(build_report_table(report)))
+        echo(format_report(report, measure_width(sys.stderr)))
     elif not quiet:
         echo_line(format_summary(report))
 
@@ -31,16 +42,20 @@ def format_summary(report: RunReport) -> str:
     return f"complete: {report.output}, {size_and_time}{memory}"
 
 
+def format_report(report: RunReport, width: int | None) -> str:
+    """Return a table with a row per stage and a row of totals, and a line about the output file."""
+    return (
+        f"{format_table(build_report_table(report), width)}\nfile: {report.format}, {_format_bytes(report.file_bytes)}"
+    )
+
+
 def build_report_table(report: RunReport) -> Table:
-    """Return a table with a row per stage, a row of totals, and a row for the output file."""
-    table = build_table(*HEADINGS)
-    for column in table.columns[2:]:
-        column.justify = "right"
+    """Return a table with a row per stage and a row of totals."""
+    table = Table(COLUMNS)
     for stage in report.stages:
         table.add_row(*_format_stage(stage))
     device, host = _format_peaks(report)
     table.add_row("total", str(report.size), "", format_seconds(report.total_seconds), "", "", device, "", host)
-    table.add_row("file", report.format, "", format_bytes(report.file_bytes or 0))
     return table
 
 

@@ -16,10 +16,32 @@ import typer
 from linfusion_cli.cli.output.log_file import escape_line, format_timestamp, write_log
 from linfusion_cli.core.errors import WriteFailed
 
+DEFAULT_WIDTH = 80  # of terminals that do not report one
+
 
 def is_terminal() -> bool:
     """Return whether stderr is a terminal; False if it is closed, as in some services."""
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def can_move_cursor() -> bool:
+    """Return whether stderr is a terminal that can draw a line again."""
+    return is_terminal() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def measure_width(stream: TextIO) -> int | None:
+    """Return the columns of the terminal that a stream writes to; None if it is no terminal, for text of any width.
+
+    COLUMNS precedes the width that the terminal reports, as in other programs.
+    """
+    if stream is None or not stream.isatty():
+        return None
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns or DEFAULT_WIDTH
+    return DEFAULT_WIDTH
 
 
 def echo(text: str) -> None:
