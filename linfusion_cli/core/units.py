@@ -10,14 +10,14 @@ MIN_PX = 64
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def parse_size(text: str) -> Size:
-    """Parse "2048" (a square) or "2048x1024" (width x height) in pixels; raises ValueError."""
+def parse_size(text: str, min_px: int = MIN_PX) -> Size:
+    """Parse "2048" (a square) or "2048x1024" (width x height) in pixels, at least `min_px`; raises ValueError."""
     match = re.fullmatch(r"\s*(\d{1,7})\s*(?:[xX×]\s*(\d{1,7})\s*)?", text, re.ASCII)
     if match is None:
         raise ValueError("is not a size: use 16384 for a square, or 16384x8192 (width x height)")
     width, height = int(match[1]), int(match[2] or match[1])
-    if min(width, height) < MIN_PX:
-        raise ValueError(f"is too small: both sides must be at least {MIN_PX} pixels")
+    if min(width, height) < min_px:
+        raise ValueError(f"is too small: both sides must be at least {min_px} pixels")
     return Size(width, height)
 
 

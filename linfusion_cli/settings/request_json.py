@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from linfusion_cli.core.geometry import Size
+from linfusion_cli.core.units import parse_size
 from linfusion_cli.settings.checks import raise_all
 from linfusion_cli.settings.groups import match_by_position
+from linfusion_cli.settings.kinds import SIZE, Kind
 from linfusion_cli.settings.request import Request
 from linfusion_cli.settings.table import EXECUTION_SETTINGS, GROUPS, MEMBERS, SETTINGS, find_group_errors
 
@@ -53,13 +55,18 @@ def values_from_json(request: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"schema {schema} is not known to this version")
     flat = flatten_groups(request) if schema == SCHEMA else request
     known = {name: setting for name, setting in SETTINGS.items() if name not in EXECUTION_SETTINGS}
-    parsed = {name: setting.kind.parse(flat[name]) for name, setting in known.items() if flat.get(name) is not None}
+    parsed = {name: parse_stored(one.kind, flat[name]) for name, one in known.items() if flat.get(name) is not None}
     defaults = {name: setting.default for name, setting in known.items() if not setting.is_required}
     values = defaults | parsed
     for group, item in GROUPS.items():
         raise_all(find_group_errors(group, values))
         values |= flatten_group(group, match_by_position(item, MEMBERS[group], values))
     return values
+
+
+def parse_stored(kind: Kind, value: Any) -> Any:
+    """Return the value of a setting in JSON; a size was checked when it was set, and the library allows smaller ones."""
+    return parse_size(value, 1) if kind is SIZE else kind.parse(value)
 
 
 def identity_from_json(request: Mapping[str, Any]) -> dict[str, Any]:

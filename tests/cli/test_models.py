@@ -140,12 +140,15 @@ def test_linfusion_weights_of_another_model_are_rejected(cli, xl_model, sd_model
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [("demo", 2), (".", 2), ("a b", 69), ("no/such/thing/x.bin", 69), ("someone/else", 69)]
+    ("name", "code"),
+    [("demo", 2), (".", 2), ("a b", 2), ("nope", 2), ("sdx", 2), ("no/such/thing/x.bin", 69), ("someone/else", 69)],
 )
 def test_pull_of_invalid_names(cli, monkeypatch, name, code):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     exit_code, _, err = cli("models", "pull", "-q", name)
     assert exit_code == code and len(err.splitlines()) == 1
+    if name in ("a b", "nope", "sdx"):
+        assert "sdxl-lightning" in err and ("Did you mean sdxl?" in err) == (name == "sdx")
 
 
 def run_linfusion(hub, home, *arguments):
