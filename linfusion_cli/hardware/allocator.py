@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from linfusion_cli.core.errors import UsageError, first_line
@@ -135,6 +134,8 @@ def torch_release() -> tuple[int, int]:
 
 
 def _torch_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
     try:
         return version("torch")
     except PackageNotFoundError:

@@ -65,7 +65,7 @@ def values_from_json(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_stored(kind: Kind, value: Any) -> Any:
-    """Return the value of a setting in JSON; a size was checked when it was set, and the library allows smaller ones."""
+    """Return the value of a setting in JSON. Sizes were checked when they were set, and can be smaller."""
     return parse_size(value, 1) if kind is SIZE else kind.parse(value)
 
 

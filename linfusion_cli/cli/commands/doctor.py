@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
-import psutil
 import typer
 
 from linfusion_cli import __version__, settings
@@ -37,6 +36,8 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def collect_values() -> dict[str, Any]:
     """Return the value of each line, by name."""
+    import psutil  # slow to import, not needed for --help
+
     memory = psutil.virtual_memory()
     return {
         "linfusion": __version__,

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from linfusion_cli.cli.output.event_lines import format_estimate, format_job, format_notice, format_started
 from linfusion_cli.cli.output.log_file import open_log, write_log
-from linfusion_cli.cli.output.progress_bars import ProgressBars
 from linfusion_cli.cli.output.streams import can_move_cursor, echo_line, redirect_library_output
 from linfusion_cli.core.events import (
     Event,
@@ -23,6 +23,9 @@ from linfusion_cli.core.events import (
     StageStarted,
 )
 from linfusion_cli.core.units import format_seconds
+
+if TYPE_CHECKING:
+    from linfusion_cli.cli.output.progress_bars import ProgressBars
 
 MAX_SILENCE_SEC = 600.0  # a log without new lines for longer than this looks like a run that hangs
 MIN_LISTED_SEC = 0.05  # stages that take less time get no line, except phases
@@ -43,7 +46,11 @@ def observe_run(quiet: bool, log_file: Path | None = None) -> Iterator[Observer]
 
 
 def _build_display() -> ProgressBars | ProgressLines:
-    return ProgressBars() if can_move_cursor() else ProgressLines(echo_line)
+    if not can_move_cursor():
+        return ProgressLines(echo_line)
+    from linfusion_cli.cli.output.progress_bars import ProgressBars  # rich: slow to import, not needed for --help
+
+    return ProgressBars()
 
 
 def combine_observers(observers: Sequence[Observer]) -> Observer:

@@ -8,8 +8,6 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
-from rich.text import Text
 
 from linfusion_cli.cli.output.log_file import escape_controls
 
@@ -84,6 +82,9 @@ def format_table(table: Table, width: int | None = None) -> str:
 
 def wrap_cells(cells: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
     """Return a row as one or more rows, with its cells wrapped at `widths` terminal columns."""
+    from rich.console import Console  # slow to import, not needed for --help
+    from rich.text import Text
+
     console = Console(width=max(widths))
     wrapped = [
         [line.plain for line in Text(text, overflow="fold").wrap(console, width)]
