@@ -78,7 +78,7 @@ def test_json_is_alone_on_stdout_and_a_terminal_gets_bars_and_the_log_lines(tmp_
     for word in ("printed", "put", "spawned", "warned", "logged", "host peak", "1/1 steps"):
         assert word in err
     assert not re.search(r"\d\d:\d\d:\d\d\+\d\d:\d\d", err)
-    assert re.search(r"\d\d:\d\d:\d\d\+\d\d:\d\d \d+ base .*: ", (tmp_path / "log").read_text())
+    assert re.search(r"\d\d:\d\d:\d\d\+\d\d:\d\d \d+ denoise base .*: ", (tmp_path / "log").read_text())
 
 
 @pytest.mark.slow
