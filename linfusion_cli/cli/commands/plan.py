@@ -63,7 +63,7 @@ def command(given: dict[str, Any]) -> None:
 def imply_settings(gpu: Gpu, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that --gpu implies, as text: the device, and a budget unless --vram is `given`.
 
-    They precede other sources, whose values are for the GPU of this machine. Raise UsageError for --device cpu.
+    They precede other sources, which describe the GPU of this machine. Raise UsageError for --device cpu.
     """
     device = given["device"]
     if device == "cpu":
