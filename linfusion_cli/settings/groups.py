@@ -36,7 +36,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class TextualInversion:
-    """A textual inversion: a file, folder or hub id, and the word of the prompt that stands for it.
+    """A textual inversion: a file, folder or hub id, and the token that the prompt uses for it.
 
     Without a token, the one in the file is used.
     """
@@ -207,7 +207,7 @@ class ImageSource:
         help="The image to upscale: PNG, JPEG, WebP or TIFF.",
         panel="Input images",
         metavar="FILE",
-        decides="nothing",  # the content does, whose hash is compared
+        decides="nothing",  # the hash of the content is compared
         commands=("upscale", "plan"),
         argument_of=("upscale",),
         sources=("flag", "job"),

@@ -6,7 +6,7 @@ Flat values have one entry per setting: the i-th value of `control_image` belong
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from linfusion_cli.core.errors import UsageError
@@ -18,7 +18,6 @@ from linfusion_cli.settings.request import Request
 from linfusion_cli.settings.setting import ITEM, KEY, NESTED, Command, Network, Setting, Source, list_settings
 
 GROUPS: dict[str, type] = {"ip_adapter": IpAdapter, "controlnet": ControlNet}
-GROUP_NAMES = {"ip_adapter": "IP-Adapter", "controlnet": "ControlNet"}
 
 
 def build_table(*tables: type) -> dict[str, Setting]:
@@ -56,12 +55,6 @@ def list_reloading_settings(network: Network | None = None) -> list[str]:
     return [
         name for name, setting in SETTINGS.items() if network in setting.reloads or (setting.reloads and not network)
     ]
-
-
-def list_required_settings(names: Iterable[str]) -> list[str]:
-    """Return those of the settings `names` that need a value: the image only if the request upscales one."""
-    required = [name for name in ("prompt", "size", "output", "model") if SETTINGS[name].is_required]
-    return [name for name in required if name not in names]
 
 
 def assemble_request(values: Mapping[str, Any]) -> Request:

@@ -18,7 +18,6 @@ MAX_COLUMNS, MIN_COLUMNS = 100, 30
 TWO_COLUMNS_FROM = 70  # below, the text of an option is on the lines after it
 NAME_COLUMNS = 28
 OTHER_PANEL = "Options"
-COMPLETION_OPTIONS = ("--install-completion", "--show-completion", "--help")
 
 
 class HelpCommand(typer.core.TyperCommand):

@@ -7,10 +7,8 @@ from typing import Any
 
 from linfusion_cli.core.errors import UsageError
 from linfusion_cli.settings.setting import Setting
-from linfusion_cli.settings.sources.values import OTHER_NAMES, find_setting, normalize_key
+from linfusion_cli.settings.sources.values import OTHER_NAMES, SIZE_NAMES, find_setting, normalize_key
 from linfusion_cli.settings.table import ALL_SETTINGS
-
-SIZE_FLAGS = ("width", "height", "w", "h")
 
 
 def translate_parser_error(error: Any) -> UsageError:
@@ -31,7 +29,7 @@ def build_help_hint(context: Any) -> str:
 def suggest_option(option: str, context: Any) -> str:
     """Return the hint for an unknown option: the name of this setting here, or the nearest option of the command."""
     name = normalize_key(option.lstrip("-"))
-    if name in SIZE_FLAGS:
+    if name in SIZE_NAMES:
         return "Use --size WIDTHxHEIGHT, e.g. --size 1024x768."
     if name in OTHER_NAMES:
         return OTHER_NAMES[name]

@@ -13,17 +13,10 @@ from linfusion_cli.settings.setting import Setting, Source
 from linfusion_cli.settings.table import MEMBERS, SETTINGS, select_settings
 
 # Names in other tools that no single setting corresponds to.
-OTHER_NAMES = {
-    "width": 'Use size, such as "1024x768" (width x height).',
-    "height": 'Use size, such as "1024x768" (width x height).',
-    "w": 'Use size, such as "1024x768" (width x height).',
-    "h": 'Use size, such as "1024x768" (width x height).',
-    "batch_size": "Use --seeds 1-4 of `linfusion batch` for several images.",
-    "batch_count": "Use --seeds 1-4 of `linfusion batch` for several images.",
-    "n_iter": "Use --seeds 1-4 of `linfusion batch` for several images.",
-    "num_images": "Use --seeds 1-4 of `linfusion batch` for several images.",
-    "num_images_per_prompt": "Use --seeds 1-4 of `linfusion batch` for several images.",
-}
+SIZE_NAMES = ("width", "height", "w", "h")
+COUNT_NAMES = ("batch_size", "batch_count", "n_iter", "num_images", "num_images_per_prompt")
+OTHER_NAMES = dict.fromkeys(SIZE_NAMES, 'Use size, such as "1024x768" (width x height).')
+OTHER_NAMES |= dict.fromkeys(COUNT_NAMES, "Use --seeds 1-4 of `linfusion batch` for several images.")
 
 
 @dataclass(frozen=True)
