@@ -15,8 +15,10 @@ from linfusion_cli.settings.table import MEMBERS, SETTINGS, select_settings
 # Names in other tools that no single setting corresponds to.
 SIZE_NAMES = ("width", "height", "w", "h")
 COUNT_NAMES = ("batch_size", "batch_count", "n_iter", "num_images", "num_images_per_prompt")
-OTHER_NAMES = dict.fromkeys(SIZE_NAMES, 'Use size, such as "1024x768" (width x height).')
-OTHER_NAMES |= dict.fromkeys(COUNT_NAMES, "Use --seeds 1-4 of `linfusion batch` for several images.")
+OTHER_NAMES: dict[str, str] = {
+    **dict.fromkeys(SIZE_NAMES, 'Use size, such as "1024x768" (width x height).'),
+    **dict.fromkeys(COUNT_NAMES, "Use --seeds 1-4 of `linfusion batch` for several images."),
+}
 
 
 @dataclass(frozen=True)
